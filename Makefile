@@ -1,0 +1,43 @@
+# make demo   install into .venv, train AdaDim on handwritten digits with two processes, print the result
+# make test   the test suite                 make check   format, lint, types, tests: what CI runs
+# make golden rewrite tests/golden (a diff there needs a line in CHANGELOG.md)
+
+PYTHON ?= python3
+DALI ?= cuda12
+VENV := .venv
+BIN := $(VENV)/bin
+NPROC ?= 2
+
+.PHONY: demo test check format golden docs clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.installed: setup.py constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned set into $(VENV) (about 7 GB, a few minutes)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(DALI),dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) -m ddp_ssl.train
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict ddp_ssl
+	$(MAKE) test
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+golden: $(VENV)/.installed
+	$(BIN)/python -m tests.golden
+
+docs: $(VENV)/.installed
+	$(BIN)/python tools/config_reference.py > docs/config.md
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,740 @@
+"""The run's schema: YAML and `key=value` in, one frozen and validated tree out.
+
+Precedence, later wins: the schema's defaults, the method's own recipe, the embedded default's
+overrides (only where no YAML is given), the YAML file, `key=value`. The tree remembers where each
+value came from. What is wrong is a `ConfigError` of one line: what, where, what would be accepted.
+
+No torch here: everything but the method's own section is checked before torch is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import pkgutil
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
+
+from ddp_ssl.data.augment import AUGMENTATION_FIELDS, RECIPES
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0)]
+
+
+class ConfigError(ValueError):
+    """What the user asked for cannot be run; the message is one line for the user."""
+
+
+class Section(BaseModel):
+    """A frozen part of the tree. Unknown keys are errors; docstrings are the reference."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+class Run(Section):
+    """Where the run lives, how it starts, what it runs on."""
+
+    dir: str | None = None
+    """Run folder. Unset: `runs/DATA-METHOD-BACKBONE-ID`, ID from the job or the start time."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of weights, sample order and augmentations."""
+    resume: str = "never"
+    """`never`; `auto` (continue from the folder's newest good checkpoint, or start); or the path of
+    a checkpoint or run folder. A restart by torchrun or Slurm implies `auto`."""
+    init_from: str | None = None
+    """Checkpoint or run folder to take the weights from, and nothing else."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto` takes the GPUs if there are any (NCCL), else the CPU (gloo)."""
+    threads: int = Field(0, ge=0)
+    """CPU threads per process for torch; 0 shares the machine's cores among its processes."""
+    timeout_s: float = Field(1800, gt=0)
+    """Seconds after which a collective that does not complete ends the run."""
+
+
+class Model(Section):
+    """The encoder and its projection head."""
+
+    backbone: str = "resnet18"
+    """Any timm model by name."""
+    backbone_args: dict[str, Any] = {}
+    """More arguments for `timm.create_model`, such as `{channels: [16, 32, 64, 128]}`."""
+    stem: Literal["standard", "small"] = "standard"
+    """`small`, for ResNets on small images: first convolution 3x3 with stride 1, no max-pool."""
+    projector: list[Annotated[int, Field(ge=1)]] = Field([2048, 2048, 2048], min_length=1)
+    """Widths of the projection head's linear layers; the last one is the embedding's."""
+    projector_norm: Literal["batch", "none"] = "batch"
+    """Normalisation between the head's layers."""
+    projector_bias: bool = True
+    """Whether the head's linear layers have a bias (the last one always follows this too)."""
+    batch_norm: Literal["global", "local"] = "global"
+    """Statistics over the global batch (exact at any world size) or over each process's part."""
+    views_forward: Literal["auto", "separate", "stacked"] = "auto"
+    """Batch statistics per view or pooled over the views of one size. The choice changes the
+    gradient. `auto`: per view for two views, pooled for more."""
+    channels_last: bool = True
+    """Memory format of weights and images."""
+    compile: bool = False
+    """`torch.compile` the backbone."""
+
+
+class ViewGroup(Section):
+    """`count` views of one size from a recipe. Unset augmentations are the recipe's."""
+
+    count: int = Field(2, ge=1)
+    """Number of views."""
+    size: int = Field(224, ge=8)
+    """Side of the crops, in pixels."""
+    recipe: str = "asym"
+    """Named augmentations: asym, sym, weak, vic, ressl, crop."""
+    scale: tuple[Probability, Probability] | None = None
+    """Range of the crop's area, as a fraction of the image's."""
+    ratio: tuple[Strength, Strength] | None = None
+    """Range of the crop's aspect ratio."""
+    jitter_p: Probability | None = None
+    """Probability of colour jitter."""
+    brightness: Strength | None = None
+    """Brightness jitter, as torchvision's."""
+    contrast: Strength | None = None
+    """Contrast jitter, as torchvision's."""
+    saturation: Strength | None = None
+    """Saturation jitter, as torchvision's."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] | None = None
+    """Hue jitter, as a fraction of a turn."""
+    gray_p: Probability | None = None
+    """Probability of grayscale."""
+    blur_p: Probability | None = None
+    """Probability of Gaussian blur."""
+    blur_sigma: tuple[Strength, Strength] | None = None
+    """Range of the blur's standard deviation, in pixels."""
+    solarize_p: Probability | None = None
+    """Probability of solarisation at 128."""
+    flip_p: Probability | None = None
+    """Probability of a horizontal flip."""
+
+    @field_validator("recipe")
+    @classmethod
+    def _known_recipe(cls, value: str) -> str:
+        if value not in RECIPES:
+            raise ValueError(f"unknown recipe {value!r}{_suggest(value, RECIPES)}")
+        return value
+
+    @field_validator("scale", "ratio", "blur_sigma")
+    @classmethod
+    def _is_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 < value[0] <= value[1]:
+            raise ValueError(f"expected [low, high] with 0 < low <= high, got {list(value)}")
+        return value
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The augmentation fields that are set here."""
+        values = {name: getattr(self, name) for name in AUGMENTATION_FIELDS}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class Data(Section):
+    """Which images, how many at a time, and the views made of each."""
+
+    name: str = "folder"
+    """`digits`, `folder`, `cifar10` or `cifar100`."""
+    root: str | None = None
+    """Folder of the data. `folder`: class folders under `train/` and `val/`, class folders, or a
+    flat folder of unlabelled images. CIFAR: where torchvision's files are."""
+    batch_size: int = Field(256, ge=1)
+    """Images per step over all processes; must be divisible by their number."""
+    views: list[ViewGroup] = Field([ViewGroup()], min_length=1)
+    """View groups, such as `[{count: 2, size: 224, recipe: asym}]`."""
+    color_jitter: Literal["fast", "seq", "exact"] = "seq"
+    """`fast`: one fused linear operator; `seq`: torchvision's contrast and clamping in a fixed
+    order; `exact`: torchvision's hue and random order too, at about five times the cost."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Normalisation mean per channel, for pixels in [0, 1]."""
+    std: tuple[Strength, Strength, Strength] = (0.229, 0.224, 0.225)
+    """Normalisation standard deviation per channel."""
+    val_fraction: float = Field(0.1, gt=0, lt=1)
+    """Seeded share of the images kept for validation where there is no validation split."""
+    val_resize: int | None = Field(None, ge=8)
+    """Shorter side after resizing for evaluation. Unset: 8/7 of `val_size` from 64 px on."""
+    val_size: int | None = Field(None, ge=8)
+    """Side of the central crop for evaluation. Unset: the size of the largest view."""
+    threads: int = Field(0, ge=0)
+    """DALI threads per process; 0 shares the machine's cores among its processes."""
+    prefetch: int = Field(2, ge=1)
+    """Batches that DALI prepares ahead."""
+
+
+class Optim(Section):
+    """Optimiser, schedule and precision."""
+
+    name: Literal["lars", "sgd", "adam", "adamw"] = "lars"
+    """`adam` couples weight decay to the gradient (L2), `adamw` decouples it."""
+    epochs: int = Field(100, ge=1)
+    """Passes over the training images."""
+    lr: float = Field(0.4, gt=0)
+    """Base learning rate per 256 images: the peak is `lr * data.batch_size / 256`."""
+    warmup_epochs: float = Field(10, ge=0)
+    """Epochs of linear warm-up, clipped to the epochs there are."""
+    warmup_lr: float = Field(3e-5, ge=0)
+    """Learning rate (not scaled) where the warm-up starts."""
+    final_lr_fraction: float = Field(0.0, ge=0, le=1)
+    """The cosine ends at this fraction of the peak."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Weight decay; under LARS, Adam and AdamW not on 1-D parameters (biases, norms)."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of LARS and SGD."""
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    """Adam's and AdamW's averages."""
+    lars_variant: Literal["solo", "vicreg"] = "solo"
+    """`solo`: solo-learn's trust ratio; `vicreg`: the official VICReg's."""
+    lars_eta: float = Field(0.02, gt=0)
+    """LARS trust coefficient (official VICReg: 0.001)."""
+    lars_clip: bool = True
+    """Bound the `solo` variant's trust ratio so that a step is never longer than SGD's."""
+    grad_clip: float | None = Field(None, gt=0)
+    """Upper bound of the gradient's global norm; unset: none."""
+    accumulate: int = Field(1, ge=1)
+    """Only 1: gradient accumulation is not the large batch for losses that couple images."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Autocast of the networks; fp16 uses a gradient scaler. Losses are always in float32."""
+
+
+class Eval(Section):
+    """k-NN and the online linear probe on the validation split."""
+
+    every: int = Field(10, ge=0)
+    """Epochs between evaluations; 0 evaluates only at the start and at the end."""
+    batch_size: int = Field(256, ge=1)
+    """Images per process and step."""
+    knn: bool = True
+    """Weighted k-NN on the representation, with the training images as bank."""
+    knn_k: int = Field(20, ge=1)
+    """Neighbours."""
+    knn_temperature: float = Field(0.07, gt=0)
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+    knn_bank: int = Field(50_000, ge=1)
+    """Training images in the bank at most, a seeded subset."""
+    probe: bool = True
+    """Train a linear classifier on detached representations alongside."""
+    probe_lr: float = Field(0.1, gt=0)
+    """The probe's base learning rate per 256 images."""
+    raw_pixels: bool = False
+    """Also print k-NN accuracy on the raw pixels, the figure to compare with."""
+
+
+class Measure(Section):
+    """Rank and mutual information of the validation split, for every method."""
+
+    every: int = Field(10, ge=0)
+    """Epochs between measurements; 0 measures only at the start and at the end."""
+    max_images: int = Field(10_000, ge=2)
+    """Validation images used at most."""
+
+
+class Checkpoint(Section):
+    """What is kept of the run."""
+
+    every_steps: int = Field(0, ge=0)
+    """Steps between checkpoints within an epoch; 0: none. One is saved after every epoch."""
+    keep: int = Field(2, ge=2)
+    """Newest checkpoints kept."""
+    keep_every: int = Field(0, ge=0)
+    """Epochs between checkpoints that are kept for good; 0: none."""
+    best: str | None = "eval/knn_top1"
+    """Logged figure whose best epoch is kept as `best.pt`; a leading `-` means lower is better."""
+
+
+class Log(Section):
+    """What is written while the run goes on."""
+
+    every_steps: int = Field(10, ge=1)
+    """Steps between progress lines; metrics have one row per step, written at these steps."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside `metrics.jsonl`."""
+
+
+class MethodConfig(Section):
+    """Base of a method's own section. A subclass sits in the method's file, with its `recipe`."""
+
+    name: str = "adadim"
+    """A built-in method, or `module:Class` from outside the package."""
+
+    recipe: ClassVar[dict[str, Any]] = {}
+    """The method's defaults for the other sections: nested, as in a YAML file."""
+    min_views: ClassVar[int] = 2
+    max_views: ClassVar[int | None] = None
+    small_crops: ClassVar[bool] = True
+    batch_coupled: ClassVar[bool] = True
+
+    def check(self, config: Config) -> None:
+        """Raise `ValueError` for a combination that the method cannot run."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: Run = Run()
+    method: SerializeAsAny[MethodConfig] = MethodConfig()
+    model: Model = Model()
+    data: Data = Data()
+    optim: Optim = Optim()
+    eval: Eval = Eval()
+    measure: Measure = Measure()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @property
+    def num_views(self) -> int:
+        """K, the number of views of one image."""
+        return sum(group.count for group in self.data.views)
+
+
+# What `ddp_ssl.train` runs when no YAML is given: AdaDim on 1,797 handwritten digits.
+EMBEDDED_DEFAULT: dict[str, Any] = {
+    "method": {"alpha_every": 2, "temperature": 0.2},
+    "model": {
+        "backbone": "resnet18",
+        "backbone_args": {"channels": [16, 32, 64, 128]},
+        "projector": [512, 512, 512],
+    },
+    "data": {
+        "name": "digits",
+        "batch_size": 256,
+        "views": [
+            {
+                "count": 2,
+                "size": 32,
+                "recipe": "sym",
+                "scale": [0.4, 1.0],
+                "blur_p": 0.0,
+                "flip_p": 0.0,
+            }
+        ],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25],
+    },
+    "optim": {"epochs": 12, "lr": 0.1, "warmup_epochs": 1.2, "precision": "fp32"},
+    "eval": {"every": 4, "raw_pixels": True},
+    "measure": {"every": 4},
+    "log": {"every_steps": 5},
+}
+
+# Keys that may differ when a run is resumed; all others are its identity.
+FREE_ON_RESUME = re.compile(
+    r"run\.(?!seed$).*|(checkpoint|eval|measure|log)\..*|data\.(root|threads|prefetch)"
+)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The frozen config and, for each dotted key, where its value came from."""
+
+    config: Config
+    origins: Mapping[str, str]
+
+    def to_yaml(self, origins: bool = True) -> str:
+        """The whole tree as YAML, one leaf a line, each with its origin as a comment."""
+        lines: list[str] = []
+        for name, section in self.config.model_dump(mode="json").items():
+            lines.append(f"{name}:")
+            for key, value in section.items():
+                text = f"  {key}: {_flow(value)}"
+                origin = self.origins.get(f"{name}.{key}", "default")
+                lines.append(f"{text:<60}  # {origin}" if origins else text)
+        return "\n".join(lines) + "\n"
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads `1e-4` as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; a `ConfigError` of one line if there is none."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    try:
+        tree = yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as `optim:`, got {_flow(tree)[:60]}")
+    return tree
+
+
+def load(arguments: Sequence[str]) -> Resolved:
+    """Resolve `[CONFIG.yaml] [key=value ...]` into a validated tree.
+
+    Everything but the keys of `method` is validated first; then the method's file is imported
+    (and torch with it) for its own section and recipe. Raises `ConfigError`.
+    """
+    path, overrides = _split(arguments)
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if path is None:
+        layers.append(("embedded default", EMBEDDED_DEFAULT))
+    else:
+        layers.append((str(path), read_yaml(path)))
+    if overrides:
+        layers.append(("command line", _tree_of(overrides, layers)))
+
+    merged, origins = _merge(layers)
+    for section in merged:
+        if section not in Config.model_fields:
+            raise ConfigError(_unknown(section, section, _known_keys(MethodConfig), origins))
+    method = merged.get("method", {})
+    if not isinstance(method, dict):
+        raise ConfigError(f"method: expected keys such as `name:`, got {_flow(method)}")
+    rest = {name: value for name, value in merged.items() if name != "method"}
+    name = str(method.get("name", MethodConfig.model_fields["name"].default))
+    _validate({**rest, "method": {"name": name}}, Config, origins)
+    _check_method_name(name)
+
+    method_config = load_method(name).Config
+    demo = dict(EMBEDDED_DEFAULT["method"])  # its keys are for the methods that have them
+    if path is None:
+        for key in demo.keys() - method_config.model_fields.keys():
+            if origins.get(f"method.{key}") == "embedded default":
+                method = {k: v for k, v in method.items() if k != key}
+    layers.insert(0, (f"recipe of {name}", method_config.recipe))
+    merged, origins = _merge(layers)
+    merged["method"] = {**method, "name": name}
+    typed = _with_method(method_config)
+    config = _validate(merged, typed, origins)
+    try:
+        _check(config)
+        config.method.check(config)
+    except ValueError as error:
+        raise ConfigError(_one_line(error)) from None
+    return Resolved(config, origins)
+
+
+def builtin_methods() -> list[str]:
+    """Names of the methods in the package: the files of `ddp_ssl/methods`."""
+    folder = Path(__file__).parent / "methods"
+    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if m.name != "base")
+
+
+def load_method(name: str) -> Any:
+    """The method's class, from its file (`simclr`) or from outside (`module:Class`)."""
+    if ":" not in name:
+        module = importlib.import_module(f"ddp_ssl.methods.{name}")
+        from ddp_ssl.methods.base import Method
+
+        (found,) = (
+            value
+            for value in vars(module).values()
+            if isinstance(value, type)
+            and issubclass(value, Method)
+            and value.__module__ == module.__name__
+        )
+        return found
+    module_name, _, class_name = name.partition(":")
+    try:
+        outside = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"method.name: cannot import {name!r}: {_one_line(error)}") from None
+    from ddp_ssl.methods.base import Method
+
+    if not (isinstance(outside, type) and issubclass(outside, Method)):
+        raise ConfigError(f"method.name: {name!r} is not a subclass of ddp_ssl.methods.base.Method")
+    return outside
+
+
+def identity(config: Config) -> dict[str, str]:
+    """What must be equal when a run is resumed: dotted key -> value as text."""
+    return {
+        f"{section}.{key}": _flow(value)
+        for section, values in config.model_dump(mode="json").items()
+        for key, value in values.items()
+        if not FREE_ON_RESUME.fullmatch(f"{section}.{key}")
+    }
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Raise `ConfigError` unless the global batch splits evenly over the processes."""
+    batch = config.data.batch_size
+    if batch % world_size:
+        below, above = batch // world_size * world_size, -(-batch // world_size) * world_size
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"data.batch_size: {batch} images cannot be split evenly over {world_size} processes; "
+            f"{nearest} would be accepted"
+        )
+
+
+def reference(method: type[MethodConfig] | None = None) -> Iterator[tuple[str, str, str, str]]:
+    """Rows (key, type, default, description) of the whole schema."""
+    tree = _with_method(method) if method else Config
+    for section, field in tree.model_fields.items():
+        assert isinstance(field.annotation, type)
+        for key, item in field.annotation.model_fields.items():
+            kind = _type_name(item.annotation)
+            default = item.get_default(call_default_factory=True)
+            if isinstance(default, list):
+                default = [
+                    x.model_dump(exclude_defaults=False, exclude_none=True)
+                    if isinstance(x, BaseModel)
+                    else x
+                    for x in default
+                ]
+            text = " ".join((item.description or "").split())
+            yield f"{section}.{key}", kind, _flow(default), text
+
+
+# --- parts -----------------------------------------------------------------------------------
+
+
+def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    path: Path | None = None
+    overrides: list[str] = []
+    for argument in arguments:
+        if "=" in argument:
+            overrides.append(argument)
+        elif argument.startswith("-"):
+            raise ConfigError(
+                f"{argument}: unknown option; --help and --print-config are the options, "
+                "everything else is written key=value"
+            )
+        elif path is not None:
+            raise ConfigError(f"{argument}: one config file is accepted, {path} is given already")
+        elif not argument.endswith((".yaml", ".yml")) and not Path(argument).exists():
+            raise ConfigError(f"{argument}: expected CONFIG.yaml or key=value")
+        else:
+            path = Path(argument)
+    return path, overrides
+
+
+def _tree_of(overrides: Sequence[str], layers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """`["optim.lr=0.1", "data.views.0.size=96"]` as a nested dict; list items start from below."""
+    below, _ = _merge(layers)
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        dotted, _, text = override.partition("=")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{dotted}: not a YAML value: {_one_line(error)}") from None
+        parts = dotted.split(".")
+        if len(parts) < 2 or not all(parts):
+            keys = _known_keys(MethodConfig)
+            raise ConfigError(f"{dotted}: expected section.key=value{_suggest(dotted, keys)}")
+        if len(parts) > 2 and parts[2].isdigit():
+            value = _set_item(tree, below, parts, value)
+            parts = parts[:2]
+        node = tree
+        for part in parts[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{dotted}: {part} is not a section")
+        node[parts[-1]] = value
+    return tree
+
+
+def _set_item(tree: dict[str, Any], below: dict[str, Any], parts: list[str], value: Any) -> Any:
+    """The list at `parts[:2]` with the item (or the item's key) that `parts` names replaced."""
+    section, key, index, *rest = parts
+    default: Any = None
+    if section in Config.model_fields:
+        kind = Config.model_fields[section].annotation
+        assert isinstance(kind, type)
+        if key in kind.model_fields:
+            default = kind().model_dump(mode="json", exclude_none=True).get(key)
+    current = tree.get(section, {}).get(key) or below.get(section, {}).get(key) or default
+    if not isinstance(current, list) or int(index) >= len(current) or len(rest) > 1:
+        length = len(current) if isinstance(current, list) else 0
+        raise ConfigError(f"{'.'.join(parts)}: {section}.{key} has {length} items to set")
+    items = list(current)
+    items[int(index)] = {**items[int(index)], rest[0]: value} if rest else value
+    return items
+
+
+def _merge(layers: Sequence[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for source, tree in layers:
+        for section, values in tree.items():
+            if isinstance(values, dict) and isinstance(merged.get(section, {}), dict):
+                merged[section] = {**merged.get(section, {}), **values}
+                origins.update({f"{section}.{key}": source for key in values})
+            elif values is not None:
+                merged[section] = values
+                origins[section] = source
+    return merged, origins
+
+
+def _check_method_name(name: str) -> None:
+    names = builtin_methods()
+    if ":" not in name and name not in names:
+        raise ConfigError(
+            f"method.name: unknown method {name!r}{_suggest(name, names)}; "
+            f"accepted: {', '.join(names)}, or module:Class"
+        )
+
+
+def _with_method(method: type[MethodConfig]) -> type[Config]:
+    """`Config` with the method's own section in place."""
+
+    class Typed(Config):
+        method: method  # type: ignore[valid-type]
+
+    Typed.__name__ = "Config"
+    Typed.model_rebuild(_types_namespace={"method": method})
+    return Typed
+
+
+def _validate(
+    tree: dict[str, Any], schema: type[Config], origins: Mapping[str, str]
+) -> Config:
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        problems = [_problem(dict(e), schema, origins) for e in error.errors()]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    raise ConfigError(problems[0] + more)
+
+
+def _problem(error: dict[str, Any], schema: type[Config], origins: Mapping[str, str]) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        kind = schema.model_fields["method"].annotation
+        assert isinstance(kind, type)
+        return _unknown(location[-1], key, _known_keys(kind), origins)
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    got = "" if error["type"] in ("value_error", "missing") else f", got {_flow(error['input'])}"
+    if len(got) > 80:
+        got = got[:77] + "..."
+    return f"{key}: {message}{got}{_where(key, origins)}"
+
+
+def _unknown(last: str, key: str, known: Sequence[str], origins: Mapping[str, str]) -> str:
+    siblings = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
+    close = (
+        difflib.get_close_matches(key, siblings, 1, 0.5)
+        or difflib.get_close_matches(key, known, 1, 0.6)
+        or [k for k in known if k.rpartition(".")[2] == last][:1]
+    )
+    hint = f"; did you mean {close[0]}?" if close else "; --help lists the keys"
+    return f"{key}: unknown key{_where(key, origins)}{hint}"
+
+
+def _known_keys(method: type[MethodConfig]) -> list[str]:
+    keys: list[str] = []
+    for section, field in Config.model_fields.items():
+        kind = method if section == "method" else field.annotation
+        assert isinstance(kind, type)
+        keys += [f"{section}.{key}" for key in kind.model_fields]
+    keys += [f"data.views.0.{key}" for key in ViewGroup.model_fields]
+    return keys
+
+
+def _check(config: Config) -> None:
+    """Combinations that no method can run."""
+    method, views = config.method, config.num_views
+    if config.optim.accumulate > 1 and method.batch_coupled:
+        raise ValueError(
+            f"optim.accumulate: only 1 is accepted with {method.name}: its loss couples all images "
+            "of a batch, so the mean over small batches is another loss, not the large batch's"
+        )
+    if config.optim.accumulate > 1:
+        raise ValueError("optim.accumulate: only 1 is accepted")
+    if views < method.min_views:
+        raise ValueError(
+            f"data.views: {method.name} compares views of an image and needs at least "
+            f"{method.min_views}, got {views}"
+        )
+    if method.max_views is not None and views > method.max_views:
+        raise ValueError(
+            f"data.views: {method.name} takes {method.max_views} views at most, got {views}"
+        )
+    if not method.small_crops and len({group.size for group in config.data.views}) > 1:
+        raise ValueError(f"data.views: {method.name} takes views of one size only")
+    if config.model.batch_norm == "global" and config.data.batch_size < 2:
+        raise ValueError(
+            "data.batch_size: batch normalisation needs 2 images or more, got "
+            f"{config.data.batch_size}"
+        )
+    if config.run.resume not in ("never", "") and config.run.init_from:
+        raise ValueError("run.init_from: starts anew from weights; run.resume continues: give one")
+
+
+def _suggest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word, list(known), 1, 0.4)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _where(key: str, origins: Mapping[str, str]) -> str:
+    parts = key.split(".")
+    for end in range(len(parts), 0, -1):
+        origin = origins.get(".".join(parts[:end]))
+        if origin and origin != "command line":
+            return f" ({origin})"
+        if origin:
+            return ""
+    return ""
+
+
+def _flow(value: Any) -> str:
+    """A value as one line of YAML."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
+    return text.strip().removesuffix("...").strip()
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+def _type_name(annotation: Any) -> str:
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    if text == "list" or text.startswith("list["):
+        return "list"
+    text = re.sub(r"typing\.(Annotated|Literal)\[", r"\1[", text)
+    text = re.sub(r"Annotated\[(\w+), [^\]]*\]\)?\]?", r"\1", text)
+    text = text.replace("typing.", "").replace("Literal['", "").replace("', '", " | ")
+    return text.replace("']", "").replace("NoneType", "None")
+
+
+def launched_by() -> tuple[int, int]:
+    """(rank, world size) from the launcher's environment, (0, 1) without one."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"])
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
+    return 0, 1

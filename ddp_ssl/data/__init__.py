@@ -1,0 +1,1 @@
+"""From names to batches: datasets, sample order, views, the DALI pipeline and its loader."""

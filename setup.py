@@ -1,0 +1,49 @@
+"""Metadata and dependencies; the exact versions that CI ran are in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "ddp_ssl/__init__.py").read_text())
+assert VERSION is not None
+
+setup(
+    name="ddp_ssl",
+    version=VERSION.group(1),
+    description="Self-supervised visual pretraining on many GPUs: losses over the global batch, "
+    "DALI input, AdaDim, any number of views, exact at any world size and on resume",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["ddp_ssl", "ddp_ssl.*"]),
+    package_data={"ddp_ssl": ["py.typed"]},
+    python_requires=">=3.10,<3.13",
+    install_requires=[
+        "torch>=2.8",
+        "torchvision>=0.23",
+        "timm>=1.0.15",
+        "pydantic>=2.9,<3",
+        "pyyaml>=6",
+        "numpy>=1.26",
+        "pillow>=10",
+        "tensorboard>=2.16",
+        "submitit>=1.5",
+        "scikit-learn>=1.4",  # the handwritten digits of the embedded default
+    ],
+    extras_require={
+        # DALI is built per CUDA major version and runs without a GPU too.
+        "cuda12": ["nvidia-dali-cuda120>=1.50"],
+        "cuda13": ["nvidia-dali-cuda130>=1.52"],
+        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["ddp-ssl = ddp_ssl.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
