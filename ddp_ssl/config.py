@@ -361,7 +361,12 @@ class Resolved:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads `1e-4` as a number and refuses a key given twice."""
+    """Safe YAML that reads `1e-4` as a number and `off` as a word, and refuses a key given twice."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:bool"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -375,6 +380,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
@@ -617,9 +625,7 @@ def _with_method(method: type[MethodConfig]) -> type[Config]:
     return Typed
 
 
-def _validate(
-    tree: dict[str, Any], schema: type[Config], origins: Mapping[str, str]
-) -> Config:
+def _validate(tree: dict[str, Any], schema: type[Config], origins: Mapping[str, str]) -> Config:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:

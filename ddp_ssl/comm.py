@@ -1,0 +1,64 @@
+"""What a loss or a metric needs of the other processes, and its one-process default.
+
+Losses and metrics take a `Comm` and import nothing but torch; `distributed.MeshComm` is the one that
+talks. So one definition serves one process and 512.
+
+Shapes: a process holds some views of some images, `[k, n, ...]`; the gathered tensor is
+`[K, N, ...]` in one canonical order. Images are split over data shards in contiguous blocks, views
+over view shards in turn.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class Comm:
+    """One process that holds everything: every operation is the identity."""
+
+    rank: int = 0
+    world_size: int = 1
+    view_shards: int = 1
+
+    @property
+    def data_shards(self) -> int:
+        """Number of parts that the images are split into."""
+        return self.world_size // self.view_shards
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of the images is here."""
+        return self.rank // self.view_shards
+
+    @property
+    def view_rank(self) -> int:
+        """Which part of the views is here."""
+        return self.rank % self.view_shards
+
+    def rows(self, n: int) -> slice:
+        """Where the `n` images held here are among all `N`."""
+        return slice(self.data_rank * n, (self.data_rank + 1) * n)
+
+    @property
+    def views(self) -> slice:
+        """Where the views held here are among all `K`."""
+        return slice(self.view_rank, None, self.view_shards)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`[k, n, ...]` of every process as `[K, N, ...]`; gradients are summed over processes."""
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over all processes; gradients are summed over processes too."""
+        return x
+
+    def view_sum(self, x: Tensor) -> Tensor:
+        """Sum over the processes that hold other views of the same images."""
+        return x
+
+    def broadcast(self, value: float) -> float:
+        """Rank 0's value, the same bits everywhere."""
+        return value
+
+
+ONE_PROCESS = Comm()

@@ -1,0 +1,478 @@
+"""Process groups, the data x view mesh, and every collective with its adjoint.
+
+The only module that imports `torch.distributed`. The rule behind it: if each collective is
+differentiated as its true adjoint (gather <-> sum of the cotangents over ranks, own slice;
+all-reduce <-> all-reduce) and rank r calls backward on its own l_r, then the gradient that DDP
+averages is exactly the gradient of mean_r l_r. So a loss only has to satisfy mean_r l_r = L_global,
+and no factor of the world size appears anywhere. docs/distributed.md derives it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from ddp_ssl.comm import ONE_PROCESS, Comm
+
+# torch 2.13 renamed the single-tensor collectives and deprecated the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+# --- the world ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes, and what they talk through."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    side: Any = None
+    """A gloo group for flags and waiting, so that neither blocks the device."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes."""
+        return self.rank == 0
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any process raised its flag. Waits for all of them, on the host only."""
+        if self.size == 1:
+            return flag
+        tensor = torch.tensor([float(flag)])
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.side)
+        return bool(tensor.item())
+
+    def gather_objects(self, value: Any) -> list[Any] | None:
+        """Every process's picklable value on rank 0, in rank order; None elsewhere."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.side)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's picklable value on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.side)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every process, on the host."""
+        if self.size > 1:
+            dist.barrier(group=self.side)
+
+    def mean_rows(self, rows: Tensor) -> Tensor:
+        """Mean over processes of a tensor on the device."""
+        if self.size > 1:
+            dist.all_reduce(rows)
+            rows = rows / self.size
+        return rows
+
+
+class LateFlag:
+    """A flag that any process may raise and that all see raised at the same step.
+
+    The all-reduce runs in the background on the side group and is read one step late, so that a
+    step never waits for it.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.raised = False
+        self._tensor = torch.zeros(1)
+        self._work: Any = None
+
+    def exchange(self, flag: bool) -> bool:
+        """Send this step's flag; returns whether any process had raised its flag a step ago."""
+        if self.world.size == 1:
+            self.raised = self.raised or flag
+            return self.raised
+        if self._work is not None:
+            self._work.wait()
+            self.raised = self.raised or bool(self._tensor.item())
+        self._tensor = torch.full((1,), float(flag))
+        self._work = dist.all_reduce(
+            self._tensor, dist.ReduceOp.MAX, group=self.world.side, async_op=True
+        )
+        return self.raised
+
+    def settle(self) -> bool:
+        """Wait for the flag in flight: the same answer on every process."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            self.raised = self.raised or bool(self._tensor.item())
+        return self.raised
+
+
+def start(device: str = "auto", timeout_s: float = 1800) -> World:
+    """Join the process group that the launcher describes; one process needs none.
+
+    Reads torchrun's variables, or Slurm's when `srun` starts one task per GPU. `device` is `auto`,
+    `cuda` or `cpu`. Raises `ValueError` if CUDA is asked for and missing.
+    """
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        per_node = env.get("SLURM_NTASKS_PER_NODE", "1").partition("(")[0]
+        env.setdefault("LOCAL_WORLD_SIZE", per_node)
+    rank, size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
+    local_rank = int(env.get("LOCAL_RANK", "0"))
+    local_size = int(env.get("LOCAL_WORLD_SIZE", "1"))
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device: cuda is not available here; auto or cpu would be accepted")
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    if use_cuda:
+        # --gpus-per-task shows each task one GPU, so the local rank can exceed the count.
+        place = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(place)
+    else:
+        place = torch.device("cpu")
+    if size == 1:
+        return World(0, 1, 0, 1, place)
+
+    if "MASTER_ADDR" not in env:
+        raise ValueError(
+            "MASTER_ADDR: not set, so the processes cannot find each other; start with torchrun or "
+            "export MASTER_ADDR and MASTER_PORT"
+        )
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if use_cuda:
+        dist.init_process_group(
+            "nccl", rank=rank, world_size=size, timeout=timeout, device_id=place
+        )
+    else:
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timeout)
+    atexit.register(stop)
+    side = dist.new_group(backend="gloo", timeout=timeout)
+    return World(rank, size, local_rank, local_size, place, side)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+
+
+def layout(world: World) -> list[str]:
+    """Host and device of every rank, on rank 0 (empty elsewhere)."""
+    name = str(world.device)
+    if world.device.type == "cuda":
+        name += f" ({torch.cuda.get_device_name(world.device)})"
+    return world.gather_objects(f"{socket.gethostname()} {name}") or []
+
+
+def data_parallel(module: nn.Module, world: World) -> nn.Module:
+    """The module under DDP; buffers are global already and are not broadcast."""
+    if world.size == 1:
+        return module
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(
+        module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+# --- collectives with their adjoints -----------------------------------------------------------
+
+
+class _Gather(torch.autograd.Function):
+    """[n, ...] -> [W, n, ...]; backward is a reduce-scatter of the cotangents."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
+        _all_gather(out, x.contiguous())
+        return out.view(-1, *x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,) = grads
+        out = grad.new_empty(grad.shape[1:])
+        _reduce_scatter(out, grad.contiguous().flatten(0, 1))
+        return out
+
+
+class _Sum(torch.autograd.Function):
+    """All-reduce; backward is an all-reduce of the cotangents over the same group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class MeshComm(Comm):
+    """The data x view mesh: rank r is data shard r // V and view shard r % V.
+
+    A view group (V neighbours) holds different views of the same images; view shard s holds the
+    views k with k mod V = s.
+    """
+
+    def __init__(self, world: World, view_shards: int = 1) -> None:
+        if world.size % view_shards:
+            raise ValueError(f"{view_shards} view shards do not divide {world.size} processes")
+        self.world = world
+        self.rank, self.world_size, self.view_shards = world.rank, world.size, view_shards
+        self._view_group: Any = None
+        if view_shards > 1:
+            for first in range(0, world.size, view_shards):
+                members = list(range(first, first + view_shards))
+                group = dist.new_group(members)
+                if world.rank in members:
+                    self._view_group = group
+
+    def gather(self, x: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return x
+        k, n, *rest = x.shape
+        stacked = cast(Tensor, _Gather.apply(x)).view(
+            self.data_shards, self.view_shards, k, n, *rest
+        )
+        order = stacked.permute(2, 1, 0, 3, *range(4, stacked.dim()))
+        return order.reshape(k * self.view_shards, self.data_shards * n, *rest)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x if self.world_size == 1 else cast(Tensor, _Sum.apply(x, None))
+
+    def view_sum(self, x: Tensor) -> Tensor:
+        return x if self.view_shards == 1 else cast(Tensor, _Sum.apply(x, self._view_group))
+
+    def broadcast(self, value: float) -> float:
+        # On the side group: the others may wait here for a long computation on rank 0.
+        return float(self.world.broadcast_object(value))
+
+
+# --- batch normalisation over the global batch -------------------------------------------------
+
+
+@dataclass
+class ViewLayout:
+    """Which views a stacked batch holds, told to every norm layer by `stacked_views`."""
+
+    total: int = 1
+    held: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def local(self) -> int:
+        """Number of views stacked here."""
+        return len(range(self.total)[self.held])
+
+
+@contextlib.contextmanager
+def stacked_views(layout: ViewLayout, total: int, held: slice) -> Iterator[None]:
+    """Within: batches are the views `held` stacked, of `total` over all view shards."""
+    before = layout.total, layout.held
+    layout.total, layout.held = total, held
+    try:
+        yield
+    finally:
+        layout.total, layout.held = before
+
+
+def _by_view(x: Tensor, views: int) -> tuple[Tensor, list[int], tuple[int, ...]]:
+    """`x` `[views * n, C, ...]` as a view with the dimensions to reduce and the statistics' shape."""
+    channels = x.shape[1]
+    if x.dim() == 2:
+        return x.reshape(views, -1, channels), [1], (-1, 1, channels)
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).reshape(views, -1, channels), [1], (-1, 1, channels)
+    shape = (views, x.shape[0] // views, channels, -1)
+    return x.reshape(shape), [1, 3], (-1, 1, channels, 1)
+
+
+def _affine(like: Tensor, views: int, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`x * scale + shift` for `x` from `_by_view`, as a fresh tensor laid out as `like`."""
+    out = torch.empty_like(like)
+    rows = _by_view(out, views)[0]
+    if out.dtype == x.dtype:
+        torch.addcmul(shift, x, scale, out=rows)
+    else:
+        rows.copy_(torch.addcmul(shift, x, scale))
+    return out
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalise each view by its statistics over all processes.
+
+    Returns the output and, for the running averages, mean and unbiased variance `[total, C]`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        layout: ViewLayout,
+        reduce: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        channels, total, held, views = x.shape[1], layout.total, layout.held, layout.local
+        rows, dims, shape = _by_view(x, views)
+        work = rows.to(torch.promote_types(x.dtype, torch.float32))
+        count = rows.numel() // (views * channels)
+        # Local mean and centred squares in the working precision, combined in float64: no
+        # cancellation however large the mean, and one all-reduce.
+        mean = work.mean(dims).double()
+        squares = (work - mean.to(work.dtype).view(shape)).square_().sum(dims).double()
+        moments = x.new_zeros((total, 2 * channels + 1), dtype=torch.float64)
+        moments[held, 0] = count
+        moments[held, 1 : channels + 1] = count * mean
+        moments[held, channels + 1 :] = squares + count * mean.square()
+        if reduce:
+            dist.all_reduce(moments)
+        number = moments[:, :1]
+        means = moments[:, 1 : channels + 1] / number
+        variances = (moments[:, channels + 1 :] / number - means.square()).clamp_(min=0)
+
+        mean = means[held]
+        inverse = (variances[held] + eps).rsqrt()
+        scale = inverse * weight.double()
+        shift = bias.double() - mean * scale
+        kind = work.dtype
+        out = _affine(x, views, work, scale.to(kind).view(shape), shift.to(kind).view(shape))
+        ctx.save_for_backward(x, weight, mean, inverse, number)
+        ctx.total, ctx.held, ctx.views, ctx.reduce = total, held, views, reduce
+        unbiased = variances * (number / (number - 1).clamp(min=1))
+        ctx.mark_non_differentiable(means, unbiased)
+        return out, means, unbiased
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse, number = ctx.saved_tensors
+        channels, held, views = x.shape[1], ctx.held, ctx.views
+        grad = grads[0]
+        assert grad is not None
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            grad = grad.contiguous(memory_format=torch.channels_last)
+        else:
+            grad = grad.contiguous()
+        rows, dims, shape = _by_view(x, views)
+        kind = torch.promote_types(x.dtype, torch.float32)
+        work = rows.to(kind)
+        grad_rows = _by_view(grad, views)[0].to(kind)
+        sum_grad = grad_rows.sum(dims).double()
+        centred = (work - mean.to(kind).view(shape)).mul_(grad_rows)
+        sum_grad_x = centred.sum(dims).double() * inverse
+
+        sums = x.new_zeros((ctx.total, 2 * channels), dtype=torch.float64)
+        sums[held] = torch.cat([sum_grad, sum_grad_x], 1)
+        if ctx.reduce:
+            dist.all_reduce(sums)
+        mean_grad, mean_grad_x = (sums[held] / number[held]).split(channels, 1)
+        # dx = w/s (g - mean g - x^ mean(g x^)), written as one affine map of g and x per channel.
+        scale = inverse * weight.double()
+        slope = -scale * inverse * mean_grad_x
+        offset = -scale * mean_grad - mean * slope
+        offset_rows = torch.addcmul(
+            offset.to(kind).view(shape), grad_rows, scale.to(kind).view(shape)
+        )
+        return (
+            _affine(x, views, work, slope.to(kind).view(shape), offset_rows),
+            sum_grad_x.sum(0).to(weight.dtype),  # DDP averages what each rank contributed
+            sum_grad.sum(0).to(weight.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """Batch normalisation over the global batch, per view or pooled, on CPU and GPU.
+
+    Equals `nn.SyncBatchNorm` called once per view, with one all-reduce for all views. State dict
+    and attributes are those of `nn.BatchNorm2d`, so weights move freely between the two. With
+    `reduce=False` the statistics are this process's own.
+    """
+
+    def __init__(self, like: _BatchNorm, layout: ViewLayout, reduce: bool) -> None:
+        super().__init__(
+            like.num_features,
+            like.eps,
+            like.momentum,
+            like.affine,
+            like.track_running_stats,
+            dtype=like.running_mean.dtype if like.running_mean is not None else None,
+        )
+        self.load_state_dict(like.state_dict())
+        self.layout, self.reduce = layout, reduce
+        # timm's fused norm layers carry an activation behind the norm.
+        self.after = nn.Sequential(
+            *(m for m in (getattr(like, "drop", None), getattr(like, "act", None)) if m is not None)
+        )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected [n, C, ...], got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return cast(Tensor, self.after(super().forward(input)))
+        weight = self.weight if self.affine else input.new_ones(self.num_features)
+        bias = self.bias if self.affine else input.new_zeros(self.num_features)
+        out, means, variances = cast(
+            tuple[Tensor, Tensor, Tensor],
+            _Normalize.apply(
+                input,
+                weight,
+                bias,
+                self.eps,
+                ViewLayout(self.layout.total, self.layout.held),
+                self.reduce and dist.is_initialized(),
+            ),
+        )
+        if self.running_mean is not None and self.running_var is not None:
+            assert self.num_batches_tracked is not None
+            with torch.no_grad():
+                for mean, variance in zip(means, variances, strict=True):  # in view order
+                    self.num_batches_tracked.add_(1)
+                    momentum = self.momentum
+                    if momentum is None:  # a cumulative average
+                        momentum = 1.0 / float(self.num_batches_tracked)
+                    self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                    self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
+        return cast(Tensor, self.after(out))
+
+
+def global_batch_norm(module: nn.Module, layout: ViewLayout, reduce: bool = True) -> nn.Module:
+    """`module` with every batch norm replaced by `GlobalBatchNorm`, weights kept."""
+    if isinstance(module, _BatchNorm):
+        return GlobalBatchNorm(module, layout, reduce)
+    for name, child in list(module.named_children()):
+        setattr(module, name, global_batch_norm(child, layout, reduce))
+    return module
+
+
+def comm_of(world: World, view_shards: int = 1) -> Comm:
+    """The `Comm` of this world: the identity for one process."""
+    return MeshComm(world, view_shards) if world.size > 1 else ONE_PROCESS

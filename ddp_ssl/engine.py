@@ -1,0 +1,724 @@
+"""A run: build, resume, the loop, and what happens at an epoch's end.
+
+The loop knows no method. What a method needs between steps and epochs it does in its own hooks
+(`methods/base.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddp_ssl import checkpoint, distributed, folder, log, optim
+from ddp_ssl.checkpoint import CheckpointError
+from ddp_ssl.config import Config, ConfigError, Resolved, identity, load_method
+from ddp_ssl.data import datasets
+from ddp_ssl.data.augment import views_of
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.data.loader import TrainLoader
+from ddp_ssl.distributed import LateFlag, World
+from ddp_ssl.evals.probe import Learner
+from ddp_ssl.evals.validation import Validation
+from ddp_ssl.methods.base import Context, Method, Progress, trainable
+from ddp_ssl.models import export, loading_snippet
+from ddp_ssl.picture import view_grid
+from ddp_ssl.signals import StopRequest
+
+logger = logging.getLogger("ddp_ssl")
+T = TypeVar("T")
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+@dataclasses.dataclass
+class Job:
+    """Everything a run is made of; `step` steps and `epoch` epochs are done."""
+
+    config: Config
+    world: World
+    folder: Path
+    data: datasets.Dataset
+    learner: Learner
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    loader: TrainLoader
+    validation: Validation | None
+    recorder: Recorder
+    step: int = 0
+    epoch: int = 0
+    best: float | None = None
+    latest: dict[str, float] = dataclasses.field(default_factory=dict)
+    first: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def method(self) -> Method:
+        """The method itself, outside DDP."""
+        return self.learner.method
+
+
+def run(resolved: Resolved, stop: StopRequest) -> int:
+    """The whole run; returns the exit code. Raises `ConfigError` for what cannot be run."""
+    config = resolved.config
+    world = together(None, lambda: distributed.start(config.run.device, config.run.timeout_s))
+    log.setup_logging(None, world.rank)
+    place: Path | None = None
+    try:
+        job = build(resolved, world)
+        place = job.folder
+        state = train(job, stop)
+        if state == "done":
+            finish(job)
+        elif world.is_main:
+            logger.info("stopped on %s at step %d; run.resume=auto goes on", stop.reason, job.step)
+        if world.is_main:
+            log.write_status(job.folder, state, step=job.step, epoch=job.epoch)
+        job.recorder.close()
+        return 0
+    except NonFiniteError as error:
+        if world.is_main:
+            logger.error("%s", error)
+            log.write_status(cast(Path, place), "failed", error=str(error))
+        return 1
+    except ConfigError:
+        raise
+    except BaseException as error:
+        if place is not None and world.is_main:
+            log.write_status(
+                place, "failed", error=" ".join(f"{type(error).__name__}: {error}".split())
+            )
+        raise
+    finally:
+        distributed.stop()
+
+
+# --- the loop ----------------------------------------------------------------------------------
+
+
+def train(job: Job, stop: StopRequest) -> str:
+    """Train to the end or until asked to stop; returns `done` or `preempted`."""
+    config, world, method = job.config, job.world, job.method
+    steps_per_epoch, epochs = job.loader.steps_per_epoch, config.optim.epochs
+    total_steps, stop_file = steps_per_epoch * epochs, job.folder / "STOP"
+    late, recorder, optimizer, scaler = LateFlag(world), job.recorder, job.optimizer, job.scaler
+    job.module.train()
+
+    while job.epoch < epochs:
+        while job.step < (job.epoch + 1) * steps_per_epoch:
+            with recorder.waiting():
+                batch = next(job.loader)
+            rate = optim.set_learning_rates(
+                optimizer, config.optim, config.data.batch_size, job.step, steps_per_epoch
+            )
+            total, figures = job.module(batch)
+            scaler.scale(total).backward()
+            scaler.unscale_(optimizer)
+            progress = Progress(job.step, total_steps, job.epoch, epochs)
+            method.before_optimizer(progress)
+            norm = gradient_norm(method, config.optim.grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            method.after_step(progress)
+            job.step += 1
+
+            recorder.add(job.step, figures | {"optim/lr": rate, "optim/grad_norm": norm})
+            if job.step % config.log.every_steps == 0 or job.step == total_steps:
+                recorder.flush()
+            stopping = late.exchange(stop.look_for(stop_file if world.is_main else None))
+            every = config.checkpoint.every_steps
+            last = job.step == (job.epoch + 1) * steps_per_epoch
+            if stopping or (every and job.step % every == 0 and not last):
+                save(job)
+            if stopping:
+                return "preempted"
+        end_of_epoch(job)
+        job.epoch += 1
+        keep_every = config.checkpoint.keep_every
+        save(job, permanent=bool(keep_every and job.epoch % keep_every == 0))
+        recorder.restart_clock()
+    late.settle()
+    return "done"
+
+
+def end_of_epoch(job: Job) -> None:
+    """What is measured between epochs, before the epoch counts as done."""
+    job.recorder.flush()
+    job.method.after_epoch(context_of(job))
+    done, config = job.epoch + 1, job.config
+    job.method.train()
+    evaluate(
+        job,
+        bool(config.eval.every and done % config.eval.every == 0) or done == config.optim.epochs,
+        bool(config.measure.every and done % config.measure.every == 0)
+        or done == config.optim.epochs,
+    )
+
+
+def evaluate(job: Job, accuracy: bool, measure: bool) -> None:
+    """The validation figures that are due, on all processes."""
+    if job.validation is None or not (accuracy or measure):
+        return
+    start = time.perf_counter()
+    figures = job.validation.figures(job.method, job.learner.probe, accuracy, measure)
+    figures["perf/validation_s"] = time.perf_counter() - start
+    job.first = job.first or figures
+    job.latest |= figures
+    job.recorder.row(job.step, figures)
+    names = ("eval/knn_top1", "eval/probe_top1", "rep/effective_rank_r", "rep/effective_rank_z")
+    shown = [f"{n.partition('/')[2]} {figures[n]:.4g}" for n in names if n in figures]
+    if "eval/knn_bank" in figures:
+        shown.append(f"(bank of {figures['eval/knn_bank']:.0f} images)")
+    job.recorder.tell(f"validation at step {job.step}: {'  '.join(shown)}")
+
+
+def finish(job: Job) -> None:
+    """Export the backbone; print the result and how to load it."""
+    if not job.world.is_main:
+        return
+    config, weights = job.config, job.folder / "backbone.pt"
+    torch.save(export(job.method.backbone), weights)
+    names = {
+        "eval/knn_raw_pixels": "k-NN top-1, raw pixels",
+        "eval/knn_top1": "k-NN top-1",
+        "eval/probe_top1": "online probe top-1",
+        "rep/alpha": "alpha",
+        "rep/effective_rank_z": "effective rank of z",
+        "rep/effective_rank_r": "effective rank of r",
+        "rep/mutual_information": "I(R;Z), nats",
+        "rep/embedding_std": "embedding std",
+    }
+    rows = [("run", str(job.folder)), ("method", config.method.name), ("steps", str(job.step))]
+    for name, label in names.items():
+        if name in job.latest:
+            before = f"{job.first[name]:.4f} at step 0, " if name in job.first else ""
+            rows.append(
+                (label, f"{before}{job.latest[name]:.4f}" + (" at the end" if before else ""))
+            )
+    table = log.markdown_table(rows)
+    snippet = loading_snippet(config, str(weights))
+    (job.folder / "result.md").write_text(f"{table}\n\n```python\n{snippet}\n```\n")
+    job.recorder.tell(f"\n{table}\n\nThe backbone, without ddp_ssl:\n\n{snippet}\n")
+    if config.data.name == "digits":
+        job.recorder.tell(
+            "These digits are easy: raw pixels classify as well. The run shows that everything "
+            "works, from JPEG files to a learned representation and a measured alpha; it does not "
+            "show that the method is better than another."
+        )
+
+
+# --- building ----------------------------------------------------------------------------------
+
+
+def build(resolved: Resolved, world: World) -> Job:
+    """Find the data, claim the folder, make everything, and load what the run continues from."""
+    config, device = resolved.config, world.device
+    threads = config.run.threads or max(1, (os.cpu_count() or 1) // world.local_size)
+    torch.set_num_threads(threads)
+    together(world, lambda: datasets.find(config.data))
+    comm = distributed.comm_of(world)
+
+    torch.manual_seed(config.run.seed)  # the same weights on every rank
+    method = together(world, lambda: make_method(config, comm))
+    start = world.broadcast_object(
+        together(world, lambda: folder.claim(config) if world.is_main else None)
+    )
+    assert isinstance(start, folder.Start)
+    log.setup_logging(start.folder if world.is_main else None, world.rank)
+    data = load_data(config, world)
+    validation = (
+        Validation(data, config, comm, device) if data.val is not None and len(data.val) else None
+    )
+    learner = Learner(method, data.num_classes if config.eval.probe else 0)
+    learner.to(device, memory_format=torch.channels_last if config.model.channels_last else None)
+    if config.model.compile:
+        method.backbone.compile()
+    module = distributed.data_parallel(learner, world)
+    optimizer = optim.build(config.optim, parameter_groups(learner, config))
+    scaler = torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16")
+    loader = train_loader(config, world, data, config.run.seed)
+    if world.size > 1:
+        warm_up(module, learner, config, world)
+    state, path = together(world, lambda: load(config, start, device))
+    offset = state["metrics_offset"] if state and start.same_folder else 0
+    if world.is_main:
+        write_folder(resolved, start, world)
+    writer = None
+    if world.is_main:
+        resumed = state["step"] if state and start.same_folder else None
+        writer = log.MetricsWriter(
+            start.folder, tensorboard=config.log.tensorboard, resumed_step=resumed, offset=offset
+        )
+    recorder = Recorder(config, world, loader.steps_per_epoch, writer)
+    job = Job(
+        config, world, start.folder, data, learner, module, optimizer, scaler, loader, validation,
+        recorder,
+    )  # fmt: skip
+    describe(job, threads)
+    torch.manual_seed(derive(config.run.seed, "rank", world.rank))
+    if state:
+        assert path is not None
+        restore(job, state, path)
+    else:
+        begin(job)
+    return job
+
+
+def make_method(config: Config, comm: Any) -> Method:
+    """The configured method, its batch norms global."""
+    method = cast(Method, load_method(config.method.name)(config, comm))
+    method.finish()
+    return method
+
+
+def load_data(config: Config, world: World) -> datasets.Dataset:
+    """The data set on every rank, the same on all; rank 0 first, which writes what is cached."""
+    if world.is_main:
+        data = together(world, lambda: datasets.load(config.data, config.run.seed))
+    else:
+        together(world, lambda: None)
+    data = data if world.is_main else datasets.load(config.data, config.run.seed)
+    digest = data.train.digest
+    same = world.broadcast_object(digest)
+    check: Callable[[], None] = lambda: _same_data(digest == same, world.rank)  # noqa: E731
+    together(world, check)
+    return data
+
+
+def _same_data(same: bool, rank: int) -> None:
+    if not same:
+        raise ValueError(f"data.root: rank {rank} sees other files than rank 0 does")
+
+
+def train_loader(
+    config: Config, world: World, data: datasets.Dataset, seed: int, views: slice = slice(None)
+) -> TrainLoader:
+    """The training batches of this rank, or of some views only."""
+    d = config.data
+    return TrainLoader(
+        data.train,
+        views_of(d.views)[views],
+        global_batch=d.batch_size,
+        shard=world.rank,
+        num_shards=world.size,
+        seed=seed,
+        salt=world.rank,
+        color_jitter=d.color_jitter,
+        mean=d.mean,
+        std=d.std,
+        threads=d.threads or max(1, (os.cpu_count() or 1) // world.local_size),
+        prefetch=d.prefetch,
+        device=world.device,
+    )
+
+
+def parameter_groups(learner: Learner, config: Config) -> list[dict[str, Any]]:
+    """The method's groups and the probe's own."""
+    groups = learner.method.parameter_groups()
+    if learner.probe is not None:
+        rate = {"base_lr": config.eval.probe_lr, "weight_decay": 0.0}
+        groups.append({"name": "probe", "params": trainable(learner.probe, "probe."), **rate})
+    return groups
+
+
+def warm_up(module: nn.Module, learner: Learner, config: Config, world: World) -> None:
+    """One throwaway forward and backward, whose traces are removed.
+
+    DDP fixes its buckets, and so the order in which gradients are summed, after the first backward.
+    With this a resumed run sums in the same order as an uninterrupted one, to the last bit.
+    """
+    saved = {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in learner.state_dict().items()
+    }
+    images, device = config.data.batch_size // world.size, world.device
+    views = [
+        torch.rand(images, 3, v.size, v.size, device=device).contiguous(
+            memory_format=torch.channels_last
+        )
+        for v in views_of(config.data.views)
+    ]
+    labels = torch.zeros(images, dtype=torch.long, device=device)
+    module.train()
+    module(Batch(views, torch.zeros(images, dtype=torch.long), labels))[0].backward()
+    module.zero_grad(set_to_none=True)
+    learner.load_state_dict(saved)
+
+
+def begin(job: Job) -> None:
+    """A fresh start: weights to begin from, figures at step 0."""
+    source = job.config.run.init_from
+    if source is not None:
+        together(job.world, lambda: load_weights(job.learner, Path(source), job.world.device))
+        job.recorder.tell(f"weights from {source}")
+    job.method.on_start(context_of(job))
+    job.method.train()
+    if job.config.eval.raw_pixels and job.validation is not None and job.data.num_classes:
+        pixels = {"eval/knn_raw_pixels": job.validation.raw_pixels()}
+        job.latest |= pixels
+        job.recorder.row(0, pixels)
+        job.recorder.tell(f"k-NN top-1 of the raw pixels: {pixels['eval/knn_raw_pixels']:.4f}")
+    evaluate(job, accuracy=True, measure=True)
+    if job.world.is_main:
+        picture(job)
+
+
+def picture(job: Job) -> None:
+    """What the views look like: `views.png` and TensorBoard, from a pipeline of its own."""
+    loader = train_loader(job.config, job.world, job.data, job.config.run.seed)
+    image = view_grid(next(loader).views, job.config.data.mean, job.config.data.std)
+    job.recorder.image("data/views", image, job.folder / "views.png")
+
+
+def describe(job: Job, threads: int) -> None:
+    """Who runs on what, once, on rank 0; and the config as text."""
+    ranks = distributed.layout(job.world)
+    config, data, total = job.config, job.data, job.config.optim
+    val = 0 if data.val is None else len(data.val)
+    network = sum(p.numel() for p in job.method.parameters())
+    for rank, where in enumerate(ranks):
+        logger.debug("rank %d: %s", rank, where)
+    job.recorder.tell(
+        f"{config.method.name} on {data.name}: {len(data.train)} images in "
+        f"{data.num_classes or 'no'} classes, {val} for validation; {config.data.batch_size} images "
+        f"x {config.num_views} views a step, {job.loader.steps_per_epoch} steps an epoch, "
+        f"{total.epochs} epochs"
+    )
+    job.recorder.tell(
+        f"{job.world.size} process(es) on {job.world.device.type}, {threads} thread(s) each; "
+        f"{network / 1e6:.2f} M parameters; peak learning rate "
+        f"{total.lr * config.data.batch_size / 256:g}; folder {job.folder}"
+    )
+
+
+def write_folder(resolved: Resolved, start: folder.Start, world: World) -> None:
+    """The config and the environment, for whoever reads the folder later."""
+    tree = resolved.to_yaml()
+    (start.folder / "config.yaml").write_text(tree)
+    environment = json.dumps(log.environment() | {"world_size": world.size}, indent=1)
+    (start.folder / "environment.json").write_text(environment + "\n")
+    log.write_status(start.folder, "running")
+    (start.folder / "STOP").unlink(missing_ok=True)
+    checkpoint.sweep(start.folder)
+
+
+def context_of(job: Job) -> Context:
+    """What a method sees of the run between epochs."""
+    seed, epoch = job.config.run.seed, job.epoch
+
+    def batches(count: int, purpose: str) -> Iterator[Batch]:
+        own = derive(seed, purpose, epoch)
+        loader = train_loader(job.config, job.world, job.data, own, slice(0, 1))
+        for _ in range(min(count, loader.steps_per_epoch)):
+            yield next(loader)
+
+    def report(figures: dict[str, float]) -> None:
+        job.latest.update(figures)
+        job.recorder.row(job.step, figures)
+
+    comm = job.method.comm
+    return Context(comm, seed, epoch, job.config.optim.epochs, batches, report, job.recorder.tell)
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+def save(job: Job, permanent: bool = False) -> None:
+    """Save on all ranks together; a save that fails warns and keeps the older checkpoint."""
+    job.recorder.flush()  # raises before a non-finite state can be saved
+    mine = {
+        "loader": job.loader.state(),
+        "torch_rng": torch.get_rng_state(),
+        "python_rng": random.getstate(),
+    }
+    if job.world.device.type == "cuda":
+        mine["cuda_rng"] = torch.cuda.get_rng_state()
+    ranks = job.world.gather_objects(mine)
+    if job.world.is_main:
+        assert ranks is not None
+        state = {
+            "model": job.learner.state_dict(),
+            "optimizer": optim.state_by_name(job.optimizer),
+            "scaler": job.scaler.state_dict(),
+            "step": job.step,
+            "epoch": job.epoch,
+            "best": job.best,
+            "first": job.first,
+            "latest": job.latest,
+            "metrics_offset": job.recorder.offset(),
+            "identity": identity(job.config),
+            "ranks": ranks,
+        }
+        try:
+            path = checkpoint.save(
+                job.folder,
+                state,
+                step=job.step,
+                epoch=job.epoch,
+                identity=identity(job.config),
+                world_size=job.world.size,
+                keep=job.config.checkpoint.keep,
+                permanent=permanent,
+            )
+            keep_best(job, path)
+        except CheckpointError as error:
+            logger.warning("checkpoint at step %d not saved, going on: %s", job.step, error)
+    job.world.barrier()
+
+
+def keep_best(job: Job, path: Path) -> None:
+    """Keep this checkpoint as the best one if the figure of `checkpoint.best` says so."""
+    name = job.config.checkpoint.best or ""
+    value = job.latest.get(name.lstrip("-"))
+    if value is None:
+        return
+    score = -value if name.startswith("-") else value
+    if job.best is None or score > job.best:
+        job.best = score
+        checkpoint.save_best(job.folder, path)
+
+
+def load(
+    config: Config, start: folder.Start, device: torch.device
+) -> tuple[dict[str, Any] | None, Path | None]:
+    """The checkpoint to continue from, if there is one, checked against the config."""
+    if start.checkpoint is None:
+        return None, None
+    state = checkpoint.load(start.checkpoint, device)
+    folder.check_identity(config, state["identity"], start.checkpoint)
+    return state, start.checkpoint
+
+
+def restore(job: Job, state: dict[str, Any], path: Path) -> None:
+    """Continue from a checkpoint: weights, optimiser, random numbers, data, figures."""
+    load_model(job.learner, state["model"])
+    optim.load_state_by_name(job.optimizer, state["optimizer"])
+    job.scaler.load_state_dict(state["scaler"])
+    job.step, job.epoch, job.best = state["step"], state["epoch"], state["best"]
+    job.first, job.latest = dict(state["first"]), dict(state["latest"])
+    mine = folder.per_rank(state["ranks"], job.world.rank)
+    warning = job.loader.load_state(mine["loader"], job.step)
+    if warning and job.world.is_main:
+        logger.warning("%s", warning)
+    if len(state["ranks"]) == job.world.size:
+        torch.set_rng_state(mine["torch_rng"].cpu())
+        random.setstate(mine["python_rng"])
+        if "cuda_rng" in mine and job.world.device.type == "cuda":
+            torch.cuda.set_rng_state(mine["cuda_rng"].cpu())
+    job.recorder.tell(f"resumed from {path} at step {job.step}, epoch {job.epoch}")
+
+
+def load_model(learner: Learner, state: dict[str, Any]) -> None:
+    """Weights and state; the probe's only if the run has the same probe."""
+    own = learner.state_dict()
+    probe = {name for name in own.keys() | state.keys() if name.startswith("probe.")}
+    state = {name: value for name, value in state.items() if name not in probe or name in own}
+    state |= {name: own[name] for name in probe & own.keys() if name not in state}
+    learner.load_state_dict(state)
+
+
+def load_weights(learner: Learner, path: Path, device: torch.device) -> None:
+    """`run.init_from`: the method's parameters and buffers, nothing of how far it was."""
+    state = checkpoint.load(path, device)["model"]
+    weights = {
+        name: value
+        for name, value in state.items()
+        if name.startswith("method.") and isinstance(value, Tensor)
+    }
+    own = learner.state_dict()
+    wrong = [
+        name
+        for name, value in own.items()
+        if name.startswith("method.")
+        and isinstance(value, Tensor)
+        and (name not in weights or weights[name].shape != value.shape)
+    ]
+    if wrong:
+        raise ValueError(
+            f"run.init_from: {path} does not fit this model: {len(wrong)} tensors are missing or of "
+            f"another shape, the first is {wrong[0].removeprefix('method.')}"
+        )
+    learner.load_state_dict({**own, **{n: v for n, v in weights.items() if n in own}})
+
+
+# --- figures -----------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Figures of every step, kept on the device and written at logging steps.
+
+    One reduction over processes and one synchronisation serve many rows; a non-finite loss is
+    found there, on all processes together.
+    """
+
+    def __init__(
+        self, config: Config, world: World, steps_per_epoch: int, writer: log.MetricsWriter | None
+    ) -> None:
+        self.config, self.world, self.writer = config, world, writer
+        self.steps_per_epoch = steps_per_epoch
+        self.progress = log.Progress(config.optim.epochs, steps_per_epoch)
+        self._names: list[str] = []
+        self._rows: list[Tensor] = []
+        self._host: list[tuple[int, dict[str, float]]] = []
+        self._since = time.perf_counter()
+        self._waited = 0.0
+
+    def waiting(self) -> _Stopwatch:
+        """Time spent within counts as waiting for data."""
+        return _Stopwatch(self)
+
+    def add(self, step: int, figures: dict[str, Tensor | float]) -> None:
+        """Figures of one step: tensors stay on the device."""
+        named = {n if "/" in n else f"train/{n}": v for n, v in figures.items()}
+        tensors = {n: v.detach().double() for n, v in named.items() if isinstance(v, Tensor)}
+        self._names = list(tensors)
+        self._rows.append(torch.stack(list(tensors.values())))
+        self._host.append((step, {n: v for n, v in named.items() if not isinstance(v, Tensor)}))
+
+    def flush(self) -> None:
+        """Write the rows since the last time; raises `NonFiniteError` on all processes."""
+        if not self._rows:
+            return
+        rows = self.world.mean_rows(torch.stack(self._rows)).tolist()
+        names, host, steps = self._names, self._host, len(rows)
+        self._rows, self._host = [], []
+        now = time.perf_counter()
+        seconds, waited = max(now - self._since, 1e-9), self._waited
+        self._since, self._waited = now, 0.0
+        table = [
+            {
+                "step": step,
+                "epoch": self.epoch(step),
+                **dict(zip(names, row, strict=True)),
+                **values,
+            }
+            for row, (step, values) in zip(rows, host, strict=True)
+        ]
+        table[-1] |= {
+            "perf/images_per_s": self.config.data.batch_size * steps / seconds,
+            "perf/step_ms": 1000 * seconds / steps,
+            "perf/data_wait": min(waited / seconds, 1.0),
+            "perf/memory_gib": _memory(self.world.device),
+        }
+        if self.writer is not None:
+            for row in table:
+                self.writer.scalars(row)
+            self.progress.update(table[-1])
+        fp16 = self.config.optim.precision == "fp16"  # its scaler skips infinite gradients
+        for row in table:
+            for name in ("train/loss",) if fp16 else ("train/loss", "optim/grad_norm"):
+                if not math.isfinite(row[name]):
+                    raise NonFiniteError(
+                        f"{name} is {row[name]} at step {row['step']} (epoch {row['epoch']}); the "
+                        f"checkpoints hold earlier steps only. Lower optim.lr (now "
+                        f"{self.config.optim.lr:g} per 256 images), lengthen optim.warmup_epochs "
+                        "or set optim.grad_clip"
+                    )
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 1, that a step belongs to; 0 before the first."""
+        return -(-step // self.steps_per_epoch)
+
+    def row(self, step: int, figures: dict[str, float]) -> None:
+        """Figures that are on the host already."""
+        if self.writer is not None:
+            self.writer.scalars({"step": step, "epoch": self.epoch(step), **figures})
+
+    def tell(self, text: str) -> None:
+        """A line for people, on rank 0."""
+        if self.writer is not None:
+            self.progress.tell(text)
+
+    def image(self, name: str, image: Any, path: Path) -> None:
+        """A picture `[H, W, 3]` in the folder and in TensorBoard."""
+        from PIL import Image
+
+        Image.fromarray(image).save(path)
+        if self.writer is not None:
+            self.writer.image(name, image, 0)
+
+    def offset(self) -> int:
+        """Bytes of `metrics.jsonl` so far, safely on disk."""
+        return self.writer.offset() if self.writer is not None else 0
+
+    def restart_clock(self) -> None:
+        """Do not count what happened since the last flush as training."""
+        self._since, self._waited = time.perf_counter(), 0.0
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+class _Stopwatch:
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.recorder._waited += time.perf_counter() - self.start
+
+
+def _memory(device: torch.device) -> float:
+    """Peak memory of this process in GiB: the GPU's, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def gradient_norm(module: nn.Module, bound: float | None) -> Tensor:
+    """Global norm of the gradients, clipped to `bound` if there is one; no synchronisation."""
+    parameters = [p for p in module.parameters() if p.grad is not None]
+    limit = float("inf") if bound is None else bound
+    if bound is not None:
+        return torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+    return torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters], foreach=True)
+
+
+def derive(seed: int, *names: object) -> int:
+    """A seed of its own for each purpose."""
+    text = repr((seed, *names)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "little") >> 1
+
+
+def together(world: World | None, action: Callable[[], T]) -> T:
+    """Do something that may fail for the user's reasons; if it fails anywhere, it fails everywhere.
+
+    Every rank raises the first failing rank's `ConfigError`, which rank 0 prints.
+    """
+    result: T | None = None
+    problem = None
+    try:
+        result = action()
+    except ValueError as error:
+        problem = " ".join(str(error).split())
+    if world is not None and world.size > 1:
+        problems = world.gather_objects(problem) or []
+        first = next(((r, p) for r, p in enumerate(problems) if p is not None), None)
+        if first is not None:
+            first = (first[0], first[1] + (f" [rank {first[0]}]" if first[0] else ""))
+        problem = world.broadcast_object(first and first[1])
+    if problem is not None:
+        raise ConfigError(problem)
+    return cast(T, result)

@@ -1,0 +1,123 @@
+"""The run folder: which one, whether it is free, and what a run continues from."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddp_ssl import checkpoint
+from ddp_ssl.config import Config, ConfigError, identity
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the run lives and the checkpoint it continues from, if any."""
+
+    folder: Path
+    checkpoint: Path | None
+    same_folder: bool
+    """Whether the checkpoint is this folder's own, so that its metrics continue."""
+
+
+def restarted() -> bool:
+    """Whether torchrun or Slurm started this job again."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(int(os.environ.get(name) or 0) > 0 for name in counts)
+
+
+def claim(config: Config) -> Start:
+    """Choose the folder and the starting point, and create the folder. For rank 0 alone.
+
+    Raises `ConfigError` for a folder in use and for a checkpoint of another experiment.
+    """
+    resume = "auto" if restarted() and config.run.resume == "never" else config.run.resume
+    source = None if resume in ("never", "auto") else Path(resume)
+    if config.run.dir is not None:
+        folder = Path(config.run.dir)
+    elif source is not None:
+        folder = source if source.is_dir() else source.parent.parent
+    else:
+        folder = Path("runs") / default_name(config)
+
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run.dir: {folder} is a file; a new or empty folder would be accepted")
+    own = source is not None and _same(folder, source if source.is_dir() else source.parent.parent)
+    if resume == "never" or (source is not None and not own):
+        taken = [p.name for p in folder.iterdir()] if folder.exists() else []
+        taken = sorted(name for name in taken if not name.endswith((".out", ".err")))
+        if taken:
+            raise ConfigError(
+                f"run.dir: {folder} is not empty ({', '.join(taken[:3])}); run.resume=auto "
+                "continues it, or give another run.dir"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir: {folder} cannot be created: {error.strerror}") from None
+
+    found = None
+    if resume == "auto" or (source is not None and source.is_dir()):
+        where = folder if source is None else source
+        good = checkpoint.newest_good(where)
+        found = None if good is None else good.path
+        if good is None and source is not None:
+            raise ConfigError(f"run.resume: no checkpoint in {where}")
+    elif source is not None:
+        found = source
+    return Start(folder, found, resume == "auto" or own)
+
+
+def check_identity(config: Config, saved: dict[str, str], path: Path) -> None:
+    """Raise `ConfigError` if the checkpoint is of another experiment than the config's."""
+    differing = checkpoint.compare_identity(saved, identity(config))
+    if differing:
+        raise ConfigError(
+            f"run.resume: {path} is another experiment: {'; '.join(differing)}; "
+            "run.init_from takes its weights alone"
+        )
+
+
+def default_name(config: Config) -> str:
+    """`DATA-METHOD-BACKBONE-ID`, the same after a restart of the job."""
+    env = os.environ
+    job = env.get("SLURM_ARRAY_JOB_ID") or env.get("SLURM_JOB_ID")
+    launch = env.get("TORCHELASTIC_RUN_ID", "none")
+    if job:
+        suffix = f"job{job}" + (
+            f"_{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in env else ""
+        )
+    elif launch not in ("", "none"):
+        suffix = launch[:12]
+    elif "TORCHELASTIC_RESTART_COUNT" in env:
+        # Workers are new after a restart, their parent, torchrun's agent, is not.
+        suffix = time.strftime("%Y%m%d-%H%M%S", time.localtime(_started(os.getppid())))
+    else:
+        suffix = time.strftime("%Y%m%d-%H%M%S")
+    backbone = config.model.backbone.partition(".")[0]
+    method = config.method.name.rpartition(":")[2].lower()
+    return f"{config.data.name}-{method}-{backbone}-{suffix}"
+
+
+def _started(pid: int) -> float:
+    """When a process started, in seconds since the epoch."""
+    with open(f"/proc/{pid}/stat") as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])
+    with open("/proc/stat") as file:
+        boot = next(int(line.split()[1]) for line in file if line.startswith("btime"))
+    return boot + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve()
+
+
+def per_rank(states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+    """The state that rank saved; with more ranks than then, rank 0's, to compare with."""
+    return states[rank] if rank < len(states) else states[0]

@@ -1,0 +1,64 @@
+"""Mutual information I(R;Z) of representation and embedding, over the global batch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ddp_ssl.comm import ONE_PROCESS, Comm
+from ddp_ssl.losses.common import at_least_float32, unit_rows
+
+
+def mutual_information(
+    r: Tensor,
+    z: Tensor,
+    form: Literal["gram", "cov"] = "gram",
+    comm: Comm = ONE_PROCESS,
+) -> Tensor:
+    """Matrix-based Renyi mutual information of order 2, in nats; the full value on every process.
+
+    `r`: representations `[k, n, d_R]`, `z`: embeddings `[k, n, d]` held here. Returns a scalar in
+    float32 or float64, at most log M.
+
+    H(A) + H(B) - H(A o B) with H(A) = -log(|A|_F^2 / M^2), which is the log of
+    mean(a b) / (mean a * mean b) over all M^2 pairs, a and b the squared entries of A and B.
+    `gram`: A and B are the M x M Gram matrices of the l2-normalised rows of all M = K N samples.
+    `cov`: the d x d Gram matrices of the l2-normalised columns, which needs d_R = d. Uncentred.
+    Source: AdaDim Eq. 5 and A.4; Giraldo et al. 2015.
+    """
+    if r.dim() != 3 or z.dim() != 3 or r.shape[:2] != z.shape[:2]:
+        raise ValueError(
+            "mutual_information: expected r [K, N, d_R] and z [K, N, d], got "
+            f"{list(r.shape)} and {list(z.shape)}"
+        )
+    if form == "cov" and r.shape[2] != z.shape[2]:
+        raise ValueError(
+            f"mutual_information: form cov needs equal widths, got {r.shape[2]} and {z.shape[2]}; "
+            "form gram takes any"
+        )
+    with torch.autocast(z.device.type, enabled=False):
+        r, z = at_least_float32(r), at_least_float32(z)
+        if form == "cov":
+            a, b = (_column_gram(x.flatten(0, 1), comm).square() for x in (r, z))
+            size = a.shape[0]
+            sums = torch.stack([a.sum(), b.sum(), (a * b).sum()])
+        else:
+            r, z = unit_rows(r), unit_rows(z)
+            columns = comm.gather(torch.cat([r, z], -1)).flatten(0, 1)
+            all_r, all_z = columns.split([r.shape[-1], z.shape[-1]], -1)
+            a = (r.flatten(0, 1) @ all_r.T).square()
+            b = (z.flatten(0, 1) @ all_z.T).square()
+            size = columns.shape[0]
+            sums = comm.sum(torch.stack([a.sum(), b.sum(), (a * b).sum()]))
+        # A unit diagonal keeps each mean at 1/M or more; only zero rows could make it zero.
+        means = (sums / size**2).clamp(min=1 / size**2)
+        return torch.log(means[2]) - torch.log(means[0]) - torch.log(means[1])
+
+
+def _column_gram(x: Tensor, comm: Comm) -> Tensor:
+    """Gram matrix `[d, d]` of the l2-normalised columns of all processes' rows `[m, d]`."""
+    norms = comm.sum(x.square().sum(0)).clamp(min=1e-24).sqrt()
+    x = x / norms
+    return comm.sum(x.T @ x)

@@ -1,0 +1,199 @@
+"""AdaDim: VICReg and InfoNCE, balanced by the effective rank of the embeddings.
+
+Kokilepersaud, Prabhushankar & AlRegib 2025. L = alpha NCE + (1 - alpha) VICReg + beta I(R;Z), where
+alpha is the effective rank of the embeddings divided by the largest it can be, measured over the
+global batch every `alpha_every` epochs. A collapsed embedding is decorrelated; one that already
+fills its space is made uniform.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ddp_ssl.comm import Comm
+from ddp_ssl.config import Config
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.losses import info_nce, mutual_information, vicreg
+from ddp_ssl.methods.base import Context, Method, Output
+from ddp_ssl.methods.vicreg import VICRegConfig
+from ddp_ssl.metrics.effective_rank import global_effective_rank
+
+
+class AdaDimConfig(VICRegConfig):
+    """The balance of decorrelation and uniformity, and how it is measured."""
+
+    name: str = "adadim"
+    temperature: float = Field(0.1, gt=0)
+    """Temperature of InfoNCE's cosine similarities."""
+    alpha: Literal["adaptive", "fixed", "linear", "cosine"] = "adaptive"
+    """Weight of InfoNCE against VICReg: measured, constant, or growing from 0 to 1 over the run."""
+    alpha_value: float = Field(0.5, ge=0, le=1)
+    """The constant of `alpha: fixed`: 0 is VICReg, 1 is SimCLR."""
+    alpha_init: float = Field(0.0, ge=0, le=1)
+    """Adaptive alpha before the first measurement."""
+    alpha_every: int = Field(20, ge=1)
+    """Epochs between measurements of alpha (the paper's nu)."""
+    alpha_batches: int = Field(10, ge=1)
+    """Random global batches whose effective ranks are averaged."""
+    alpha_space: Literal["z", "r"] = "z"
+    """Measure the embeddings z or the representations r."""
+    alpha_center: bool = False
+    """Subtract the mean row before the SVD."""
+    alpha_mode: Literal["eval", "train_stats"] = "eval"
+    """Norm layers during the measurement: running averages, or each batch's own statistics."""
+    alpha_route: Literal["gather", "gram"] = "gather"
+    """Gather the embeddings and take the SVD on rank 0, or all-reduce a d x d matrix."""
+    beta: Literal["off", "fixed", "adaptive"] = "adaptive"
+    """Weight of the mutual information term: none, `beta_scale`, or `beta_scale` times alpha."""
+    beta_scale: float = 1e-4
+    """Positive penalises I(R;Z), negative rewards it."""
+    mi_form: Literal["gram", "cov"] = "gram"
+    """Matrices of the mutual information: M x M of the samples, or d x d of the features."""
+
+    recipe = {  # noqa: RUF012
+        "data": {"views": [{"count": 2, "recipe": "asym"}]},
+        "optim": {"lr": 0.4},
+    }
+
+    def check(self, config: Config) -> None:
+        """Refuse one image; `cov` needs representation and embedding of one width."""
+        super().check(config)
+
+
+class AdaDim(Method[AdaDimConfig]):
+    """Backbone, projector, the two losses and alpha."""
+
+    Config = AdaDimConfig
+
+    def __init__(self, config: Config, comm: Comm) -> None:
+        super().__init__(config, comm)
+        s = self.settings
+        width = config.model.projector[-1]
+        if s.mi_form == "cov" and s.beta != "off" and width != self.feature_width:
+            raise ValueError(
+                f"method.mi_form: cov needs an embedding as wide as the representation "
+                f"({self.feature_width}), got model.projector ending in {width}; gram takes any"
+            )
+        self.alpha = {"fixed": s.alpha_value, "adaptive": s.alpha_init}.get(s.alpha, 0.0)
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def beta(self) -> float:
+        """Signed weight of the mutual information term now."""
+        scale = {"off": 0.0, "fixed": 1.0, "adaptive": self.alpha}[self.settings.beta]
+        return self.settings.beta_scale * scale
+
+    def forward(self, batch: Batch) -> Output:
+        s = self.settings
+        r, z = self.encode(batch.views)
+        gathered = self.comm.gather(z) if s.route == "gather" else None
+        # A term of weight zero is still logged, but costs no backward.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha > 0):
+            nce = info_nce(z, s.temperature, self.comm, gathered)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha < 1):
+            vic = vicreg(
+                z,
+                s.invariance,
+                s.variance,
+                s.covariance,
+                average_variance=s.average_variance,
+                route=s.route,
+                comm=self.comm,
+                gathered=gathered,
+            )
+        loss = self.alpha * nce + (1 - self.alpha) * vic.loss
+        terms: dict[str, Tensor | float] = {
+            "nce": nce,
+            "vicreg": vic.loss,
+            "vicreg_invariance": vic.invariance,
+            "vicreg_variance": vic.variance,
+            "vicreg_covariance": vic.covariance,
+            "rep/alpha": self.alpha,
+            "rep/beta": self.beta,
+        }
+        if s.beta != "off":
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.beta != 0):
+                information = mutual_information(r, z, s.mi_form, self.comm)
+            loss = loss + self.beta * information
+            terms["mutual_information"] = information
+        return Output(loss, terms, r, z)
+
+    def after_epoch(self, context: Context) -> None:
+        """Set alpha for the next epoch."""
+        s = self.settings
+        progress = (context.epoch + 1) / context.epochs
+        if s.alpha == "linear":
+            self.alpha = progress
+        elif s.alpha == "cosine":
+            self.alpha = 0.5 * (1 - math.cos(math.pi * progress))
+        elif s.alpha == "adaptive" and (context.epoch + 1) % s.alpha_every == 0:
+            self._measure(context)
+
+    def _measure(self, context: Context) -> None:
+        """alpha = mean over random global batches of effective rank / min(rows, d)."""
+        s = self.settings
+        ranks, bound = [], 1
+        for batch in context.batches(s.alpha_batches, "alpha"):
+            with torch.no_grad(), self._measuring():
+                r, z = self.embed(batch.views[0])
+            rank, bound = global_effective_rank(
+                z if s.alpha_space == "z" else r, s.alpha_route, s.alpha_center, context.comm
+            )
+            ranks.append(rank)
+        mean = sum(ranks) / len(ranks)
+        self.alpha = min(max(mean / bound, 0.0), 1.0)
+        self.history.append(
+            {
+                "epoch": context.epoch + 1,
+                "alpha": self.alpha,
+                "effective_rank": mean,
+                "bound": bound,
+                "batches": len(ranks),
+                "seed": context.seed,  # with purpose and epoch, the whole state of the generator
+            }
+        )
+        context.report(
+            {
+                f"rep/effective_rank_{s.alpha_space}_train": mean,
+                "rep/alpha": self.alpha,
+                "rep/beta": self.beta,
+            }
+        )
+        few = (
+            f", all there are of {s.alpha_batches} asked for"
+            if len(ranks) < s.alpha_batches
+            else ""
+        )
+        context.tell(
+            f"alpha {self.alpha:.4f}: effective rank {mean:.1f} of {bound} "
+            f"over {len(ranks)} global batches{few}"
+        )
+
+    @contextlib.contextmanager
+    def _measuring(self) -> Any:
+        """Eval mode, or batch statistics without touching the running averages; then back."""
+        training = self.training
+        if self.settings.alpha_mode == "eval":
+            self.eval()
+            yield
+        else:
+            saved = {name: value.clone() for name, value in self.named_buffers()}
+            self.train()
+            yield
+            for name, value in self.named_buffers():
+                value.copy_(saved[name])
+        self.train(training)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """alpha and its history, for the checkpoint."""
+        return {"alpha": self.alpha, "history": self.history}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take alpha and its history from a checkpoint."""
+        self.alpha, self.history = float(state["alpha"]), list(state["history"])

@@ -1,0 +1,66 @@
+"""VICReg: Variance-Invariance-Covariance Regularization (Bardes, Ponce & LeCun 2022)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ddp_ssl.config import Config, MethodConfig
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.losses import vicreg
+from ddp_ssl.methods.base import Method, Output
+
+
+class VICRegConfig(MethodConfig):
+    """Pull views together, keep every dimension's spread, decorrelate the dimensions."""
+
+    name: str = "vicreg"
+    invariance: float = Field(25.0, ge=0)
+    """Weight of the mean squared distance between views."""
+    variance: float = Field(25.0, ge=0)
+    """Weight of the hinge on each dimension's standard deviation."""
+    covariance: float = Field(1.0, ge=0)
+    """Weight of the squared off-diagonal covariances."""
+    average_variance: bool = False
+    """Average the hinge over views, as the official code, instead of summing over two."""
+    route: Literal["gather", "moments"] = "gather"
+    """Communicate embeddings, or their first and second moments (size independent of W)."""
+
+    recipe = {  # noqa: RUF012
+        "data": {"views": [{"count": 2, "recipe": "vic"}]},
+        "optim": {"lr": 0.3},
+    }
+
+    def check(self, config: Config) -> None:
+        """Refuse one image: its variance is undefined."""
+        if config.data.batch_size < 2:
+            raise ValueError(
+                f"data.batch_size: {self.name} needs the variance over 2 images or more, got "
+                f"{config.data.batch_size}"
+            )
+
+
+class VICReg(Method[VICRegConfig]):
+    """Backbone, projector and the three terms."""
+
+    Config = VICRegConfig
+
+    def forward(self, batch: Batch) -> Output:
+        s = self.settings
+        r, z = self.encode(batch.views)
+        out = vicreg(
+            z,
+            s.invariance,
+            s.variance,
+            s.covariance,
+            average_variance=s.average_variance,
+            route=s.route,
+            comm=self.comm,
+        )
+        terms = {
+            "vicreg_invariance": out.invariance,
+            "vicreg_variance": out.variance,
+            "vicreg_covariance": out.covariance,
+        }
+        return Output(out.loss, terms, r, z)

@@ -1,0 +1,82 @@
+"""Encoder and projection head."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, cast
+
+import timm
+import torch
+from timm.models.resnet import ResNet
+from torch import nn
+
+from ddp_ssl.config import Model
+
+
+def build_backbone(config: Model) -> tuple[nn.Module, int]:
+    """The timm backbone without classifier, `[n, 3, S, S] -> [n, d_R]`, and d_R.
+
+    ResNets keep torchvision's initialisation (the last norm of a block is not zeroed), which is
+    what the papers' code builds on. Raises `ValueError` for a name or arguments timm refuses.
+    """
+    name = config.backbone
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), 1, 0.4)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"model.backbone: timm has no model {name!r}{hint}")
+    arguments: dict[str, Any] = {"num_classes": 0, **config.backbone_args}
+    try:
+        try:
+            model = timm.create_model(name, **{"zero_init_last": False, **arguments})
+        except TypeError:  # not a ResNet
+            model = timm.create_model(name, **arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"model.backbone_args: {config.backbone_args} refused by {name}: {reason}"
+        ) from None
+    if config.stem == "small":
+        if not isinstance(model, ResNet) or not isinstance(model.conv1, nn.Conv2d):
+            raise ValueError(
+                f"model.stem: small is for ResNets with one stem convolution, not {name}; "
+                "standard would be accepted"
+            )
+        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    return cast(nn.Module, model), int(model.num_features)
+
+
+def projection_head(width: int, widths: Sequence[int], norm: str, bias: bool) -> nn.Sequential:
+    """Linear layers of the given widths with norm and ReLU between them: `[n, width] -> [n, d]`."""
+    layers: list[nn.Module] = []
+    for index, out in enumerate(widths):
+        layers.append(nn.Linear(width, out, bias=bias))
+        if index < len(widths) - 1:
+            if norm == "batch":
+                layers.append(nn.BatchNorm1d(out))
+            layers.append(nn.ReLU(inplace=True))
+        width = out
+    return nn.Sequential(*layers)
+
+
+def loading_snippet(config: Model, weights: str) -> str:
+    """Python that loads an exported backbone with timm and torch alone."""
+    arguments = "".join(f", {key}={value!r}" for key, value in config.backbone_args.items())
+    lines = [
+        "import timm, torch",
+        f"model = timm.create_model({config.backbone!r}, num_classes=0{arguments})",
+    ]
+    if config.stem == "small":
+        lines += [
+            "model.conv1 = torch.nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)",
+            "model.maxpool = torch.nn.Identity()",
+        ]
+    lines.append(f"model.load_state_dict(torch.load({weights!r}, weights_only=True))")
+    return "\n".join(lines)
+
+
+def export(backbone: nn.Module) -> dict[str, torch.Tensor]:
+    """The backbone's weights on the CPU, under timm's names."""
+    return {name: value.detach().cpu().clone() for name, value in backbone.state_dict().items()}

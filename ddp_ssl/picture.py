@@ -1,0 +1,34 @@
+"""A picture of a batch's views: one row per view, one column per image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def view_grid(
+    views: Sequence[Tensor],
+    mean: Sequence[float],
+    std: Sequence[float],
+    images: int = 8,
+    cell: int = 96,
+) -> npt.NDArray[np.uint8]:
+    """The first `images` of each view `[n, 3, S, S]`, un-normalised, as `[H, W, 3]` uint8.
+
+    Small views are enlarged to `cell` pixels without smoothing, so that what the network sees is
+    what is shown.
+    """
+    rows = []
+    for view in views:
+        part = view[:images].float().cpu()
+        part = part * torch.tensor(std).view(1, 3, 1, 1) + torch.tensor(mean).view(1, 3, 1, 1)
+        part = F.interpolate(part, size=(cell, cell), mode="nearest")
+        part = F.pad(part, (1, 1, 1, 1), value=1.0)
+        rows.append(torch.cat(list(part), dim=2))
+    grid = torch.cat(rows, dim=1).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return np.ascontiguousarray(grid.permute(1, 2, 0).numpy())

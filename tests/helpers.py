@@ -1,0 +1,63 @@
+"""Small configs and batches for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddp_ssl.comm import ONE_PROCESS, Comm
+from ddp_ssl.config import Config, load, load_method
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.methods.base import Method
+
+TINY = (
+    "model.backbone_args={channels: [8, 8, 16, 16]}",
+    "model.projector=[24, 12]",
+    "data.views=[{count: 2, size: 16, recipe: sym}]",
+    "data.batch_size=12",
+    "run.device=cpu",
+)
+
+
+def config_of(*overrides: str) -> Config:
+    """A config from `key=value`, tiny unless told otherwise."""
+    return load([*TINY, *overrides]).config
+
+
+def method_of(config: Config, comm: Comm = ONE_PROCESS, dtype: Any = torch.float64) -> Method:
+    """The configured method with global batch norm, from one seed."""
+    torch.manual_seed(1)
+    method: Method = load_method(config.method.name)(config, comm)
+    method.finish()
+    return method.to(dtype).train()
+
+
+def images(views: int, count: int, size: int = 16, dtype: Any = torch.float64) -> Tensor:
+    """Random images `[K, N, 3, S, S]`, every one different, some far from the others."""
+    generator = torch.Generator().manual_seed(views * 1000 + count)
+    x = torch.randn(views, count, 3, size, size, generator=generator, dtype=dtype)
+    return x * torch.linspace(0.5, 2, count, dtype=dtype).view(1, -1, 1, 1, 1) + 0.3
+
+
+def batch_of(x: Tensor, comm: Comm = ONE_PROCESS) -> Batch:
+    """The part of `x` `[K, N, ...]` that this process holds."""
+    n = x.shape[1] // comm.data_shards
+    mine = x[comm.views, comm.rows(n)]
+    ids = torch.arange(x.shape[1])[comm.rows(n)]
+    return Batch(list(mine), ids, ids % 3)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|."""
+    return float((a - b).norm() / b.norm().clamp(min=1e-300))
+
+
+def assert_same_gradients(
+    ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-10
+) -> None:
+    """Equal up to rounding; a bias before a norm has gradient zero, so the scale is the largest."""
+    scale = max(float(g.norm()) for g in theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert float((a - b).norm()) <= tolerance * max(float(b.norm()), 1e-3 * scale)

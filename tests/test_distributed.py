@@ -1,0 +1,217 @@
+"""Collectives with their adjoints, the global batch norm, and flags: W = 1 to 4, different data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from ddp_ssl import distributed
+from ddp_ssl.distributed import LateFlag, MeshComm, ViewLayout, World, comm_of
+from tests.helpers import assert_same_gradients
+from tests.ranks import Ranks
+
+MESHES = [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (4, 2), (4, 4)]
+
+
+def some(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def gather_and_sum(world: World, view_shards: int) -> Any:
+    comm = MeshComm(world, view_shards) if world.size > 1 else comm_of(world)
+    x = some(4, 12, 5)
+    n = 12 // comm.data_shards
+    mine = x[comm.views, comm.rows(n)].clone().requires_grad_()
+    everyone = comm.gather(mine)
+    # Every rank uses all of x in its own way, so the adjoint must sum over ranks.
+    weight = some(4, 12, 5, seed=1 + world.rank)
+    ((everyone * weight).sum() + (comm.sum(mine.sum((0, 1))) * weight[0, 0]).sum()).backward()
+    return everyone.detach(), mine.grad
+
+
+@pytest.mark.parametrize(("size", "view_shards"), MESHES)
+def test_gather_is_canonical_and_its_gradient_sums_over_ranks(
+    ranks: Ranks, size: int, view_shards: int
+) -> None:
+    results = ranks.run(gather_and_sum, size, view_shards)
+    x, weights = some(4, 12, 5), [some(4, 12, 5, seed=1 + r) for r in range(size)]
+    gradient = sum(weights) + sum(w[0, 0] for w in weights)
+    groups, n = size // view_shards, 12 // (size // view_shards)
+    for rank, (everyone, grad) in enumerate(results):
+        assert torch.equal(everyone, x)
+        part = slice(rank // view_shards * n, (rank // view_shards + 1) * n)
+        assert groups * n == 12
+        torch.testing.assert_close(grad, gradient[rank % view_shards :: view_shards, part])
+
+
+def view_sums(world: World) -> Any:
+    comm = MeshComm(world, 2)
+    x = torch.tensor([float(10**world.rank)], requires_grad=True)
+    total = comm.view_sum(x)
+    (total * (world.rank + 1)).backward()
+    return float(total), float(x.grad[0])
+
+
+def test_view_sum_stays_in_the_view_group(ranks: Ranks) -> None:
+    assert ranks.run(view_sums, 4) == [(11, 3), (11, 3), (1100, 7), (1100, 7)]
+
+
+def test_view_shards_must_divide_the_world() -> None:
+    world = World(0, 3, 0, 3, torch.device("cpu"))
+    with pytest.raises(ValueError, match="2 view shards do not divide 3"):
+        MeshComm(world, 2)
+
+
+# --- batch norm ------------------------------------------------------------------------------
+
+
+def network(kind: str) -> nn.Module:
+    torch.manual_seed(3)
+    if kind == "linear":
+        return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4))
+    norm = nn.BatchNorm2d(5, momentum=0.3 if kind == "conv" else None)
+    return nn.Sequential(nn.Conv2d(3, 5, 3), norm, nn.ReLU(), nn.Conv2d(5, 4, 3), nn.Flatten())
+
+
+def inputs(kind: str, views: int) -> Tensor:
+    x = some(views, 12, 6) if kind == "linear" else some(views, 12, 3, 6, 6)
+    return x * torch.linspace(0.2, 3, 12, dtype=torch.float64).view(1, -1, *[1] * (x.dim() - 2)) + 5
+
+
+def reference_norm(kind: str, separate: bool) -> Any:
+    """torch's own batch norm on the whole batch, one call per view or one for all."""
+    net, x = network(kind).double().train(), inputs(kind, 4)
+    out = torch.stack([net(v) for v in x]) if separate else net(x.flatten(0, 1)).view(4, 12, -1)
+    loss = (out.pow(3).mean((0, 1)) * torch.arange(1, out.shape[-1] + 1)).sum()
+    loss.backward()
+    return loss.detach(), [p.grad for p in net.parameters()], list(net.buffers())
+
+
+def global_norm(world: World, view_shards: int, kind: str, separate: bool, last: bool) -> Any:
+    fmt = torch.channels_last if last else torch.contiguous_format
+    comm = MeshComm(world, view_shards) if world.size > 1 else comm_of(world)
+    layout = ViewLayout()
+    net = distributed.global_batch_norm(network(kind).double(), layout).to(memory_format=fmt)
+    net.train()
+    module = DDP(net, broadcast_buffers=False) if world.size > 1 else net
+    n = 12 // comm.data_shards
+    mine = inputs(kind, 4)[comm.views, comm.rows(n)]
+    total, held = (4, comm.views) if separate else (1, slice(None))
+    stacked = mine.flatten(0, 1)
+    if stacked.dim() == 4:
+        stacked = stacked.contiguous(memory_format=fmt)
+    with distributed.stacked_views(layout, total, held):
+        out = module(stacked).view(mine.shape[0], n, -1)
+    loss = (out.pow(3).mean((0, 1)) * torch.arange(1, out.shape[-1] + 1)).sum()
+    loss.backward()
+    return loss.detach(), [p.grad for p in net.parameters()], list(net.buffers())
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "cumulative"])
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize(("size", "view_shards"), MESHES)
+def test_global_batch_norm_is_torchs_on_the_whole_batch(
+    ranks: Ranks, kind: str, separate: bool, size: int, view_shards: int
+) -> None:
+    loss, gradients, buffers = reference_norm(kind, separate)
+    results = ranks.run(global_norm, size, view_shards, kind, separate, size != 2)
+    mean = sum(result[0] for result in results) / size
+    assert abs(mean - loss) <= 1e-12 * abs(loss)
+    for _, grads, stats in results:
+        assert_same_gradients(grads, gradients)
+        for a, b, first in zip(stats, buffers, results[0][2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+            assert torch.equal(a, first)  # the same bits on every rank
+
+
+def test_batch_norm_keeps_precision_far_from_zero() -> None:
+    """Float32 features with a mean 1,000 times their spread."""
+    x = some(64, 5).float() + 1000
+    norm = nn.BatchNorm1d(5).train()
+    ours = distributed.global_batch_norm(nn.BatchNorm1d(5), ViewLayout()).train()
+    exact = nn.BatchNorm1d(5).double().train()(x.double())
+    assert (ours(x) - exact).abs().max() < 2 * (norm(x) - exact).abs().max() + 1e-3
+
+
+def test_batch_norm_in_eval_mode_is_torchs() -> None:
+    plain = nn.BatchNorm2d(3).double()
+    plain(some(4, 3, 5, 5))
+    ours = distributed.global_batch_norm(plain.eval(), ViewLayout()).eval()
+    x = some(4, 3, 5, 5, seed=7)
+    assert torch.equal(ours(x), plain(x))
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_batch_norm_takes_half_precision() -> None:
+    norm = distributed.global_batch_norm(nn.BatchNorm2d(3), ViewLayout()).train()
+    x = some(8, 3, 4, 4).bfloat16().requires_grad_()
+    out = norm(x)
+    out.float().square().mean().backward()
+    assert out.dtype == x.grad.dtype == torch.bfloat16
+    assert norm.weight.grad.dtype == torch.float32
+
+
+def test_norm_with_activation_keeps_it() -> None:
+    from timm.layers import BatchNormAct2d
+
+    fused = BatchNormAct2d(3).double().train()
+    ours = distributed.global_batch_norm(BatchNormAct2d(3).double(), ViewLayout()).train()
+    x = some(6, 3, 4, 4)
+    torch.testing.assert_close(ours(x), fused(x))
+
+
+# --- flags -----------------------------------------------------------------------------------
+
+
+def raise_flags(world: World) -> Any:
+    late = LateFlag(world)
+    seen = [late.exchange(step == 2 and world.rank == world.size - 1) for step in range(5)]
+    return seen, late.settle(), world.agree(world.rank == 0), world.agree(False)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_flags_are_seen_by_all_at_the_same_step(ranks: Ranks, size: int) -> None:
+    results = ranks.run(raise_flags, size)
+    first = 2 if size == 1 else 3  # one step late among several
+    assert results == [([step >= first for step in range(5)], True, True, False)] * size
+
+
+def objects(world: World) -> Any:
+    gathered = world.gather_objects({"rank": world.rank})
+    return (
+        gathered,
+        world.broadcast_object(f"from {world.rank}"),
+        comm_of(world).broadcast(world.rank + 0.1),
+    )
+
+
+def test_objects_and_broadcast(ranks: Ranks) -> None:
+    results = ranks.run(objects, 3)
+    assert results[0][0] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+    assert [r[0] for r in results[1:]] == [None, None]
+    assert {r[1:] for r in results} == {("from 0", 0.1)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_global_batch_norm_equals_sync_batch_norm_on_a_gpu() -> None:
+    import os
+
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29611")
+    torch.distributed.init_process_group("nccl")
+    try:
+        norm = nn.BatchNorm2d(5).cuda()
+        sync = nn.SyncBatchNorm.convert_sync_batchnorm(norm).train()
+        ours = distributed.global_batch_norm(nn.BatchNorm2d(5), ViewLayout()).cuda().train()
+        x = some(8, 5, 6, 6).float().cuda().requires_grad_()
+        y = x.detach().clone().requires_grad_()
+        ours(x).pow(3).mean().backward()
+        sync(y).pow(3).mean().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+        torch.testing.assert_close(ours.running_var, sync.running_var)
+    finally:
+        torch.distributed.destroy_process_group()
