@@ -1,7 +1,7 @@
 """What a loss or a metric needs of the other processes, and its one-process default.
 
-Losses and metrics take a `Comm` and import nothing but torch; `distributed.MeshComm` is the one that
-talks. So one definition serves one process and 512.
+Losses and metrics take a `Comm` and import nothing but torch; `distributed.MeshComm` is the one
+that talks. So one definition serves one process and 512.
 
 Shapes: a process holds some views of some images, `[k, n, ...]`; the gathered tensor is
 `[K, N, ...]` in one canonical order. Images are split over data shards in contiguous blocks, views

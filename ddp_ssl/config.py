@@ -14,10 +14,11 @@ import importlib
 import os
 import pkgutil
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
@@ -26,6 +27,15 @@ from ddp_ssl.data.augment import AUGMENTATION_FIELDS, RECIPES
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Channels = tuple[float, float, float]
+
+NORMALISATION: dict[str, tuple[Channels, Channels]] = {
+    "digits": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 
 
 class ConfigError(ValueError):
@@ -161,10 +171,10 @@ class Data(Section):
     color_jitter: Literal["fast", "seq", "exact"] = "seq"
     """`fast`: one fused linear operator; `seq`: torchvision's contrast and clamping in a fixed
     order; `exact`: torchvision's hue and random order too, at about five times the cost."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Normalisation mean per channel, for pixels in [0, 1]."""
-    std: tuple[Strength, Strength, Strength] = (0.229, 0.224, 0.225)
-    """Normalisation standard deviation per channel."""
+    mean: tuple[float, float, float] | None = None
+    """Normalisation mean per channel, for pixels in [0, 1]. Unset: the data set's or ImageNet's."""
+    std: tuple[Positive, Positive, Positive] | None = None
+    """Normalisation standard deviation per channel. Unset: the data set's or ImageNet's."""
     val_fraction: float = Field(0.1, gt=0, lt=1)
     """Seeded share of the images kept for validation where there is no validation split."""
     val_resize: int | None = Field(None, ge=8)
@@ -175,6 +185,12 @@ class Data(Section):
     """DALI threads per process; 0 shares the machine's cores among its processes."""
     prefetch: int = Field(2, ge=1)
     """Batches that DALI prepares ahead."""
+
+    @property
+    def normalisation(self) -> tuple[Channels, Channels]:
+        """Mean and standard deviation per channel."""
+        mean, std = NORMALISATION.get(self.name, NORMALISATION["imagenet"])
+        return self.mean or mean, self.std or std
 
 
 class Optim(Section):
@@ -302,6 +318,8 @@ class Config(Section):
         return sum(group.count for group in self.data.views)
 
 
+SECTIONS = ", ".join(Config.model_fields)
+
 # What `ddp_ssl.train` runs when no YAML is given: AdaDim on 1,797 handwritten digits.
 EMBEDDED_DEFAULT: dict[str, Any] = {
     "method": {"alpha_every": 2, "temperature": 0.2},
@@ -323,8 +341,6 @@ EMBEDDED_DEFAULT: dict[str, Any] = {
                 "flip_p": 0.0,
             }
         ],
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.25, 0.25, 0.25],
     },
     "optim": {"epochs": 12, "lr": 0.1, "warmup_epochs": 1.2, "precision": "fp32"},
     "eval": {"every": 4, "raw_pixels": True},
@@ -361,9 +377,9 @@ class Resolved:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads `1e-4` as a number and `off` as a word, and refuses a key given twice."""
+    """Safe YAML that reads `1e-4` as a number, `off` as a word, and refuses a key given twice."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 (declared by the base class)
         first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:bool"]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -371,7 +387,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark
@@ -380,10 +396,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
@@ -423,7 +439,9 @@ def load(arguments: Sequence[str]) -> Resolved:
     merged, origins = _merge(layers)
     for section in merged:
         if section not in Config.model_fields:
-            raise ConfigError(_unknown(section, section, _known_keys(MethodConfig), origins))
+            where = _where(section, origins)
+            hint = _suggest(str(section), Config.model_fields) or f"; sections are {SECTIONS}"
+            raise ConfigError(f"{section}: unknown section{where}{hint}")
     method = merged.get("method", {})
     if not isinstance(method, dict):
         raise ConfigError(f"method: expected keys such as `name:`, got {_flow(method)}")
@@ -432,7 +450,7 @@ def load(arguments: Sequence[str]) -> Resolved:
     _validate({**rest, "method": {"name": name}}, Config, origins)
     _check_method_name(name)
 
-    method_config = load_method(name).Config
+    method_config = load_method(name).config_class
     demo = dict(EMBEDDED_DEFAULT["method"])  # its keys are for the methods that have them
     if path is None:
         for key in demo.keys() - method_config.model_fields.keys():
@@ -510,18 +528,22 @@ def reference(method: type[MethodConfig] | None = None) -> Iterator[tuple[str, s
     tree = _with_method(method) if method else Config
     for section, field in tree.model_fields.items():
         assert isinstance(field.annotation, type)
-        for key, item in field.annotation.model_fields.items():
-            kind = _type_name(item.annotation)
-            default = item.get_default(call_default_factory=True)
-            if isinstance(default, list):
-                default = [
-                    x.model_dump(exclude_defaults=False, exclude_none=True)
-                    if isinstance(x, BaseModel)
-                    else x
-                    for x in default
-                ]
-            text = " ".join((item.description or "").split())
-            yield f"{section}.{key}", kind, _flow(default), text
+        yield from describe_fields(section, field.annotation)
+
+
+def describe_fields(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """Rows (key, type, default, description) of one section."""
+    for key, item in section.model_fields.items():
+        default = item.get_default(call_default_factory=True)
+        if isinstance(default, list):
+            default = [
+                x.model_dump(exclude_none=True) if isinstance(x, BaseModel) else x for x in default
+            ]
+        # A subclass that only changes a default (a method's `name`) keeps the base's description.
+        fields = (k.model_fields.get(key) for k in section.mro() if issubclass(k, BaseModel))
+        described = (f.description for f in fields if f is not None and f.description)
+        text = " ".join(next(described, "").split())
+        yield f"{prefix}.{key}", _type_name(item.annotation), _flow(default), text
 
 
 # --- parts -----------------------------------------------------------------------------------
@@ -559,8 +581,9 @@ def _tree_of(overrides: Sequence[str], layers: list[tuple[str, dict[str, Any]]])
             raise ConfigError(f"{dotted}: not a YAML value: {_one_line(error)}") from None
         parts = dotted.split(".")
         if len(parts) < 2 or not all(parts):
-            keys = _known_keys(MethodConfig)
-            raise ConfigError(f"{dotted}: expected section.key=value{_suggest(dotted, keys)}")
+            same = [k for k in _known_keys(MethodConfig) if k.rpartition(".")[2] == dotted]
+            hint = f"did you mean {' or '.join(same)}?" if same else f"sections are {SECTIONS}"
+            raise ConfigError(f"{dotted}: expected section.key=value; {hint}")
         if len(parts) > 2 and parts[2].isdigit():
             value = _set_item(tree, below, parts, value)
             parts = parts[:2]
@@ -700,7 +723,7 @@ def _check(config: Config) -> None:
         raise ValueError("run.init_from: starts anew from weights; run.resume continues: give one")
 
 
-def _suggest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+def _suggest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), 1, 0.4)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -727,13 +750,17 @@ def _one_line(error: object) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    if text == "list" or text.startswith("list["):
-        return "list"
-    text = re.sub(r"typing\.(Annotated|Literal)\[", r"\1[", text)
-    text = re.sub(r"Annotated\[(\w+), [^\]]*\]\)?\]?", r"\1", text)
-    text = text.replace("typing.", "").replace("Literal['", "").replace("', '", " | ")
-    return text.replace("']", "").replace("NoneType", "None")
+    """A field's type as a reader would write it."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is Literal:
+        return " | ".join(str(a) for a in arguments)
+    if origin in (Union, UnionType):
+        return " | ".join(_type_name(a) for a in arguments)
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(_type_name(a) for a in arguments)}]"
+    return "none" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
 
 
 def launched_by() -> tuple[int, int]:

@@ -300,7 +300,7 @@ def stacked_views(layout: ViewLayout, total: int, held: slice) -> Iterator[None]
 
 
 def _by_view(x: Tensor, views: int) -> tuple[Tensor, list[int], tuple[int, ...]]:
-    """`x` `[views * n, C, ...]` as a view with the dimensions to reduce and the statistics' shape."""
+    """`x` `[views * n, C, ...]` by view, the dimensions to reduce, the shape of the statistics."""
     channels = x.shape[1]
     if x.dim() == 2:
         return x.reshape(views, -1, channels), [1], (-1, 1, channels)

@@ -13,13 +13,11 @@ import logging
 import math
 import os
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -68,7 +66,7 @@ class Job:
     first: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
-    def method(self) -> Method:
+    def method(self) -> Method[Any]:
         """The method itself, outside DDP."""
         return self.learner.method
 
@@ -111,13 +109,14 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
 # --- the loop ----------------------------------------------------------------------------------
 
 
-def train(job: Job, stop: StopRequest) -> str:
+def train(job: Job, stop: StopRequest) -> log.State:
     """Train to the end or until asked to stop; returns `done` or `preempted`."""
     config, world, method = job.config, job.world, job.method
     steps_per_epoch, epochs = job.loader.steps_per_epoch, config.optim.epochs
     total_steps, stop_file = steps_per_epoch * epochs, job.folder / "STOP"
     late, recorder, optimizer, scaler = LateFlag(world), job.recorder, job.optimizer, job.scaler
     job.module.train()
+    recorder.restart_clock()
 
     while job.epoch < epochs:
         while job.step < (job.epoch + 1) * steps_per_epoch:
@@ -212,7 +211,7 @@ def finish(job: Job) -> None:
                 (label, f"{before}{job.latest[name]:.4f}" + (" at the end" if before else ""))
             )
     table = log.markdown_table(rows)
-    snippet = loading_snippet(config, str(weights))
+    snippet = loading_snippet(config.model, str(weights))
     (job.folder / "result.md").write_text(f"{table}\n\n```python\n{snippet}\n```\n")
     job.recorder.tell(f"\n{table}\n\nThe backbone, without ddp_ssl:\n\n{snippet}\n")
     if config.data.name == "digits":
@@ -246,7 +245,9 @@ def build(resolved: Resolved, world: World) -> Job:
         Validation(data, config, comm, device) if data.val is not None and len(data.val) else None
     )
     learner = Learner(method, data.num_classes if config.eval.probe else 0)
-    learner.to(device, memory_format=torch.channels_last if config.model.channels_last else None)
+    learner.to(device)
+    if config.model.channels_last:
+        learner.to(memory_format=torch.channels_last)
     if config.model.compile:
         method.backbone.compile()
     module = distributed.data_parallel(learner, world)
@@ -280,9 +281,9 @@ def build(resolved: Resolved, world: World) -> Job:
     return job
 
 
-def make_method(config: Config, comm: Any) -> Method:
+def make_method(config: Config, comm: Any) -> Method[Any]:
     """The configured method, its batch norms global."""
-    method = cast(Method, load_method(config.method.name)(config, comm))
+    method = cast(Method[Any], load_method(config.method.name)(config, comm))
     method.finish()
     return method
 
@@ -320,8 +321,8 @@ def train_loader(
         seed=seed,
         salt=world.rank,
         color_jitter=d.color_jitter,
-        mean=d.mean,
-        std=d.std,
+        mean=d.normalisation[0],
+        std=d.normalisation[1],
         threads=d.threads or max(1, (os.cpu_count() or 1) // world.local_size),
         prefetch=d.prefetch,
         device=world.device,
@@ -382,7 +383,7 @@ def begin(job: Job) -> None:
 def picture(job: Job) -> None:
     """What the views look like: `views.png` and TensorBoard, from a pipeline of its own."""
     loader = train_loader(job.config, job.world, job.data, job.config.run.seed)
-    image = view_grid(next(loader).views, job.config.data.mean, job.config.data.std)
+    image = view_grid(next(loader).views, *job.config.data.normalisation)
     job.recorder.image("data/views", image, job.folder / "views.png")
 
 
@@ -396,8 +397,8 @@ def describe(job: Job, threads: int) -> None:
         logger.debug("rank %d: %s", rank, where)
     job.recorder.tell(
         f"{config.method.name} on {data.name}: {len(data.train)} images in "
-        f"{data.num_classes or 'no'} classes, {val} for validation; {config.data.batch_size} images "
-        f"x {config.num_views} views a step, {job.loader.steps_per_epoch} steps an epoch, "
+        f"{data.num_classes or 'no'} classes, {val} for validation; {config.data.batch_size} "
+        f"images x {config.num_views} views a step, {job.loader.steps_per_epoch} steps an epoch, "
         f"{total.epochs} epochs"
     )
     job.recorder.tell(
@@ -551,8 +552,8 @@ def load_weights(learner: Learner, path: Path, device: torch.device) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"run.init_from: {path} does not fit this model: {len(wrong)} tensors are missing or of "
-            f"another shape, the first is {wrong[0].removeprefix('method.')}"
+            f"run.init_from: {path} does not fit this model: {len(wrong)} tensors are missing or "
+            f"of another shape, the first is {wrong[0].removeprefix('method.')}"
         )
     learner.load_state_dict({**own, **{n: v for n, v in weights.items() if n in own}})
 

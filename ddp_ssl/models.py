@@ -42,10 +42,11 @@ def build_backbone(config: Model) -> tuple[nn.Module, int]:
                 f"model.stem: small is for ResNets with one stem convolution, not {name}; "
                 "standard would be accepted"
             )
-        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-        model.maxpool = nn.Identity()
-    return cast(nn.Module, model), int(model.num_features)
+        stem = nn.Conv2d(3, model.conv1.out_channels, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        setattr(model, "conv1", stem)  # noqa: B010 (timm's annotations are narrower)
+        setattr(model, "maxpool", nn.Identity())  # noqa: B010
+    return model, int(cast(int, model.num_features))
 
 
 def projection_head(width: int, widths: Sequence[int], norm: str, bias: bool) -> nn.Sequential:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.ranks import Ranks
 
@@ -27,3 +30,18 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
     torch.manual_seed(0)
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 small JPEG files in four class folders, every one different."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for index in range(48):
+        label = index % 4
+        folder = root / f"class{label}"
+        folder.mkdir(exist_ok=True)
+        smooth = rng.normal(size=(4, 4, 3)).cumsum(label % 2) * 40 + 60 + 30 * label
+        image = Image.fromarray(smooth.clip(0, 255).astype(np.uint8)).resize((24, 20))
+        image.save(folder / f"{index:02}.jpg", quality=95)
+    return root

@@ -20,7 +20,8 @@ MAX_RANKS = 4
 class Ranks:
     """`run(function, world_size, ...)` calls a module-level function on every rank of a group.
 
-    The function's first argument is the `World`; results come back in rank order.
+    The function's first argument is the `World`; results come back in rank order. `launch` calls it
+    with a launcher's environment only, for functions that start the group themselves.
     """
 
     def __init__(self) -> None:
@@ -35,12 +36,20 @@ class Ranks:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+        return self._call(function, world_size, True, args)
+
+    def launch(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+        return self._call(function, world_size, False, args)
+
+    def _call(
+        self, function: Callable[..., Any], world_size: int, start: bool, args: tuple[Any, ...]
+    ) -> list[Any]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         name = (function.__module__, function.__qualname__)
         for rank, pipe in enumerate(self.pipes[:world_size]):
-            pipe.send_bytes(_dump((name, rank, world_size, port, args)))
+            pipe.send_bytes(_dump((name, rank, world_size, port, start, args)))
         replies = [torch.load(io.BytesIO(p.recv_bytes()), weights_only=False)
                    for p in self.pipes[:world_size]]  # fmt: skip
         errors = [f"rank {rank}:\n{value}" for rank, (ok, value) in enumerate(replies) if not ok]
@@ -71,14 +80,14 @@ def _serve(pipe: Connection) -> None:
             message = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
         except (EOFError, OSError):
             return
-        (module, function), rank, size, port, args = message
+        (module, function), rank, size, port, start, args = message
         os.environ.update(
             RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         )  # fmt: skip
         try:
-            world = distributed.start("cpu", 60)
-            reply = (True, getattr(importlib.import_module(module), function)(world, *args))
+            first = (distributed.start("cpu", 60),) if start else ()
+            reply = (True, getattr(importlib.import_module(module), function)(*first, *args))
         except BaseException:
             reply = (False, traceback.format_exc())
         finally:

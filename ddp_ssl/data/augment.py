@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class View:
-    """One random view: crop, then jitter, gray, blur, solarize (each with its probability), flip."""
+    """One random view: crop; jitter, gray, blur, solarize, each with its probability; flip."""
 
     size: int = 224
     """Side of the square output, in pixels."""

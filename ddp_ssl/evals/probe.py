@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +15,7 @@ from ddp_ssl.methods.base import Method
 class Learner(nn.Module):
     """The method and, where there are labels, a linear probe: what DDP wraps."""
 
-    def __init__(self, method: Method, num_classes: int) -> None:
+    def __init__(self, method: Method[Any], num_classes: int) -> None:
         super().__init__()
         self.method = method
         self.probe = nn.Linear(method.feature_width, num_classes) if num_classes else None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +20,9 @@ from ddp_ssl.evals.knn import knn_predict
 from ddp_ssl.methods.base import Method
 from ddp_ssl.metrics.effective_rank import rank_of_gram
 from ddp_ssl.metrics.mutual_information import blocked_mutual_information
+
+Ids = npt.NDArray[np.int64]
+Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -48,13 +54,13 @@ class Validation:
         self.measured_ids = _some(len(data.val), config.measure.max_images, chooser)
 
     def figures(
-        self, method: Method, probe: nn.Module | None, evaluate: bool, measure: bool
+        self, method: Method[Any], probe: nn.Module | None, evaluate: bool, measure: bool
     ) -> dict[str, float]:
         """`eval/*` and `rep/*` as asked for; the method's mode is as before afterwards."""
         training = method.training
         method.eval()
         ids = np.arange(len(self.val)) if evaluate else self.measured_ids
-        val = self._extract(method, self.val, ids)
+        val = self._extract(method.embed, self.val, ids)
         figures: dict[str, float] = {}
         if evaluate and self.labelled:
             figures |= self._accuracies(method, probe, val)
@@ -79,7 +85,7 @@ class Validation:
         return self._knn(bank, val)
 
     @torch.no_grad()
-    def _extract(self, embed: object, split: Split, ids: np.ndarray) -> Features:  # type: ignore[type-arg]
+    def _extract(self, embed: Embed, split: Split, ids: Ids) -> Features:
         """Features of `split[ids]`, in the order of `ids`, on every process."""
         data, evaluation = self.config.data, self.config.eval
         loader = EvalLoader(
@@ -90,15 +96,13 @@ class Validation:
             num_shards=self.comm.world_size,
             val_resize=data.val_resize,
             val_size=data.val_size or max(group.size for group in data.views),
-            mean=data.mean,
-            std=data.std,
+            mean=data.normalisation[0],
+            std=data.normalisation[1],
             threads=data.threads,
             prefetch=data.prefetch,
             device=self.device,
         )
-        call = embed.embed if isinstance(embed, Method) else embed
-        assert callable(call)
-        parts = [(*call(b.views[0]), b.labels, b.ids.to(b.labels.device)) for b in loader]
+        parts = [(*embed(b.views[0]), b.labels, b.ids.to(b.labels.device)) for b in loader]
         r, z, labels, at = (
             self.comm.gather(torch.cat(part)[None]).flatten(0, 1)
             for part in zip(*parts, strict=True)
@@ -111,7 +115,7 @@ class Validation:
         return Features(r[real][order], z[real][order], labels[real][order])
 
     def _accuracies(
-        self, method: Method, probe: nn.Module | None, val: Features
+        self, method: Method[Any], probe: nn.Module | None, val: Features
     ) -> dict[str, float]:
         figures: dict[str, float] = {}
         if probe is not None:
@@ -119,7 +123,7 @@ class Validation:
                 correct = probe(val.r).argmax(1) == val.labels
             figures["eval/probe_top1"] = float(correct.double().mean())
         if self.config.eval.knn:
-            bank = self._extract(method, self.train, self.bank_ids)
+            bank = self._extract(method.embed, self.train, self.bank_ids)
             figures["eval/knn_top1"] = self._knn(bank, val)
             figures["eval/knn_bank"] = len(bank)
         return figures
@@ -149,7 +153,7 @@ class Validation:
         return figures
 
 
-def _some(total: int, at_most: int, chooser: np.random.Generator) -> np.ndarray:  # type: ignore[type-arg]
+def _some(total: int, at_most: int, chooser: np.random.Generator) -> Ids:
     """Sorted ids of all images, or of a seeded subset."""
     if total <= at_most:
         return np.arange(total)

@@ -47,7 +47,7 @@ def mutual_information(
         else:
             r, z = unit_rows(r), unit_rows(z)
             columns = comm.gather(torch.cat([r, z], -1)).flatten(0, 1)
-            all_r, all_z = columns.split([r.shape[-1], z.shape[-1]], -1)
+            all_r, all_z = columns.split([r.shape[-1], z.shape[-1]], -1)  # type: ignore[no-untyped-call]
             a = (r.flatten(0, 1) @ all_r.T).square()
             b = (z.flatten(0, 1) @ all_z.T).square()
             size = columns.shape[0]

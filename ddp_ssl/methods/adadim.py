@@ -69,7 +69,7 @@ class AdaDimConfig(VICRegConfig):
 class AdaDim(Method[AdaDimConfig]):
     """Backbone, projector, the two losses and alpha."""
 
-    Config = AdaDimConfig
+    config_class = AdaDimConfig
 
     def __init__(self, config: Config, comm: Comm) -> None:
         super().__init__(config, comm)

@@ -1,7 +1,7 @@
 """What a method is: modules, a forward that ends in a loss, and optional hooks.
 
 A method is one file: a `MethodConfig` with its own fields and `recipe`, and a `Method` whose
-`Config` it is. State that must survive a restart lives in buffers or in `get_extra_state`.
+`config_class` it is. State that must survive a restart lives in buffers or in `get_extra_state`.
 docs/add-a-method.md walks through one.
 """
 
@@ -66,7 +66,7 @@ class Context:
 class Method(nn.Module, Generic[C]):
     """Backbone and projector, and how views become representations `r` and embeddings `z`."""
 
-    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    config_class: ClassVar[type[MethodConfig]] = MethodConfig
 
     def __init__(self, config: Config, comm: Comm) -> None:
         super().__init__()

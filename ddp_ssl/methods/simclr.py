@@ -27,7 +27,7 @@ class SimCLRConfig(MethodConfig):
 class SimCLR(Method[SimCLRConfig]):
     """Backbone, projector and InfoNCE."""
 
-    Config = SimCLRConfig
+    config_class = SimCLRConfig
 
     def forward(self, batch: Batch) -> Output:
         r, z = self.encode(batch.views)

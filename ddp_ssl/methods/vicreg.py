@@ -44,7 +44,7 @@ class VICRegConfig(MethodConfig):
 class VICReg(Method[VICRegConfig]):
     """Backbone, projector and the three terms."""
 
-    Config = VICRegConfig
+    config_class = VICRegConfig
 
     def forward(self, batch: Batch) -> Output:
         s = self.settings

@@ -46,9 +46,10 @@ def global_effective_rank(
 ) -> tuple[float, int]:
     """Effective rank of the rows of all processes, and the largest it can be.
 
-    `x`: `[n, d]`, one view of the images held here (of a view group, its first member counts). `gather`: the rows are
-    gathered and rank 0 takes the SVD in float64. `gram`: one all-reduced d x d matrix in float64,
-    cheaper for many rows (with fewer rows than columns, the N x N matrix of the gathered rows).
+    `x`: `[n, d]`, one view of the images held here (of a view group, its first member counts).
+    `gather`: the rows are gathered and rank 0 takes the SVD in float64. `gram`: one all-reduced
+    d x d matrix in float64, cheaper for many rows (with fewer rows than columns, the N x N matrix
+    of the gathered rows).
     Both end in rank 0's value on every process, the same bits. With `center` the mean row is
     subtracted and the bound is min(N - 1, d).
     """

@@ -20,7 +20,9 @@ def blocked_mutual_information(
     r = F.normalize(r.double(), dim=1, eps=1e-12)
     z = F.normalize(z.double(), dim=1, eps=1e-12)
     sums = r.new_zeros(3)
-    for index in torch.arange(len(r), device=r.device)[comm.rank :: comm.world_size].split(chunk):
+    mine = torch.arange(comm.rank, len(r), comm.world_size, device=r.device)
+    for start in range(0, len(mine), chunk):
+        index = mine[start : start + chunk]
         a, b = (r[index] @ r.T).square(), (z[index] @ z.T).square()
         sums += torch.stack([a.sum(), b.sum(), (a * b).sum()])
     means = (comm.sum(sums) / len(r) ** 2).clamp(min=1 / len(r) ** 2)

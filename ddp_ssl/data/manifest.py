@@ -1,0 +1,149 @@
+"""The images of a split, compactly: file names in one block of bytes, or pixels in one array.
+
+2.7 million Python paths would cost hundreds of megabytes in every process; a block of bytes and two
+offsets per file cost a fraction of that. numpy only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+# What DALI decodes on every machine. GIF and AVIF, which it does not, are no images here.
+EXTENSIONS = frozenset(
+    (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".tif", b".tiff", b".ppm", b".pgm", b".jp2")
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """M images with labels: files below `root`, or an array.
+
+    `labels`: int64 `[M]`, -1 for unlabelled. Files: `names` is one uint8 block of paths relative to
+    `root`, of which file i is `names[spans[i, 0] : spans[i, 1]]`; `spans` is int64 `[M, 2]`. Array:
+    `images` is uint8 `[M, H, W, 3]`. Make one with `of_files` or `of_array`.
+    """
+
+    labels: NDArray[np.int64]
+    root: str = ""
+    names: NDArray[np.uint8] | None = None
+    spans: NDArray[np.int64] | None = None
+    images: NDArray[np.uint8] | None = None
+
+    @staticmethod
+    def of_files(root: str, names: list[bytes] | Names, labels: NDArray[np.int64]) -> Split:
+        """Files by path relative to `root`."""
+        found = names if isinstance(names, Names) else Names.of(names)
+        block = np.frombuffer(bytes(found.block), np.uint8)
+        ends = np.frombuffer(found.ends, np.int64) if found.ends else np.empty(0, np.int64)
+        spans = np.stack([np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(ends)], ends], 1)
+        assert len(spans) == len(labels)
+        return Split(labels.astype(np.int64), os.path.abspath(root), block, spans)
+
+    @staticmethod
+    def of_array(images: NDArray[np.uint8], labels: NDArray[np.int64] | None = None) -> Split:
+        """Pixels uint8 `[M, H, W]`, `[M, H, W, 1]` or `[M, H, W, 3]`; gray is repeated."""
+        if images.ndim == 3:
+            images = images[..., None]
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+            raise ValueError(
+                f"images: expected uint8 [M, H, W], [M, H, W, 1] or [M, H, W, 3], "
+                f"got {images.dtype} {list(images.shape)}"
+            )
+        if images.shape[3] == 1:
+            images = images.repeat(3, axis=3)
+        if labels is None:
+            labels = np.full(len(images), -1)
+        assert len(labels) == len(images)
+        return Split(np.asarray(labels, np.int64), images=np.ascontiguousarray(images))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over names or pixels, and labels; independent of where the root is."""
+        content = hashlib.sha256(repr(() if self.images is None else self.images.shape).encode())
+        for part in (self.labels, self.names, self.spans, self.images):
+            if part is not None:
+                content.update(np.ascontiguousarray(part).data)
+        return content.hexdigest()
+
+    @cached_property
+    def _prefix(self) -> NDArray[np.uint8]:
+        return np.frombuffer(os.fsencode(os.path.join(self.root, "")), np.uint8)
+
+    def path(self, i: int) -> NDArray[np.uint8]:
+        """The absolute path of file `i` as bytes, uint8 `[length]`."""
+        assert self.names is not None
+        assert self.spans is not None
+        first, end = self.spans[i]
+        return np.concatenate([self._prefix, self.names[first:end]])
+
+    def subset(self, ids: NDArray[np.int64]) -> Split:
+        """The images `ids`, int64 `[m]`, in that order; the block of names is shared."""
+        return replace(
+            self,
+            labels=self.labels[ids],
+            spans=None if self.spans is None else self.spans[ids],
+            images=None if self.images is None else self.images[ids],
+        )
+
+
+class Names:
+    """File names appended one after the other: a block of bytes and where each one ends."""
+
+    def __init__(self) -> None:
+        self.block = bytearray()
+        self.ends = array("q")
+
+    @classmethod
+    def of(cls, names: list[bytes]) -> Names:
+        made = cls()
+        for name in names:
+            made.append(name)
+        return made
+
+    def append(self, name: bytes) -> None:
+        self.block += name
+        self.ends.append(len(self.block))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+
+def scan(folder: bytes, at: bytes = b"") -> Iterator[bytes]:
+    """Paths, relative to `folder`, of all images below it, in one order on every machine.
+
+    By name within a folder. Hidden files and folders, other extensions, links that lead nowhere and
+    links back up are passed over. `at` is the part to scan, empty or ending in a slash.
+    """
+    for entry in entries(os.path.join(folder, at)):
+        if entry.is_dir():
+            if not _leads_up(entry):
+                yield from scan(folder, at + entry.name + b"/")
+        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
+            yield at + entry.name
+
+
+def entries(folder: bytes) -> list[os.DirEntry[bytes]]:
+    """What is in a folder and not hidden, by name."""
+    with os.scandir(folder) as found:
+        return sorted(
+            (entry for entry in found if not entry.name.startswith(b".")), key=lambda e: e.name
+        )
+
+
+def _leads_up(entry: os.DirEntry[bytes]) -> bool:
+    """Whether this is a link to a folder that it is in, which would never end."""
+    if not entry.is_symlink():
+        return False
+    inside = os.path.join(os.path.realpath(os.path.dirname(entry.path)), b"")
+    return inside.startswith(os.path.join(os.path.realpath(entry.path), b""))

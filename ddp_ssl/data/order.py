@@ -1,0 +1,82 @@
+"""Which images are in which step: a pure function of seed, epoch, step and shard. numpy only."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+
+def hashed(*key: object, bits: int = 31) -> int:
+    """A number of `bits` bits from the key's `repr`: a random stream of its own for each purpose.
+
+    The same on every machine and in every process, unlike Python's `hash`.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return int.from_bytes(digest, "little") & ((1 << bits) - 1)
+
+
+def generator(*key: object) -> np.random.Generator:
+    """A counter-based generator (Philox) keyed by `key`."""
+    return np.random.Generator(np.random.Philox(key=hashed(*key, bits=128)))
+
+
+def permutation(seed: int, epoch: int, n: int) -> Ids:
+    """The order of `n` images in an epoch, int64 `[n]`."""
+    return generator(seed, "order", epoch).permutation(n)
+
+
+@dataclass
+class Order:
+    """The ids of every step, without end.
+
+    An epoch has `size // global_batch` steps; the images left over are dropped, others each epoch.
+    Step t of an epoch is `permutation[t * N : (t + 1) * N]` whatever the number of shards; shard r
+    takes its r-th contiguous part, so rows gathered in rank order are in one canonical order.
+    `start` is the global step that iteration 0 stands for.
+
+    Raises `ValueError` (key `data.batch_size`) if the batch does not fit the data or the shards.
+    """
+
+    size: int
+    global_batch: int
+    shard: int
+    num_shards: int
+    seed: int
+    start: int = 0
+    _epoch: int = field(default=-1, init=False, repr=False)
+    _permutation: Ids = field(default_factory=lambda: np.empty(0, np.int64), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shard < self.num_shards:
+            raise ValueError(f"shard {self.shard} is not one of {self.num_shards}")
+        if self.global_batch % self.num_shards:
+            raise ValueError(
+                f"data.batch_size: {self.global_batch} images cannot be split evenly over "
+                f"{self.num_shards} shards"
+            )
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"data.batch_size: {self.global_batch} images do not fit in the {self.size} "
+                f"training images; at most {self.size} would be accepted"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.size // self.global_batch
+
+    @property
+    def local_batch(self) -> int:
+        return self.global_batch // self.num_shards
+
+    def ids(self, step: int) -> Ids:
+        """This shard's images at global `step`, int64 `[global_batch // num_shards]`."""
+        epoch, t = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, permutation(self.seed, epoch, self.size)
+        first = t * self.global_batch + self.shard * self.local_batch
+        return self._permutation[first : first + self.local_batch]

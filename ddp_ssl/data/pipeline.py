@@ -1,0 +1,332 @@
+"""The DALI graphs: a batch of images to views (training) or to central crops (evaluation).
+
+The one module that imports DALI; the loader imports it at first use. The same graph runs on a CPU
+and a GPU. Every random operator has a seed of its own, so that adding one leaves the others' draws
+as they are. The operators below are torchvision's, in DALI's terms; `tests/data/test_pipeline.py`
+measures how close they come.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ddp_ssl.data.augment import View
+from ddp_ssl.data.order import hashed
+
+try:
+    dali: Any = importlib.import_module("nvidia.dali")
+    dali_torch: Any = importlib.import_module("nvidia.dali.plugin.pytorch")
+except ModuleNotFoundError:
+    raise ValueError(
+        "nvidia-dali is not installed: pip install 'ddp_ssl[cuda12]' "
+        "(or 'ddp_ssl[cuda13]' for CUDA 13)"
+    ) from None
+
+VERSION: str = dali.__version__
+fn, types, dmath = dali.fn, dali.types, dali.math
+Node = Any  # a DALI DataNode: one image, or one number, per sample of the batch
+Key = tuple[int, ...]  # what a view's random streams are named after
+Callback = Callable[[Any], Any]  # (BatchInfo) -> (paths or pixels, ids)
+
+SOLARIZED = [*range(128), *(255 - i for i in range(128, 256))]
+JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), np.int32)
+
+
+def train_iterator(
+    source: Callback,
+    views: Sequence[View],
+    view_ids: Sequence[int],
+    *,
+    files: bool,
+    color_jitter: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+    batch_size: int,
+    threads: int,
+    prefetch: int,
+    device_id: int | None,
+    checkpoint: bytes | None = None,
+) -> Any:
+    """An endless iterator over `[{"view0": [n, S, S, 3], ..., "ids": [n, 1]}]`.
+
+    `source` gives, for a `BatchInfo`, the batch's paths (a list of uint8 arrays; with `files`) or
+    pixels (uint8 `[n, H, W, 3]`), and its ids `[n, 1]`. `checkpoint` is a blob of this graph's.
+    """
+    keyed = [(view, (seed, view_id)) for view, view_id in zip(views, view_ids, strict=True)]
+    pipe = dali.pipeline_def(_train_graph, enable_conditionals=True)(
+        source, keyed, files, color_jitter, mean, std,
+        batch_size=batch_size, num_threads=threads, device_id=device_id, seed=seed & 0x7FFFFFFF,
+        prefetch_queue_depth=prefetch, exec_dynamic=True, enable_checkpointing=True,
+        checkpoint=checkpoint,
+    )  # fmt: skip
+    return _iterator(pipe, len(views))
+
+
+def eval_iterator(
+    source: Callback,
+    *,
+    files: bool,
+    resize: int,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    threads: int,
+    prefetch: int,
+    device_id: int | None,
+) -> Any:
+    """The same with one view and no randomness; ends when `source` raises `StopIteration`."""
+    pipe = dali.pipeline_def(_eval_graph)(
+        source, files, resize, size, mean, std,
+        batch_size=batch_size, num_threads=threads, device_id=device_id, seed=0,
+        prefetch_queue_depth=prefetch, exec_dynamic=True,
+    )  # fmt: skip
+    return _iterator(pipe, 1)
+
+
+def _iterator(pipe: Any, views: int) -> Any:
+    # With the dynamic executor the tensors are DALI's own buffers, handed over, one set per batch.
+    names = [*(f"view{i}" for i in range(views)), "ids"]
+    return dali_torch.DALIGenericIterator([pipe], names, prepare_first_batch=False)
+
+
+# --- graphs --------------------------------------------------------------------------------------
+
+
+def _train_graph(
+    source: Callback,
+    views: Sequence[tuple[View, Key]],
+    files: bool,
+    color_jitter: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Any:
+    images, ids = read(source, files)
+    return (*[augment(images, view, color_jitter, mean, std, key) for view, key in views], ids)
+
+
+def _eval_graph(
+    source: Callback,
+    files: bool,
+    resize: int,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Any:
+    images, ids = read(source, files)
+    return normalize(central_crop(images, resize, size), mean, std), ids
+
+
+def read(source: Callback, files: bool) -> tuple[Node, Node]:
+    """RGB images, uint8 HWC, on the pipeline's device, and their ids."""
+    gpu = dali.Pipeline.current().device_id is not None
+    data, ids = fn.external_source(
+        source=source,
+        num_outputs=2,
+        batch=True,
+        batch_info=True,
+        dtype=[types.UINT8, types.INT64],
+        ndim=[1 if files else 3, 1],
+        layout=["" if files else "HWC", ""],
+    )
+    if not files:
+        return (data.gpu() if gpu else data), ids
+    # Memory maps on a network file system turn a read error into a bus error.
+    encoded = fn.io.file.read(data, dont_use_mmap=True)
+    device = "mixed" if gpu else "cpu"
+    # Like PIL and torchvision, leave EXIF orientation alone.
+    images = fn.decoders.image(
+        encoded, device=device, output_type=types.RGB, adjust_orientation=False
+    )
+    return images, ids
+
+
+def augment(
+    images: Node,
+    view: View,
+    color_jitter: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    key: Key,
+) -> Node:
+    """One random view: float32, HWC. `key` makes the operators' seeds."""
+    # Parameters are drawn for every image, not inside the conditionals, where each image's draws
+    # would depend on the other images' coins.
+    x = random_crop(images, view, hashed(*key, "crop"))
+    if view.jitter_p > 0:
+        draws = jitter_draws(view, key)
+        order = uniform(0, len(JITTER_ORDERS), hashed(*key, "order"))
+        if coin(view.jitter_p, hashed(*key, "jitter")):
+            x = jitter(x, color_jitter, draws, order)
+    if view.gray_p > 0:  # noqa: SIM102 (the inner condition is the graph's)
+        if coin(view.gray_p, hashed(*key, "gray")):
+            x = grayscale(x)
+    if view.blur_p > 0:
+        sigma = uniform(*view.blur_sigma, hashed(*key, "sigma"))
+        if coin(view.blur_p, hashed(*key, "blur")):
+            x = blur(x, sigma)
+    if view.solarize_p > 0:  # noqa: SIM102
+        if coin(view.solarize_p, hashed(*key, "solarize")):
+            x = solarize(x)
+    flip = fn.random.coin_flip(probability=view.flip_p, seed=hashed(*key, "flip"))
+    return normalize(x, mean, std, flip)
+
+
+# --- random numbers ------------------------------------------------------------------------------
+
+
+def coin(probability: float, seed: int) -> Node:
+    return fn.random.coin_flip(probability=probability, seed=seed, dtype=types.BOOL)
+
+
+def uniform(low: float, high: float, seed: int) -> Node:
+    return fn.random.uniform(range=[float(low), float(high)], seed=seed)
+
+
+def jitter_draws(view: View, key: Key) -> list[Node | None]:
+    """Factors of brightness, contrast and saturation and the hue in turns; None for strength 0."""
+    draws: list[Node | None] = []
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        strength = getattr(view, name)
+        low, high = max(0.0, 1 - strength), 1 + strength
+        if name == "hue":
+            low, high = -strength, strength
+        draws.append(uniform(low, high, hashed(*key, name)) if strength > 0 else None)
+    return draws
+
+
+# --- operators: uint8 HWC to uint8 HWC -----------------------------------------------------------
+
+
+def random_crop(x: Node, view: View, seed: int) -> Node:
+    """torchvision's RandomResizedCrop, bicubic and antialiased."""
+    return fn.random_resized_crop(
+        x,
+        size=(view.size, view.size),
+        random_area=list(view.scale),
+        random_aspect_ratio=list(view.ratio),
+        interp_type=types.INTERP_CUBIC,
+        antialias=True,
+        seed=seed,
+    )
+
+
+def central_crop(x: Node, resize: int, size: int) -> Node:
+    """The shorter side to `resize`, bicubic and antialiased; then the central `size` x `size`."""
+    x = fn.resize(x, resize_shorter=resize, interp_type=types.INTERP_CUBIC, antialias=True)
+    return fn.crop(x, crop=(size, size))
+
+
+def jitter(x: Node, mode: str, draws: Sequence[Node | None], order: Node) -> Node:
+    """torchvision's ColorJitter; `mode` as in the config, `order` in [0, 24) for `exact`."""
+    b, c, s, h = draws
+    if mode == "fast":
+        factors = {"brightness": b, "contrast": c, "saturation": s}
+        given = {name: value for name, value in factors.items() if value is not None}
+        if h is not None:
+            given["hue"] = h * 360.0
+        return fn.color_twist(x, **given) if given else x
+    if mode == "seq":
+        if b is not None:
+            x = brightness(x, b)
+        if c is not None:
+            x = contrast(x, c)
+        if s is not None and h is not None:
+            x = fn.hsv(x, saturation=s, hue=h * 360.0)
+        elif s is not None:
+            x = saturation(x, s)
+        elif h is not None:
+            x = fn.hsv(x, hue=h * 360.0)
+        return x
+    assert mode == "exact"
+    row = fn.cast(dmath.floor(order), dtype=types.INT32)
+    orders = types.Constant(JITTER_ORDERS)
+    for place in range(4):
+        operator = orders[row, place]
+        if operator == 0:
+            x = brightness(x, b) if b is not None else x
+        elif operator == 1:
+            x = contrast(x, c) if c is not None else x
+        elif operator == 2:
+            x = saturation(x, s) if s is not None else x
+        else:
+            x = hue(x, h) if h is not None else x
+    return x
+
+
+def brightness(x: Node, factor: Node) -> Node:
+    return fn.brightness_contrast(x, brightness=factor)
+
+
+def contrast(x: Node, factor: Node) -> Node:
+    """About the mean of the gray image, as torchvision, not about 128."""
+    gray = fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
+    if x.device == "gpu":
+        # `contrast_center` must be on the CPU: arithmetic leaves the mean where it is.
+        mean, factor = fn.reductions.mean(gray, keep_dims=True), factor.gpu()
+        return to_uint8(x * factor + mean * (1.0 - factor))
+    mean = fn.reductions.mean(gray)
+    return fn.brightness_contrast(x, contrast=factor, contrast_center=mean)
+
+
+def saturation(x: Node, factor: Node) -> Node:
+    return fn.hsv(x, saturation=factor)
+
+
+def hue(x: Node, turns: Node) -> Node:
+    """torchvision's rotation in HSV's hexagon; `fn.hsv` rotates linearly about the gray axis."""
+    if x.device == "gpu":
+        turns = turns.gpu()
+    f = fn.cast(x, dtype=types.FLOAT)
+    high = fn.reductions.max(f, axes=[2], keep_dims=True)
+    chroma = high - fn.reductions.min(f, axes=[2], keep_dims=True)
+    r, g, b = f[:, :, 0:1], f[:, :, 1:2], f[:, :, 2:3]
+    red = fn.cast(high == r, dtype=types.FLOAT)
+    green = fn.cast(high == g, dtype=types.FLOAT) * (1.0 - red)
+    blue = 1.0 - red - green
+    inverse = 1.0 / (chroma + fn.cast(chroma == 0, dtype=types.FLOAT))
+    sixths = red * (g - b) + green * (b - r) + blue * (r - g)
+    sixths = sixths * inverse + green * 2.0 + blue * 4.0 + turns * 6.0
+    # Channel = V - C clamp(min(k, 4 - k), 0, 1) with k = (n + H) mod 6, n = 5, 3, 1 for R, G, B.
+    n = types.Constant(np.array([[[5.0, 3.0, 1.0]]], np.float32), device=x.device)
+    k = sixths + n + 12.0
+    k = k - dmath.floor(k / 6.0) * 6.0
+    return to_uint8(high - chroma * dmath.clamp(dmath.min(k, 4.0 - k), 0.0, 1.0))
+
+
+def grayscale(x: Node) -> Node:
+    """PIL's luma, three times."""
+    gray = fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
+    return fn.cat(gray, gray, gray, axis=2)
+
+
+def blur(x: Node, sigma: Node) -> Node:
+    """Gaussian with a window of 2 ceil(3 sigma) + 1, which is half the cost of a fixed 23."""
+    return fn.gaussian_blur(x, sigma=sigma)
+
+
+def solarize(x: Node) -> Node:
+    """Invert from 128 on."""
+    return fn.lookup_table(x, keys=list(range(256)), values=SOLARIZED, dtype=types.UINT8)
+
+
+def normalize(x: Node, mean: Sequence[float], std: Sequence[float], mirror: Node | int = 0) -> Node:
+    """Float32 HWC: mirrored, less `mean`, over `std`, both for pixels in [0, 1]."""
+    return fn.crop_mirror_normalize(
+        x,
+        dtype=types.FLOAT,
+        output_layout="HWC",
+        mean=[255.0 * m for m in mean],
+        std=[255.0 * s for s in std],
+        mirror=mirror,
+    )
+
+
+def to_uint8(x: Node) -> Node:
+    return fn.cast(dmath.clamp(x, 0.0, 255.0), dtype=types.UINT8)

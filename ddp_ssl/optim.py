@@ -1,0 +1,288 @@
+"""Optimisers, parameter groups, and the learning rate as a pure function of the step.
+
+Every process sees the same averaged gradient, so nothing here talks to the others, and nothing
+here waits for the device: a step only launches work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ddp_ssl.config import Optim
+
+Variant = Literal["solo", "vicreg"]
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose direction is scaled per tensor by a trust ratio q.
+
+    With parameter p, gradient g, weight decay w (You, Gitman & Ginsburg 2017, as implemented in)
+
+        solo    q = eta |p| / (|g| + w |p| + eps), with `clip` min(q / lr, 1);
+                d = q (g + w p), and d = g where |p| or |g| is 0             (solo-learn)
+        vicreg  q = eta |p| / |g + w p|, and 1 where one of the two is 0;
+                d = q (g + w p)                                              (official VICReg)
+
+    then buf <- momentum buf + d (at first buf = d) and p <- p - lr buf. 1-D parameters (biases,
+    norms) are neither adapted nor decayed: d = g. Parameters without gradient are skipped.
+
+    `params` and per-group options as in any torch optimiser, (name, parameter) pairs included.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eta: float = 0.02,
+        clip: bool = True,
+        variant: Variant = "solo",
+        eps: float = 1e-8,
+    ) -> None:
+        if variant not in ("solo", "vicreg"):
+            raise ValueError(f"variant: expected solo or vicreg, got {variant!r}")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "eta": eta,
+            "clip": clip,
+            "variant": variant,
+            "eps": eps,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update; returns what `closure` returns, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            ready = [p for p in group["params"] if p.grad is not None]
+            flat = [p for p in ready if is_one_dimensional(p)]
+            deep = [p for p in ready if not is_one_dimensional(p)]
+            if flat:
+                self._move(group, flat, _plain_directions(flat))
+            if deep:
+                self._move(group, deep, _adapted_directions(group, deep))
+        return loss
+
+    def _move(self, group: dict[str, Any], params: list[Tensor], directions: list[Tensor]) -> None:
+        buffers = []
+        for p in params:
+            state = self.state[p]
+            if "momentum_buffer" not in state:  # a zero buffer makes the first one equal to d
+                state["momentum_buffer"] = torch.zeros_like(p)
+            buffers.append(state["momentum_buffer"])
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, directions)
+        torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+
+def _plain_directions(params: list[Tensor]) -> list[Tensor]:
+    """d = g, for 1-D parameters. A bound on their steps would go here."""
+    return _gradients(params)
+
+
+def _adapted_directions(group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+    """d = q (g + w p) as in `LARS`; norms stay on the device, so zeros are handled by `where`."""
+    decay, lr = group["weight_decay"], group["lr"]
+    gradients = _gradients(params)
+    p_norm = torch.stack(torch._foreach_norm(params))
+    one = torch.ones_like(p_norm)
+    if group["variant"] == "solo":
+        g_norm = torch.stack(torch._foreach_norm(gradients))
+        adapted = (p_norm != 0) & (g_norm != 0)
+        q = group["eta"] * p_norm / (g_norm + decay * p_norm + group["eps"])
+        if group["clip"]:
+            # As lr -> 0 the quotient is infinite, and bounded by 1.
+            q = (q / lr).clamp(max=1) if lr > 0 else one
+        directions = _decayed(gradients, params, decay * adapted.to(one.dtype))
+    else:
+        directions = _decayed(gradients, params, decay * one)
+        d_norm = torch.stack(torch._foreach_norm(directions))
+        adapted = (p_norm != 0) & (d_norm != 0)
+        q = group["eta"] * p_norm / torch.where(adapted, d_norm, one)
+    return list(torch._foreach_mul(directions, torch.where(adapted, q, one).unbind()))
+
+
+def _decayed(gradients: list[Tensor], params: list[Tensor], decays: Tensor) -> list[Tensor]:
+    """g + w p, with one w `[len(params)]` per tensor."""
+    decayed = list(torch._foreach_mul(params, decays.unbind()))
+    torch._foreach_add_(decayed, gradients)
+    return decayed
+
+
+def _gradients(params: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
+
+
+def is_one_dimensional(parameter: Tensor) -> bool:
+    """Whether a parameter is a bias or belongs to a norm: no adaptation, no weight decay."""
+    return parameter.ndim == 1
+
+
+# --- building --------------------------------------------------------------------------------
+
+
+def build(config: Optim, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
+    """The configured optimiser over named groups of parameters.
+
+    A group has `name`, `params` (pairs of name and parameter) and, where they differ from the
+    config's, `base_lr` (per 256 images), `weight_decay`, and `schedule: False` for a constant rate
+    without warm-up (SimSiam's predictor). Under LARS, Adam and AdamW the 1-D parameters get a
+    group `NAME/1d` of their own without weight decay; SGD decays all of them (as solo-learn does).
+
+    Raises `ValueError` if two parameters have one name, since state is stored by name.
+    """
+    split = config.name != "sgd"
+    options: list[dict[str, Any]] = []
+    for group in groups:
+        shared = {
+            "base_lr": group.get("base_lr", config.lr),
+            "schedule": group.get("schedule", True),
+        }
+        decay = group.get("weight_decay", config.weight_decay)
+        params = list(group["params"])
+        deep = [(name, p) for name, p in params if not (split and is_one_dimensional(p))]
+        flat = [(name, p) for name, p in params if split and is_one_dimensional(p)]
+        if deep:
+            options.append({"name": group["name"], "params": deep, "weight_decay": decay, **shared})
+        if flat:
+            name = f"{group['name']}/1d"
+            options.append({"name": name, "params": flat, "weight_decay": 0.0, **shared})
+    names = Counter(name for group in options for name, _ in group["params"])
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise ValueError(f"parameter groups: the name {twice[0]} is given twice")
+
+    if config.name == "lars":
+        return LARS(
+            options,
+            config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            eta=config.lars_eta,
+            clip=config.lars_clip,
+            variant=config.lars_variant,
+        )
+    if config.name == "sgd":
+        return torch.optim.SGD(options, config.lr, momentum=config.momentum, foreach=True)
+    adam = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return adam(options, config.lr, betas=config.betas, foreach=True)
+
+
+# --- schedule --------------------------------------------------------------------------------
+
+
+def learning_rate(
+    step: int,
+    total_steps: int,
+    warmup_steps: int,
+    peak: float,
+    warmup_start: float,
+    final_fraction: float,
+) -> float:
+    """Rate of a step, counted from 0: linear from `warmup_start` to `peak`, then a cosine.
+
+    It is the peak at `step == warmup_steps` and `final_fraction * peak` at `total_steps`, the
+    first step that is not taken. A warm-up longer than the run is clipped to it.
+    """
+    warmup_steps = min(warmup_steps, total_steps)
+    if step < warmup_steps:
+        return warmup_start + (peak - warmup_start) * step / warmup_steps
+    done = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return peak * (final_fraction + (1 - final_fraction) * cosine)
+
+
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer,
+    config: Optim,
+    global_batch: int,
+    step: int,
+    steps_per_epoch: int,
+) -> float:
+    """Write every group's rate for `step`, scaled by `global_batch` / 256; returns the first's.
+
+    A function of the step alone, so that there is nothing to checkpoint.
+    """
+    total_steps = config.epochs * steps_per_epoch
+    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+    for group in optimizer.param_groups:
+        peak = group["base_lr"] * global_batch / 256
+        if group["schedule"]:
+            group["lr"] = learning_rate(
+                step, total_steps, warmup_steps, peak, config.warmup_lr, config.final_lr_fraction
+            )
+        else:
+            group["lr"] = peak
+    return float(optimizer.param_groups[0]["lr"])
+
+
+# --- state by name ---------------------------------------------------------------------------
+
+
+def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor | int]]:
+    """Parameter name -> its state (momentum, Adam's averages and step).
+
+    Keyed by name, so that adding or removing the probe shifts nothing. The tensors are the
+    optimiser's own, not copies.
+    """
+    return {
+        name: {key: value for key, value in optimizer.state[p].items() if value is not None}
+        for name, p in _named(optimizer)
+        if p in optimizer.state
+    }
+
+
+def load_state_by_name(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Tensor | int]]
+) -> list[str]:
+    """Set what `state_by_name` gave; returns the parameters without stored state, which start anew.
+
+    State of parameters that are not there is ignored. Raises `ValueError`, naming the parameter,
+    where a tensor has another shape.
+    """
+    missing: list[str] = []
+    for name, p in _named(optimizer):
+        optimizer.state.pop(p, None)
+        if name in state:
+            optimizer.state[p] = {
+                key: _placed(value, p, f"{name}: {key}", counter=key == "step")
+                for key, value in state[name].items()
+            }
+        else:
+            missing.append(name)
+    return missing
+
+
+def _placed(value: Tensor | int, p: Tensor, what: str, counter: bool) -> Tensor | int:
+    """A copy of a state tensor with its parameter's device, type and memory format."""
+    if not isinstance(value, Tensor):
+        return value
+    if counter:  # Adam reads its step on the host
+        return value.detach().to("cpu", copy=True)
+    if value.shape != p.shape:
+        raise ValueError(
+            f"optimizer state of {what} is {list(value.shape)}, expected {list(p.shape)}"
+        )
+    return torch.empty_like(p, requires_grad=False).copy_(value)
+
+
+def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    return [
+        pair
+        for group in optimizer.param_groups
+        for pair in zip(group["param_names"], group["params"], strict=True)
+    ]

@@ -1,0 +1,200 @@
+"""The config: precedence, origins, one-line errors, no torch; every YAML in the tree."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from ddp_ssl import config as config_module
+from ddp_ssl.config import (
+    ConfigError,
+    builtin_methods,
+    check_world_size,
+    identity,
+    load,
+    read_yaml,
+    reference,
+)
+
+ROOT = Path(__file__).parent.parent
+YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_precedence_and_origins(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.yaml", "method: {name: vicreg}\noptim: {epochs: 7, momentum: 0.8}\n")
+    resolved = load([file, "optim.momentum=0.7"])
+    config, origins = resolved.config, resolved.origins
+    assert config.optim.weight_decay == 1e-4
+    assert "optim.weight_decay" not in origins
+    assert (config.optim.lr, origins["optim.lr"]) == (0.3, "recipe of vicreg")
+    assert (config.optim.epochs, origins["optim.epochs"]) == (7, file)
+    assert (config.optim.momentum, origins["optim.momentum"]) == (0.7, "command line")
+    assert config.data.name == "folder"  # the embedded default is not below a YAML
+
+
+def test_without_a_file_the_embedded_default_is_below_the_command_line() -> None:
+    resolved = load(["optim.epochs=3"])
+    assert resolved.config.data.name == "digits"
+    assert resolved.config.method.name == "adadim"
+    assert resolved.origins["method.alpha_every"] == "embedded default"
+    assert resolved.config.optim.epochs == 3
+
+
+@pytest.mark.parametrize("name", builtin_methods())
+def test_the_embedded_default_serves_every_method(name: str) -> None:
+    config = load([f"method.name={name}"]).config
+    assert config.data.name == "digits"
+    assert config.data.batch_size % 8 == 0
+
+
+def test_a_key_of_another_method_is_refused_when_the_user_gives_it() -> None:
+    with pytest.raises(ConfigError, match=r"method\.alpha_every: unknown key"):
+        load(["method.name=vicreg", "method.alpha_every=3"])
+
+
+def test_the_tree_is_frozen_and_written_as_yaml_that_reads_back(tmp_path: Path) -> None:
+    resolved = load(["data.views.0.scale=[0.2, 0.9]", "optim.grad_clip=1e-3", "method.beta=off"])
+    with pytest.raises(ValidationError):
+        resolved.config.optim.lr = 1.0  # type: ignore[misc]
+    text = resolved.to_yaml()
+    assert "# embedded default" in text
+    assert "# command line" in text
+    again = load([write(tmp_path / "config.yaml", text)])
+    assert again.config.model_dump() == resolved.config.model_dump()
+
+
+ERRORS = {
+    "optim.epoch=3": "optim.epoch: unknown key; did you mean optim.epochs?",
+    "method.alpha_evry=3": "method.alpha_evry: unknown key; did you mean method.alpha_every?",
+    "optm.lr=1": "optm: unknown section; did you mean optim?",
+    "epochs=3": "epochs: expected section.key=value; did you mean optim.epochs?",
+    "optim.lr=fast": "optim.lr: input should be a valid number",
+    "optim.lr=.nan": "optim.lr: input should be a finite number",
+    "optim.lr=-1": "optim.lr: input should be greater than 0, got -1",
+    "optim.name=larss": "optim.name: input should be 'lars', 'sgd', 'adam' or 'adamw', got larss",
+    "model.projector=[]": "model.projector: list should have at least 1 item",
+    "model.projector=[8, 0]": "model.projector.1: input should be greater than or equal to 1, got 0",
+    "method.name=simclrr": "method.name: unknown method 'simclrr'; did you mean simclr?",
+    "method.name=nowhere:Class": "method.name: cannot import 'nowhere:Class'",
+    "method.name=json:JSONDecoder": "is not a subclass of ddp_ssl.methods.base.Method",
+    "data.views.0.recipe=asim": "unknown recipe 'asim'; did you mean asym?",
+    "data.views.0.siz=3": "data.views.0.siz: unknown key; did you mean data.views.0.size?",
+    "data.views.7.size=32": "data.views.7.size: data.views has 1 items to set",
+    "data.views=[{count: 1}]": "data.views: adadim compares views of an image and needs at least 2",
+    "data.views.0.scale=[0.9, 0.2]": "expected [low, high] with 0 < low <= high, got [0.9, 0.2]",
+    "data.batch_size=1": "data.batch_size: batch normalisation needs 2 images or more, got 1",
+    "optim.accumulate=2": "optim.accumulate: only 1 is accepted with adadim: its loss couples all",
+    "checkpoint.keep=1": "checkpoint.keep: input should be greater than or equal to 2, got 1",
+    "run.dir=[": "run.dir: not a YAML value",
+    "--epochs": "--epochs: unknown option",
+    "nowhere.yaml": "nowhere.yaml: cannot be read: No such file or directory",
+    "nonsense": "nonsense: expected CONFIG.yaml or key=value",
+}
+
+
+@pytest.mark.parametrize("argument", ERRORS)
+def test_an_error_is_one_line_that_says_what_would_be_accepted(argument: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load([argument])
+    assert ERRORS[argument] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_in_a_file_names_the_file(tmp_path: Path) -> None:
+    for text, message in {
+        "optim: {lr: x}": "optim.lr: input should be a valid number",
+        "optim: {lr: 1, lr: 2}": "key 'lr' is given twice",
+        "optim: [1]": "optim: input should be a valid dictionary",
+        "- 1": "expected sections such as `optim:`",
+        "optim: {": "not valid YAML",
+        "optim: {epoch: 1}": "optim.epoch: unknown key",
+    }.items():
+        file = write(tmp_path / "bad.yaml", text)
+        with pytest.raises(ConfigError) as caught:
+            load([file])
+        assert message in str(caught.value)
+        assert "bad.yaml" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_numbers_and_words_of_yaml(tmp_path: Path) -> None:
+    tree = read_yaml(Path(write(tmp_path / "c.yaml", "a: {x: 1e-4, y: off, z: true, w: 3e2}")))
+    assert tree == {"a": {"x": 1e-4, "y": "off", "z": True, "w": 300.0}}
+
+
+def test_the_batch_must_split_evenly() -> None:
+    config = load(["data.batch_size=64"]).config
+    check_world_size(config, 8)
+    with pytest.raises(ConfigError, match="64 images cannot be split evenly over 3 processes; 63"):
+        check_world_size(config, 3)
+
+
+def test_identity_is_the_experiment_not_where_it_runs() -> None:
+    a = identity(load([]).config)
+    b = identity(
+        load(["run.dir=x", "data.root=y", "eval.every=1", "data.threads=3", "log.every_steps=1"])
+        .config
+    )  # fmt: skip
+    assert a == b
+    for change in ("run.seed=1", "optim.lr=0.2", "method.alpha=fixed", "data.batch_size=128"):
+        assert identity(load([change]).config) != a
+
+
+def test_a_method_from_outside_the_package() -> None:
+    name = f"{__name__.rpartition('.')[0]}.outside:Outside"
+    config = load([f"method.name={name}", "method.strength=2"]).config
+    assert config.method.model_dump() == {"name": name, "strength": 2.0}
+    with pytest.raises(ConfigError, match=r"method\.strenth: unknown key; did you mean"):
+        load([f"method.name={name}", "method.strenth=2"])
+
+
+def test_no_torch_before_the_config_is_valid() -> None:
+    code = (
+        "import sys; from ddp_ssl.train import main; code = main(['optim.epoch=3']); "
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr == ("ddp_ssl: error: optim.epoch: unknown key; did you mean optim.epochs?\n")
+
+
+def test_every_yaml_validates_and_says_where_it_comes_from() -> None:
+    assert len(YAMLS) >= 6
+    for path in YAMLS:
+        config = load([str(path), "data.root=somewhere"]).config
+        assert config.data.root == "somewhere"
+        head = path.read_text()
+        for word in ("# paper ", "# expected ", "# machine ", "# command ", config.method.name):
+            assert word in head, (path, word)
+        assert f"{path.relative_to(ROOT)} data.root=DIR" in head
+
+
+def test_every_key_is_documented_and_the_reference_is_up_to_date() -> None:
+    rows = list(reference())
+    contract = (
+        "run.dir run.seed run.resume run.init_from method.name model.backbone data.name data.root "
+        "data.batch_size optim.epochs optim.lr eval.every measure.every checkpoint.every_steps "
+        "checkpoint.keep_every checkpoint.best"
+    )
+    assert set(contract.split()) <= {row[0] for row in rows}
+    assert [row[0] for row in rows if not row[3]] == []
+    for name in builtin_methods():
+        method = config_module.load_method(name).config_class
+        assert all(row[3] for row in reference(method))
+    page = subprocess.run(
+        [sys.executable, "tools/config_reference.py"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    ).stdout
+    assert page == (ROOT / "docs/config.md").read_text(), "run `make docs`"

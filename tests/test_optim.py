@@ -1,0 +1,407 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddp_ssl.config import Optim
+from ddp_ssl.optim import (
+    LARS,
+    Variant,
+    build,
+    learning_rate,
+    load_state_by_name,
+    set_learning_rates,
+    state_by_name,
+)
+
+
+def lars_by_hand(
+    p: list[float],
+    g: list[float],
+    buf: list[float] | None,
+    *,
+    one_dimensional: bool,
+    lr: float,
+    momentum: float,
+    wd: float,
+    eta: float,
+    clip: bool,
+    variant: str,
+) -> tuple[list[float], list[float]]:
+    """One step on one flattened tensor: the formulas, number by number."""
+
+    def norm(x: list[float]) -> float:
+        return math.sqrt(math.fsum(v * v for v in x))
+
+    d = list(g)
+    if not one_dimensional and variant == "solo":
+        if norm(p) != 0 and norm(g) != 0:
+            q = eta * norm(p) / (norm(g) + wd * norm(p) + 1e-8)
+            if clip:
+                q = min(q / lr, 1) if lr > 0 else 1
+            d = [q * (b + wd * a) for a, b in zip(p, g, strict=True)]
+    elif not one_dimensional:
+        d = [b + wd * a for a, b in zip(p, g, strict=True)]
+        q = eta * norm(p) / norm(d) if norm(p) > 0 and norm(d) > 0 else 1
+        d = [q * v for v in d]
+    buf = d if buf is None else [momentum * b + v for b, v in zip(buf, d, strict=True)]
+    return [a - lr * b for a, b in zip(p, buf, strict=True)], buf
+
+
+def some_parameters() -> list[tuple[str, nn.Parameter]]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"conv": (4, 3, 2, 2), "wide": (5, 40), "bias": (6,), "scalar": (), "zero": (3, 3)}
+    values = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in shapes.items()
+    }
+    values["zero"].zero_()
+    values["wide"] *= 100
+    values["still"] = torch.ones(2, 2, dtype=torch.float64)
+    values["unused"] = torch.ones(2, 2, dtype=torch.float64)
+    return [(name, nn.Parameter(value)) for name, value in values.items()]
+
+
+def set_gradients(params: list[tuple[str, nn.Parameter]], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for name, p in params:
+        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        if name == "still":
+            p.grad.zero_()
+        if name == "conv":
+            p.grad *= 1e-4
+        if name == "unused":
+            p.grad = None
+
+
+@pytest.mark.parametrize(
+    ("variant", "clip", "wd"),
+    list(itertools.product(["solo", "vicreg"], [True, False], [0.0, 1e-2])),
+)
+def test_lars_follows_its_formulas(variant: Variant, clip: bool, wd: float) -> None:
+    params = some_parameters()
+    eta = 0.02 if variant == "solo" else 0.001
+    optimizer = LARS(
+        [{"params": params}], lr=0.1, weight_decay=wd, eta=eta, clip=clip, variant=variant
+    )
+    expected: dict[str, tuple[list[float], list[float] | None]] = {
+        name: (p.detach().flatten().tolist(), None) for name, p in params
+    }
+    for step, lr in enumerate([0.1, 0.0, 1e-3, 0.4, 3.0]):
+        set_gradients(params, step)
+        optimizer.param_groups[0]["lr"] = lr
+        for name, p in params:
+            if p.grad is None:
+                continue
+            before, buf = expected[name]
+            expected[name] = lars_by_hand(
+                before,
+                p.grad.flatten().tolist(),
+                buf,
+                one_dimensional=p.ndim == 1,
+                lr=lr,
+                momentum=0.9,
+                wd=wd,
+                eta=eta,
+                clip=clip,
+                variant=variant,
+            )
+        optimizer.step()
+        for name, p in params:
+            torch.testing.assert_close(
+                p.detach().flatten(),
+                torch.tensor(expected[name][0], dtype=torch.float64),
+                rtol=1e-13,
+                atol=1e-14,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
+
+
+def test_lars_clip_binds_in_the_test_above_for_some_tensors_only() -> None:
+    params = dict(some_parameters())
+    set_gradients(list(params.items()), 0)
+    ratio = {
+        name: 0.02 * float(p.detach().norm() / p.grad.norm()) / 0.1
+        for name, p in params.items()
+        if p.grad is not None and name in ("conv", "wide", "scalar")
+    }
+    assert min(ratio.values()) < 1 < max(ratio.values())
+
+
+@pytest.mark.parametrize("variant", ["solo", "vicreg"])
+def test_lars_never_gives_nan_from_zeros(variant: Variant) -> None:
+    zeros = [nn.Parameter(torch.zeros(3, 3)), nn.Parameter(torch.zeros(3))]
+    optimizer = LARS(zeros, lr=0.0, weight_decay=0.0, variant=variant)
+    for lr in (0.0, 0.1):
+        optimizer.param_groups[0]["lr"] = lr
+        for p in zeros:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        assert all(p.isfinite().all() for p in zeros)
+
+
+def test_lars_leaves_what_has_no_gradient() -> None:
+    params = some_parameters()
+    optimizer = LARS([{"params": params}], lr=0.1, weight_decay=0.1)
+    set_gradients(params, 0)
+    optimizer.step()
+    unused = dict(params)["unused"]
+    assert torch.equal(unused, torch.ones_like(unused))
+    assert unused not in optimizer.state
+
+
+def test_lars_refuses_another_variant() -> None:
+    with pytest.raises(ValueError, match="solo or vicreg, got 'apex'"):
+        LARS([nn.Parameter(torch.ones(1))], lr=0.1, variant="apex")  # type: ignore[arg-type]
+
+
+def test_lars_runs_a_closure_with_gradients() -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    optimizer = LARS([weight], lr=0.1)
+
+    def closure() -> float:
+        loss = weight.square().sum()
+        loss.backward()
+        return float(loss.detach())
+
+    assert optimizer.step(closure) == 4.0
+    assert float(weight.detach().sum()) < 4
+
+
+class Recorded(TorchDispatchMode):
+    """Names of all operators that run within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("variant", "clip"), [("solo", True), ("solo", False), ("vicreg", False)])
+def test_lars_does_not_wait_for_the_device(variant: Variant, clip: bool) -> None:
+    params = some_parameters()
+    optimizer = LARS([{"params": params}], lr=0.1, weight_decay=1e-4, variant=variant, clip=clip)
+    with Recorded() as recorded:
+        for step in range(2):
+            set_gradients(params, step)
+            recorded.names.clear()
+            optimizer.step()
+    assert any("_foreach_norm" in name for name in recorded.names)
+    waits = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "_to_copy")
+    # Changing the type of the mask on the device is the one copy.
+    found = [n for n in recorded.names if n.partition("::")[2].split(".")[0] in waits]
+    assert set(found) <= {"aten::_to_copy"}, found
+
+
+# --- groups ----------------------------------------------------------------------------------
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
+
+
+def groups_of(module: nn.Module, **more: Any) -> list[dict[str, Any]]:
+    return [{"name": "network", "params": list(module.named_parameters()), **more}]
+
+
+@pytest.mark.parametrize("name", ["lars", "adam", "adamw"])
+def test_one_dimensional_parameters_are_not_decayed(name: str) -> None:
+    config = Optim(name=name, weight_decay=0.05)  # type: ignore[arg-type]
+    groups = build(config, groups_of(network())).param_groups
+    assert [g["name"] for g in groups] == ["network", "network/1d"]
+    assert [g["weight_decay"] for g in groups] == [0.05, 0.0]
+    assert groups[0]["param_names"] == ["0.weight", "3.weight"]
+    assert groups[1]["param_names"] == ["0.bias", "1.weight", "1.bias", "3.bias"]
+
+
+def test_sgd_decays_all() -> None:
+    groups = build(Optim(name="sgd", weight_decay=0.05), groups_of(network())).param_groups
+    assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(0.05, 6)]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)],
+)
+def test_parity_with_torch(name: str, kind: Any) -> None:
+    config = Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.8, betas=(0.8, 0.9))  # type: ignore[arg-type]
+    ours, theirs = network(), network()
+    optimizer = build(config, groups_of(ours))
+    flat = [p for p in theirs.parameters() if p.ndim == 1]
+    deep = [p for p in theirs.parameters() if p.ndim != 1]
+    if name == "sgd":
+        other = kind(theirs.parameters(), lr=0.01, momentum=0.8, weight_decay=0.1, foreach=False)
+    else:
+        groups = [{"params": deep}, {"params": flat, "weight_decay": 0.0}]
+        other = kind(groups, lr=0.01, betas=(0.8, 0.9), weight_decay=0.1, foreach=False)
+    for _ in range(4):
+        x = torch.randn(8, 3, 4, 4)
+        for module, o in ((ours, optimizer), (theirs, other)):
+            o.zero_grad()
+            module(x).square().mean().backward()
+            o.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_groups_have_their_own_settings() -> None:
+    module, probe = network(), nn.Linear(5, 3)
+    config = Optim(name="lars", lr=0.4, warmup_epochs=1, warmup_lr=0.0, epochs=10)
+    groups = [
+        *groups_of(module),
+        {
+            "name": "probe",
+            "params": [("probe." + n, p) for n, p in probe.named_parameters()],
+            "base_lr": 0.1,
+            "weight_decay": 0.0,
+        },
+        {"name": "still", "params": [("x", nn.Parameter(torch.ones(2, 2)))], "schedule": False},
+    ]
+    optimizer = build(config, groups)
+    assert isinstance(optimizer, LARS)
+
+    def rates(step: int) -> dict[str, float]:
+        first = set_learning_rates(optimizer, config, 512, step, 8)
+        assert first == optimizer.param_groups[0]["lr"]
+        return {g["name"]: g["lr"] for g in optimizer.param_groups}
+
+    assert rates(0) == {
+        "network": 0, "network/1d": 0, "probe": 0, "probe/1d": 0, "still": 0.8
+    }  # fmt: skip
+    assert rates(8) == pytest.approx(
+        {"network": 0.8, "network/1d": 0.8, "probe": 0.2, "probe/1d": 0.2, "still": 0.8}
+    )
+    assert rates(79)["still"] == 0.8
+    assert 0 < rates(79)["network"] < 0.001
+    assert {g["name"]: g["weight_decay"] for g in optimizer.param_groups} == {
+        "network": 1e-4, "network/1d": 0, "probe": 0, "probe/1d": 0, "still": 1e-4
+    }  # fmt: skip
+
+
+def test_a_name_given_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the name 0\.weight is given twice"):
+        build(Optim(), [*groups_of(network()), *groups_of(network())])
+
+
+# --- schedule --------------------------------------------------------------------------------
+
+
+def test_schedule_at_its_anchors() -> None:
+    def rate(step: int) -> float:
+        return learning_rate(step, 110, 10, peak=0.8, warmup_start=3e-5, final_fraction=0.1)
+
+    assert rate(0) == 3e-5
+    assert rate(5) == pytest.approx((0.8 + 3e-5) / 2)
+    assert rate(10) == 0.8
+    assert rate(60) == pytest.approx(0.8 * 0.55)
+    assert rate(110) == pytest.approx(0.08)
+    assert rate(1000) == pytest.approx(0.08)
+    rates = [rate(step) for step in range(111)]
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert len(set(rates)) == 111
+
+
+def test_schedule_without_warmup_begins_at_the_peak() -> None:
+    assert learning_rate(0, 100, 0, 0.4, 3e-5, 0.0) == 0.4
+    assert learning_rate(100, 100, 0, 0.4, 3e-5, 0.0) == pytest.approx(0, abs=1e-15)
+
+
+def test_a_warmup_longer_than_the_run_is_clipped() -> None:
+    rates = [learning_rate(step, 10, 1000, 1.0, 0.0, 0.0) for step in range(11)]
+    assert rates == pytest.approx([i / 10 for i in range(11)])
+    assert learning_rate(0, 0, 5, 1.0, 0.0, 0.0) == 1.0
+
+
+def test_fractional_warmup_epochs_are_counted_in_steps() -> None:
+    config = Optim(epochs=12, warmup_epochs=1.2, lr=0.1)
+    optimizer = build(config, groups_of(network()))
+    rates = [set_learning_rates(optimizer, config, 256, step, 5) for step in range(60)]
+    assert rates.index(max(rates)) == 6
+    assert max(rates) == pytest.approx(0.1)
+
+
+# --- state by name ---------------------------------------------------------------------------
+
+
+def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[Tensor]:
+    for step in steps:
+        x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        module(x).square().mean().backward()
+        optimizer.step()
+    return [p.detach().clone() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adam", "adamw"])
+def test_state_by_name_continues_to_the_last_bit(name: str, tmp_path: Any) -> None:
+    config = Optim(name=name, lr=0.01)  # type: ignore[arg-type]
+    straight = network()
+    expected = train(straight, build(config, groups_of(straight)), range(6))
+
+    first = network()
+    optimizer = build(config, groups_of(first))
+    train(first, optimizer, range(3))
+    torch.save((first.state_dict(), state_by_name(optimizer)), tmp_path / "x.pt")
+    weights, state = torch.load(tmp_path / "x.pt", weights_only=True)
+    second = network()
+    second.load_state_dict(weights)
+    optimizer = build(config, groups_of(second))
+    assert load_state_by_name(optimizer, state) == []
+    for a, b in zip(expected, train(second, optimizer, range(3, 6)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_survives_added_and_removed_groups() -> None:
+    config = Optim(name="adam", lr=0.01)
+    module = network()
+    optimizer = build(config, groups_of(module))
+    train(module, optimizer, range(2))
+    state = copy.deepcopy(state_by_name(optimizer))
+
+    probe = nn.Linear(5, 3)
+    extra = {"name": "probe", "params": [("p." + n, p) for n, p in probe.named_parameters()]}
+    with_probe = build(config, [extra, *groups_of(module)])
+    assert load_state_by_name(with_probe, state) == ["p.weight", "p.bias"]
+    restored = state_by_name(with_probe)
+    assert restored.keys() == state.keys()
+    for name, values in state.items():
+        for key, value in values.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(restored[name][key]))
+
+    state["p.weight"] = {"exp_avg": torch.zeros(3, 5)}
+    without = build(config, groups_of(module))
+    assert load_state_by_name(without, state) == []
+    assert "p.weight" not in state_by_name(without)
+
+
+def test_loaded_state_is_a_copy() -> None:
+    module = network()
+    optimizer = build(Optim(), groups_of(module))
+    train(module, optimizer, range(1))
+    state = copy.deepcopy(state_by_name(optimizer))
+    other = build(Optim(), groups_of(network()))
+    load_state_by_name(other, state)
+    before = torch.as_tensor(state["0.weight"]["momentum_buffer"]).clone()
+    for p in other.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    other.step()
+    assert torch.equal(before, torch.as_tensor(state["0.weight"]["momentum_buffer"]))
+
+
+def test_state_of_another_shape_names_the_parameter() -> None:
+    optimizer = build(Optim(), groups_of(network()))
+    state = {"0.weight": {"momentum_buffer": torch.zeros(1)}}
+    with pytest.raises(ValueError, match=r"0\.weight: momentum_buffer is \[1\], expected \[4, 3"):
+        load_state_by_name(optimizer, state)

@@ -1,0 +1,334 @@
+"""Whole runs: resumed to the last bit, stopped on request, refused, never saved when not finite."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddp_ssl import checkpoint
+from tests.ranks import Ranks
+
+ROOT = Path(__file__).parent.parent
+
+
+def arguments(photos: Path, folder: Path, *more: str) -> list[str]:
+    """AdaDim for 3 epochs of 3 steps, with everything switched on."""
+    return [
+        "data.name=folder",
+        f"data.root={photos}",
+        f"run.dir={folder}",
+        "run.device=cpu",
+        "run.threads=1",
+        "model.backbone_args={channels: [8, 8, 16, 16]}",
+        "model.projector=[24, 12]",
+        "data.views=[{count: 2, size: 16, recipe: sym}]",
+        "data.batch_size=12",
+        "data.threads=1",
+        "optim.epochs=3",
+        "optim.lr=1.0",
+        "method.alpha_every=1",
+        "method.beta_scale=0.1",
+        "eval.every=1",
+        "measure.every=1",
+        "eval.raw_pixels=false",
+        "log.every_steps=2",
+        "log.tensorboard=false",
+        "checkpoint.every_steps=2",
+        *more,
+    ]
+
+
+def train(args: list[str], die_at: int | None = None, break_at: int | None = None) -> int | str:
+    """Run in this process; `die_at` ends it before that step, `break_at` gives a NaN there."""
+    from ddp_ssl import optim
+    from ddp_ssl.train import main
+
+    original = optim.set_learning_rates
+
+    def watched(optimizer: Any, config: Any, batch: int, step: int, steps: int) -> float:
+        if step == die_at:
+            raise SystemExit("killed")
+        if step == break_at:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].fill_(float("nan"))
+        return original(optimizer, config, batch, step, steps)
+
+    optim.set_learning_rates = watched
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        return main(args)
+    except SystemExit as end:
+        return str(end)
+    finally:
+        optim.set_learning_rates = original
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """What was logged, but for times."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    parsed = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in parsed]
+
+
+def status(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def whole(ranks: Ranks, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Uninterrupted runs at W = 1 and 3."""
+    folders = {}
+    for size in (1, 3):
+        folders[size] = tmp_path_factory.mktemp("whole") / f"w{size}"
+        assert ranks.launch(train, size, arguments(photos, folders[size])) == [0] * size
+    return folders
+
+
+def test_a_run_leaves_everything_in_its_folder(whole: dict[int, Path]) -> None:
+    for size, folder in whole.items():
+        names = {p.name for p in folder.iterdir()}
+        assert names >= {
+            "config.yaml", "environment.json", "status.json", "metrics.jsonl", "train.log",
+            "checkpoints", "views.png", "result.md", "backbone.pt",
+        }  # fmt: skip
+        assert status(folder)["state"] == "done"
+        assert json.loads((folder / "environment.json").read_text())["world_size"] == size
+        table = rows(folder)
+        assert all({"step", "epoch"} <= row.keys() for row in table)
+        losses = [row["step"] for row in table if "train/loss" in row]
+        assert losses == list(range(1, 10))
+        knn = {row["step"]: row["eval/knn_bank"] for row in table if "eval/knn_top1" in row}
+        assert knn == dict.fromkeys((0, 3, 6, 9), 44)
+        names = set().union(*table)
+        assert names >= {
+            "train/nce", "train/vicreg_invariance", "train/vicreg_variance", "optim/lr",
+            "train/vicreg_covariance", "rep/effective_rank_z_train", "rep/effective_rank_r",
+            "rep/effective_rank_z", "rep/alpha", "rep/beta", "rep/mutual_information",
+            "rep/embedding_std", "eval/probe_top1", "optim/grad_norm",
+        }  # fmt: skip
+        alphas = [row["rep/alpha"] for row in table if "train/loss" in row]
+        assert alphas[:3] == [0, 0, 0]
+        assert 0 < alphas[3] < 1
+        assert alphas[3] != alphas[6]
+
+
+def test_the_exported_backbone_loads_as_the_result_says(whole: dict[int, Path]) -> None:
+    snippet = (whole[1] / "result.md").read_text().split("```python\n")[1].split("```")[0]
+    scope: dict[str, Any] = {}
+    exec(snippet, scope)
+    assert scope["model"].eval()(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
+
+
+def test_world_sizes_see_the_same_images(whole: dict[int, Path]) -> None:
+    """Not the same numbers, since augmentations are drawn per rank; the same start, though."""
+    first = [next(r for r in rows(f) if "eval/knn_top1" in r) for f in whole.values()]
+    assert first[0]["eval/knn_top1"] == first[1]["eval/knn_top1"]
+    assert first[0]["rep/effective_rank_z"] == pytest.approx(first[1]["rep/effective_rank_z"])
+
+
+@pytest.mark.parametrize(("size", "step"), [(1, 5), (3, 5), (3, 3), (1, 1)])
+def test_resume_is_exact_to_the_last_bit(
+    ranks: Ranks, photos: Path, whole: dict[int, Path], tmp_path: Path, size: int, step: int
+) -> None:
+    """Killed before `step` (mid-epoch after a checkpoint, at an epoch's start, before any)."""
+    args = arguments(photos, tmp_path / "run")
+    assert ranks.launch(train, size, args, step) == ["killed"] * size
+    assert status(tmp_path / "run")["state"] == "failed"
+    assert ranks.launch(train, size, [*args, "run.resume=auto"]) == [0] * size
+    assert rows(tmp_path / "run") == rows(whole[size])
+    ours, theirs = (
+        torch.load(checkpoint.find(f)[0].path, weights_only=True)["model"]
+        for f in (tmp_path / "run", whole[size])
+    )
+    for name, value in theirs.items():
+        same = torch.equal(ours[name], value) if torch.is_tensor(value) else ours[name] == value
+        assert same, name
+
+
+def test_a_restart_by_the_launcher_resumes(
+    ranks: Ranks, photos: Path, whole: dict[int, Path], tmp_path: Path
+) -> None:
+    args = arguments(photos, tmp_path / "run")
+    assert ranks.launch(train, 1, args, 7) == ["killed"]
+    assert ranks.launch(restarted, 1, args) == [0]
+    assert rows(tmp_path / "run") == rows(whole[1])
+
+
+def restarted(args: list[str]) -> int | str:
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    try:
+        return train(args)
+    finally:
+        del os.environ["TORCHELASTIC_RESTART_COUNT"]
+
+
+def test_another_world_size_keeps_the_order_and_warns(
+    ranks: Ranks, photos: Path, tmp_path: Path
+) -> None:
+    args = arguments(photos, tmp_path / "run")
+    assert ranks.launch(train, 1, args, 5) == ["killed"]
+    assert ranks.launch(train, 3, [*args, "run.resume=auto"]) == [0] * 3
+    log = (tmp_path / "run/train.log").read_text()
+    assert log.count("the order of the images continues exactly at step 4") == 1
+    assert [r["step"] for r in rows(tmp_path / "run") if "train/loss" in r] == list(range(1, 10))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_older_one(
+    ranks: Ranks, photos: Path, whole: dict[int, Path], tmp_path: Path
+) -> None:
+    args = arguments(photos, tmp_path / "run")
+    assert ranks.launch(train, 1, args, 5) == ["killed"]
+    newest = checkpoint.find(tmp_path / "run")[0].path
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    assert ranks.launch(train, 1, [*args, "run.resume=auto"]) == [0]
+    assert newest.name in (tmp_path / "run/train.log").read_text()
+    assert rows(tmp_path / "run") == rows(whole[1])
+
+
+def test_a_nan_stops_all_ranks_and_is_never_saved(
+    ranks: Ranks, photos: Path, tmp_path: Path
+) -> None:
+    args = arguments(photos, tmp_path / "run")
+    assert ranks.launch(train, 3, args, None, 4) == [1, 1, 1]
+    state = status(tmp_path / "run")
+    assert state["state"] == "failed"
+    assert "nan at step 5 (epoch 2)" in state["error"]
+    for found in checkpoint.find(tmp_path / "run"):
+        assert found.step < 5
+        model = torch.load(found.path, weights_only=True)["model"]
+        assert all(torch.isfinite(v).all() for v in model.values() if torch.is_tensor(v))
+
+
+def test_a_stop_file_ends_a_run_that_can_go_on(
+    ranks: Ranks, photos: Path, whole: dict[int, Path], tmp_path: Path
+) -> None:
+    args = arguments(photos, tmp_path / "run")
+    assert ranks.launch(train_and_stop, 3, args) == [0] * 3
+    assert status(tmp_path / "run")["state"] == "preempted"
+    assert 0 < status(tmp_path / "run")["step"] < 9
+    assert ranks.launch(train, 3, [*args, "run.resume=auto"]) == [0] * 3
+    assert not (tmp_path / "run/STOP").exists()
+    assert rows(tmp_path / "run") == rows(whole[3])
+
+
+def train_and_stop(args: list[str]) -> int | str:
+    """SIGTERM to rank 2 alone, in the middle."""
+    from ddp_ssl import optim
+
+    original = optim.learning_rate
+
+    def stopping(step: int, *rest: Any, **more: Any) -> float:
+        if step == 3 and os.environ["RANK"] == "2":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(step, *rest, **more)
+
+    optim.learning_rate = stopping
+    try:
+        return train(args)
+    finally:
+        optim.learning_rate = original
+
+
+def test_a_used_folder_and_another_experiment_are_refused(
+    ranks: Ranks, photos: Path, whole: dict[int, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    args = arguments(photos, whole[1])
+    assert ranks.launch(train, 1, args) == [2]
+    again = [*args, "run.resume=auto"]
+    assert ranks.launch(train, 3, [*again, "optim.lr=0.5", "method.beta=off"]) == [2] * 3
+    assert ranks.launch(train, 1, [*args, "run.resume=nowhere"]) == [2]
+    errors = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    assert "is not empty" in errors[0]
+    assert "run.resume=auto continues it" in errors[0]
+    assert "optim.lr: 1.0 in the checkpoint, 0.5 now" in errors[1]
+    assert "method.beta" in errors[1]
+    assert "nowhere" in errors[2]
+    assert len(errors) == 3  # once each, whatever the number of ranks
+
+
+def test_weights_alone_start_a_new_run(
+    ranks: Ranks, photos: Path, whole: dict[int, Path], tmp_path: Path
+) -> None:
+    args = arguments(photos, tmp_path / "run", f"run.init_from={whole[3]}", "optim.epochs=1")
+    assert ranks.launch(train, 1, args) == [0]
+    before = [r for r in rows(whole[3]) if "rep/effective_rank_r" in r][-1]
+    after = rows(tmp_path / "run")
+    start = next(r for r in after if "rep/effective_rank_r" in r)
+    assert start["step"] == 0
+    assert start["rep/effective_rank_r"] == pytest.approx(before["rep/effective_rank_r"])
+    assert [r["rep/alpha"] for r in after if "train/loss" in r] == [0, 0, 0]
+    wrong = [*arguments(photos, tmp_path / "b", f"run.init_from={whole[3]}"), "model.projector=[9]"]
+    assert ranks.launch(train, 1, wrong) == [2]
+
+
+def test_an_unlabelled_folder_trains_without_a_probe(
+    ranks: Ranks, tmp_path: Path, photos: Path
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in photos.rglob("*.jpg"):
+        (flat / path.name).write_bytes(path.read_bytes())
+    args = arguments(flat, tmp_path / "run", "optim.epochs=1")
+    assert ranks.launch(train, 1, args) == [0]
+    names = set().union(*rows(tmp_path / "run"))
+    assert not {n for n in names if "probe" in n or "knn" in n}
+    assert "rep/effective_rank_z" in names
+
+
+@pytest.mark.parametrize("method", ["simclr", "vicreg", "tests.outside:Outside"])
+def test_other_methods_run(ranks: Ranks, photos: Path, tmp_path: Path, method: str) -> None:
+    args = [a for a in arguments(photos, tmp_path / "run") if not a.startswith("method.")]
+    assert ranks.launch(train, 2, [*args, f"method.name={method}", "optim.epochs=1"]) == [0, 0]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_other_optimisers_resume(
+    ranks: Ranks, photos: Path, tmp_path: Path, optimizer: str
+) -> None:
+    more = (f"optim.name={optimizer}", "optim.lr=0.01", "optim.epochs=2", "optim.grad_clip=1")
+    args = arguments(photos, tmp_path / "run", *more)
+    assert ranks.launch(train, 1, [a.replace("/run", "/whole") for a in args]) == [0]
+    assert ranks.launch(train, 1, args, 4) == ["killed"]
+    assert ranks.launch(train, 1, [*args, "run.resume=auto"]) == [0]
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_runs(ranks: Ranks, photos: Path, tmp_path: Path, precision: str) -> None:
+    more = (f"optim.precision={precision}", "optim.epochs=1", "optim.lr=0.1")
+    assert ranks.launch(train, 2, arguments(photos, tmp_path / "run", *more)) == [0, 0]
+
+
+def test_a_killed_process_resumes(photos: Path, whole: dict[int, Path], tmp_path: Path) -> None:
+    """A real kill -9 of a real command."""
+    command = [sys.executable, "-m", "ddp_ssl.train", *arguments(photos, tmp_path / "run")]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("checkpoints/*.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    done = subprocess.run(
+        [*command, "run.resume=auto"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "run") == rows(whole[1])

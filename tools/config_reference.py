@@ -1,0 +1,63 @@
+"""Write docs/config.md from the schema: `make docs`, or `python tools/config_reference.py`."""
+
+from __future__ import annotations
+
+from ddp_ssl.config import (
+    Config,
+    ViewGroup,
+    builtin_methods,
+    describe_fields,
+    load_method,
+    reference,
+)
+
+HEAD = """# Configuration reference
+
+Generated from the schema by `make docs`; a test keeps it true. Every key can stand in a YAML file
+or on the command line as `section.key=value` (items of a list by index: `data.views.0.size=96`).
+Later wins: the defaults below, the method's own recipe, the embedded default's overrides (only
+where no YAML is given), the YAML file, the command line. `--print-config` shows the resolved tree
+and where each value came from; the run folder keeps it as `config.yaml`.
+
+On resume every key must be equal to the checkpoint's except `run.*` (but `run.seed`),
+`checkpoint.*`, `eval.*`, `measure.*`, `log.*`, `data.root`, `data.threads` and `data.prefetch`.
+"""
+
+
+def table(rows: list[tuple[str, str, str, str]]) -> list[str]:
+    """A Markdown table of (key, type, default, description)."""
+    lines = ["| key | type | default | |", "| --- | --- | --- | --- |"]
+    for key, kind, default, text in rows:
+        cells = [f"`{key}`", f"`{kind}`", f"`{default}`", text]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
+
+
+def first_line(thing: type) -> str:
+    """The summary of a docstring."""
+    return (thing.__doc__ or "").partition("\n")[0]
+
+
+def main() -> str:
+    """The whole page."""
+    lines = [HEAD]
+    rows = list(reference())
+    for section, field in Config.model_fields.items():
+        if section == "method":
+            continue
+        assert isinstance(field.annotation, type)
+        lines += [f"## {section}", "", first_line(field.annotation), ""]
+        lines += [*table([row for row in rows if row[0].startswith(f"{section}.")]), ""]
+        if section == "data":
+            group = list(describe_fields("data.views.N", ViewGroup))
+            lines += ["### data.views", "", first_line(ViewGroup), "", *table(group), ""]
+    lines += ["## method", "", "`method.name` chooses the file; its own keys follow.", ""]
+    for name in builtin_methods():
+        config = load_method(name).config_class
+        own = [row for row in reference(config) if row[0].startswith("method.")]
+        lines += [f"### {name}", "", first_line(config), "", *table(own), ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(main(), end="")
