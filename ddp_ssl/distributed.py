@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import inspect
 import os
 import socket
 from collections.abc import Iterator
@@ -189,9 +190,11 @@ def data_parallel(module: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return module
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(
-        module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    known = inspect.signature(DistributedDataParallel).parameters
+    # The same meaning under torch's older and newer name.
+    no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {no_sync: False}
+    return DistributedDataParallel(module, ids, gradient_as_bucket_view=True, **options)
 
 
 # --- collectives with their adjoints -----------------------------------------------------------

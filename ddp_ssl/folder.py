@@ -93,8 +93,8 @@ def default_name(config: Config) -> str:
         suffix = f"job{job}" + (
             f"_{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in env else ""
         )
-    elif launch not in ("", "none"):
-        suffix = launch[:12]
+    elif launch not in ("", "none") and int(env.get("GROUP_WORLD_SIZE", "1")) > 1:
+        suffix = launch  # on several nodes rank 0 may move to another one
     elif "TORCHELASTIC_RESTART_COUNT" in env:
         # Workers are new after a restart, their parent, torchrun's agent, is not.
         suffix = time.strftime("%Y%m%d-%H%M%S", time.localtime(_started(os.getppid())))

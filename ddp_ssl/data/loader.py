@@ -39,7 +39,6 @@ class TrainLoader:
     """
 
     step: int  # of the next batch
-    _start: int  # the step of this pipeline's first batch
     _batches: Any  # DALI's iterator, None until the first batch
     _blob: bytes  # DALI's state to build that from, empty for none
     _broken: str  # why there are no more batches
@@ -103,7 +102,7 @@ class TrainLoader:
         return {
             "blob": torch.frombuffer(bytearray(blob or b"\0"), dtype=torch.uint8)[: len(blob)],
             "step": self.step,
-            "start": self._start,
+            "start": self.order.start,
             "fingerprint": self.fingerprint(),
         }
 
@@ -146,7 +145,7 @@ class TrainLoader:
 
     def _restart(self, step: int) -> None:
         """A pipeline whose first batch is that of `step`; its augmentation seed follows from it."""
-        self.step = self._start = self.order.start = step
+        self.step = self.order.start = step
         self._batches = None
         self._blob = b""
         self._broken = ""
@@ -160,7 +159,7 @@ class TrainLoader:
             color_jitter=self.color_jitter,
             mean=self.mean,
             std=self.std,
-            seed=hashed(self.seed, self.salt, self._start, "augment"),
+            seed=hashed(self.seed, self.salt, self.order.start, "augment"),
             batch_size=self.order.local_batch,
             threads=_threads(self.threads),
             prefetch=self.prefetch,
@@ -169,7 +168,7 @@ class TrainLoader:
         )
 
     def _fetch(self, info: Any) -> tuple[Any, Ids]:
-        return _fetch(self.split, self.order.ids(self._start + info.iteration))
+        return _fetch(self.split, self.order.ids(self.order.start + info.iteration))
 
 
 class EvalLoader:

@@ -37,7 +37,7 @@ class Order:
     An epoch has `size // global_batch` steps; the images left over are dropped, others each epoch.
     Step t of an epoch is `permutation[t * N : (t + 1) * N]` whatever the number of shards; shard r
     takes its r-th contiguous part, so rows gathered in rank order are in one canonical order.
-    `start` is the global step that iteration 0 stands for.
+    `start` is the global step at which a loader of this order begins.
 
     Raises `ValueError` (key `data.batch_size`) if the batch does not fit the data or the shards.
     """

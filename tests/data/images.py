@@ -1,0 +1,69 @@
+"""Pictures, splits and loaders for the tests of this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from ddp_ssl.data.augment import View
+from ddp_ssl.data.loader import TrainLoader
+from ddp_ssl.data.manifest import Split
+
+Pixels = NDArray[np.uint8]
+HALF = (0.5, 0.5, 0.5)
+
+
+def picture(index: int, height: int = 40, width: int = 48) -> Pixels:
+    """Smooth colours with edges, another for each index; uint8 `[H, W, 3]`."""
+    rng = np.random.default_rng(index)
+    coarse = rng.integers(0, 256, (6, 6, 3)).astype(np.uint8)
+    smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(smooth).copy()
+    pixels[height // 3 : height // 2, width // 4 : width // 2] = rng.integers(0, 256, 3)
+    return pixels
+
+
+def write(path: Path, index: int = 0, **shape: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture(index, **shape)).save(path)
+    return path
+
+
+def folder_of(root: Path, count: int) -> Split:
+    """`count` JPEGs of different sizes, labelled by their index."""
+    names = []
+    for i in range(count):
+        write(root / f"{i:03d}.jpg", i, height=24 + i % 5, width=30 - i % 7)
+        names.append(f"{i:03d}.jpg".encode())
+    return Split.of_files(str(root), names, np.arange(count))
+
+
+def array_of(count: int, size: int = 20) -> Split:
+    return Split.of_array(
+        np.stack([picture(i, size, size) for i in range(count)]), np.arange(count)
+    )
+
+
+def loader_of(split: Split, views: list[View] | None = None, **changes: Any) -> TrainLoader:
+    """A loader of two small views that use every operator."""
+    settings: dict[str, Any] = {
+        "global_batch": 6,
+        "shard": 0,
+        "num_shards": 1,
+        "seed": 3,
+        "salt": 0,
+        "color_jitter": "seq",
+        "mean": HALF,
+        "std": HALF,
+        "threads": 1,
+        "prefetch": 2,
+        "device": torch.device("cpu"),
+    }
+    if views is None:
+        views = [View(size=16, solarize_p=0.3), View(size=8, blur_p=0.1)]
+    return TrainLoader(split, views, **(settings | changes))
