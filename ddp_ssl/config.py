@@ -220,6 +220,9 @@ class Optim(Section):
     """LARS trust coefficient (official VICReg: 0.001)."""
     lars_clip: bool = True
     """Bound the `solo` variant's trust ratio so that a step is never longer than SGD's."""
+    lars_bound_1d: float | None = Field(0.1, gt=0)
+    """Under LARS, the most that one step moves an element of a bias or norm (which have no trust
+    ratio); null: no bound, as solo-learn, where a steep gradient can end in NaN."""
     grad_clip: float | None = Field(None, gt=0)
     """Upper bound of the gradient's global norm; unset: none."""
     accumulate: int = Field(1, ge=1)

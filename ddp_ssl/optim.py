@@ -30,7 +30,10 @@ class LARS(torch.optim.Optimizer):
                 d = q (g + w p)                                              (official VICReg)
 
     then buf <- momentum buf + d (at first buf = d) and p <- p - lr buf. 1-D parameters (biases,
-    norms) are neither adapted nor decayed: d = g. Parameters without gradient are skipped.
+    norms) are neither adapted nor decayed: d = g, with `bound_1d` scaled down so that lr d moves no
+    element by more than that. The trust ratio bounds a matrix's step, but nothing bounds theirs: a
+    steep gradient moves the norms' scales far in one step, which makes the next gradient steeper,
+    and in a few steps all is NaN. Parameters without gradient are skipped.
 
     `params` and per-group options as in any torch optimiser, (name, parameter) pairs included.
     """
@@ -46,6 +49,7 @@ class LARS(torch.optim.Optimizer):
         clip: bool = True,
         variant: Variant = "solo",
         eps: float = 1e-8,
+        bound_1d: float | None = None,
     ) -> None:
         if variant not in ("solo", "vicreg"):
             raise ValueError(f"variant: expected solo or vicreg, got {variant!r}")
@@ -57,6 +61,7 @@ class LARS(torch.optim.Optimizer):
             "clip": clip,
             "variant": variant,
             "eps": eps,
+            "bound_1d": bound_1d,
         }
         super().__init__(params, defaults)
 
@@ -72,7 +77,7 @@ class LARS(torch.optim.Optimizer):
             flat = [p for p in ready if is_one_dimensional(p)]
             deep = [p for p in ready if not is_one_dimensional(p)]
             if flat:
-                self._move(group, flat, _plain_directions(flat))
+                self._move(group, flat, _plain_directions(group, flat))
             if deep:
                 self._move(group, deep, _adapted_directions(group, deep))
         return loss
@@ -89,9 +94,14 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
-def _plain_directions(params: list[Tensor]) -> list[Tensor]:
-    """d = g, for 1-D parameters. A bound on their steps would go here."""
-    return _gradients(params)
+def _plain_directions(group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+    """d = g for 1-D parameters, scaled down where lr d would move an element beyond the bound."""
+    gradients, bound, lr = _gradients(params), group["bound_1d"], group["lr"]
+    if bound is None or lr == 0:
+        return gradients
+    largest = torch.stack(torch._foreach_norm(gradients, math.inf))
+    q = (bound / (lr * largest).clamp(min=1e-30)).clamp(max=1)
+    return list(torch._foreach_mul(gradients, q.unbind()))
 
 
 def _adapted_directions(group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
@@ -175,6 +185,7 @@ def build(config: Optim, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Opt
             eta=config.lars_eta,
             clip=config.lars_clip,
             variant=config.lars_variant,
+            bound_1d=config.lars_bound_1d,
         )
     if config.name == "sgd":
         return torch.optim.SGD(options, config.lr, momentum=config.momentum, foreach=True)

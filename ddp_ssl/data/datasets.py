@@ -124,6 +124,8 @@ def _images_below(
     if not found:
         for name in scan(top):
             names.append(name)
+        if classes and names:
+            raise ValueError(f"data.root: {folder} has no class folders; accepted: those of train/")
         return Split.of_files(str(folder), names, np.full(len(names), -1)), ()
     known = tuple(found) if classes is None else classes
     unknown = [name for name in found if name not in set(known)]

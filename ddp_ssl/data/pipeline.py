@@ -218,9 +218,24 @@ def random_crop(x: Node, view: View, seed: int) -> Node:
 
 
 def central_crop(x: Node, resize: int, size: int) -> Node:
-    """The shorter side to `resize`, bicubic and antialiased; then the central `size` x `size`."""
-    x = fn.resize(x, resize_shorter=resize, interp_type=types.INTERP_CUBIC, antialias=True)
-    return fn.crop(x, crop=(size, size))
+    """The shorter side to `resize`, bicubic and antialiased; then the central `size` x `size`.
+
+    The longer side is rounded down and the crop's place to even, as in torchvision.
+    """
+    shape = fn.cast(x.shape(), dtype=types.FLOAT)
+    height, width = shape[0], shape[1]
+    shorter = dmath.min(height, width)
+    height, width = (dmath.floor(side * float(resize) / shorter) for side in (height, width))
+    new = fn.stack(height, width)
+    x = fn.resize(x, size=new, interp_type=types.INTERP_CUBIC, antialias=True)
+    start = fn.stack(half(height - size), half(width - size))
+    return fn.slice(x, fn.cast(start, dtype=types.INT32), [size, size], axes=[0, 1])
+
+
+def half(n: Node) -> Node:
+    """n / 2 of a whole number, ties to even, as Python's `round`."""
+    odd = n - 2.0 * dmath.floor(n / 2.0)
+    return (1.0 - odd) * n / 2.0 + odd * 2.0 * dmath.floor(n / 4.0 + 0.5)
 
 
 def jitter(x: Node, mode: str, draws: Sequence[Node | None], order: Node) -> Node:

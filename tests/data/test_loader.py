@@ -1,0 +1,327 @@
+"""The loaders end to end: coverage, determinism, resuming to the bit, view groups, bad files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddp_ssl.data.augment import View
+from ddp_ssl.data.loader import Batch, EvalLoader, _explain, default_resize
+from ddp_ssl.data.manifest import Split
+from ddp_ssl.data.order import permutation
+from tests.data.images import HALF, array_of, folder_of, loader_of, picture
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """20 JPEGs: three steps of six an epoch, and two left over."""
+    return folder_of(tmp_path_factory.mktemp("files"), 20)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    views = zip(a.views, b.views, strict=True)
+    return torch.equal(a.ids, b.ids) and all(torch.equal(x, y) for x, y in views)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["files", "array"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_an_epoch_covers_the_images(files: Split, kind: str, shards: int) -> None:
+    split = files if kind == "files" else array_of(20)
+    loaders = [loader_of(split, shard=s, num_shards=shards) for s in range(shards)]
+    assert loaders[0].steps_per_epoch == 3
+    for epoch in range(2):
+        ids = []
+        for _ in range(3):
+            for loader in loaders:
+                batch = next(loader)
+                ids += batch.ids.tolist()
+                assert batch.labels.tolist() == split.labels[batch.ids.numpy()].tolist()
+        assert ids == permutation(3, epoch, 20)[:18].tolist()
+
+
+def test_a_batch(files: Split) -> None:
+    batch = next(loader_of(files))
+    large, small = batch.views
+    assert (large.shape, small.shape) == ((6, 3, 16, 16), (6, 3, 8, 8))
+    for view in batch.views:
+        assert view.dtype == torch.float32
+        assert view.is_contiguous(memory_format=torch.channels_last)
+    assert (batch.ids.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
+
+
+def test_unlabelled_images(files: Split) -> None:
+    split = Split(np.full(20, -1), files.root, files.names, files.spans)
+    assert next(loader_of(split)).labels.tolist() == [-1] * 6
+
+
+@pytest.mark.parametrize("kind", ["files", "array"])
+def test_a_kept_batch_stays_as_it_was(files: Split, kind: str) -> None:
+    loader = loader_of(files if kind == "files" else array_of(20))
+    kept = next(loader)
+    copy = Batch([view.clone() for view in kept.views], kept.ids.clone(), kept.labels.clone())
+    for _ in range(8):
+        next(loader)
+    assert same(kept, copy)
+    assert torch.equal(kept.labels, copy.labels)
+
+
+@pytest.mark.parametrize("changes", [{"threads": 2}, {"prefetch": 1}, {"prefetch": 4}])
+def test_threads_and_prefetch_change_nothing(files: Split, changes: dict[str, int]) -> None:
+    a, b = loader_of(files), loader_of(files, **changes)
+    assert all(same(next(a), next(b)) for _ in range(5))
+
+
+def test_seed_salt_and_start_change_the_augmentations(files: Split) -> None:
+    base = next(loader_of(files))
+    assert same(base, next(loader_of(files)))
+    other = next(loader_of(files, salt=1))
+    assert torch.equal(other.ids, base.ids)
+    assert not same(base, other)
+    assert next(loader_of(files, seed=4)).ids.tolist() != base.ids.tolist()
+    late, loader = next(loader_of(files, start_step=4)), loader_of(files)
+    assert late.ids.tolist() == [next(loader).ids.tolist() for _ in range(5)][4]
+
+
+def test_a_view_group_reads_the_same_images_and_makes_other_views(files: Split) -> None:
+    """Two ranks of a group, each with its salt and half of four views of one recipe."""
+    view = View(size=16, solarize_p=0.3)
+    group = [
+        loader_of(files, [view, view], salt=salt, view_ids=ids, num_shards=2, shard=1)
+        for salt, ids in ((2, [0, 2]), (3, [1, 3]))
+    ]
+    for _ in range(4):
+        a, b = (next(loader) for loader in group)
+        assert torch.equal(a.ids, b.ids)
+        views = [*a.views, *b.views]
+        assert not any(torch.equal(x, y) for i, x in enumerate(views) for y in views[:i])
+
+
+def test_view_ids_name_the_random_streams(files: Split) -> None:
+    view = View(size=16)
+    both = next(loader_of(files, [view, view]))
+    second = next(loader_of(files, [view], view_ids=[1]))
+    assert torch.equal(both.views[1], second.views[0])
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+    return loaded
+
+
+@pytest.mark.parametrize("mode", ["fast", "seq", "exact"])
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 7])
+def test_resuming_is_exact(files: Split, step: int, mode: str) -> None:
+    """At the start, within an epoch, at its last step, after it, in a later one."""
+    going = loader_of(files, color_jitter=mode)
+    for _ in range(step):
+        next(going)
+    state = through_a_file(going.state())
+    resumed = loader_of(files, color_jitter=mode, threads=2, prefetch=3)
+    assert resumed.load_state(state, step) is None
+    again = through_a_file(resumed.state())  # before anything is built
+    assert all(same(next(going), next(resumed)) for _ in range(5))
+    third = loader_of(files, color_jitter=mode)
+    assert third.load_state(again, step) is None
+    fresh = loader_of(files, color_jitter=mode, start_step=0)
+    for _ in range(step):
+        next(fresh)
+    assert all(same(next(fresh), next(third)) for _ in range(5))
+
+
+def test_taking_a_state_changes_nothing(files: Split) -> None:
+    a, b = loader_of(files), loader_of(files)
+    for _ in range(5):
+        b.state()
+        assert same(next(a), next(b))
+
+
+def test_another_number_of_shards_keeps_the_order(files: Split) -> None:
+    before = loader_of(files)
+    for _ in range(4):
+        next(before)
+    state = through_a_file(before.state())
+    after = [loader_of(files, shard=s, num_shards=3, salt=s) for s in range(3)]
+    warnings = [loader.load_state(state, 4) for loader in after]
+    assert warnings[0] is not None
+    assert "batch 6 -> 2, num_shards 1 -> 3" in warnings[0]
+    assert "continues exactly at step 4" in warnings[0]
+    assert "\n" not in warnings[0]
+    for _ in range(3):
+        gathered = torch.cat([next(loader).ids for loader in after])
+        assert gathered.tolist() == next(before).ids.tolist()
+    # From here on a resume is exact again, from the seed that the restart derived.
+    resumed = loader_of(files, shard=0, num_shards=3, salt=0)
+    assert resumed.load_state(through_a_file(after[0].state()), 7) is None
+    assert all(same(next(resumed), next(after[0])) for _ in range(4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"salt": 5}, "salt 0 -> 5"),
+        ({"seed": 5}, "seed 3 -> 5"),
+        ({"color_jitter": "fast"}, "color_jitter seq -> fast"),
+        ({"mean": (0, 0, 0)}, "normalisation"),
+        ({"view_ids": [1, 0]}, "view_ids"),
+        ({"views": [View(size=16)]}, "views"),
+    ],
+)
+def test_what_differs_is_named(files: Split, changes: dict[str, Any], named: str) -> None:
+    state = loader_of(files).state()
+    warning = loader_of(files, **changes).load_state(state, 0)
+    assert warning is not None
+    assert f"({named}" in warning
+
+
+def test_other_data_steps_and_versions_are_named(
+    files: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = loader_of(files).state()
+    part = loader_of(files.subset(np.arange(19))).load_state(state, 0)
+    assert part is not None
+    assert "(data)" in part
+    step = loader_of(files).load_state(state, 2)
+    assert step is not None
+    assert "(step 0 -> 2)" in step
+    monkeypatch.setattr("ddp_ssl.data.pipeline.VERSION", "9.9")
+    version = loader_of(files).load_state(state, 0)
+    assert version is not None
+    assert "dali" in version
+
+
+def test_a_restart_draws_anew() -> None:
+    """All images are the same one, so equal draws would give equal views."""
+    image = picture(0, 20, 20)
+    loader = loader_of(Split.of_array(np.stack([image] * 20)))
+    state = loader.state()
+    first = next(loader)
+    assert loader.load_state(state, 18) is not None  # another step: a restart
+    assert not torch.equal(next(loader).views[0], first.views[0])
+    assert loader.load_state(state, 0) is None
+    assert torch.equal(next(loader).views[0], first.views[0])
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+def eval_of(split: Split, ids: Any, shard: int = 0, shards: int = 1, **changes: Any) -> EvalLoader:
+    settings: dict[str, Any] = {
+        "batch_size": 4,
+        "shard": shard,
+        "num_shards": shards,
+        "val_resize": None,
+        "val_size": 16,
+        "mean": HALF,
+        "std": HALF,
+        "threads": 1,
+        "prefetch": 2,
+        "device": torch.device("cpu"),
+    }
+    return EvalLoader(split, ids, **(settings | changes))
+
+
+@pytest.mark.parametrize("kind", ["files", "array"])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 12, 19])
+def test_evaluation_covers_and_pads(files: Split, kind: str, shards: int, count: int) -> None:
+    split = files if kind == "files" else array_of(20)
+    ids = np.random.default_rng(0).permutation(20)[:count]
+    seen, lengths = [], []
+    for shard in range(shards):
+        loader = eval_of(split, ids, shard, shards)
+        batches = list(loader)
+        lengths.append(len(batches))
+        assert len(loader) == len(batches)
+        for batch in batches:
+            assert batch.views[0].shape == (4, 3, 16, 16)
+            assert batch.views[0].is_contiguous(memory_format=torch.channels_last)
+            padding = batch.ids < 0
+            assert torch.equal(batch.labels[~padding], batch.ids[~padding])  # labels are ids here
+            assert set(batch.labels[padding].tolist()) <= {-1}
+        own = torch.cat([batch.ids for batch in batches])
+        assert own[own >= 0].tolist() == ids[shard::shards].tolist()
+        seen += own[own >= 0].tolist()
+    assert sorted(seen) == sorted(ids.tolist())
+    assert len(set(lengths)) == 1
+
+
+def test_evaluation_has_no_chance_and_can_be_repeated(files: Split) -> None:
+    loader = eval_of(files, np.arange(10))
+    first, second = list(loader), list(loader)
+    assert all(same(a, b) for a, b in zip(first, second, strict=True))
+    other = list(eval_of(files, np.arange(10), batch_size=10))
+    assert torch.equal(torch.cat([b.views[0] for b in first])[:10], other[0].views[0])
+
+
+def test_no_images_are_no_batches(files: Split) -> None:
+    assert list(eval_of(files, np.arange(0))) == []
+
+
+def test_the_default_resize() -> None:
+    assert [default_resize(size) for size in (32, 63, 64, 96, 224)] == [32, 63, 73, 110, 256]
+    with pytest.raises(ValueError, match=r"^data.val_resize: 12 is less than .* 16; accepted: 16"):
+        eval_of(array_of(3), np.arange(3), val_resize=12)
+
+
+# --- bad files -----------------------------------------------------------------------------------
+
+BAD = {
+    "junk": b"not an image" * 100,
+    "empty": b"",
+    "truncated": None,
+    "missing": None,
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_a_bad_file_is_named(tmp_path: Path, kind: str, prefetch: int) -> None:
+    split = folder_of(tmp_path, 20)
+    place = int(permutation(3, 0, 20)[13])  # in the third step
+    path = tmp_path / f"{place:03d}.jpg"
+    content = BAD[kind]
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:400])
+    else:
+        assert content is not None
+        path.write_bytes(content)
+    loader = loader_of(split, prefetch=prefetch)
+    with pytest.raises(RuntimeError, match=str(path)) as caught:
+        _ = [next(loader) for _ in range(3)]
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).count(".jpg") == 1
+    with pytest.raises(RuntimeError, match=str(path)):
+        next(loader)  # it does not go on with another batch
+    with pytest.raises(RuntimeError, match=str(path)):
+        list(eval_of(split, np.arange(20), prefetch=prefetch))
+
+
+def test_a_format_that_dali_does_not_decode_is_named(tmp_path: Path) -> None:
+    from PIL import Image
+
+    split = folder_of(tmp_path, 6)
+    Image.new("RGB", (8, 8)).save(tmp_path / "003.jpg", "GIF")
+    with pytest.raises(RuntimeError, match=r"003.jpg \(GIF is not supported\)"):
+        next(loader_of(split))
+
+
+def test_an_error_that_is_not_a_files_is_one_line(files: Split) -> None:
+    error = RuntimeError("Error in operator `x`,\ntraceback:\nError in thread 0: no memory\n\nBye.")
+    assert _explain(error, files, [np.arange(6)]) == "DALI stopped: Error in thread 0: no memory"
+    assert _explain(StopIteration(), files, [np.arange(6)]) == "DALI stopped: StopIteration"
