@@ -333,7 +333,7 @@ EMBEDDED_DEFAULT: dict[str, Any] = {
     },
     "data": {
         "name": "digits",
-        "batch_size": 256,
+        "batch_size": 128,
         "views": [
             {
                 "count": 2,
@@ -345,10 +345,10 @@ EMBEDDED_DEFAULT: dict[str, Any] = {
             }
         ],
     },
-    "optim": {"epochs": 12, "lr": 0.1, "warmup_epochs": 1.2, "precision": "fp32"},
-    "eval": {"every": 4, "raw_pixels": True},
-    "measure": {"every": 4},
-    "log": {"every_steps": 5},
+    "optim": {"epochs": 20, "lr": 0.1, "warmup_epochs": 2, "precision": "fp32"},
+    "eval": {"every": 5, "raw_pixels": True},
+    "measure": {"every": 5},
+    "log": {"every_steps": 11},
 }
 
 # Keys that may differ when a run is resumed; all others are its identity.

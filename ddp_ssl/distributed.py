@@ -307,16 +307,23 @@ def _by_view(x: Tensor, views: int) -> tuple[Tensor, list[int], tuple[int, ...]]
     channels = x.shape[1]
     if x.dim() == 2:
         return x.reshape(views, -1, channels), [1], (-1, 1, channels)
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+    if x.dim() == 4 and _format(x) == torch.channels_last:
         return x.permute(0, 2, 3, 1).reshape(views, -1, channels), [1], (-1, 1, channels)
     shape = (views, x.shape[0] // views, channels, -1)
     return x.reshape(shape), [1, 3], (-1, 1, channels, 1)
 
 
+def _format(x: Tensor) -> torch.memory_format:
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
 def _affine(like: Tensor, views: int, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """`x * scale + shift` for `x` from `_by_view`, as a fresh tensor laid out as `like`."""
-    out = torch.empty_like(like)
+    out = torch.empty_like(like, memory_format=_format(like))
     rows = _by_view(out, views)[0]
+    assert rows.data_ptr() == out.data_ptr()  # a view, not a copy: what is written there is `out`
     if out.dtype == x.dtype:
         torch.addcmul(shift, x, scale, out=rows)
     else:
@@ -376,10 +383,7 @@ class _Normalize(torch.autograd.Function):
         channels, held, views = x.shape[1], ctx.held, ctx.views
         grad = grads[0]
         assert grad is not None
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            grad = grad.contiguous(memory_format=torch.channels_last)
-        else:
-            grad = grad.contiguous()
+        grad = grad.contiguous(memory_format=_format(x))
         rows, dims, shape = _by_view(x, views)
         kind = torch.promote_types(x.dtype, torch.float32)
         work = rows.to(kind)

@@ -235,12 +235,14 @@ def build(resolved: Resolved, world: World) -> Job:
 
     torch.manual_seed(config.run.seed)  # the same weights on every rank
     method = together(world, lambda: make_method(config, comm))
+    data = load_data(config, world)
+    loader = together(world, lambda: train_loader(config, world, data, config.run.seed))
+    # The folder comes last: whatever is wrong before leaves no trace.
     start = world.broadcast_object(
         together(world, lambda: folder.claim(config) if world.is_main else None)
     )
     assert isinstance(start, folder.Start)
     log.setup_logging(start.folder if world.is_main else None, world.rank)
-    data = load_data(config, world)
     validation = (
         Validation(data, config, comm, device) if data.val is not None and len(data.val) else None
     )
@@ -253,7 +255,6 @@ def build(resolved: Resolved, world: World) -> Job:
     module = distributed.data_parallel(learner, world)
     optimizer = optim.build(config.optim, parameter_groups(learner, config))
     scaler = torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16")
-    loader = train_loader(config, world, data, config.run.seed)
     if world.size > 1:
         warm_up(module, learner, config, world)
     state, path = together(world, lambda: load(config, start, device))

@@ -38,6 +38,11 @@ def claim(config: Config) -> Start:
     """
     resume = "auto" if restarted() and config.run.resume == "never" else config.run.resume
     source = None if resume in ("never", "auto") else Path(resume)
+    if source is not None and not source.exists():
+        raise ConfigError(
+            f"run.resume: {source} does not exist; never, auto, or the path of a checkpoint or run "
+            "folder would be accepted"
+        )
     if config.run.dir is not None:
         folder = Path(config.run.dir)
     elif source is not None:

@@ -155,6 +155,22 @@ def test_batch_norm_takes_half_precision() -> None:
     assert norm.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("shape", [(6, 5), (6, 3, 4, 4)])
+def test_batch_norm_takes_any_strides(shape: tuple[int, ...]) -> None:
+    """Some kernels give outputs that are dense, but neither contiguous nor channels-last."""
+    x = some(*reversed(shape)).permute(*reversed(range(len(shape))))
+    assert not x.is_contiguous()
+    kind = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
+    norm = kind(shape[1]).double().train()
+    ours = distributed.global_batch_norm(kind(shape[1]).double(), ViewLayout()).train()
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    weight = some(*shape, seed=2)
+    (ours(a) * weight).sum().backward()
+    (norm(b) * weight).sum().backward()
+    torch.testing.assert_close(ours(x), norm(x))
+    torch.testing.assert_close(a.grad, b.grad)
+
+
 def test_norm_with_activation_keeps_it() -> None:
     from timm.layers import BatchNormAct2d
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -110,7 +112,7 @@ def test_a_run_leaves_everything_in_its_folder(whole: dict[int, Path]) -> None:
         losses = [row["step"] for row in table if "train/loss" in row]
         assert losses == list(range(1, 10))
         knn = {row["step"]: row["eval/knn_bank"] for row in table if "eval/knn_top1" in row}
-        assert knn == dict.fromkeys((0, 3, 6, 9), 44)
+        assert knn == dict.fromkeys((0, 3, 6, 9), 43)
         names = set().union(*table)
         assert names >= {
             "train/nce", "train/vicreg_invariance", "train/vicreg_variance", "optim/lr",
@@ -243,21 +245,42 @@ def train_and_stop(args: list[str]) -> int | str:
         optim.learning_rate = original
 
 
+def complaint(args: list[str]) -> tuple[int | str, str]:
+    """The exit code and what went to stderr."""
+    with contextlib.redirect_stderr(io.StringIO()) as captured:
+        code = train(args)
+    return code, captured.getvalue()
+
+
 def test_a_used_folder_and_another_experiment_are_refused(
-    ranks: Ranks, photos: Path, whole: dict[int, Path], capfd: pytest.CaptureFixture[str]
+    ranks: Ranks, photos: Path, whole: dict[int, Path], tmp_path: Path
 ) -> None:
     args = arguments(photos, whole[1])
-    assert ranks.launch(train, 1, args) == [2]
     again = [*args, "run.resume=auto"]
-    assert ranks.launch(train, 3, [*again, "optim.lr=0.5", "method.beta=off"]) == [2] * 3
-    assert ranks.launch(train, 1, [*args, "run.resume=nowhere"]) == [2]
-    errors = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
-    assert "is not empty" in errors[0]
-    assert "run.resume=auto continues it" in errors[0]
-    assert "optim.lr: 1.0 in the checkpoint, 0.5 now" in errors[1]
-    assert "method.beta" in errors[1]
-    assert "nowhere" in errors[2]
-    assert len(errors) == 3  # once each, whatever the number of ranks
+    fresh = f"run.dir={tmp_path / 'fresh'}"
+    for more, texts in {
+        (): ["is not empty", "run.resume=auto continues it"],
+        ("run.resume=auto", "optim.lr=0.5", "method.beta=off"): [
+            "optim.lr: 1.0 in the checkpoint, 0.5 now",
+            "method.beta: adaptive in the checkpoint",
+        ],
+        ("run.resume=nowhere",): ["run.resume: nowhere"],
+        (fresh, "data.root=nowhere"): ["data.root: ", "nowhere does not exist"],
+        (fresh, "data.batch_size=60"): ["data.batch_size: "],
+        (fresh, "model.backbone=resnet81"): ["model.backbone: timm has no model", "resnet18?"],
+        (fresh, "model.stem=small", "model.backbone=vit_tiny_patch16_224"): [
+            "model.stem: small is for"
+        ],
+    }.items():
+        (code, first), (other_code, other) = ranks.launch(complaint, 2, [*args, *more])
+        assert code == other_code == 2
+        assert first.startswith("ddp_ssl: error: ")
+        assert first.count("\n") == 1
+        assert other == ""  # said once, whatever the number of ranks
+        assert all(text in first for text in texts), first
+    assert not (tmp_path / "fresh").exists()  # nothing started
+    assert rows(whole[1])  # and nothing was lost
+    assert ranks.launch(train, 1, again) == [0]  # a finished run has nothing left to do
 
 
 def test_weights_alone_start_a_new_run(
@@ -309,7 +332,9 @@ def test_other_optimisers_resume(
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_runs(ranks: Ranks, photos: Path, tmp_path: Path, precision: str) -> None:
-    more = (f"optim.precision={precision}", "optim.epochs=1", "optim.lr=0.1")
+    # 64 px: torch 2.14's bf16 convolution on CPU returns uninitialised memory as the gradient of
+    # the taps that a 1 x 1 input never reaches.
+    more = (f"optim.precision={precision}", "optim.epochs=1", "data.views.0.size=64")
     assert ranks.launch(train, 2, arguments(photos, tmp_path / "run", *more)) == [0, 0]
 
 
