@@ -267,6 +267,7 @@ def build(resolved: Resolved, world: World) -> Job:
         writer = log.MetricsWriter(
             start.folder, tensorboard=config.log.tensorboard, resumed_step=resumed, offset=offset
         )
+        writer.text("config", f"```yaml\n{resolved.to_yaml()}```", resumed or 0)
     recorder = Recorder(config, world, loader.steps_per_epoch, writer)
     job = Job(
         config, world, start.folder, data, learner, module, optimizer, scaler, loader, validation,
@@ -621,6 +622,7 @@ class Recorder:
         if self.writer is not None:
             for row in table:
                 self.writer.scalars(row)
+            self.writer.flush()
             self.progress.update(table[-1])
         fp16 = self.config.optim.precision == "fp16"  # its scaler skips infinite gradients
         for row in table:
