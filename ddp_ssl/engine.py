@@ -228,7 +228,7 @@ def finish(job: Job) -> None:
 def build(resolved: Resolved, world: World) -> Job:
     """Find the data, claim the folder, make everything, and load what the run continues from."""
     config, device = resolved.config, world.device
-    threads = config.run.threads or max(1, (os.cpu_count() or 1) // world.local_size)
+    threads = config.run.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
     torch.set_num_threads(threads)
     together(world, lambda: datasets.find(config.data))
     comm = distributed.comm_of(world)
@@ -292,11 +292,12 @@ def make_method(config: Config, comm: Any) -> Method[Any]:
 
 def load_data(config: Config, world: World) -> datasets.Dataset:
     """The data set on every rank, the same on all; rank 0 first, which writes what is cached."""
-    if world.is_main:
-        data = together(world, lambda: datasets.load(config.data, config.run.seed))
-    else:
-        together(world, lambda: None)
-    data = data if world.is_main else datasets.load(config.data, config.run.seed)
+
+    def read() -> datasets.Dataset:
+        return datasets.load(config.data, config.run.seed)
+
+    first = together(world, lambda: read() if world.is_main else None)
+    data = together(world, lambda: read() if first is None else first)
     digest = data.train.digest
     same = world.broadcast_object(digest)
     check: Callable[[], None] = lambda: _same_data(digest == same, world.rank)  # noqa: E731
@@ -325,7 +326,7 @@ def train_loader(
         color_jitter=d.color_jitter,
         mean=d.normalisation[0],
         std=d.normalisation[1],
-        threads=d.threads or max(1, (os.cpu_count() or 1) // world.local_size),
+        threads=d.threads,
         prefetch=d.prefetch,
         device=world.device,
     )

@@ -24,7 +24,8 @@ def knn_predict(
     classes = int(bank_labels.max()) + 1
     bank = F.normalize(bank.float(), dim=1)
     predictions = []
-    for part in F.normalize(queries.float(), dim=1).split(chunk):
+    queries = F.normalize(queries.float(), dim=1)
+    for part in torch.split(queries, chunk):
         similarity, index = (part @ bank.T).topk(k, dim=1)
         # Relative to the best neighbour: the same ranking, and exp cannot overflow.
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
