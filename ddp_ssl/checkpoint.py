@@ -172,7 +172,11 @@ def sweep(folder: Path) -> None:
     for manifest in unreadable:
         _set_aside(manifest)
     for found in readable:
-        if _problem(found) is None:
+        try:
+            problem = _mismatch(found)
+        except OSError:  # a file system that fails for a moment is no reason to move anything
+            break
+        if problem is None:
             break
         _set_aside(found.manifest)
 
@@ -405,13 +409,18 @@ def _good(folder: Path) -> Iterator[Found]:
 def _problem(found: Found) -> str | None:
     """What is wrong with a checkpoint's file, or None."""
     try:
-        size = found.path.stat().st_size
-        if size != found.bytes:
-            return f"{size} bytes, its manifest says {found.bytes}"
-        with open(found.path, "rb") as file:
-            digest = _sha256(file)
+        return _mismatch(found)
     except OSError as error:
         return error.strerror or str(error)
+
+
+def _mismatch(found: Found) -> str | None:
+    """How a checkpoint's file differs from its manifest, or None; raises `OSError`."""
+    size = found.path.stat().st_size
+    if size != found.bytes:
+        return f"{size} bytes, its manifest says {found.bytes}"
+    with open(found.path, "rb") as file:
+        digest = _sha256(file)
     return None if digest == found.sha256 else "its SHA-256 is not the manifest's"
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import pkgutil
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -228,7 +227,8 @@ class Optim(Section):
     accumulate: int = Field(1, ge=1)
     """Only 1: gradient accumulation is not the large batch for losses that couple images."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Autocast of the networks; fp16 uses a gradient scaler. Losses are always in float32."""
+    """Autocast of the networks. fp16 uses a gradient scaler, which waits for the device at every
+    step. Losses are always in float32."""
 
 
 class Eval(Section):
@@ -413,6 +413,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file; a YAML file would be accepted") from None
     try:
         tree = yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
@@ -433,7 +435,7 @@ def load(arguments: Sequence[str]) -> Resolved:
     path, overrides = _split(arguments)
     layers: list[tuple[str, dict[str, Any]]] = []
     if path is None:
-        layers.append(("embedded default", EMBEDDED_DEFAULT))
+        layers.append(("embedded default", _embedded_default(overrides)))
     else:
         layers.append((str(path), read_yaml(path)))
     if overrides:
@@ -572,6 +574,14 @@ def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     return path, overrides
 
 
+def _embedded_default(overrides: Sequence[str]) -> dict[str, Any]:
+    """The embedded default; its backbone's arguments are for its backbone alone."""
+    if not any(override.startswith("model.backbone=") for override in overrides):
+        return EMBEDDED_DEFAULT
+    model = {k: v for k, v in EMBEDDED_DEFAULT["model"].items() if k != "backbone_args"}
+    return {**EMBEDDED_DEFAULT, "model": model}
+
+
 def _tree_of(overrides: Sequence[str], layers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """`["optim.lr=0.1", "data.views.0.size=96"]` as a nested dict; list items start from below."""
     below, _ = _merge(layers)
@@ -613,6 +623,8 @@ def _set_item(tree: dict[str, Any], below: dict[str, Any], parts: list[str], val
         length = len(current) if isinstance(current, list) else 0
         raise ConfigError(f"{'.'.join(parts)}: {section}.{key} has {length} items to set")
     items = list(current)
+    if rest and not isinstance(items[int(index)], dict):
+        raise ConfigError(f"{'.'.join(parts)}: {section}.{key}.{index} is {items[int(index)]}")
     items[int(index)] = {**items[int(index)], rest[0]: value} if rest else value
     return items
 
@@ -722,6 +734,12 @@ def _check(config: Config) -> None:
             "data.batch_size: batch normalisation needs 2 images or more, got "
             f"{config.data.batch_size}"
         )
+    size = config.data.val_size or max(group.size for group in config.data.views)
+    if config.data.val_resize is not None and config.data.val_resize < size:
+        raise ValueError(
+            f"data.val_resize: {config.data.val_resize} is smaller than the crop of {size} pixels "
+            f"taken from it; {size} or more would be accepted"
+        )
     if config.run.resume not in ("never", "") and config.run.init_from:
         raise ValueError("run.init_from: starts anew from weights; run.resume continues: give one")
 
@@ -764,13 +782,3 @@ def _type_name(annotation: Any) -> str:
     if origin is not None:
         return f"{origin.__name__}[{', '.join(_type_name(a) for a in arguments)}]"
     return "none" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
-
-
-def launched_by() -> tuple[int, int]:
-    """(rank, world size) from the launcher's environment, (0, 1) without one."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"])
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
-    return 0, 1

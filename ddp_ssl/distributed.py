@@ -9,7 +9,6 @@ and no factor of the world size appears anywhere. docs/distributed.md derives it
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import datetime
 import inspect
@@ -26,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
+from ddp_ssl.launch import local_rank_and_size, rank_and_size
 
 # torch 2.13 renamed the single-tensor collectives and deprecated the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -129,17 +129,11 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     """Join the process group that the launcher describes; one process needs none.
 
     Reads torchrun's variables, or Slurm's when `srun` starts one task per GPU. `device` is `auto`,
-    `cuda` or `cpu`. Raises `ValueError` if CUDA is asked for and missing.
+    `cuda` or `cpu`. Raises `ValueError` if CUDA is asked for and missing here, and `Disagreement`
+    on every rank if some have a GPU and others none, or two share one.
     """
-    env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        per_node = env.get("SLURM_NTASKS_PER_NODE", "1").partition("(")[0]
-        env.setdefault("LOCAL_WORLD_SIZE", per_node)
-    rank, size = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
-    local_rank = int(env.get("LOCAL_RANK", "0"))
-    local_size = int(env.get("LOCAL_WORLD_SIZE", "1"))
+    rank, size = rank_and_size()
+    local_rank, local_size = local_rank_and_size()
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device: cuda is not available here; auto or cpu would be accepted")
@@ -153,21 +147,45 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     if size == 1:
         return World(0, 1, 0, 1, place)
 
-    if "MASTER_ADDR" not in env:
+    if "MASTER_ADDR" not in os.environ:
         raise ValueError(
             "MASTER_ADDR: not set, so the processes cannot find each other; start with torchrun or "
             "export MASTER_ADDR and MASTER_PORT"
         )
     timeout = datetime.timedelta(seconds=timeout_s)
-    if use_cuda:
-        dist.init_process_group(
-            "nccl", rank=rank, world_size=size, timeout=timeout, device_id=place
-        )
-    else:
-        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timeout)
-    atexit.register(stop)
+    # NCCL connects at the first collective on a GPU, so the check below runs before it.
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     side = dist.new_group(backend="gloo", timeout=timeout)
-    return World(rank, size, local_rank, local_size, place, side)
+    world = World(rank, size, local_rank, local_size, place, side)
+    problem = world.broadcast_object(_conflict(world.gather_objects(_place(place))))
+    if problem:
+        raise Disagreement(problem)
+    return world
+
+
+class Disagreement(ValueError):
+    """The processes, all together, found that they cannot work together."""
+
+
+def _place(device: torch.device) -> str:
+    name = socket.gethostname() if device.type == "cuda" else ""
+    return f"{device.type} {name} {device.index}" if name else "cpu"
+
+
+def _conflict(places: list[str] | None) -> str | None:
+    """Why processes in these places cannot work together, or None."""
+    on_gpu = [place for place in places or [] if place.startswith("cuda")]
+    if on_gpu and len(on_gpu) < len(places or []):
+        first = next(r for r, place in enumerate(places or []) if place == "cpu")
+        return f"run.device: rank {first} finds no GPU, others do; run.device=cpu serves all"
+    for rank, place in enumerate(on_gpu):
+        if place in on_gpu[:rank]:
+            return (
+                f"run.device: ranks {on_gpu.index(place)} and {rank} share one GPU ({place}); "
+                "start one process per GPU, or run.device=cpu"
+            )
+    return None
 
 
 def stop() -> None:
@@ -345,7 +363,6 @@ class _Normalize(torch.autograd.Function):
         bias: Tensor,
         eps: float,
         layout: ViewLayout,
-        reduce: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         channels, total, held, views = x.shape[1], layout.total, layout.held, layout.local
         rows, dims, shape = _by_view(x, views)
@@ -359,8 +376,7 @@ class _Normalize(torch.autograd.Function):
         moments[held, 0] = count
         moments[held, 1 : channels + 1] = count * mean
         moments[held, channels + 1 :] = squares + count * mean.square()
-        if reduce:
-            dist.all_reduce(moments)
+        dist.all_reduce(moments)
         number = moments[:, :1]
         means = moments[:, 1 : channels + 1] / number
         variances = (moments[:, channels + 1 :] / number - means.square()).clamp_(min=0)
@@ -372,7 +388,7 @@ class _Normalize(torch.autograd.Function):
         kind = work.dtype
         out = _affine(x, views, work, scale.to(kind).view(shape), shift.to(kind).view(shape))
         ctx.save_for_backward(x, weight, mean, inverse, number)
-        ctx.total, ctx.held, ctx.views, ctx.reduce = total, held, views, reduce
+        ctx.total, ctx.held, ctx.views = total, held, views
         unbiased = variances * (number / (number - 1).clamp(min=1))
         ctx.mark_non_differentiable(means, unbiased)
         return out, means, unbiased
@@ -394,8 +410,7 @@ class _Normalize(torch.autograd.Function):
 
         sums = x.new_zeros((ctx.total, 2 * channels), dtype=torch.float64)
         sums[held] = torch.cat([sum_grad, sum_grad_x], 1)
-        if ctx.reduce:
-            dist.all_reduce(sums)
+        dist.all_reduce(sums)
         mean_grad, mean_grad_x = (sums[held] / number[held]).split(channels, 1)
         # dx = w/s (g - mean g - x^ mean(g x^)), written as one affine map of g and x per channel.
         scale = inverse * weight.double()
@@ -408,7 +423,6 @@ class _Normalize(torch.autograd.Function):
             _affine(x, views, work, slope.to(kind).view(shape), offset_rows),
             sum_grad_x.sum(0).to(weight.dtype),  # DDP averages what each rank contributed
             sum_grad.sum(0).to(weight.dtype),
-            None,
             None,
             None,
         )
@@ -445,6 +459,8 @@ class GlobalBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return cast(Tensor, self.after(super().forward(input)))
+        if not (self.reduce and dist.is_initialized()):
+            return cast(Tensor, self.after(self._local(input)))
         weight = self.weight if self.affine else input.new_ones(self.num_features)
         bias = self.bias if self.affine else input.new_zeros(self.num_features)
         out, means, variances = cast(
@@ -455,7 +471,6 @@ class GlobalBatchNorm(_BatchNorm):
                 bias,
                 self.eps,
                 ViewLayout(self.layout.total, self.layout.held),
-                self.reduce and dist.is_initialized(),
             ),
         )
         if self.running_mean is not None and self.running_var is not None:
@@ -469,6 +484,12 @@ class GlobalBatchNorm(_BatchNorm):
                     self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
                     self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
         return cast(Tensor, self.after(out))
+
+    def _local(self, input: Tensor) -> Tensor:
+        """This process's own statistics, torch's kernels: one call per view held here."""
+        views = input.chunk(self.layout.local)
+        out = [super(GlobalBatchNorm, self).forward(view) for view in views]
+        return torch.cat(out) if len(out) > 1 else out[0]
 
 
 def global_batch_norm(module: nn.Module, layout: ViewLayout, reduce: bool = True) -> nn.Module:

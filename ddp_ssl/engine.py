@@ -6,24 +6,25 @@ The loop knows no method. What a method needs between steps and epochs it does i
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
 import logging
-import math
-import os
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ddp_ssl import checkpoint, distributed, folder, log, optim
 from ddp_ssl.checkpoint import CheckpointError
-from ddp_ssl.config import Config, ConfigError, Resolved, identity, load_method
+from ddp_ssl.config import Config, ConfigError, Resolved, load_method
 from ddp_ssl.data import datasets
 from ddp_ssl.data.augment import views_of
 from ddp_ssl.data.batch import Batch
@@ -31,17 +32,15 @@ from ddp_ssl.data.loader import TrainLoader
 from ddp_ssl.distributed import LateFlag, World
 from ddp_ssl.evals.probe import Learner
 from ddp_ssl.evals.validation import Validation
+from ddp_ssl.launch import cpu_share, rank_and_size
 from ddp_ssl.methods.base import Context, Method, Progress, trainable
 from ddp_ssl.models import export, loading_snippet
 from ddp_ssl.picture import view_grid
+from ddp_ssl.recorder import NonFiniteError, Recorder
 from ddp_ssl.signals import StopRequest
 
 logger = logging.getLogger("ddp_ssl")
 T = TypeVar("T")
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient became NaN or infinite."""
 
 
 @dataclasses.dataclass
@@ -74,36 +73,59 @@ class Job:
 def run(resolved: Resolved, stop: StopRequest) -> int:
     """The whole run; returns the exit code. Raises `ConfigError` for what cannot be run."""
     config = resolved.config
-    world = together(None, lambda: distributed.start(config.run.device, config.run.timeout_s))
+    world = join(config)
     log.setup_logging(None, world.rank)
-    place: Path | None = None
+    claimed: list[Path] = []
+    code = 0
     try:
-        job = build(resolved, world)
-        place = job.folder
-        state = train(job, stop)
-        if state == "done":
-            finish(job)
-        elif world.is_main:
-            logger.info("stopped on %s at step %d; run.resume=auto goes on", stop.reason, job.step)
-        if world.is_main:
-            log.write_status(job.folder, state, step=job.step, epoch=job.epoch)
-        job.recorder.close()
-        return 0
-    except NonFiniteError as error:
+        job = build(resolved, world, claimed)
+        try:
+            state = train(job, stop)
+            if state == "done":
+                finish(job)
+            elif world.is_main:
+                reason = stop.reason or "request of another rank"
+                logger.info("stopped on %s at step %d; run.resume=auto goes on", reason, job.step)
+        finally:
+            job.recorder.close()
+        record_status(claimed, state, step=job.step, epoch=job.epoch)
+    except ConfigError as error:  # raised by all ranks together
+        record_status(claimed, "failed", error=str(error))
+        distributed.stop()
+        raise
+    except NonFiniteError as error:  # likewise
+        record_status(claimed, "failed", error=str(error))
         if world.is_main:
             logger.error("%s", error)
-            log.write_status(cast(Path, place), "failed", error=str(error))
-        return 1
-    except ConfigError:
-        raise
+        code = 1
     except BaseException as error:
-        if place is not None and world.is_main:
-            log.write_status(
-                place, "failed", error=" ".join(f"{type(error).__name__}: {error}".split())
-            )
+        # One rank alone: the others wait in a collective, where leaving the group in order would
+        # block too. The process ends as it is, and the launcher ends the others.
+        record_status(claimed, "failed", error=one_line(f"{type(error).__name__}: {error}"))
         raise
-    finally:
-        distributed.stop()
+    distributed.stop()
+    return code
+
+
+def join(config: Config) -> World:
+    """The process group; what fails on one rank before there is a group is said by that rank."""
+    try:
+        return distributed.start(config.run.device, config.run.timeout_s)
+    except distributed.Disagreement as error:
+        raise ConfigError(str(error)) from None
+    except ValueError as error:
+        if rank_and_size()[0]:
+            print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)
+        raise ConfigError(str(error)) from None
+
+
+def record_status(claimed: list[Path], state: log.State, **fields: Any) -> None:
+    """`status.json` in the folder that this process claimed, if it is the one that did."""
+    for place in claimed:
+        try:
+            log.write_status(place, state, **fields)
+        except OSError as error:
+            logger.warning("status.json cannot be written: %s", error)
 
 
 # --- the loop ----------------------------------------------------------------------------------
@@ -146,34 +168,48 @@ def train(job: Job, stop: StopRequest) -> log.State:
             if stopping or (every and job.step % every == 0 and not last):
                 save(job)
             if stopping:
+                late.settle()
                 return "preempted"
-        end_of_epoch(job)
+        improved = end_of_epoch(job)
         job.epoch += 1
         keep_every = config.checkpoint.keep_every
-        save(job, permanent=bool(keep_every and job.epoch % keep_every == 0))
-        recorder.restart_clock()
+        save(job, bool(keep_every and job.epoch % keep_every == 0), improved)
     late.settle()
     return "done"
 
 
-def end_of_epoch(job: Job) -> None:
-    """What is measured between epochs, before the epoch counts as done."""
+def end_of_epoch(job: Job) -> bool:
+    """What is measured between epochs, before the epoch counts as done; whether it is the best."""
     job.recorder.flush()
     job.method.after_epoch(context_of(job))
     done, config = job.epoch + 1, job.config
     job.method.train()
-    evaluate(
+    last = done == config.optim.epochs
+    figures = evaluate(
         job,
-        bool(config.eval.every and done % config.eval.every == 0) or done == config.optim.epochs,
-        bool(config.measure.every and done % config.measure.every == 0)
-        or done == config.optim.epochs,
+        last or bool(config.eval.every and done % config.eval.every == 0),
+        last or bool(config.measure.every and done % config.measure.every == 0),
     )
+    return is_best(job, figures)
 
 
-def evaluate(job: Job, accuracy: bool, measure: bool) -> None:
+def is_best(job: Job, figures: dict[str, float]) -> bool:
+    """Whether this epoch's figure of `checkpoint.best` beats all before; remembers it."""
+    name = job.config.checkpoint.best or ""
+    value = figures.get(name.lstrip("-"))
+    if value is None:
+        return False
+    score = -value if name.startswith("-") else value
+    if job.best is not None and score <= job.best:
+        return False
+    job.best = score
+    return True
+
+
+def evaluate(job: Job, accuracy: bool, measure: bool) -> dict[str, float]:
     """The validation figures that are due, on all processes."""
     if job.validation is None or not (accuracy or measure):
-        return
+        return {}
     start = time.perf_counter()
     figures = job.validation.figures(job.method, job.learner.probe, accuracy, measure)
     figures["perf/validation_s"] = time.perf_counter() - start
@@ -185,6 +221,7 @@ def evaluate(job: Job, accuracy: bool, measure: bool) -> None:
     if "eval/knn_bank" in figures:
         shown.append(f"(bank of {figures['eval/knn_bank']:.0f} images)")
     job.recorder.tell(f"validation at step {job.step}: {'  '.join(shown)}")
+    return figures
 
 
 def finish(job: Job) -> None:
@@ -225,11 +262,17 @@ def finish(job: Job) -> None:
 # --- building ----------------------------------------------------------------------------------
 
 
-def build(resolved: Resolved, world: World) -> Job:
-    """Find the data, claim the folder, make everything, and load what the run continues from."""
+def build(resolved: Resolved, world: World, claimed: list[Path]) -> Job:
+    """Find the data, claim the folder, make everything, and load what the run continues from.
+
+    Rank 0 appends the folder to `claimed` as soon as it is this run's.
+    """
     config, device = resolved.config, world.device
-    threads = config.run.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    threads = config.run.threads or cpu_share()
     torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = True  # the image sizes never change
+    if config.optim.precision == "bf16" and device.type == "cuda":
+        together(world, require_bf16)
     together(world, lambda: datasets.find(config.data))
     comm = distributed.comm_of(world)
 
@@ -237,16 +280,21 @@ def build(resolved: Resolved, world: World) -> Job:
     method = together(world, lambda: make_method(config, comm))
     data = load_data(config, world)
     loader = together(world, lambda: train_loader(config, world, data, config.run.seed))
+    learner = Learner(method, data.num_classes if config.eval.probe else 0)
+    together(world, lambda: initial_weights(learner, config))
     # The folder comes last: whatever is wrong before leaves no trace.
+    identity = folder.whole_identity(config, data)
     start = world.broadcast_object(
         together(world, lambda: folder.claim(config) if world.is_main else None)
     )
     assert isinstance(start, folder.Start)
+    state, path = together(world, lambda: load(identity, start))
+    if world.is_main:
+        claimed.append(start.folder)
     log.setup_logging(start.folder if world.is_main else None, world.rank)
     validation = (
         Validation(data, config, comm, device) if data.val is not None and len(data.val) else None
     )
-    learner = Learner(method, data.num_classes if config.eval.probe else 0)
     learner.to(device)
     if config.model.channels_last:
         learner.to(memory_format=torch.channels_last)
@@ -257,10 +305,10 @@ def build(resolved: Resolved, world: World) -> Job:
     scaler = torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16")
     if world.size > 1:
         warm_up(module, learner, config, world)
-    state, path = together(world, lambda: load(config, start, device))
     offset = state["metrics_offset"] if state and start.same_folder else 0
+    ranks = distributed.layout(world)
     if world.is_main:
-        write_folder(resolved, start, world)
+        write_folder(resolved, start, ranks)
     writer = None
     if world.is_main:
         resumed = state["step"] if state and start.same_folder else None
@@ -274,7 +322,8 @@ def build(resolved: Resolved, world: World) -> Job:
         recorder,
     )  # fmt: skip
     describe(job, threads)
-    torch.manual_seed(derive(config.run.seed, "rank", world.rank))
+    for seed_all in (torch.manual_seed, random.seed, np.random.seed):
+        seed_all(derive(config.run.seed, "rank", world.rank))
     if state:
         assert path is not None
         restore(job, state, path)
@@ -347,10 +396,7 @@ def warm_up(module: nn.Module, learner: Learner, config: Config, world: World) -
     DDP fixes its buckets, and so the order in which gradients are summed, after the first backward.
     With this a resumed run sums in the same order as an uninterrupted one, to the last bit.
     """
-    saved = {
-        name: value.clone() if isinstance(value, Tensor) else value
-        for name, value in learner.state_dict().items()
-    }
+    saved = copy.deepcopy(learner.state_dict())
     images, device = config.data.batch_size // world.size, world.device
     views = [
         torch.rand(images, 3, v.size, v.size, device=device).contiguous(
@@ -366,11 +412,9 @@ def warm_up(module: nn.Module, learner: Learner, config: Config, world: World) -
 
 
 def begin(job: Job) -> None:
-    """A fresh start: weights to begin from, figures at step 0."""
-    source = job.config.run.init_from
-    if source is not None:
-        together(job.world, lambda: load_weights(job.learner, Path(source), job.world.device))
-        job.recorder.tell(f"weights from {source}")
+    """A fresh start: figures at step 0."""
+    if job.config.run.init_from is not None:
+        job.recorder.tell(f"weights from {job.config.run.init_from}")
     job.method.on_start(context_of(job))
     job.method.train()
     if job.config.eval.raw_pixels and job.validation is not None and job.data.num_classes:
@@ -392,12 +436,9 @@ def picture(job: Job) -> None:
 
 def describe(job: Job, threads: int) -> None:
     """Who runs on what, once, on rank 0; and the config as text."""
-    ranks = distributed.layout(job.world)
     config, data, total = job.config, job.data, job.config.optim
     val = 0 if data.val is None else len(data.val)
     network = sum(p.numel() for p in job.method.parameters())
-    for rank, where in enumerate(ranks):
-        logger.debug("rank %d: %s", rank, where)
     job.recorder.tell(
         f"{config.method.name} on {data.name}: {len(data.train)} images in "
         f"{data.num_classes or 'no'} classes, {val} for validation; {config.data.batch_size} "
@@ -411,12 +452,12 @@ def describe(job: Job, threads: int) -> None:
     )
 
 
-def write_folder(resolved: Resolved, start: folder.Start, world: World) -> None:
+def write_folder(resolved: Resolved, start: folder.Start, ranks: list[str]) -> None:
     """The config and the environment, for whoever reads the folder later."""
     tree = resolved.to_yaml()
     (start.folder / "config.yaml").write_text(tree)
-    environment = json.dumps(log.environment() | {"world_size": world.size}, indent=1)
-    (start.folder / "environment.json").write_text(environment + "\n")
+    environment = log.environment() | {"world_size": len(ranks), "ranks": ranks}
+    (start.folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
     log.write_status(start.folder, "running")
     (start.folder / "STOP").unlink(missing_ok=True)
     checkpoint.sweep(start.folder)
@@ -443,19 +484,21 @@ def context_of(job: Job) -> Context:
 # --- checkpoints -------------------------------------------------------------------------------
 
 
-def save(job: Job, permanent: bool = False) -> None:
+def save(job: Job, permanent: bool = False, best: bool = False) -> None:
     """Save on all ranks together; a save that fails warns and keeps the older checkpoint."""
     job.recorder.flush()  # raises before a non-finite state can be saved
     mine = {
         "loader": job.loader.state(),
         "torch_rng": torch.get_rng_state(),
         "python_rng": random.getstate(),
+        "numpy_rng": numpy_rng(),
     }
     if job.world.device.type == "cuda":
         mine["cuda_rng"] = torch.cuda.get_rng_state()
     ranks = job.world.gather_objects(mine)
     if job.world.is_main:
         assert ranks is not None
+        identity = folder.whole_identity(job.config, job.data)
         state = {
             "model": job.learner.state_dict(),
             "optimizer": optim.state_by_name(job.optimizer),
@@ -466,7 +509,7 @@ def save(job: Job, permanent: bool = False) -> None:
             "first": job.first,
             "latest": job.latest,
             "metrics_offset": job.recorder.offset(),
-            "identity": identity(job.config),
+            "identity": identity,
             "ranks": ranks,
         }
         try:
@@ -475,37 +518,27 @@ def save(job: Job, permanent: bool = False) -> None:
                 state,
                 step=job.step,
                 epoch=job.epoch,
-                identity=identity(job.config),
+                identity=identity,
                 world_size=job.world.size,
                 keep=job.config.checkpoint.keep,
                 permanent=permanent,
             )
-            keep_best(job, path)
+            if best:
+                checkpoint.save_best(job.folder, path)
         except CheckpointError as error:
             logger.warning("checkpoint at step %d not saved, going on: %s", job.step, error)
     job.world.barrier()
-
-
-def keep_best(job: Job, path: Path) -> None:
-    """Keep this checkpoint as the best one if the figure of `checkpoint.best` says so."""
-    name = job.config.checkpoint.best or ""
-    value = job.latest.get(name.lstrip("-"))
-    if value is None:
-        return
-    score = -value if name.startswith("-") else value
-    if job.best is None or score > job.best:
-        job.best = score
-        checkpoint.save_best(job.folder, path)
+    job.recorder.restart_clock()
 
 
 def load(
-    config: Config, start: folder.Start, device: torch.device
+    identity: dict[str, str], start: folder.Start
 ) -> tuple[dict[str, Any] | None, Path | None]:
-    """The checkpoint to continue from, if there is one, checked against the config."""
+    """The checkpoint to continue from, if there is one, checked to be of this experiment."""
     if start.checkpoint is None:
         return None, None
-    state = checkpoint.load(start.checkpoint, device)
-    folder.check_identity(config, state["identity"], start.checkpoint)
+    state = checkpoint.load(start.checkpoint)
+    folder.check_identity(identity, state["identity"], start.checkpoint)
     return state, start.checkpoint
 
 
@@ -523,6 +556,7 @@ def restore(job: Job, state: dict[str, Any], path: Path) -> None:
     if len(state["ranks"]) == job.world.size:
         torch.set_rng_state(mine["torch_rng"].cpu())
         random.setstate(mine["python_rng"])
+        np.random.set_state(tuple(mine["numpy_rng"]))
         if "cuda_rng" in mine and job.world.device.type == "cuda":
             torch.cuda.set_rng_state(mine["cuda_rng"].cpu())
     job.recorder.tell(f"resumed from {path} at step {job.step}, epoch {job.epoch}")
@@ -537,159 +571,29 @@ def load_model(learner: Learner, state: dict[str, Any]) -> None:
     learner.load_state_dict(state)
 
 
-def load_weights(learner: Learner, path: Path, device: torch.device) -> None:
+def initial_weights(learner: Learner, config: Config) -> None:
     """`run.init_from`: the method's parameters and buffers, nothing of how far it was."""
-    state = checkpoint.load(path, device)["model"]
-    weights = {
-        name: value
-        for name, value in state.items()
-        if name.startswith("method.") and isinstance(value, Tensor)
-    }
-    own = learner.state_dict()
-    wrong = [
-        name
-        for name, value in own.items()
-        if name.startswith("method.")
-        and isinstance(value, Tensor)
-        and (name not in weights or weights[name].shape != value.shape)
-    ]
+    if config.run.init_from is None:
+        return
+    path = Path(config.run.init_from)
+    theirs, own = checkpoint.load(path)["model"], learner.state_dict()
+    ours = [n for n, v in own.items() if n.startswith("method.") and isinstance(v, Tensor)]
+    wrong = [n for n in ours if n not in theirs or theirs[n].shape != own[n].shape]
     if wrong:
         raise ValueError(
             f"run.init_from: {path} does not fit this model: {len(wrong)} tensors are missing or "
             f"of another shape, the first is {wrong[0].removeprefix('method.')}"
         )
-    learner.load_state_dict({**own, **{n: v for n, v in weights.items() if n in own}})
+    learner.load_state_dict({**own, **{name: theirs[name] for name in ours}})
 
 
-# --- figures -----------------------------------------------------------------------------------
+def numpy_rng() -> tuple[Any, ...]:
+    """NumPy's global state as plain numbers, which load without executing anything."""
+    kind, keys, *rest = np.random.get_state()
+    return (kind, np.asarray(keys).tolist(), *rest)
 
 
-class Recorder:
-    """Figures of every step, kept on the device and written at logging steps.
-
-    One reduction over processes and one synchronisation serve many rows; a non-finite loss is
-    found there, on all processes together.
-    """
-
-    def __init__(
-        self, config: Config, world: World, steps_per_epoch: int, writer: log.MetricsWriter | None
-    ) -> None:
-        self.config, self.world, self.writer = config, world, writer
-        self.steps_per_epoch = steps_per_epoch
-        self.progress = log.Progress(config.optim.epochs, steps_per_epoch)
-        self._names: list[str] = []
-        self._rows: list[Tensor] = []
-        self._host: list[tuple[int, dict[str, float]]] = []
-        self._since = time.perf_counter()
-        self._waited = 0.0
-
-    def waiting(self) -> _Stopwatch:
-        """Time spent within counts as waiting for data."""
-        return _Stopwatch(self)
-
-    def add(self, step: int, figures: dict[str, Tensor | float]) -> None:
-        """Figures of one step: tensors stay on the device."""
-        named = {n if "/" in n else f"train/{n}": v for n, v in figures.items()}
-        tensors = {n: v.detach().double() for n, v in named.items() if isinstance(v, Tensor)}
-        self._names = list(tensors)
-        self._rows.append(torch.stack(list(tensors.values())))
-        self._host.append((step, {n: v for n, v in named.items() if not isinstance(v, Tensor)}))
-
-    def flush(self) -> None:
-        """Write the rows since the last time; raises `NonFiniteError` on all processes."""
-        if not self._rows:
-            return
-        rows = self.world.mean_rows(torch.stack(self._rows)).tolist()
-        names, host, steps = self._names, self._host, len(rows)
-        self._rows, self._host = [], []
-        now = time.perf_counter()
-        seconds, waited = max(now - self._since, 1e-9), self._waited
-        self._since, self._waited = now, 0.0
-        table = [
-            {
-                "step": step,
-                "epoch": self.epoch(step),
-                **dict(zip(names, row, strict=True)),
-                **values,
-            }
-            for row, (step, values) in zip(rows, host, strict=True)
-        ]
-        table[-1] |= {
-            "perf/images_per_s": self.config.data.batch_size * steps / seconds,
-            "perf/step_ms": 1000 * seconds / steps,
-            "perf/data_wait": min(waited / seconds, 1.0),
-            "perf/memory_gib": _memory(self.world.device),
-        }
-        if self.writer is not None:
-            for row in table:
-                self.writer.scalars(row)
-            self.writer.flush()
-            self.progress.update(table[-1])
-        fp16 = self.config.optim.precision == "fp16"  # its scaler skips infinite gradients
-        for row in table:
-            for name in ("train/loss",) if fp16 else ("train/loss", "optim/grad_norm"):
-                if not math.isfinite(row[name]):
-                    raise NonFiniteError(
-                        f"{name} is {row[name]} at step {row['step']} (epoch {row['epoch']}); the "
-                        f"checkpoints hold earlier steps only. Lower optim.lr (now "
-                        f"{self.config.optim.lr:g} per 256 images), lengthen optim.warmup_epochs "
-                        "or set optim.grad_clip"
-                    )
-
-    def epoch(self, step: int) -> int:
-        """The epoch, from 1, that a step belongs to; 0 before the first."""
-        return -(-step // self.steps_per_epoch)
-
-    def row(self, step: int, figures: dict[str, float]) -> None:
-        """Figures that are on the host already."""
-        if self.writer is not None:
-            self.writer.scalars({"step": step, "epoch": self.epoch(step), **figures})
-
-    def tell(self, text: str) -> None:
-        """A line for people, on rank 0."""
-        if self.writer is not None:
-            self.progress.tell(text)
-
-    def image(self, name: str, image: Any, path: Path) -> None:
-        """A picture `[H, W, 3]` in the folder and in TensorBoard."""
-        from PIL import Image
-
-        Image.fromarray(image).save(path)
-        if self.writer is not None:
-            self.writer.image(name, image, 0)
-
-    def offset(self) -> int:
-        """Bytes of `metrics.jsonl` so far, safely on disk."""
-        return self.writer.offset() if self.writer is not None else 0
-
-    def restart_clock(self) -> None:
-        """Do not count what happened since the last flush as training."""
-        self._since, self._waited = time.perf_counter(), 0.0
-
-    def close(self) -> None:
-        """Flush and close the files."""
-        if self.writer is not None:
-            self.writer.close()
-
-
-class _Stopwatch:
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.recorder._waited += time.perf_counter() - self.start
-
-
-def _memory(device: torch.device) -> float:
-    """Peak memory of this process in GiB: the GPU's, or resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+# --- parts -------------------------------------------------------------------------------------
 
 
 def gradient_norm(module: nn.Module, bound: float | None) -> Tensor:
@@ -707,23 +611,42 @@ def derive(seed: int, *names: object) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "little") >> 1
 
 
-def together(world: World | None, action: Callable[[], T]) -> T:
-    """Do something that may fail for the user's reasons; if it fails anywhere, it fails everywhere.
+def require_bf16() -> None:
+    """Raise `ValueError` if this GPU has no bfloat16."""
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError("optim.precision: this GPU has no bf16; fp16 or fp32 would be accepted")
 
-    Every rank raises the first failing rank's `ConfigError`, which rank 0 prints.
+
+def one_line(text: object) -> str:
+    """Without line breaks."""
+    return " ".join(str(text).split())
+
+
+def together(world: World, action: Callable[[], T]) -> T:
+    """Do something that may fail; if it fails on one rank, it fails on all, and none waits.
+
+    What a user can mend (`ValueError`, `OSError`) becomes the same `ConfigError` on every rank,
+    which rank 0 prints. Anything else is raised where it happened, and as a `ConfigError` that
+    names the rank elsewhere.
     """
     result: T | None = None
-    problem = None
+    problem: str | None = None
+    unexpected: Exception | None = None
     try:
         result = action()
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
     except ValueError as error:
-        problem = " ".join(str(error).split())
-    if world is not None and world.size > 1:
-        problems = world.gather_objects(problem) or []
-        first = next(((r, p) for r, p in enumerate(problems) if p is not None), None)
-        if first is not None:
-            first = (first[0], first[1] + (f" [rank {first[0]}]" if first[0] else ""))
-        problem = world.broadcast_object(first and first[1])
-    if problem is not None:
-        raise ConfigError(problem)
+        problem = one_line(error)
+    except Exception as error:
+        unexpected = error
+        problem = one_line(f"{type(error).__name__}: {error}")
+    problems = world.gather_objects(problem) or []
+    failed = next(((r, p) for r, p in enumerate(problems) if p is not None), None)
+    first = world.broadcast_object(failed)
+    if unexpected is not None:
+        raise unexpected
+    if first is not None:
+        rank, problem = first
+        raise ConfigError(problem + (f" [rank {rank}]" if rank else ""))
     return cast(T, result)

@@ -11,6 +11,8 @@ from typing import Any
 
 from ddp_ssl import checkpoint
 from ddp_ssl.config import Config, ConfigError, identity
+from ddp_ssl.data.datasets import Dataset
+from ddp_ssl.launch import restarted
 
 log = logging.getLogger(__name__)
 
@@ -25,18 +27,14 @@ class Start:
     """Whether the checkpoint is this folder's own, so that its metrics continue."""
 
 
-def restarted() -> bool:
-    """Whether torchrun or Slurm started this job again."""
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(int(os.environ.get(name) or 0) > 0 for name in counts)
-
-
 def claim(config: Config) -> Start:
     """Choose the folder and the starting point, and create the folder. For rank 0 alone.
 
     Raises `ConfigError` for a folder in use and for a checkpoint of another experiment.
     """
-    resume = "auto" if restarted() and config.run.resume == "never" else config.run.resume
+    resume = config.run.resume
+    if restarted() and (resume == "never" or _has_own_checkpoint(config)):
+        resume = "auto"  # also where the first start continued from elsewhere
     source = None if resume in ("never", "auto") else Path(resume)
     if source is not None and not source.exists():
         raise ConfigError(
@@ -72,16 +70,30 @@ def claim(config: Config) -> Start:
         where = folder if source is None else source
         good = checkpoint.newest_good(where)
         found = None if good is None else good.path
-        if good is None and source is not None:
-            raise ConfigError(f"run.resume: no checkpoint in {where}")
+        if good is None and (source is not None or checkpoint.find(where)):
+            raise ConfigError(
+                f"run.resume: no good checkpoint in {where / 'checkpoints'}; give another folder, "
+                "or another run.dir to start anew"
+            )
     elif source is not None:
         found = source
     return Start(folder, found, resume == "auto" or own)
 
 
-def check_identity(config: Config, saved: dict[str, str], path: Path) -> None:
-    """Raise `ConfigError` if the checkpoint is of another experiment than the config's."""
-    differing = checkpoint.compare_identity(saved, identity(config))
+def _has_own_checkpoint(config: Config) -> bool:
+    return config.run.dir is not None and bool(checkpoint.find(Path(config.run.dir)))
+
+
+def whole_identity(config: Config, data: Dataset) -> dict[str, str]:
+    """What makes the run this experiment: its config's identity and the images themselves."""
+    val = "none" if data.val is None else data.val.digest
+    images = {"train images": data.train.digest, "validation images": val}
+    return identity(config) | {name: digest[:12] for name, digest in images.items()}
+
+
+def check_identity(now: dict[str, str], saved: dict[str, str], path: Path) -> None:
+    """Raise `ConfigError` if the checkpoint is of another experiment than this one."""
+    differing = checkpoint.compare_identity(saved, now)
     if differing:
         raise ConfigError(
             f"run.resume: {path} is another experiment: {'; '.join(differing)}; "

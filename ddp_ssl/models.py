@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
@@ -14,8 +14,10 @@ from torch import nn
 from ddp_ssl.config import Model
 
 
-def build_backbone(config: Model) -> tuple[nn.Module, int]:
+def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]:
     """The timm backbone without classifier, `[n, 3, S, S] -> [n, d_R]`, and d_R.
+
+    `sizes`: the image sizes that it must take; each is tried.
 
     ResNets keep torchvision's initialisation (the last norm of a block is not zeroed), which is
     what the papers' code builds on. Raises `ValueError` for a name or arguments timm refuses.
@@ -46,7 +48,25 @@ def build_backbone(config: Model) -> tuple[nn.Module, int]:
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         setattr(model, "conv1", stem)  # noqa: B010 (timm's annotations are narrower)
         setattr(model, "maxpool", nn.Identity())  # noqa: B010
-    return model, int(cast(int, model.num_features))
+    return model, _width(model, config, sizes)
+
+
+@torch.no_grad()
+def _width(model: nn.Module, config: Model, sizes: Sequence[int]) -> int:
+    """d_R, from what comes out (timm's `num_features` is another number for some models)."""
+    model.eval()
+    width = 0
+    for size in sizes:
+        try:
+            width = model(torch.zeros(1, 3, size, size)).flatten(1).shape[1]
+        except (AssertionError, RuntimeError, ValueError) as error:
+            hint = "; model.backbone_args={dynamic_img_size: true} lets timm's ViTs take any size"
+            raise ValueError(
+                f"model.backbone: {config.backbone} cannot take images of {size} pixels: "
+                f"{' '.join(str(error).split())}{hint if 'vit' in config.backbone else ''}"
+            ) from None
+    model.train()
+    return width
 
 
 def projection_head(width: int, widths: Sequence[int], norm: str, bias: bool) -> nn.Sequential:

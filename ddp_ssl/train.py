@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ddp_ssl.config import Config, ConfigError, check_world_size, launched_by, load, reference
+from ddp_ssl.config import Config, ConfigError, check_world_size, load, reference
+from ddp_ssl.launch import rank_and_size
 from ddp_ssl.signals import StopRequest
 
 USAGE = """usage: torchrun --nproc_per_node N -m ddp_ssl.train [CONFIG.yaml] [key=value ...]
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # First of all, so that no signal is lost while torch and DALI are imported.
     stop = StopRequest().install()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    rank, world_size = launched_by()
+    rank, world_size = rank_and_size()
     options = {"-h", "--help", "--print-config"} & set(arguments)
     arguments = [a for a in arguments if a not in options]
     try:

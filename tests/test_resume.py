@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,6 +188,82 @@ def test_another_world_size_keeps_the_order_and_warns(
     assert [r["step"] for r in rows(tmp_path / "run") if "train/loss" in r] == list(range(1, 10))
 
 
+def test_the_best_checkpoint_is_the_best_evaluated_one(
+    ranks: Ranks, photos: Path, whole: dict[int, Path], tmp_path: Path
+) -> None:
+    """Also across a restart, and never one of the checkpoints between evaluations."""
+
+    def best(folder: Path) -> tuple[int, Any]:
+        saved = json.loads((folder / "checkpoints/best.json").read_text())["step"]
+        knn = {r["step"]: r["eval/knn_top1"] for r in rows(folder) if "eval/knn_top1" in r}
+        del knn[0]
+        return saved, min(step for step, value in knn.items() if value == max(knn.values()))
+
+    args = arguments(photos, tmp_path / "run")
+    assert ranks.launch(train, 1, args, 8) == ["killed"]
+    assert ranks.launch(train, 1, [*args, "run.resume=auto"]) == [0]
+    for folder in (tmp_path / "run", whole[1], whole[3]):
+        saved, expected = best(folder)
+        assert saved == expected
+
+
+def test_other_images_are_another_experiment(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "photos"
+    shutil.copytree(photos, copy)
+    args = arguments(copy, tmp_path / "run")
+    assert ranks.launch(train, 1, args, 5) == ["killed"]
+    moved = [a.replace("/photos", "/moved") for a in args]
+    shutil.move(copy, tmp_path / "moved")
+    next((tmp_path / "moved/class1").iterdir()).unlink()
+    ((code, text),) = ranks.launch(complaint, 1, [*moved, "run.resume=auto"])
+    assert code == 2
+    assert "train images: " in text
+
+
+def test_nothing_good_left_is_said_and_nothing_is_cut(
+    ranks: Ranks, photos: Path, tmp_path: Path
+) -> None:
+    args = arguments(photos, tmp_path / "run")
+    assert ranks.launch(train, 1, args, 5) == ["killed"]
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    for found in checkpoint.find(tmp_path / "run"):
+        found.path.write_bytes(b"")
+    ((code, text),) = ranks.launch(complaint, 1, [*args, "run.resume=auto"])
+    assert code == 2
+    assert "no good checkpoint in" in text
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_a_restart_of_a_run_that_continued_from_elsewhere(
+    ranks: Ranks, photos: Path, whole: dict[int, Path], tmp_path: Path
+) -> None:
+    """The launcher repeats `run.resume=PATH`; the run's own checkpoints are newer."""
+    assert ranks.launch(train, 1, arguments(photos, tmp_path / "first"), 5) == ["killed"]
+    args = arguments(photos, tmp_path / "run", f"run.resume={tmp_path / 'first'}")
+    assert ranks.launch(train, 1, args, 7) == ["killed"]
+    assert ranks.launch(restarted, 1, args) == [0]
+    losses = [r for r in rows(tmp_path / "run") if "train/loss" in r]
+    assert losses == [r for r in rows(whole[1]) if "train/loss" in r][4:]
+
+
+def test_one_failing_rank_ends_the_others(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+    """Rank 1 sees other files than rank 0: said once, by name, and nobody waits."""
+    results = ranks.launch(other_files, 3, arguments(photos, tmp_path / "run"), str(tmp_path))
+    assert [code for code, _ in results] == [2, 2, 2]
+    assert "rank 1 sees other files than rank 0 does [rank 1]" in results[0][1]
+    assert results[1][1] == results[2][1] == ""
+
+
+def other_files(args: list[str], place: str) -> tuple[int | str, str]:
+    if os.environ["RANK"] == "1":
+        root = next(a for a in args if a.startswith("data.root=")).partition("=")[2]
+        other = Path(place) / "other"
+        shutil.copytree(root, other)
+        next((other / "class0").iterdir()).unlink()
+        args = [a for a in args if not a.startswith("data.root=")] + [f"data.root={other}"]
+    return complaint(args)
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_older_one(
     ranks: Ranks, photos: Path, whole: dict[int, Path], tmp_path: Path
 ) -> None:
@@ -257,6 +334,7 @@ def test_a_used_folder_and_another_experiment_are_refused(
 ) -> None:
     args = arguments(photos, whole[1])
     again = [*args, "run.resume=auto"]
+    vit = "model.backbone=vit_tiny_patch16_224"
     fresh = f"run.dir={tmp_path / 'fresh'}"
     for more, texts in {
         (): ["is not empty", "run.resume=auto continues it"],
@@ -268,9 +346,11 @@ def test_a_used_folder_and_another_experiment_are_refused(
         (fresh, "data.root=nowhere"): ["data.root: ", "nowhere does not exist"],
         (fresh, "data.batch_size=60"): ["data.batch_size: "],
         (fresh, "model.backbone=resnet81"): ["model.backbone: timm has no model", "resnet18?"],
-        (fresh, "model.stem=small", "model.backbone=vit_tiny_patch16_224"): [
+        (fresh, vit, "model.stem=small", "model.backbone_args={img_size: 16}"): [
             "model.stem: small is for"
         ],
+        (fresh, vit, "model.backbone_args={}"): ["cannot take images of 16 pixels", "dynamic_img"],
+        (fresh, f"run.init_from={whole[1]}", "model.projector=[9]"): ["does not fit this model"],
     }.items():
         (code, first), (other_code, other) = ranks.launch(complaint, 2, [*args, *more])
         assert code == other_code == 2
@@ -294,8 +374,6 @@ def test_weights_alone_start_a_new_run(
     assert start["step"] == 0
     assert start["rep/effective_rank_r"] == pytest.approx(before["rep/effective_rank_r"])
     assert [r["rep/alpha"] for r in after if "train/loss" in r] == [0, 0, 0]
-    wrong = [*arguments(photos, tmp_path / "b", f"run.init_from={whole[3]}"), "model.projector=[9]"]
-    assert ranks.launch(train, 1, wrong) == [2]
 
 
 def test_an_unlabelled_folder_trains_without_a_probe(

@@ -18,6 +18,7 @@ from ddp_ssl.data.augment import View
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import Ids, Order, hashed
+from ddp_ssl.launch import cpu_share
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -289,10 +290,7 @@ def _batch(out: dict[str, torch.Tensor], views: int, split: Split, device: torch
 
 def _threads(threads: int) -> int:
     """0 is this process's share of the cores that it may use."""
-    if threads:
-        return threads
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return threads or cpu_share()
 
 
 def _device_id(device: torch.device) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,9 @@ def info_nce(
     """NT-Xent, averaged over all pairs of views: SimCLR's loss at K = 2.
 
     `z`: embeddings `[k, n, d]` held here (`[K, N, d]` in one process), normalised within.
-    `gathered`: `comm.gather(z)` if the caller has it already. Returns a scalar in float32 or
-    float64: the mean over the anchors held here, whose mean over processes is the global loss.
+    `gathered`: `comm.gather(z)` in float32 or wider, if the caller has it already. Returns a scalar
+    in float32 or float64: the mean over the anchors held here, whose mean over processes is the
+    global loss.
 
     For anchor (k, i) and each other view m: -s(k,i,m,i) + log of the sum of exp s over all 2N
     samples of views k and m but the anchor itself, with s = cosine / temperature. Source: SimCLR
@@ -27,16 +30,20 @@ def info_nce(
     if temperature <= 0:
         raise ValueError(f"info_nce: temperature must be positive, got {temperature}")
     with torch.autocast(z.device.type, enabled=False):
+        # In float32 before it is sent: the cotangents of all ranks are summed on the way back.
+        z = at_least_float32(z)
         everyone = comm.gather(z) if gathered is None else gathered
         views, images, _ = everyone.shape
         if views < 2:
             raise ValueError(f"info_nce: needs 2 views or more, got {views}")
+        if images < 2:
+            warnings.warn("info_nce: one image has no negatives, so its loss is always 0")
         k, n, _ = z.shape
         device = z.device
         held = torch.arange(views, device=device)[comm.views]
         rows = torch.arange(images, device=device)[comm.rows(n)]
 
-        anchors = unit_rows(at_least_float32(z))
+        anchors = unit_rows(z)
         columns = unit_rows(at_least_float32(everyone))
         similarity = torch.einsum("kid,mjd->kimj", anchors, columns) / temperature
         positive = similarity[..., comm.rows(n)].diagonal(dim1=1, dim2=3).transpose(1, 2)

@@ -16,11 +16,12 @@ def mutual_information(
     z: Tensor,
     form: Literal["gram", "cov"] = "gram",
     comm: Comm = ONE_PROCESS,
+    gathered: Tensor | None = None,
 ) -> Tensor:
     """Matrix-based Renyi mutual information of order 2, in nats; the full value on every process.
 
     `r`: representations `[k, n, d_R]`, `z`: embeddings `[k, n, d]` held here. Returns a scalar in
-    float32 or float64, at most log M.
+    float32 or float64, at most log M. `gathered`: `comm.gather(z)` if the caller has it already.
 
     H(A) + H(B) - H(A o B) with H(A) = -log(|A|_F^2 / M^2), which is the log of
     mean(a b) / (mean a * mean b) over all M^2 pairs, a and b the squared entries of A and B.
@@ -46,11 +47,11 @@ def mutual_information(
             sums = torch.stack([a.sum(), b.sum(), (a * b).sum()])
         else:
             r, z = unit_rows(r), unit_rows(z)
-            columns = comm.gather(torch.cat([r, z], -1)).flatten(0, 1)
-            all_r, all_z = columns.split([r.shape[-1], z.shape[-1]], -1)  # type: ignore[no-untyped-call]
+            all_r = comm.gather(r).flatten(0, 1)
+            all_z = (comm.gather(z) if gathered is None else unit_rows(gathered)).flatten(0, 1)
             a = (r.flatten(0, 1) @ all_r.T).square()
             b = (z.flatten(0, 1) @ all_z.T).square()
-            size = columns.shape[0]
+            size = all_r.shape[0]
             sums = comm.sum(torch.stack([a.sum(), b.sum(), (a * b).sum()]))
         # A unit diagonal keeps each mean at 1/M or more; only zero rows could make it zero.
         means = (sums / size**2).clamp(min=1 / size**2)

@@ -20,6 +20,7 @@ from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import info_nce, mutual_information, vicreg
+from ddp_ssl.losses.common import at_least_float32
 from ddp_ssl.methods.base import Context, Method, Output
 from ddp_ssl.methods.vicreg import VICRegConfig
 from ddp_ssl.metrics.effective_rank import global_effective_rank
@@ -92,7 +93,7 @@ class AdaDim(Method[AdaDimConfig]):
     def forward(self, batch: Batch) -> Output:
         s = self.settings
         r, z = self.encode(batch.views)
-        gathered = self.comm.gather(z) if s.route == "gather" else None
+        gathered = self.comm.gather(at_least_float32(z)) if s.route == "gather" else None
         # A term of weight zero is still logged, but costs no backward.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha > 0):
             nce = info_nce(z, s.temperature, self.comm, gathered)
@@ -119,7 +120,7 @@ class AdaDim(Method[AdaDimConfig]):
         }
         if s.beta != "off":
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.beta != 0):
-                information = mutual_information(r, z, s.mi_form, self.comm)
+                information = mutual_information(r, z, s.mi_form, self.comm, gathered)
             loss = loss + self.beta * information
             terms["mutual_information"] = information
         return Output(loss, terms, r, z)

@@ -78,7 +78,9 @@ class Method(nn.Module, Generic[C]):
         self.separate = model.views_forward == "separate" or (
             model.views_forward == "auto" and config.num_views == 2
         )
-        self.backbone, self.feature_width = build_backbone(model)
+        sizes = {group.size for group in config.data.views}
+        sizes.add(config.data.val_size or max(sizes))
+        self.backbone, self.feature_width = build_backbone(model, sorted(sizes))
         self.projector: nn.Module = projection_head(
             self.feature_width, model.projector, model.projector_norm, model.projector_bias
         )

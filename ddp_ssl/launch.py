@@ -1,0 +1,43 @@
+"""What the launcher's environment says: torchrun, srun with one task per GPU, or neither."""
+
+from __future__ import annotations
+
+import os
+
+
+def under_srun() -> bool:
+    """Whether srun started this process as one task of several (a batch script itself is not)."""
+    return "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def rank_and_size() -> tuple[int, int]:
+    """(rank, world size), (0, 1) without a launcher."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"])
+    if under_srun():
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
+    return 0, 1
+
+
+def local_rank_and_size() -> tuple[int, int]:
+    """(rank, number of processes) on this machine."""
+    env = os.environ
+    if under_srun():
+        per_node = env.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]
+        return int(env["SLURM_LOCALID"]), int(per_node)
+    return int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def cpu_share() -> int:
+    """Cores that this process may use: its share of the machine's, or what Slurm gave its task."""
+    cores = len(os.sched_getaffinity(0))
+    if under_srun() and "SLURM_CPUS_PER_TASK" in os.environ:
+        return max(1, min(cores, int(os.environ["SLURM_CPUS_PER_TASK"])))
+    return max(1, cores // local_rank_and_size()[1])
+
+
+def restarted() -> bool:
+    """Whether torchrun or Slurm started this job again."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(int(os.environ.get(name) or 0) > 0 for name in counts)

@@ -1,0 +1,151 @@
+"""Figures of every step, from the device to the log."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddp_ssl import log
+from ddp_ssl.config import Config
+from ddp_ssl.distributed import World
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+class Recorder:
+    """Figures of every step, kept on the device and written at logging steps.
+
+    One reduction over processes and one synchronisation serve many rows; a non-finite loss is
+    found there, on all processes together.
+    """
+
+    def __init__(
+        self, config: Config, world: World, steps_per_epoch: int, writer: log.MetricsWriter | None
+    ) -> None:
+        self.config, self.world, self.writer = config, world, writer
+        self.steps_per_epoch = steps_per_epoch
+        self.progress = log.Progress(config.optim.epochs, steps_per_epoch)
+        self._names: list[str] = []
+        self._rows: list[Tensor] = []
+        self._host: list[tuple[int, dict[str, float]]] = []
+        self._since = time.perf_counter()
+        self._waited = 0.0
+
+    def waiting(self) -> _Stopwatch:
+        """Time spent within counts as waiting for data."""
+        return _Stopwatch(self)
+
+    def add(self, step: int, figures: dict[str, Tensor | float]) -> None:
+        """Figures of one step: tensors stay on the device."""
+        named = {n if "/" in n else f"train/{n}": v for n, v in figures.items()}
+        tensors = {n: v.detach().double() for n, v in named.items() if isinstance(v, Tensor)}
+        if list(tensors) != self._names:
+            self.flush()
+            self._names = list(tensors)
+        self._rows.append(torch.stack(list(tensors.values())))
+        self._host.append((step, {n: v for n, v in named.items() if not isinstance(v, Tensor)}))
+
+    def flush(self) -> None:
+        """Write the rows since the last time; raises `NonFiniteError` on all processes."""
+        if not self._rows:
+            return
+        rows = self.world.mean_rows(torch.stack(self._rows)).tolist()
+        names, host, steps = self._names, self._host, len(rows)
+        self._rows, self._host = [], []
+        now = time.perf_counter()
+        seconds, waited = max(now - self._since, 1e-9), self._waited
+        self._since, self._waited = now, 0.0
+        table = [
+            {
+                "step": step,
+                "epoch": self.epoch(step),
+                **dict(zip(names, row, strict=True)),
+                **values,
+            }
+            for row, (step, values) in zip(rows, host, strict=True)
+        ]
+        table[-1] |= {
+            "perf/images_per_s": self.config.data.batch_size * steps / seconds,
+            "perf/step_ms": 1000 * seconds / steps,
+            "perf/data_wait": min(waited / seconds, 1.0),
+            "perf/memory_gib": _memory(self.world.device),
+        }
+        if self.writer is not None:
+            for row in table:
+                self.writer.scalars(row)
+            self.writer.flush()
+            self.progress.update(table[-1])
+        watched = ["train/loss", "train/probe_loss", "optim/grad_norm"]
+        if self.config.optim.precision == "fp16":
+            watched.pop()  # its scaler skips infinite gradients
+        for row in table:
+            for name in watched:
+                if not math.isfinite(row.get(name, 0.0)):
+                    raise NonFiniteError(
+                        f"{name} is {row[name]} at step {row['step']} (epoch {row['epoch']}); the "
+                        f"checkpoints hold earlier steps only. Lower optim.lr (now "
+                        f"{self.config.optim.lr:g} per 256 images), lengthen optim.warmup_epochs "
+                        "or set optim.grad_clip"
+                    )
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 1, that a step belongs to; 0 before the first."""
+        return -(-step // self.steps_per_epoch)
+
+    def row(self, step: int, figures: dict[str, float]) -> None:
+        """Figures that are on the host already."""
+        if self.writer is not None:
+            self.writer.scalars({"step": step, "epoch": self.epoch(step), **figures})
+
+    def tell(self, text: str) -> None:
+        """A line for people, on rank 0."""
+        if self.writer is not None:
+            self.progress.tell(text)
+
+    def image(self, name: str, image: Any, path: Path) -> None:
+        """A picture `[H, W, 3]` in the folder and in TensorBoard."""
+        from PIL import Image
+
+        Image.fromarray(image).save(path)
+        if self.writer is not None:
+            self.writer.image(name, image, 0)
+
+    def offset(self) -> int:
+        """Bytes of `metrics.jsonl` so far, safely on disk."""
+        return self.writer.offset() if self.writer is not None else 0
+
+    def restart_clock(self) -> None:
+        """Do not count what happened since the last flush as training."""
+        self._since, self._waited = time.perf_counter(), 0.0
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+class _Stopwatch:
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.recorder._waited += time.perf_counter() - self.start
+
+
+def _memory(device: torch.device) -> float:
+    """Peak memory of this process in GiB: the GPU's, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
