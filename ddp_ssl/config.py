@@ -273,7 +273,8 @@ class Checkpoint(Section):
     keep_every: int = Field(0, ge=0)
     """Epochs between checkpoints that are kept for good; 0: none."""
     best: str | None = "eval/knn_top1"
-    """Logged figure whose best epoch is kept as `best.pt`; a leading `-` means lower is better."""
+    """Figure of the validation (`eval/*`, `rep/*`) whose best epoch is kept as `best.pt`; with a
+    leading `-` the lowest is the best; null: none."""
 
 
 class Log(Section):

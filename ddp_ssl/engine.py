@@ -422,7 +422,13 @@ def begin(job: Job) -> None:
         job.latest |= pixels
         job.recorder.row(0, pixels)
         job.recorder.tell(f"k-NN top-1 of the raw pixels: {pixels['eval/knn_raw_pixels']:.4f}")
-    evaluate(job, accuracy=True, measure=True)
+    figures = evaluate(job, accuracy=True, measure=True)
+    best = job.config.checkpoint.best
+    if best is not None and figures and best.lstrip("-") not in figures and job.data.num_classes:
+        job.recorder.tell(
+            f"checkpoint.best: {best} is not measured here, so no best checkpoint is kept; "
+            f"measured are {', '.join(name for name in figures if not name.startswith('perf/'))}"
+        )
     if job.world.is_main:
         picture(job)
 
