@@ -289,6 +289,7 @@ def build(resolved: Resolved, world: World, claimed: list[Path]) -> Job:
     )
     assert isinstance(start, folder.Start)
     state, path = together(world, lambda: load(identity, start))
+    together(world, lambda: folder.create(start.folder) if world.is_main else None)
     if world.is_main:
         claimed.append(start.folder)
     log.setup_logging(start.folder if world.is_main else None, world.rank)
@@ -347,16 +348,15 @@ def load_data(config: Config, world: World) -> datasets.Dataset:
 
     first = together(world, lambda: read() if world.is_main else None)
     data = together(world, lambda: read() if first is None else first)
-    digest = data.train.digest
-    same = world.broadcast_object(digest)
-    check: Callable[[], None] = lambda: _same_data(digest == same, world.rank)  # noqa: E731
-    together(world, check)
+    splits = [None if s is None else s.digest for s in (data.train, data.val)]
+    everyones = world.broadcast_object((splits, data.class_names))
+
+    def compare() -> None:
+        if everyones != (splits, data.class_names):
+            raise ValueError(f"data.root: rank {world.rank} sees other files than rank 0 does")
+
+    together(world, compare)
     return data
-
-
-def _same_data(same: bool, rank: int) -> None:
-    if not same:
-        raise ValueError(f"data.root: rank {rank} sees other files than rank 0 does")
 
 
 def train_loader(

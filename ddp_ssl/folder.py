@@ -28,7 +28,7 @@ class Start:
 
 
 def claim(config: Config) -> Start:
-    """Choose the folder and the starting point, and create the folder. For rank 0 alone.
+    """Choose the folder and the starting point; creates nothing yet. For rank 0 alone.
 
     Raises `ConfigError` for a folder in use and for a checkpoint of another experiment.
     """
@@ -59,12 +59,6 @@ def claim(config: Config) -> Start:
                 f"run.dir: {folder} is not empty ({', '.join(taken[:3])}); run.resume=auto "
                 "continues it, or give another run.dir"
             )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "checkpoints").mkdir(exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run.dir: {folder} cannot be created: {error.strerror}") from None
-
     found = None
     if resume == "auto" or (source is not None and source.is_dir()):
         where = folder if source is None else source
@@ -78,6 +72,14 @@ def claim(config: Config) -> Start:
     elif source is not None:
         found = source
     return Start(folder, found, resume == "auto" or own)
+
+
+def create(folder: Path) -> None:
+    """Create the run folder; raises `ConfigError` in one line."""
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir: {folder} cannot be created: {error.strerror}") from None
 
 
 def _has_own_checkpoint(config: Config) -> bool:
