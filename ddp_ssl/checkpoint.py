@@ -416,7 +416,10 @@ def _problem(found: Found) -> str | None:
 
 def _mismatch(found: Found) -> str | None:
     """How a checkpoint's file differs from its manifest, or None; raises `OSError`."""
-    size = found.path.stat().st_size
+    try:
+        size = found.path.stat().st_size
+    except FileNotFoundError:
+        return "its file is missing"
     if size != found.bytes:
         return f"{size} bytes, its manifest says {found.bytes}"
     with open(found.path, "rb") as file:

@@ -458,32 +458,35 @@ class GlobalBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
-            return cast(Tensor, self.after(super().forward(input)))
-        if not (self.reduce and dist.is_initialized()):
-            return cast(Tensor, self.after(self._local(input)))
+            out = super().forward(input)
+        elif self.reduce and dist.is_initialized():
+            out = self._global(input)
+        else:
+            out = self._local(input)
+        return cast(Tensor, self.after(out))
+
+    # A collective in the middle breaks the compiled graph either way.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _global(self, input: Tensor) -> Tensor:
+        """The statistics of all processes, each view's its own; running averages in view order."""
         weight = self.weight if self.affine else input.new_ones(self.num_features)
         bias = self.bias if self.affine else input.new_zeros(self.num_features)
+        layout = ViewLayout(self.layout.total, self.layout.held)
         out, means, variances = cast(
             tuple[Tensor, Tensor, Tensor],
-            _Normalize.apply(
-                input,
-                weight,
-                bias,
-                self.eps,
-                ViewLayout(self.layout.total, self.layout.held),
-            ),
+            _Normalize.apply(input, weight, bias, self.eps, layout),
         )
         if self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None
             with torch.no_grad():
-                for mean, variance in zip(means, variances, strict=True):  # in view order
+                for mean, variance in zip(means, variances, strict=True):
                     self.num_batches_tracked.add_(1)
                     momentum = self.momentum
                     if momentum is None:  # a cumulative average
                         momentum = 1.0 / float(self.num_batches_tracked)
                     self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
                     self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
-        return cast(Tensor, self.after(out))
+        return out
 
     def _local(self, input: Tensor) -> Tensor:
         """This process's own statistics, torch's kernels: one call per view held here."""

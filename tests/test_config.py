@@ -145,7 +145,7 @@ def test_identity_is_the_experiment_not_where_it_runs() -> None:
         .config
     )  # fmt: skip
     assert a == b
-    for change in ("run.seed=1", "optim.lr=0.2", "method.alpha=fixed", "data.batch_size=128"):
+    for change in ("run.seed=1", "optim.lr=0.2", "method.alpha=fixed", "data.batch_size=64"):
         assert identity(load([change]).config) != a
 
 

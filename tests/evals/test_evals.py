@@ -55,7 +55,9 @@ def test_the_probe_learns_and_does_not_touch_the_method() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert learner.probe is not None
     assert learner.probe.weight.grad.norm() > 0
-    assert float(total) == pytest.approx(float(figures["loss"]) + float(figures["probe_loss"]))
+    assert float(total.detach()) == pytest.approx(
+        sum(float(torch.as_tensor(figures[name]).detach()) for name in ("loss", "probe_loss"))
+    )
 
 
 def figures(world: World, root: str, bank: int, measured: int) -> Any:
