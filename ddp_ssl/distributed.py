@@ -21,11 +21,13 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.launch import local_rank_and_size, rank_and_size
+from ddp_ssl.launch import local_rank_and_size, rank_and_size, restarts
 
 # torch 2.13 renamed the single-tensor collectives and deprecated the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -147,15 +149,18 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     if size == 1:
         return World(0, 1, 0, 1, place)
 
-    if "MASTER_ADDR" not in os.environ:
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise ValueError(
-            "MASTER_ADDR: not set, so the processes cannot find each other; start with torchrun or "
-            "export MASTER_ADDR and MASTER_PORT"
+            "MASTER_ADDR, MASTER_PORT: not set, so the processes cannot find each other; start "
+            "with torchrun, or export both"
         )
     timeout = datetime.timedelta(seconds=timeout_s)
     # NCCL connects at the first collective on a GPU, so the check below runs before it.
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    # torchrun may keep one store over its restarts, with the dead processes' addresses in it.
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+    store = PrefixStore(f"start {restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     side = dist.new_group(backend="gloo", timeout=timeout)
     world = World(rank, size, local_rank, local_size, place, side)
     problem = world.broadcast_object(_conflict(world.gather_objects(_place(place))))

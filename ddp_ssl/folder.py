@@ -12,7 +12,7 @@ from typing import Any
 from ddp_ssl import checkpoint
 from ddp_ssl.config import Config, ConfigError, identity
 from ddp_ssl.data.datasets import Dataset
-from ddp_ssl.launch import restarted
+from ddp_ssl.launch import restarts
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def claim(config: Config) -> Start:
     Raises `ConfigError` for a folder in use and for a checkpoint of another experiment.
     """
     resume = config.run.resume
-    if restarted() and (resume == "never" or _has_own_checkpoint(config)):
+    if restarts() and (resume == "never" or _has_own_checkpoint(config)):
         resume = "auto"  # also where the first start continued from elsewhere
     source = None if resume in ("never", "auto") else Path(resume)
     if source is not None and not source.exists():

@@ -37,7 +37,7 @@ def cpu_share() -> int:
     return max(1, cores // local_rank_and_size()[1])
 
 
-def restarted() -> bool:
-    """Whether torchrun or Slurm started this job again."""
+def restarts() -> int:
+    """How often torchrun and Slurm started this job again."""
     counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(int(os.environ.get(name) or 0) > 0 for name in counts)
+    return sum(int(os.environ.get(name) or 0) for name in counts)

@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -195,7 +195,13 @@ def setup_logging(folder: Path | None, rank: int) -> None:
     logging.captureWarnings(True)  # so that W processes do not say the same W times
 
 
-class _Console(logging.StreamHandler[Any]):
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[Any]
+else:
+    _StreamHandler = logging.StreamHandler  # not subscriptable before Python 3.11
+
+
+class _Console(_StreamHandler):
     """stderr: plain text, in a terminal one progress line that is rewritten."""
 
     def __init__(self, rank: int) -> None:
