@@ -54,14 +54,6 @@ class World:
         """Whether this is rank 0, the one that writes."""
         return self.rank == 0
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any process raised its flag. Waits for all of them, on the host only."""
-        if self.size == 1:
-            return flag
-        tensor = torch.tensor([float(flag)])
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.side)
-        return bool(tensor.item())
-
     def gather_objects(self, value: Any) -> list[Any] | None:
         """Every process's picklable value on rank 0, in rank order; None elsewhere."""
         if self.size == 1:

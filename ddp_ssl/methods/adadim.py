@@ -62,10 +62,6 @@ class AdaDimConfig(VICRegConfig):
         "optim": {"lr": 0.4},
     }
 
-    def check(self, config: Config) -> None:
-        """Refuse one image; `cov` needs representation and embedding of one width."""
-        super().check(config)
-
 
 class AdaDim(Method[AdaDimConfig]):
     """Backbone, projector, the two losses and alpha."""

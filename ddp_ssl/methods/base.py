@@ -32,7 +32,7 @@ class Output:
 
     loss: Tensor
     terms: Mapping[str, Tensor | float]
-    features: Tensor | list[Tensor]
+    features: Tensor
     embeddings: Tensor
 
 
