@@ -19,10 +19,10 @@ from torch import Tensor
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config
 from ddp_ssl.data.batch import Batch
-from ddp_ssl.losses import info_nce, mutual_information, vicreg
+from ddp_ssl.losses import info_nce, mutual_information
 from ddp_ssl.losses.common import at_least_float32
 from ddp_ssl.methods.base import Context, Method, Output
-from ddp_ssl.methods.vicreg import VICRegConfig
+from ddp_ssl.methods.vicreg import VICRegConfig, configured_vicreg
 from ddp_ssl.metrics.effective_rank import global_effective_rank
 
 
@@ -94,16 +94,7 @@ class AdaDim(Method[AdaDimConfig]):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha > 0):
             nce = info_nce(z, s.temperature, self.comm, gathered)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha < 1):
-            vic = vicreg(
-                z,
-                s.invariance,
-                s.variance,
-                s.covariance,
-                average_variance=s.average_variance,
-                route=s.route,
-                comm=self.comm,
-                gathered=gathered,
-            )
+            vic = configured_vicreg(s, z, self.comm, gathered)
         loss = self.alpha * nce + (1 - self.alpha) * vic.loss
         terms: dict[str, Tensor | float] = {
             "nce": nce,

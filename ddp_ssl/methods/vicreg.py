@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
+from torch import Tensor
 
+from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, MethodConfig
 from ddp_ssl.data.batch import Batch
+from ddp_ssl.losses import VICReg as Terms
 from ddp_ssl.losses import vicreg
 from ddp_ssl.methods.base import Method, Output
 
@@ -41,23 +44,30 @@ class VICRegConfig(MethodConfig):
             )
 
 
+def configured_vicreg(
+    s: VICRegConfig, z: Tensor, comm: Comm, gathered: Tensor | None = None
+) -> Terms:
+    """The loss with the config's weights; `gathered` is `comm.gather(z)` if it is there already."""
+    return vicreg(
+        z,
+        s.invariance,
+        s.variance,
+        s.covariance,
+        average_variance=s.average_variance,
+        route=s.route,
+        comm=comm,
+        gathered=gathered,
+    )
+
+
 class VICReg(Method[VICRegConfig]):
     """Backbone, projector and the three terms."""
 
     config_class = VICRegConfig
 
     def forward(self, batch: Batch) -> Output:
-        s = self.settings
         r, z = self.encode(batch.views)
-        out = vicreg(
-            z,
-            s.invariance,
-            s.variance,
-            s.covariance,
-            average_variance=s.average_variance,
-            route=s.route,
-            comm=self.comm,
-        )
+        out = configured_vicreg(self.settings, z, self.comm)
         terms = {
             "vicreg_invariance": out.invariance,
             "vicreg_variance": out.variance,
