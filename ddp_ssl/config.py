@@ -26,6 +26,7 @@ from ddp_ssl.data.augment import AUGMENTATION_FIELDS, RECIPES
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Channels = tuple[float, float, float]
 
@@ -211,7 +212,7 @@ class Optim(Section):
     """Weight decay; under LARS, Adam and AdamW not on 1-D parameters (biases, norms)."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of LARS and SGD."""
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     """Adam's and AdamW's averages."""
     lars_variant: Literal["solo", "vicreg"] = "solo"
     """`solo`: solo-learn's trust ratio; `vicreg`: the official VICReg's."""
@@ -219,9 +220,10 @@ class Optim(Section):
     """LARS trust coefficient (official VICReg: 0.001)."""
     lars_clip: bool = True
     """Bound the `solo` variant's trust ratio so that a step is never longer than SGD's."""
-    lars_bound_1d: float | None = Field(0.1, gt=0)
-    """Under LARS, the most that one step moves an element of a bias or norm (which have no trust
-    ratio); null: no bound, as solo-learn, where a steep gradient can end in NaN."""
+    lars_bound_1d: float | None = Field(0.5, gt=0)
+    """Under LARS, the most that one step, momentum included, moves an element of a bias or norm
+    (which have no trust ratio); null: no bound, as solo-learn, where a steep gradient can end in
+    NaN."""
     grad_clip: float | None = Field(None, gt=0)
     """Upper bound of the gradient's global norm; unset: none."""
     accumulate: int = Field(1, ge=1)
@@ -535,6 +537,8 @@ def reference(method: type[MethodConfig] | None = None) -> Iterator[tuple[str, s
     for section, field in tree.model_fields.items():
         assert isinstance(field.annotation, type)
         yield from describe_fields(section, field.annotation)
+        if section == "data":
+            yield from describe_fields("data.views.N", ViewGroup)
 
 
 def describe_fields(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:

@@ -149,9 +149,11 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     timeout = datetime.timedelta(seconds=timeout_s)
     # NCCL connects at the first collective on a GPU, so the check below runs before it.
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    # torchrun may keep one store over its restarts, with the dead processes' addresses in it.
+    # torchrun may keep one store over its restarts, with the dead processes' addresses in it. On
+    # several nodes its agents count restarts each for itself, so the count cannot be used there.
     store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
-    store = PrefixStore(f"start {restarts()}", store)
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = PrefixStore(f"start {restarts()}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     side = dist.new_group(backend="gloo", timeout=timeout)
     world = World(rank, size, local_rank, local_size, place, side)
@@ -166,8 +168,10 @@ class Disagreement(ValueError):
 
 
 def _place(device: torch.device) -> str:
-    name = socket.gethostname() if device.type == "cuda" else ""
-    return f"{device.type} {name} {device.index}" if name else "cpu"
+    if device.type != "cuda":
+        return "cpu"
+    # The index says nothing where every task sees its own GPU as the first (srun --gpus-per-task).
+    return f"cuda {socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
 
 
 def _conflict(places: list[str] | None) -> str | None:

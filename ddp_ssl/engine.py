@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import random
 import sys
 import time
@@ -197,7 +198,7 @@ def is_best(job: Job, figures: dict[str, float]) -> bool:
     """Whether this epoch's figure of `checkpoint.best` beats all before; remembers it."""
     name = job.config.checkpoint.best or ""
     value = figures.get(name.lstrip("-"))
-    if value is None:
+    if value is None or not math.isfinite(value):
         return False
     score = -value if name.startswith("-") else value
     if job.best is not None and score <= job.best:

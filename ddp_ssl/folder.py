@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ddp_ssl import checkpoint
 from ddp_ssl.config import Config, ConfigError, identity
@@ -43,14 +43,17 @@ def claim(config: Config) -> Start:
         )
     if config.run.dir is not None:
         folder = Path(config.run.dir)
+    elif source is not None and _home(source) is not None:
+        folder = cast(Path, _home(source))
     elif source is not None:
-        folder = source if source.is_dir() else source.parent.parent
+        raise ConfigError(f"run.dir: needed, since {source} lies in no run folder's checkpoints/")
     else:
         folder = Path("runs") / default_name(config)
 
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.dir: {folder} is a file; a new or empty folder would be accepted")
-    own = source is not None and _same(folder, source if source.is_dir() else source.parent.parent)
+    home = None if source is None else _home(source)
+    own = home is not None and _same(folder, home)
     if resume == "never" or (source is not None and not own):
         taken = [p.name for p in folder.iterdir()] if folder.exists() else []
         taken = sorted(name for name in taken if not name.endswith((".out", ".err")))
@@ -131,6 +134,13 @@ def _started(pid: int) -> float:
     with open("/proc/stat") as file:
         boot = next(int(line.split()[1]) for line in file if line.startswith("btime"))
     return boot + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _home(source: Path) -> Path | None:
+    """The run folder of a checkpoint file or the folder itself; None for a file elsewhere."""
+    if source.is_dir():
+        return source
+    return source.parent.parent if source.parent.name == "checkpoints" else None
 
 
 def _same(a: Path, b: Path) -> bool:

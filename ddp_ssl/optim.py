@@ -30,10 +30,10 @@ class LARS(torch.optim.Optimizer):
                 d = q (g + w p)                                              (official VICReg)
 
     then buf <- momentum buf + d (at first buf = d) and p <- p - lr buf. 1-D parameters (biases,
-    norms) are neither adapted nor decayed: d = g, with `bound_1d` scaled down so that lr d moves no
-    element by more than that. The trust ratio bounds a matrix's step, but nothing bounds theirs: a
-    steep gradient moves the norms' scales far in one step, which makes the next gradient steeper,
-    and in a few steps all is NaN. Parameters without gradient are skipped.
+    norms) are neither adapted nor decayed: d = g; with `bound_1d` their buf is scaled down so that
+    a step moves no element by more than that. Without it nothing bounds them as the trust ratio
+    bounds a matrix: a steep gradient moves the norms' scales far in one step, which makes the next
+    gradient steeper, and in a few steps all is NaN. Parameters without gradient are skipped.
 
     `params` and per-group options as in any torch optimiser, (name, parameter) pairs included.
     """
@@ -77,12 +77,19 @@ class LARS(torch.optim.Optimizer):
             flat = [p for p in ready if is_one_dimensional(p)]
             deep = [p for p in ready if not is_one_dimensional(p)]
             if flat:
-                self._move(group, flat, _plain_directions(group, flat))
+                self._move(group, flat, _gradients(flat), group["bound_1d"])
             if deep:
                 self._move(group, deep, _adapted_directions(group, deep))
         return loss
 
-    def _move(self, group: dict[str, Any], params: list[Tensor], directions: list[Tensor]) -> None:
+    def _move(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        directions: list[Tensor],
+        bound: float | None = None,
+    ) -> None:
+        """Momentum and step; with `bound`, no element moves by more than that."""
         buffers = []
         for p in params:
             state = self.state[p]
@@ -91,17 +98,11 @@ class LARS(torch.optim.Optimizer):
             buffers.append(state["momentum_buffer"])
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, directions)
+        if bound is not None and group["lr"] > 0:
+            largest = group["lr"] * torch.stack(torch._foreach_norm(buffers, math.inf))
+            q = (bound / largest.clamp(min=1e-30)).clamp(max=1)
+            torch._foreach_mul_(buffers, list(q.unbind()))
         torch._foreach_add_(params, buffers, alpha=-group["lr"])
-
-
-def _plain_directions(group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-    """d = g for 1-D parameters, scaled down where lr d would move an element beyond the bound."""
-    gradients, bound, lr = _gradients(params), group["bound_1d"], group["lr"]
-    if bound is None or lr == 0:
-        return gradients
-    largest = torch.stack(torch._foreach_norm(gradients, math.inf))
-    q = (bound / (lr * largest).clamp(min=1e-30)).clamp(max=1)
-    return list(torch._foreach_mul(gradients, q.unbind()))
 
 
 def _adapted_directions(group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:

@@ -405,3 +405,19 @@ def test_state_of_another_shape_names_the_parameter() -> None:
     state = {"0.weight": {"momentum_buffer": torch.zeros(1)}}
     with pytest.raises(ValueError, match=r"0\.weight: momentum_buffer is \[1\], expected \[4, 3"):
         load_state_by_name(optimizer, state)
+
+
+@pytest.mark.parametrize(("rates", "first"), [([0.1] * 30, 1.0), ([3e-5, 0.02, 0.04, 0.1], 1000.0)])
+def test_lars_bounds_every_step_of_a_1d_parameter(rates: list[float], first: float) -> None:
+    """Momentum included: built up at a constant rate, and carried over into a higher one."""
+    p = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = LARS([p], 0.1, bound_1d=0.1)
+    moves = []
+    for step, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
+        p.grad = torch.full_like(p, 1.0 if first == 1.0 else first * (step == 0))
+        before = p.detach().clone()
+        optimizer.step()
+        moves.append(float((p.detach() - before).abs().max()))
+    assert max(moves) <= 0.1 + 1e-12
+    assert max(moves) > 0.09  # and the bound was reached

@@ -47,7 +47,7 @@ def main() -> str:
             continue
         assert isinstance(field.annotation, type)
         lines += [f"## {section}", "", first_line(field.annotation), ""]
-        lines += [*table([row for row in rows if row[0].startswith(f"{section}.")]), ""]
+        lines += [*table([row for row in rows if row[0].rpartition(".")[0] == section]), ""]
         if section == "data":
             group = list(describe_fields("data.views.N", ViewGroup))
             lines += ["### data.views", "", first_line(ViewGroup), "", *table(group), ""]

@@ -169,14 +169,15 @@ class AdaDim(Method[AdaDimConfig]):
         training = self.training
         if self.settings.alpha_mode == "eval":
             self.eval()
-            yield
         else:
-            saved = {name: value.clone() for name, value in self.named_buffers()}
             self.train()
+        saved = {name: value.clone() for name, value in self.named_buffers()}
+        try:
             yield
+        finally:
             for name, value in self.named_buffers():
                 value.copy_(saved[name])
-        self.train(training)
+            self.train(training)
 
     def get_extra_state(self) -> dict[str, Any]:
         """alpha and its history, for the checkpoint."""

@@ -18,6 +18,7 @@ from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, MethodConfig
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import ViewLayout, global_batch_norm, stacked_views
+from ddp_ssl.losses.common import at_least_float32
 from ddp_ssl.models import build_backbone, projection_head
 
 C = TypeVar("C", bound=MethodConfig)
@@ -116,9 +117,9 @@ class Method(nn.Module, Generic[C]):
     # --- given -------------------------------------------------------------------------------
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images `[n, 3, S, S]` to `r` `[n, d_R]` and `z` `[n, d]` in float32."""
+        """Images `[n, 3, S, S]` to `r` `[n, d_R]` and `z` `[n, d]` in float32 or wider."""
         r = self.backbone(x)
-        return r.float(), self.projector(r).float()
+        return at_least_float32(r), at_least_float32(self.projector(r))
 
     def encode(
         self, views: list[Tensor], network: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
