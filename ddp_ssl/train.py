@@ -7,6 +7,7 @@ request (status.json says which), 1 failed, 2 the config or the data cannot be u
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 
 from ddp_ssl.config import Config, ConfigError, check_world_size, load, reference
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         if rank == 0:
             print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # the launcher ends all ranks at the first exit; rank 0 must have spoken
         return 2
 
 
