@@ -529,6 +529,11 @@ def check_world_size(config: Config, world_size: int) -> None:
             f"data.batch_size: {batch} images cannot be split evenly over {world_size} processes; "
             f"{nearest} would be accepted"
         )
+    if config.model.batch_norm == "local" and batch < 2 * world_size:
+        raise ConfigError(
+            f"data.batch_size: {batch} images over {world_size} processes leave one each; a "
+            f"local batch norm needs 2; {2 * world_size} or model.batch_norm=global is accepted"
+        )
 
 
 def reference(method: type[MethodConfig] | None = None) -> Iterator[tuple[str, str, str, str]]:

@@ -275,6 +275,10 @@ def build(resolved: Resolved, world: World, claimed: list[Path]) -> Job:
     if config.optim.precision == "bf16" and device.type == "cuda":
         together(world, require_bf16)
     together(world, lambda: datasets.find(config.data))
+    start = world.broadcast_object(
+        together(world, lambda: folder.claim(config) if world.is_main else None)
+    )
+    assert isinstance(start, folder.Start)
     comm = distributed.comm_of(world)
 
     torch.manual_seed(config.run.seed)  # the same weights on every rank
@@ -283,12 +287,8 @@ def build(resolved: Resolved, world: World, claimed: list[Path]) -> Job:
     loader = together(world, lambda: train_loader(config, world, data, config.run.seed))
     learner = Learner(method, data.num_classes if config.eval.probe else 0)
     together(world, lambda: initial_weights(learner, config))
-    # The folder comes last: whatever is wrong before leaves no trace.
+    # The folder is created last: whatever is wrong before leaves no trace.
     identity = folder.whole_identity(config, data)
-    start = world.broadcast_object(
-        together(world, lambda: folder.claim(config) if world.is_main else None)
-    )
-    assert isinstance(start, folder.Start)
     state, path = together(world, lambda: load(identity, start))
     together(world, lambda: folder.create(start.folder) if world.is_main else None)
     if world.is_main:
