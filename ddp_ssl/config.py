@@ -160,14 +160,36 @@ class Data(Section):
     """Which images, how many at a time, and the views made of each."""
 
     name: str = "folder"
-    """`digits`, `folder`, `cifar10` or `cifar100`."""
+    """`imagenet`, `imagenet100`, `inat21`, `inat21_mini`, `cifar10`, `cifar100`, `stl10`,
+    `tiny_imagenet`, `cinic10`, `blood`, `organa`, `organc`, `organs`, `digits`, `folder` or `list`;
+    docs/data.md says what each one looks for."""
     root: str | None = None
-    """Folder of the data. `folder`: class folders under `train/` and `val/`, class folders, or a
-    flat folder of unlabelled images. CIFAR: where torchvision's files are."""
+    """Folder of the data, or of shards that `tools/pack_shards.py` made of them. `folder`: class
+    folders under `train/` and `val/`, class folders, or a flat folder of unlabelled images."""
+    files: str | None = None
+    """`name: list`: a text or CSV file with a path and, if there are labels, a class per line;
+    paths are relative to `root`, or to the file where that is unset."""
+    val_files: str | None = None
+    """`name: list`: the same for validation. Unset: a `val_fraction` of `files`."""
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Seeded share of the training images used for pretraining; the probe and k-NN of
+    `ddp_ssl.evaluate` keep all labels."""
+    skip: str | None = None
+    """File of images to leave out, one path a line, as `tools/check_data.py` writes it."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Images that cannot be decoded are replaced and listed; a larger share of them stops the run."""
+    reader: Literal["indexed", "streamed"] = "indexed"
+    """Shards: `indexed` reads each image by its offset, in the run's own order; `streamed` reads
+    them in sequence through DALI, for object storage, and gives up what docs/data.md lists."""
+    stage: str | None = None
+    """Node-local folder that shards are copied to first, once per node."""
     batch_size: int = Field(256, ge=1)
-    """Images per step over all processes; must be divisible by their number."""
+    """Images per step over all processes; must be divisible by the number of data shards."""
     views: list[ViewGroup] = Field([ViewGroup()], min_length=1)
-    """View groups, such as `[{count: 2, size: 224, recipe: asym}]`."""
+    """View groups, such as `[{count: 2, size: 224, recipe: asym}, {count: 6, size: 96}]`."""
+    view_shards: int = Field(1, ge=1)
+    """Processes that share the views of an image: each decodes it and makes its part of the views.
+    Divides the number of processes and the count of each resolution's views."""
     color_jitter: Literal["fast", "seq", "exact"] = "seq"
     """`fast`: one fused linear operator; `seq`: torchvision's contrast and clamping in a fixed
     order; `exact`: torchvision's hue and random order too, at about five times the cost."""
@@ -185,6 +207,15 @@ class Data(Section):
     """DALI threads per process; 0 shares the machine's cores among its processes."""
     prefetch: int = Field(2, ge=1)
     """Batches that DALI prepares ahead."""
+    read_threads: int = Field(16, ge=1)
+    """Threads per process that read files ahead; more hide a file system's latency."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Type of the views that DALI hands over; float16 halves their memory."""
+    hw_decoder_load: float = Field(0.65, ge=0, le=1)
+    """GPU: share of the JPEGs that the hardware decoder takes."""
+    preallocate: tuple[int, int] | None = None
+    """GPU: width and height of the largest images expected, so that the decoder's buffers are
+    allocated once."""
 
     @property
     def normalisation(self) -> tuple[Channels, Channels]:
@@ -356,7 +387,8 @@ EMBEDDED_DEFAULT: dict[str, Any] = {
 
 # Keys that may differ when a run is resumed; all others are its identity.
 FREE_ON_RESUME = re.compile(
-    r"run\.(?!seed$).*|(checkpoint|eval|measure|log)\..*|data\.(root|threads|prefetch)"
+    r"run\.(?!seed$).*|(checkpoint|eval|measure|log)\..*|data\.(root|stage|view_shards|threads|"
+    r"prefetch|read_threads|hw_decoder_load|preallocate|max_bad_fraction)"
 )
 
 

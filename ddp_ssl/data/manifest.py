@@ -6,6 +6,7 @@ offsets per file cost a fraction of that. numpy only.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from array import array
@@ -16,6 +17,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from ddp_ssl.data.shards import Shards
+
 # What DALI decodes on every machine. GIF and AVIF, which it does not, are no images here.
 EXTENSIONS = frozenset(
     (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".tif", b".tiff", b".ppm", b".pgm", b".jp2")
@@ -24,11 +27,12 @@ EXTENSIONS = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """M images with labels: files below `root`, or an array.
+    """M images with labels: files below `root`, members of tar shards, or an array.
 
-    `labels`: int64 `[M]`, -1 for unlabelled. Files: `names` is one uint8 block of paths relative to
-    `root`, of which file i is `names[spans[i, 0] : spans[i, 1]]`; `spans` is int64 `[M, 2]`. Array:
-    `images` is uint8 `[M, H, W, 3]`. Make one with `of_files` or `of_array`.
+    `labels`: int64 `[M]`, -1 for unlabelled. Files and members: `names` is one uint8 block of paths
+    relative to `root`, of which file i is `names[spans[i, 0] : spans[i, 1]]`; `spans` is int64
+    `[M, 2]`. With `shards` the bytes lie in tar files and a name is only a name, never a path.
+    Array: `images` is uint8 `[M, H, W, 3]`. Make one with `of_files` or `of_array`.
     """
 
     labels: NDArray[np.int64]
@@ -36,6 +40,7 @@ class Split:
     names: NDArray[np.uint8] | None = None
     spans: NDArray[np.int64] | None = None
     images: NDArray[np.uint8] | None = None
+    shards: Shards | None = None
 
     @staticmethod
     def of_files(root: str, names: list[bytes] | Names, labels: NDArray[np.int64]) -> Split:
@@ -77,15 +82,38 @@ class Split:
         return content.hexdigest()
 
     @cached_property
-    def _prefix(self) -> NDArray[np.uint8]:
-        return np.frombuffer(os.fsencode(os.path.join(self.root, "")), np.uint8)
+    def _prefix(self) -> bytes:
+        return os.fsencode(os.path.join(self.root, ""))
 
-    def path(self, i: int) -> NDArray[np.uint8]:
-        """The absolute path of file `i` as bytes, uint8 `[length]`."""
+    def name(self, i: int) -> bytes:
+        """The path of file or member `i`, relative to `root`."""
         assert self.names is not None
         assert self.spans is not None
         first, end = self.spans[i]
-        return np.concatenate([self._prefix, self.names[first:end]])
+        return self.names[first:end].tobytes()
+
+    def path(self, i: int) -> bytes:
+        """The absolute path of file `i`."""
+        assert self.shards is None
+        return self._prefix + self.name(i)
+
+    def where(self, i: int) -> str:
+        """What a person looks for when image `i` is bad."""
+        if self.images is not None:
+            return f"image {i}"
+        if self.shards is not None:
+            return f"{self.shards.path_of(i)}: {os.fsdecode(self.name(i))}"
+        return os.fsdecode(self.path(i))
+
+    def read(self, i: int) -> NDArray[np.uint8]:
+        """The encoded image `i`, uint8 `[length]`; raises `OSError`."""
+        if self.shards is not None:
+            return self.shards.read(i)
+        file = os.open(self.path(i), os.O_RDONLY)
+        try:
+            return read_all(file)
+        finally:
+            os.close(file)
 
     def subset(self, ids: NDArray[np.int64]) -> Split:
         """The images `ids`, int64 `[m]`, in that order; the block of names is shared."""
@@ -94,7 +122,20 @@ class Split:
             labels=self.labels[ids],
             spans=None if self.spans is None else self.spans[ids],
             images=None if self.images is None else self.images[ids],
+            shards=None if self.shards is None else self.shards.subset(ids),
         )
+
+
+def read_all(file: int) -> NDArray[np.uint8]:
+    """A whole open file, uint8 `[length]`; raises `OSError`."""
+    content = np.empty(os.fstat(file).st_size, np.uint8)
+    view, done = memoryview(content), 0
+    while done < len(content):
+        count = os.readv(file, [view[done:]])
+        if count == 0:
+            raise OSError(errno.EIO, f"ends after {done} of {len(content)} bytes")
+        done += count
+    return content
 
 
 class Names:
