@@ -177,7 +177,7 @@ class Data(Section):
     skip: str | None = None
     """File of images to leave out, one path a line, as `tools/check_data.py` writes it."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Images that cannot be decoded are replaced and listed; a larger share of them stops the run."""
+    """Images that cannot be decoded are replaced and listed; a larger share stops the run."""
     reader: Literal["indexed", "streamed"] = "indexed"
     """Shards: `indexed` reads each image by its offset, in the run's own order; `streamed` reads
     them in sequence through DALI, for object storage, and gives up what docs/data.md lists."""

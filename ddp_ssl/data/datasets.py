@@ -8,17 +8,17 @@ from __future__ import annotations
 import difflib
 import io
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ddp_ssl.data.manifest import EXTENSIONS, Names, Split, entries, scan
+from ddp_ssl.data.cache import cache_folder, write_atomically
+from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import generator
+from ddp_ssl.data.scan import EXTENSIONS, images_below, scan
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
@@ -104,40 +104,24 @@ def _train_and_val(name: str, root: Path) -> Dataset:
 def _images_below(
     folder: Path, classes: tuple[str, ...] | None = None
 ) -> tuple[Split, tuple[str, ...]]:
-    """The images of a folder, and its classes; given classes, those of another split, must fit.
-
-    A folder in it that holds images, at any depth, is a class. Without one the folder is flat and
-    its images are unlabelled.
-    """
-    names, counts = Names(), []
-    found: list[str] = []
-    top = os.fsencode(folder)
-    for entry in entries(top):
-        if not entry.is_dir():
-            continue
-        before = len(names)
-        for name in scan(top, entry.name + b"/"):
-            names.append(name)
-        if len(names) > before:
-            found.append(os.fsdecode(entry.name))
-            counts.append(len(names) - before)
-    if not found:
-        for name in scan(top):
-            names.append(name)
-        if classes and names:
-            raise ValueError(f"data.root: {folder} has no class folders; accepted: those of train/")
-        return Split.of_files(str(folder), names, np.full(len(names), -1)), ()
-    known = tuple(found) if classes is None else classes
-    unknown = [name for name in found if name not in set(known)]
+    """The images of a folder, and its classes; given classes, those of another split, must fit."""
+    split, found = images_below(folder)
+    if classes is None:
+        return split, found
+    if not found and classes and len(split):
+        raise ValueError(f"data.root: {folder} has no class folders; accepted: those of train/")
+    number = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in found if name not in number]
     if unknown:
         raise ValueError(
             f"data.root: {folder / unknown[0]} is a class that train/ does not have"
             + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
-            + f"; accepted: the {len(known)} class names of {folder.parent / 'train'}"
+            + f"; accepted: the {len(classes)} class names of {folder.parent / 'train'}"
         )
-    number = {name: i for i, name in enumerate(known)}
-    labels = np.repeat(np.array([number[name] for name in found]), counts)
-    return Split.of_files(str(folder), names, labels), known
+    if found:
+        numbers = np.array([number[name] for name in found])
+        split = replace(split, labels=numbers[split.labels])
+    return split, classes
 
 
 def _held_out(name: str, images: Split, classes: tuple[str, ...], data: Data, seed: int) -> Dataset:
@@ -162,14 +146,6 @@ def _root(data: Data, wanted: str) -> Path:
 # --- handwritten digits --------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """`$DDP_SSL_CACHE`, else `$XDG_CACHE_HOME/ddp_ssl`, else `~/.cache/ddp_ssl`."""
-    own, shared = os.environ.get("DDP_SSL_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser().absolute()
-    return (Path(shared) if shared else Path.home() / ".cache") / "ddp_ssl"
-
-
 def _find_digits(data: Data) -> None:
     try:
         import sklearn.datasets  # noqa: F401
@@ -185,7 +161,7 @@ def _load_digits(data: Data, seed: int) -> Dataset:
     folder = cache_folder() / "digits-32-v1"
     if not folder.is_dir():
         try:
-            _write_atomically(folder, _write_digits)
+            write_atomically(folder, _write_digits)
         except OSError as error:
             raise ValueError(
                 f"DDP_SSL_CACHE: cannot write {folder}: {error.strerror}; accepted: a folder to "
@@ -212,25 +188,6 @@ def _write_digits(folder: Path) -> None:
             encoded = io.BytesIO()
             image.save(encoded, "JPEG", quality=95)
             target.write_bytes(encoded.getvalue())
-
-
-def _write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder under another name, then rename it: it is there whole or not at all.
-
-    Of processes that do this at the same time one wins, and the others use what it wrote.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        write(temporary)
-        temporary.chmod(0o755)  # mkdtemp's is for the owner alone
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # --- CIFAR ---------------------------------------------------------------------------------------

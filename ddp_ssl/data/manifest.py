@@ -10,7 +10,6 @@ import errno
 import hashlib
 import os
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,11 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddp_ssl.data.shards import Shards
-
-# What DALI decodes on every machine. GIF and AVIF, which it does not, are no images here.
-EXTENSIONS = frozenset(
-    (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".tif", b".tiff", b".ppm", b".pgm", b".jp2")
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,33 +152,3 @@ class Names:
 
     def __len__(self) -> int:
         return len(self.ends)
-
-
-def scan(folder: bytes, at: bytes = b"") -> Iterator[bytes]:
-    """Paths, relative to `folder`, of all images below it, in one order on every machine.
-
-    By name within a folder. Hidden files and folders, other extensions, links that lead nowhere and
-    links back up are passed over. `at` is the part to scan, empty or ending in a slash.
-    """
-    for entry in entries(os.path.join(folder, at)):
-        if entry.is_dir():
-            if not _leads_up(entry):
-                yield from scan(folder, at + entry.name + b"/")
-        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
-            yield at + entry.name
-
-
-def entries(folder: bytes) -> list[os.DirEntry[bytes]]:
-    """What is in a folder and not hidden, by name."""
-    with os.scandir(folder) as found:
-        return sorted(
-            (entry for entry in found if not entry.name.startswith(b".")), key=lambda e: e.name
-        )
-
-
-def _leads_up(entry: os.DirEntry[bytes]) -> bool:
-    """Whether this is a link to a folder that it is in, which would never end."""
-    if not entry.is_symlink():
-        return False
-    inside = os.path.join(os.path.realpath(os.path.dirname(entry.path)), b"")
-    return inside.startswith(os.path.join(os.path.realpath(entry.path), b""))

@@ -14,7 +14,7 @@ import pytest
 import torchvision.datasets
 
 from ddp_ssl.config import Data
-from ddp_ssl.data import datasets
+from ddp_ssl.data import cache, datasets, manifest
 from ddp_ssl.data.datasets import Dataset, Split, find, load
 from tests.data.images import write
 
@@ -29,7 +29,7 @@ def folder(root: Path, **changes: object) -> Dataset:
 
 def paths(split: Split) -> list[str]:
     """Paths relative to the split's root."""
-    absolute = [os.fsdecode(split.path(i).tobytes()) for i in range(len(split))]
+    absolute = [os.fsdecode(split.path(i)) for i in range(len(split))]
     return [os.path.relpath(path, split.root) for path in absolute]
 
 
@@ -102,7 +102,7 @@ def test_names_are_bytes(tmp_path: Path) -> None:
     write(tmp_path / "ä ö" / "2.jpg")
     data = folder(tmp_path)
     assert data.val is not None
-    found = [split.path(0).tobytes() for split in (data.train, data.val)]
+    found = [split.path(0) for split in (data.train, data.val)]
     assert all(os.path.exists(path) for path in found)
     assert {os.path.basename(path) for path in found} == {b"\xff.jpg", b"2.jpg"}
 
@@ -136,11 +136,11 @@ def test_arrays_gray_and_refused() -> None:
 
 
 def test_many_files_take_no_python_objects() -> None:
-    names = datasets.Names()
+    names = manifest.Names()
     for i in range(50_000):
         names.append(b"class%04d/image%08d.jpg" % (i % 1000, i))
     split = Split.of_files("/r", names, np.zeros(50_000))
-    assert split.path(49_999).tobytes() == b"/r/class0999/image00049999.jpg"
+    assert split.path(49_999) == b"/r/class0999/image00049999.jpg"
     assert split.names is not None
     assert split.names.nbytes == 27 * 50_000
 
@@ -172,10 +172,10 @@ def _labels(data: Dataset) -> np.ndarray:  # type: ignore[type-arg]
 def test_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DDP_SSL_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert datasets.cache_folder() == tmp_path / "ddp_ssl"
+    assert cache.cache_folder() == tmp_path / "ddp_ssl"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert datasets.cache_folder() == tmp_path / ".cache" / "ddp_ssl"
+    assert cache.cache_folder() == tmp_path / ".cache" / "ddp_ssl"
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,13 +194,13 @@ def test_writing_is_atomic(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     def overtaken(folder: Path) -> None:
-        datasets._write_atomically(target, lambda other: (other / "first").touch())
+        cache.write_atomically(target, lambda other: (other / "first").touch())
         (folder / "second").touch()
 
     with pytest.raises(OSError, match="disk full"):
-        datasets._write_atomically(target, fails)
+        cache.write_atomically(target, fails)
     assert list(tmp_path.iterdir()) == []
-    datasets._write_atomically(target, overtaken)
+    cache.write_atomically(target, overtaken)
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
     assert [path.name for path in target.iterdir()] == ["first"]
 
