@@ -35,6 +35,11 @@ NORMALISATION: dict[str, tuple[Channels, Channels]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
+    "stl10": ((0.4914, 0.4823, 0.4466), (0.247, 0.243, 0.261)),  # solo-learn's
+    "cinic10": ((0.4789, 0.4723, 0.4305), (0.2421, 0.2383, 0.2587)),  # its authors'
+    # MedMNIST's own examples.
+    **dict.fromkeys(("blood", "organa", "organc", "organs"), ((0.5,) * 3, (0.5,) * 3)),
 }
 
 
@@ -552,20 +557,33 @@ def identity(config: Config) -> dict[str, str]:
 
 
 def check_world_size(config: Config, world_size: int) -> None:
-    """Raise `ConfigError` unless the global batch splits evenly over the processes."""
-    batch = config.data.batch_size
-    if batch % world_size:
-        below, above = batch // world_size * world_size, -(-batch // world_size) * world_size
-        nearest = f"{below} or {above}" if below else f"{above}"
+    """Raise `ConfigError` unless images and views split evenly over the processes."""
+    batch, shares = config.data.batch_size, config.data.view_shards
+    if world_size % shares:
         raise ConfigError(
-            f"data.batch_size: {batch} images cannot be split evenly over {world_size} processes; "
+            f"data.view_shards: {shares} does not divide the {world_size} processes; "
+            f"{_divisors(world_size)} would be accepted"
+        )
+    parts = world_size // shares
+    if batch % parts:
+        below, above = batch // parts * parts, -(-batch // parts) * parts
+        nearest = f"{below} or {above}" if below else f"{above}"
+        over = f"{parts} processes" if shares == 1 else f"{parts} groups of {shares} processes"
+        raise ConfigError(
+            f"data.batch_size: {batch} images cannot be split evenly over {over}; "
             f"{nearest} would be accepted"
         )
-    if config.model.batch_norm == "local" and batch < 2 * world_size:
+    if config.model.batch_norm == "local" and batch < 2 * parts:
         raise ConfigError(
             f"data.batch_size: {batch} images over {world_size} processes leave one each; a "
-            f"local batch norm needs 2; {2 * world_size} or model.batch_norm=global is accepted"
+            f"local batch norm needs 2; {2 * parts} or model.batch_norm=global is accepted"
         )
+
+
+def _divisors(*numbers: int) -> str:
+    """What divides all of them, as a list to read."""
+    common = [str(d) for d in range(1, min(numbers) + 1) if not any(n % d for n in numbers)]
+    return " or ".join(common) if len(common) < 3 else f"one of {', '.join(common)}"
 
 
 def reference(method: type[MethodConfig] | None = None) -> Iterator[tuple[str, str, str, str]]:
@@ -775,6 +793,19 @@ def _check(config: Config) -> None:
         raise ValueError(
             "data.batch_size: batch normalisation needs 2 images or more, got "
             f"{config.data.batch_size}"
+        )
+    counts: dict[int, int] = {}
+    for group in config.data.views:
+        counts[group.size] = counts.get(group.size, 0) + group.count
+    for size, count in counts.items():
+        if count % config.data.view_shards:
+            raise ValueError(
+                f"data.view_shards: {config.data.view_shards} does not divide the {count} views of "
+                f"{size} pixels; {_divisors(*counts.values())} would be accepted"
+            )
+    if config.data.dtype == "float16" and config.optim.precision == "fp32":
+        raise ValueError(
+            "data.dtype: float16 images need autocast; float32 or optim.precision=bf16 is accepted"
         )
     size = config.data.val_size or max(group.size for group in config.data.views)
     if config.data.val_resize is not None and config.data.val_resize < size:

@@ -266,12 +266,13 @@ class MeshComm(Comm):
         self.world = world
         self.rank, self.world_size, self.view_shards = world.rank, world.size, view_shards
         self._view_group: Any = None
+        self._view_side: Any = None  # gloo: what the hosts say to each other
         if view_shards > 1:
             for first in range(0, world.size, view_shards):
                 members = list(range(first, first + view_shards))
-                group = dist.new_group(members)
+                group, side = dist.new_group(members), dist.new_group(members, backend="gloo")
                 if world.rank in members:
-                    self._view_group = group
+                    self._view_group, self._view_side = group, side
 
     def gather(self, x: Tensor) -> Tensor:
         if self.world_size == 1:
@@ -288,6 +289,21 @@ class MeshComm(Comm):
 
     def view_sum(self, x: Tensor) -> Tensor:
         return x if self.view_shards == 1 else cast(Tensor, _Sum.apply(x, self._view_group))
+
+    def view_union(self, found: dict[int, str]) -> dict[int, str]:
+        if self.view_shards == 1:
+            return found
+        # A number first: nearly always there is nothing to tell.
+        count = torch.tensor([len(found)])
+        dist.all_reduce(count, group=self._view_side)
+        if not int(count):
+            return found
+        everyones: list[Any] = [None] * self.view_shards
+        dist.all_gather_object(everyones, found, group=self._view_side)
+        union: dict[int, str] = {}
+        for part in everyones:
+            union = part | union
+        return union
 
     def broadcast(self, value: float) -> float:
         # On the side group: the others may wait here for a long computation on rank 0.

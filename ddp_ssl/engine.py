@@ -15,7 +15,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -25,11 +25,13 @@ from torch import Tensor, nn
 
 from ddp_ssl import checkpoint, distributed, folder, log, optim
 from ddp_ssl.checkpoint import CheckpointError
+from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError, Resolved, load_method
 from ddp_ssl.data import datasets
-from ddp_ssl.data.augment import views_of
+from ddp_ssl.data.augment import Decoding, PixelFormat, views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.loader import TrainLoader
+from ddp_ssl.data.source import Agree, BadImages
 from ddp_ssl.distributed import LateFlag, World
 from ddp_ssl.evals.probe import Learner
 from ddp_ssl.evals.validation import Validation
@@ -37,7 +39,7 @@ from ddp_ssl.launch import cpu_share, rank_and_size
 from ddp_ssl.methods.base import Context, Method, Progress, trainable
 from ddp_ssl.models import export, loading_snippet
 from ddp_ssl.picture import view_grid
-from ddp_ssl.recorder import NonFiniteError, Recorder
+from ddp_ssl.recorder import BadDataError, NonFiniteError, Recorder
 from ddp_ssl.signals import StopRequest
 
 logger = logging.getLogger("ddp_ssl")
@@ -81,7 +83,11 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
     try:
         job = build(resolved, world, claimed)
         try:
-            state = train(job, stop)
+            try:
+                state = train(job, stop)
+            except BadDataError:
+                save(job)
+                raise
             if state == "done":
                 finish(job)
             elif world.is_main:
@@ -94,7 +100,7 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
         record_status(claimed, "failed", error=str(error))
         distributed.stop()
         raise
-    except NonFiniteError as error:  # likewise
+    except (NonFiniteError, BadDataError) as error:  # likewise
         record_status(claimed, "failed", error=str(error))
         if world.is_main:
             logger.error("%s", error)
@@ -213,6 +219,7 @@ def evaluate(job: Job, accuracy: bool, measure: bool) -> dict[str, float]:
         return {}
     start = time.perf_counter()
     figures = job.validation.figures(job.method, job.learner.probe, accuracy, measure)
+    job.recorder.share_bad()
     figures["perf/validation_s"] = time.perf_counter() - start
     job.first = job.first or figures
     job.latest |= figures
@@ -279,12 +286,17 @@ def build(resolved: Resolved, world: World, claimed: list[Path]) -> Job:
         together(world, lambda: folder.claim(config) if world.is_main else None)
     )
     assert isinstance(start, folder.Start)
-    comm = distributed.comm_of(world)
+    comm = distributed.comm_of(world, config.data.view_shards)
+    bad = BadImages()
 
     torch.manual_seed(config.run.seed)  # the same weights on every rank
     method = together(world, lambda: make_method(config, comm))
     data = load_data(config, world)
-    loader = together(world, lambda: train_loader(config, world, data, config.run.seed))
+    held = range(config.num_views)[comm.views]
+    loader = together(
+        world,
+        lambda: train_loader(config, comm, data, device, held, bad, agree=comm.view_union),
+    )
     learner = Learner(method, data.num_classes if config.eval.probe else 0)
     together(world, lambda: initial_weights(learner, config))
     # The folder is created last: whatever is wrong before leaves no trace.
@@ -295,7 +307,9 @@ def build(resolved: Resolved, world: World, claimed: list[Path]) -> Job:
         claimed.append(start.folder)
     log.setup_logging(start.folder if world.is_main else None, world.rank)
     validation = (
-        Validation(data, config, comm, device) if data.val is not None and len(data.val) else None
+        Validation(data, config, comm, device, bad)
+        if data.val is not None and len(data.val)
+        else None
     )
     learner.to(device)
     if config.model.channels_last:
@@ -306,7 +320,7 @@ def build(resolved: Resolved, world: World, claimed: list[Path]) -> Job:
     optimizer = optim.build(config.optim, parameter_groups(learner, config))
     scaler = torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16")
     if world.size > 1:
-        warm_up(module, learner, config, world)
+        warm_up(module, learner, config, comm, device)
     offset = state["metrics_offset"] if state and start.same_folder else 0
     ranks = distributed.layout(world)
     if world.is_main:
@@ -318,7 +332,10 @@ def build(resolved: Resolved, world: World, claimed: list[Path]) -> Job:
             start.folder, tensorboard=config.log.tensorboard, resumed_step=resumed, offset=offset
         )
         writer.text("config", f"```yaml\n{resolved.to_yaml()}```", resumed or 0)
-    recorder = Recorder(config, world, loader.steps_per_epoch, writer)
+    images = len(data.train) + (0 if data.val is None else len(data.val))
+    recorder = Recorder(
+        config, world, loader.steps_per_epoch, writer, bad, images, start.folder / "bad_images.txt"
+    )
     job = Job(
         config, world, start.folder, data, learner, module, optimizer, scaler, loader, validation,
         recorder,
@@ -361,24 +378,38 @@ def load_data(config: Config, world: World) -> datasets.Dataset:
 
 
 def train_loader(
-    config: Config, world: World, data: datasets.Dataset, seed: int, views: slice = slice(None)
+    config: Config,
+    comm: Comm,
+    data: datasets.Dataset,
+    device: torch.device,
+    views: Sequence[int],
+    bad: BadImages,
+    seed: int | None = None,
+    agree: Agree = dict,
 ) -> TrainLoader:
-    """The training batches of this rank, or of some views only."""
-    d = config.data
+    """The training batches of this process, with some of the run's views of each image.
+
+    `agree` only where all processes of a view group load the same batches.
+    """
+    d, every = config.data, views_of(config.data.views)
     return TrainLoader(
         data.train,
-        views_of(d.views)[views],
+        [every[k] for k in views],
+        view_ids=views,
         global_batch=d.batch_size,
-        shard=world.rank,
-        num_shards=world.size,
-        seed=seed,
-        salt=world.rank,
+        shard=comm.data_rank,
+        num_shards=comm.data_shards,
+        seed=config.run.seed if seed is None else seed,
+        salt=comm.rank,
         color_jitter=d.color_jitter,
-        mean=d.normalisation[0],
-        std=d.normalisation[1],
+        form=PixelFormat(*d.normalisation, half=d.dtype == "float16"),
+        decoding=Decoding(d.hw_decoder_load, d.preallocate),
         threads=d.threads,
         prefetch=d.prefetch,
-        device=world.device,
+        read_threads=d.read_threads,
+        device=device,
+        bad=bad,
+        agree=agree,
     )
 
 
@@ -391,19 +422,21 @@ def parameter_groups(learner: Learner, config: Config) -> list[dict[str, Any]]:
     return groups
 
 
-def warm_up(module: nn.Module, learner: Learner, config: Config, world: World) -> None:
+def warm_up(
+    module: nn.Module, learner: Learner, config: Config, comm: Comm, device: torch.device
+) -> None:
     """One throwaway forward and backward, whose traces are removed.
 
     DDP fixes its buckets, and so the order in which gradients are summed, after the first backward.
     With this a resumed run sums in the same order as an uninterrupted one, to the last bit.
     """
     saved = copy.deepcopy(learner.state_dict())
-    images, device = config.data.batch_size // world.size, world.device
+    images = config.data.batch_size // comm.data_shards
     views = [
         torch.rand(images, 3, v.size, v.size, device=device).contiguous(
             memory_format=torch.channels_last
         )
-        for v in views_of(config.data.views)
+        for v in views_of(config.data.views)[comm.views]
     ]
     labels = torch.zeros(images, dtype=torch.long, device=device)
     module.train()
@@ -436,7 +469,10 @@ def begin(job: Job) -> None:
 
 def picture(job: Job) -> None:
     """What the views look like: `views.png` and TensorBoard, from a pipeline of its own."""
-    loader = train_loader(job.config, job.world, job.data, job.config.run.seed)
+    views = range(job.config.num_views)
+    loader = train_loader(
+        job.config, job.method.comm, job.data, job.world.device, views, job.recorder.bad
+    )
     image = view_grid(next(loader).views, *job.config.data.normalisation)
     job.recorder.image("data/views", image, job.folder / "views.png")
 
@@ -472,11 +508,13 @@ def write_folder(resolved: Resolved, start: folder.Start, ranks: list[str]) -> N
 
 def context_of(job: Job) -> Context:
     """What a method sees of the run between epochs."""
-    seed, epoch = job.config.run.seed, job.epoch
+    seed, epoch, comm = job.config.run.seed, job.epoch, job.method.comm
 
     def batches(count: int, purpose: str) -> Iterator[Batch]:
         own = derive(seed, purpose, epoch)
-        loader = train_loader(job.config, job.world, job.data, own, slice(0, 1))
+        loader = train_loader(
+            job.config, comm, job.data, job.world.device, [0], job.recorder.bad, own
+        )
         for _ in range(min(count, loader.steps_per_epoch)):
             yield next(loader)
 
@@ -484,7 +522,6 @@ def context_of(job: Job) -> Context:
         job.latest.update(figures)
         job.recorder.row(job.step, figures)
 
-    comm = job.method.comm
     return Context(comm, seed, epoch, job.config.optim.epochs, batches, report, job.recorder.tell)
 
 
@@ -516,6 +553,7 @@ def save(job: Job, permanent: bool = False, best: bool = False) -> None:
             "first": job.first,
             "latest": job.latest,
             "metrics_offset": job.recorder.offset(),
+            "bad_images": job.recorder.bad_images(),
             "identity": identity,
             "ranks": ranks,
         }
@@ -556,6 +594,8 @@ def restore(job: Job, state: dict[str, Any], path: Path) -> None:
     job.scaler.load_state_dict(state["scaler"])
     job.step, job.epoch, job.best = state["step"], state["epoch"], state["best"]
     job.first, job.latest = dict(state["first"]), dict(state["latest"])
+    if job.world.is_main:
+        job.recorder.restore_bad(state["bad_images"])
     mine = folder.per_rank(state["ranks"], job.world.rank)
     warning = job.loader.load_state(mine["loader"], job.step)
     if warning and job.world.is_main:

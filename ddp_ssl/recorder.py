@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ddp_ssl import log
 from ddp_ssl.config import Config
+from ddp_ssl.data.source import BadImages
 from ddp_ssl.distributed import World
 
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient became NaN or infinite."""
+
+
+class BadDataError(RuntimeError):
+    """More images are bad than `data.max_bad_fraction` allows."""
 
 
 class Recorder:
@@ -27,9 +32,20 @@ class Recorder:
     """
 
     def __init__(
-        self, config: Config, world: World, steps_per_epoch: int, writer: log.MetricsWriter | None
+        self,
+        config: Config,
+        world: World,
+        steps_per_epoch: int,
+        writer: log.MetricsWriter | None,
+        bad: BadImages,
+        images: int,
+        listed: Path,
     ) -> None:
+        """`bad` are the bad ones among `images` images, for the file `listed`."""
         self.config, self.world, self.writer = config, world, writer
+        self.bad, self.images, self.listed = bad, images, listed
+        self.bad_count = 0
+        self._listed: dict[str, str] = {}  # on rank 0: all processes'
         self.steps_per_epoch = steps_per_epoch
         self.progress = log.Progress(config.optim.epochs, steps_per_epoch)
         self._names: list[str] = []
@@ -56,7 +72,9 @@ class Recorder:
         """Write the rows since the last time; raises `NonFiniteError` on all processes."""
         if not self._rows:
             return
-        rows = self.world.mean_rows(torch.stack(self._rows)).tolist()
+        stacked = torch.stack(self._rows)
+        fresh = torch.full_like(stacked[:1], len(self.bad.fresh))
+        *rows, news = self.world.mean_rows(torch.cat([stacked, fresh])).tolist()
         names, host, steps = self._names, self._host, len(rows)
         self._rows, self._host = [], []
         now = time.perf_counter()
@@ -77,6 +95,11 @@ class Recorder:
             "perf/data_wait": min(waited / seconds, 1.0),
             "perf/memory_gib": _memory(self.world.device),
         }
+        too_many = self._share_bad() if news[0] else None
+        steps_done = host[-1][0]
+        last = self.config.optim.epochs * self.steps_per_epoch
+        if steps_done % self.config.log.every_steps == 0 or steps_done == last:
+            table[-1]["run/bad_images"] = self.bad_count
         if self.writer is not None:
             for row in table:
                 self.writer.scalars(row)
@@ -94,6 +117,59 @@ class Recorder:
                         f"{self.config.optim.lr:g} per 256 images), lengthen optim.warmup_epochs "
                         "or set optim.grad_clip"
                     )
+        if too_many:
+            raise BadDataError(too_many)
+
+    def share_bad(self) -> None:
+        """Count and list every process's bad images; raises `BadDataError` on all together."""
+        too_many = self._share_bad()
+        if too_many:
+            raise BadDataError(too_many)
+
+    def _share_bad(self) -> str | None:
+        """The same; returns why there are too many, or None."""
+        parts = self.world.gather_objects(self.bad.fresh)
+        self.bad.fresh = {}
+        told: tuple[int, str | None] | None = None
+        if parts is not None:
+            new: dict[str, str] = {}
+            for part in parts:
+                new |= {where: why for where, why in part.items() if where not in self._listed}
+            self.list_bad(new)
+            bound, count = self.config.data.max_bad_fraction, len(self._listed)
+            told = (count, None)
+            if count > bound * self.images:
+                first, why = next(iter(self._listed.items()))
+                told = (
+                    count,
+                    f"data.max_bad_fraction: {count} of {self.images} images cannot be used, more "
+                    f"than {bound:g} of them; the first is {first} ({why}), the others are in "
+                    f"{self.listed}; tools/check_data.py finds all, data.skip leaves them out",
+                )
+        self.bad_count, problem = self.world.broadcast_object(told)
+        return cast("str | None", problem)
+
+    def list_bad(self, new: dict[str, str]) -> None:
+        """Append to the list of bad images, on rank 0."""
+        self._listed |= new
+        self.bad_count = len(self._listed)
+        if new:
+            with self.listed.open("a") as file:
+                file.writelines(f"{where}\t{why}\n" for where, why in new.items())
+            where, why = next(iter(new.items()))
+            more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+            self.tell(f"bad image replaced: {where} ({why}){more}; {self.bad_count} so far")
+
+    def bad_images(self) -> dict[str, str]:
+        """What is on the list, for the checkpoint."""
+        return dict(self._listed)
+
+    def restore_bad(self, listed: dict[str, str]) -> None:
+        """The list as it was at a checkpoint, on rank 0; the rest will be found again."""
+        self.listed.unlink(missing_ok=True)
+        self._listed, self.bad_count = dict(listed), len(listed)
+        if listed:
+            self.listed.write_text("".join(f"{where}\t{why}\n" for where, why in listed.items()))
 
     def epoch(self, step: int) -> int:
         """The epoch, from 1, that a step belongs to; 0 before the first."""

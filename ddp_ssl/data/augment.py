@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,21 @@ class View:
     """Range of the Gaussian's standard deviation, in pixels of the output."""
     solarize_p: float = 0.0
     flip_p: float = 0.5
+
+
+class PixelFormat(NamedTuple):
+    """What the views are: mean and standard deviation for pixels in [0, 1]; float16 or float32."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    half: bool = False
+
+
+class Decoding(NamedTuple):
+    """How a GPU decodes: the hardware's share of the JPEGs, and the width and height to expect."""
+
+    hw_load: float = 0.65
+    preallocate: tuple[int, int] | None = None
 
 
 # The recipes of solo-learn and of ReSSL. A recipe lists one view or more; a group of `count` views

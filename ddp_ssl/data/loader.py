@@ -1,23 +1,33 @@
 """Batches for training (endless, resumed bit-exactly) and for evaluation (each image once).
 
-The loaders own the order of the images; DALI reads, decodes and augments them. DALI itself is
-imported when a loader is made, its pipeline built when the first batch is asked for.
+The loaders own the order of the images and read them (`source.py`); DALI decodes and augments. An
+image that cannot be used costs nothing but itself: another takes its place, all others are what
+they would have been. DALI itself is imported when a loader is made, its pipeline built when the
+first batch is asked for.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ddp_ssl.data.augment import View
+from ddp_ssl.data.augment import Decoding, PixelFormat, View
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import Ids, Order, hashed
+from ddp_ssl.data.source import (
+    Agree,
+    BadImages,
+    EvalSource,
+    Reader,
+    TrainSource,
+    UnreadableError,
+)
+from ddp_ssl.data.verify import telling
 from ddp_ssl.launch import cpu_share
 
 if TYPE_CHECKING:
@@ -25,23 +35,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "EvalLoader", "TrainLoader"]
 
-# What DALI decodes, by PIL's names. PIL opens more than that.
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
-
 
 class TrainLoader:
     """This shard's part of every training batch, without end.
 
     `views` are the views made here and `view_ids` their indices among the run's views (default 0,
     1, ...). Loaders that differ in `salt` only give the same images in the same order with other
-    augmentations. `mean` and `std` are for pixels in [0, 1]. `threads` 0 shares the cores.
+    augmentations. `threads` 0 shares the cores. What cannot be used is added to `bad`; `agree`
+    turns this process's bad images of a batch into those of all that read the same images.
 
     Raises `ValueError`, one line, if the batch does not fit the data or DALI is not installed.
     """
 
     step: int  # of the next batch
     _batches: Any  # DALI's iterator, None until the first batch
-    _blob: bytes  # DALI's state to build that from, empty for none
+    _blob: bytes  # DALI's state after the last batch, empty before the first
     _broken: str  # why there are no more batches
 
     def __init__(
@@ -55,13 +63,16 @@ class TrainLoader:
         seed: int,
         salt: int,
         color_jitter: str,
-        mean: Sequence[float],
-        std: Sequence[float],
+        form: PixelFormat,
         threads: int,
         prefetch: int,
         device: torch.device,
+        decoding: Decoding = Decoding(),  # noqa: B008 (a tuple)
+        read_threads: int = 16,
         start_step: int = 0,
         view_ids: Sequence[int] | None = None,
+        bad: BadImages | None = None,
+        agree: Agree = dict,
     ) -> None:
         self._pipeline = _pipeline()
         self.split, self.views, self.device = split, list(views), device
@@ -69,8 +80,13 @@ class TrainLoader:
         assert len(self.view_ids) == len(self.views)
         self.order = Order(len(split), global_batch, shard, num_shards, seed)
         self.seed, self.salt, self.color_jitter = seed, salt, color_jitter
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.form, self.decoding = form, decoding
         self.threads, self.prefetch = threads, prefetch
+        reader = Reader(
+            split, self.order.ids, threads=read_threads, device_id=_device_id(device),
+            bad=BadImages() if bad is None else bad,
+        )  # fmt: skip
+        self._source = TrainSource(reader, self.order, agree)
         self._restart(start_step)
 
     @property
@@ -81,27 +97,40 @@ class TrainLoader:
         return self
 
     def __next__(self) -> Batch:
-        """The batch of global step `self.step`; raises `RuntimeError` naming files that fail."""
+        """The batch of global step `self.step`.
+
+        Raises `RuntimeError`, one line, if DALI stops for another reason than a bad image, and
+        `UnreadableError` if there is nothing to put in a bad image's place.
+        """
         if self._broken:
             raise RuntimeError(self._broken)
-        if self._batches is None:
-            self._batches = self._build()
-        try:
-            (out,) = next(self._batches)
-        except (RuntimeError, StopIteration) as error:
-            # DALI goes on with another batch after an error, or never again: neither may be used.
-            # (To replace bad images instead: change `_fetch`, rebuild from the last checkpoint.)
-            ahead = range(self.step, self.step + self.prefetch + 2)
-            self._broken = _explain(error, self.split, [self.order.ids(step) for step in ahead])
-            raise RuntimeError(self._broken) from None
+        while True:
+            if self._batches is None:
+                self._batches = self._build()
+            try:
+                (out,) = next(self._batches)
+                break
+            except UnreadableError as error:
+                self._broken = str(error)
+                raise
+            except (RuntimeError, StopIteration) as error:
+                # After an error DALI goes on with another batch, or never again. Back to the state
+                # after the last good batch, with another image in the bad one's place. An error
+                # can come up before the batch that it belongs to: all batches in flight are tested.
+                self._batches = None
+                ahead = range(self.step, self.step + self.prefetch + 2)
+                if self.split.images is not None or not self._source.reader.examine(ahead):
+                    self._broken = telling(error)
+                    raise RuntimeError(self._broken) from None
+        self._blob = self._batches.checkpoints()[0]
         self.step += 1
         return _batch(out, len(self.views), self.split, self.device)
 
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on with the next batch; safe to load as weights only."""
-        blob = self._blob if self._batches is None else self._batches.checkpoints()[0]
+        blob = torch.frombuffer(bytearray(self._blob or b"\0"), dtype=torch.uint8)
         return {
-            "blob": torch.frombuffer(bytearray(blob or b"\0"), dtype=torch.uint8)[: len(blob)],
+            "blob": blob[: len(self._blob)],
             "step": self.step,
             "start": self.order.start,
             "fingerprint": self.fingerprint(),
@@ -141,7 +170,7 @@ class TrainLoader:
             "seed": str(self.seed),
             "salt": str(self.salt),
             "color_jitter": self.color_jitter,
-            "normalisation": repr((self.mean, self.std)),
+            "normalisation": repr(tuple(self.form)),
         }
 
     def _restart(self, step: int) -> None:
@@ -156,10 +185,10 @@ class TrainLoader:
             self._fetch,
             self.views,
             self.view_ids,
-            files=self.split.images is None,
+            encoded=self.split.images is None,
             color_jitter=self.color_jitter,
-            mean=self.mean,
-            std=self.std,
+            form=self.form,
+            decoding=self.decoding,
             seed=hashed(self.seed, self.salt, self.order.start, "augment"),
             batch_size=self.order.local_batch,
             threads=_threads(self.threads),
@@ -169,15 +198,21 @@ class TrainLoader:
         )
 
     def _fetch(self, info: Any) -> tuple[Any, Ids]:
-        return _fetch(self.split, self.order.ids(self.order.start + info.iteration))
+        step = self.order.start + info.iteration
+        if self.split.images is not None:
+            ids = self.order.ids(step)
+            return self.split.images[ids], ids[:, None]
+        images, ids = self._source.batch(step)
+        return images, ids[:, None]
 
 
 class EvalLoader:
     """One central crop of each of `split[ids]`; shard r takes `ids[r::num_shards]`.
 
-    All shards give the same number of batches of `batch_size` images: what is missing is filled up
-    with an image whose id is -1. `val_size` None is not accepted; `val_resize` None is 8/7 of
-    `val_size` from 64 px on, else `val_size`. Each iteration is a new pass.
+    All shards give the same number of batches of `batch_size` images. What is missing is filled up
+    with some image whose id is -1, and so is an image that cannot be used, which is added to `bad`.
+    `val_resize` None is 8/7 of `val_size` from 64 px on, else `val_size`. Each iteration is a new
+    pass.
     """
 
     def __init__(
@@ -190,11 +225,13 @@ class EvalLoader:
         num_shards: int,
         val_resize: int | None,
         val_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        form: PixelFormat,
         threads: int,
         prefetch: int,
         device: torch.device,
+        decoding: Decoding = Decoding(),  # noqa: B008 (a tuple)
+        read_threads: int = 16,
+        bad: BadImages | None = None,
     ) -> None:
         self._pipeline = _pipeline()
         self.split, self.device, self.batch_size = split, device, batch_size
@@ -204,55 +241,64 @@ class EvalLoader:
                 f"data.val_resize: {self.resize} is less than the central crop of {self.size}; "
                 f"accepted: {self.size} or more"
             )
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.form, self.decoding = form, decoding
         self.threads, self.prefetch = threads, prefetch
         own = np.asarray(ids, np.int64)[shard::num_shards]
         self._batches = math.ceil(math.ceil(len(ids) / num_shards) / batch_size)
         self._ids = np.full(self._batches * batch_size, -1)
         self._ids[: len(own)] = own
-        self._filler = int(ids[0]) if len(ids) else -1
+        reader = Reader(
+            split, self._at, threads=read_threads, device_id=_device_id(device),
+            bad=BadImages() if bad is None else bad,
+        )  # fmt: skip
+        self._source = EvalSource(reader)
 
     def __len__(self) -> int:
         """Batches, the same on all shards."""
         return self._batches
 
     def __iter__(self) -> Iterator[Batch]:
-        if not self._batches:
-            return
-        batches = self._pipeline.eval_iterator(
-            self._fetch,
-            files=self.split.images is None,
+        batches = None
+        for step in range(self._batches):
+            while True:
+                if batches is None:
+                    batches = self._build(step)
+                try:
+                    (out,) = next(batches)
+                    break
+                except (RuntimeError, StopIteration) as error:
+                    batches = None
+                    ahead = range(step, min(step + self.prefetch + 2, self._batches))
+                    if self.split.images is not None or not self._source.reader.examine(ahead):
+                        raise RuntimeError(telling(error)) from None
+            yield _batch(out, 1, self.split, self.device)
+
+    def _build(self, first: int) -> Any:
+        """The batches from `first` on."""
+        return self._pipeline.eval_iterator(
+            lambda info: self._fetch(first + info.iteration),
+            encoded=self.split.images is None,
             resize=self.resize,
             size=self.size,
-            mean=self.mean,
-            std=self.std,
+            form=self.form,
+            decoding=self.decoding,
             batch_size=self.batch_size,
             threads=_threads(self.threads),
             prefetch=self.prefetch,
             device_id=_device_id(self.device),
         )
-        for step in range(self._batches):
-            try:
-                (out,) = next(batches)
-            except (RuntimeError, StopIteration) as error:
-                ahead = range(step, min(step + self.prefetch + 2, self._batches))
-                ids = [self._read_at(at) for at in ahead]
-                raise RuntimeError(_explain(error, self.split, ids)) from None
-            yield _batch(out, 1, self.split, self.device)
 
     def _at(self, step: int) -> Ids:
         return self._ids[step * self.batch_size : (step + 1) * self.batch_size]
 
-    def _read_at(self, step: int) -> Ids:
-        ids = self._at(step)
-        return np.where(ids < 0, self._filler, ids)
-
-    def _fetch(self, info: Any) -> tuple[Any, Ids]:
-        if info.iteration >= self._batches:
+    def _fetch(self, step: int) -> tuple[Any, Ids]:
+        if step >= self._batches:
             raise StopIteration
-        return _fetch(self.split, self._read_at(info.iteration))[0], self._at(info.iteration)[
-            :, None
-        ]
+        if self.split.images is not None:
+            ids = self._at(step)
+            return self.split.images[np.maximum(ids, 0)], ids[:, None]
+        images, ids = self._source.batch(step)
+        return images, ids[:, None]
 
 
 def default_resize(size: int) -> int:
@@ -268,13 +314,6 @@ def _pipeline() -> ModuleType:
     from ddp_ssl.data import pipeline
 
     return pipeline
-
-
-def _fetch(split: Split, ids: Ids) -> tuple[Any, Ids]:
-    """What DALI's source gives for a batch: paths or pixels, and ids `[n, 1]`."""
-    if split.images is not None:
-        return split.images[ids], ids[:, None]
-    return [split.path(i) for i in ids], ids[:, None]
 
 
 def _batch(out: dict[str, torch.Tensor], views: int, split: Split, device: torch.device) -> Batch:
@@ -307,42 +346,3 @@ def _changes(keys: list[str], old: dict[str, str], new: dict[str, str]) -> str:
         short = len(before) + len(after) < 24
         texts.append(f"{key} {before} -> {after}" if short else key)
     return ", ".join(texts)
-
-
-def _explain(error: Exception, split: Split, batches: list[Ids]) -> str:
-    """One line for an error of DALI's, which seldom says the file: the files that fail a decode.
-
-    An error can come up before the batch that it belongs to, so all batches in flight are tested.
-    """
-    bad = []
-    if split.images is None:
-        for i in dict.fromkeys(np.concatenate(batches).tolist()):
-            path = os.fsdecode(split.path(i).tobytes())
-            problem = _decode_problem(path)
-            if problem:
-                bad.append(f"{path} ({problem})")
-    if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        return f"images that cannot be read: {', '.join(bad[:5])}{more}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "rror" in line or "fail" in line] or lines
-    return f"DALI stopped: {telling[-1] if telling else type(error).__name__}"
-
-
-def _decode_problem(path: str) -> str | None:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if image.format not in FORMATS:
-                return f"{image.format} is not supported"
-            image.load()
-    except Exception as error:
-        return "not an image" if "cannot identify" in str(error) else _first_line(error)
-    return None
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -48,8 +48,7 @@ class Order:
     num_shards: int
     seed: int
     start: int = 0
-    _epoch: int = field(default=-1, init=False, repr=False)
-    _permutation: Ids = field(default_factory=lambda: np.empty(0, np.int64), init=False, repr=False)
+    _epochs: dict[int, Ids] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.shard < self.num_shards:
@@ -75,8 +74,14 @@ class Order:
 
     def ids(self, step: int) -> Ids:
         """This shard's images at global `step`, int64 `[global_batch // num_shards]`."""
+        first = self.shard * self.local_batch
+        return self.global_ids(step)[first : first + self.local_batch]
+
+    def global_ids(self, step: int) -> Ids:
+        """All shards' images at global `step`, int64 `[global_batch]`."""
         epoch, t = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, permutation(self.seed, epoch, self.size)
-        first = t * self.global_batch + self.shard * self.local_batch
-        return self._permutation[first : first + self.local_batch]
+        if epoch not in self._epochs:
+            # Batches are read ahead over an epoch's end, so two epochs are in use there.
+            self._epochs = {e: order for e, order in self._epochs.items() if abs(e - epoch) == 1}
+            self._epochs[epoch] = permutation(self.seed, epoch, self.size)
+        return self._epochs[epoch][t * self.global_batch : (t + 1) * self.global_batch]

@@ -8,6 +8,7 @@ measures how close they come.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ddp_ssl.data.augment import View
+from ddp_ssl.data.augment import Decoding, PixelFormat, View
 from ddp_ssl.data.order import hashed
 
 try:
@@ -31,7 +32,7 @@ VERSION: str = dali.__version__
 fn, types, dmath = dali.fn, dali.types, dali.math
 Node = Any  # a DALI DataNode: one image, or one number, per sample of the batch
 Key = tuple[int, ...]  # what a view's random streams are named after
-Callback = Callable[[Any], Any]  # (BatchInfo) -> (paths or pixels, ids)
+Callback = Callable[[Any], Any]  # (BatchInfo) -> (encoded images or pixels, ids)
 
 SOLARIZED = [*range(128), *(255 - i for i in range(128, 256))]
 JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), np.int32)
@@ -42,10 +43,10 @@ def train_iterator(
     views: Sequence[View],
     view_ids: Sequence[int],
     *,
-    files: bool,
+    encoded: bool,
     color_jitter: str,
-    mean: Sequence[float],
-    std: Sequence[float],
+    form: PixelFormat,
+    decoding: Decoding,
     seed: int,
     batch_size: int,
     threads: int,
@@ -55,12 +56,13 @@ def train_iterator(
 ) -> Any:
     """An endless iterator over `[{"view0": [n, S, S, 3], ..., "ids": [n, 1]}]`.
 
-    `source` gives, for a `BatchInfo`, the batch's paths (a list of uint8 arrays; with `files`) or
-    pixels (uint8 `[n, H, W, 3]`), and its ids `[n, 1]`. `checkpoint` is a blob of this graph's.
+    `source` gives, for a `BatchInfo`, the batch's encoded images (a list of uint8 arrays; with
+    `encoded`) or pixels (uint8 `[n, H, W, 3]`), and its ids `[n, 1]`. `checkpoint` is a blob of
+    this graph's.
     """
     keyed = [(view, (seed, view_id)) for view, view_id in zip(views, view_ids, strict=True)]
     pipe = dali.pipeline_def(_train_graph, enable_conditionals=True)(
-        source, keyed, files, color_jitter, mean, std,
+        functools.partial(read, source, encoded, decoding), keyed, color_jitter, form,
         batch_size=batch_size, num_threads=threads, device_id=device_id, seed=seed & 0x7FFFFFFF,
         prefetch_queue_depth=prefetch, exec_dynamic=True, enable_checkpointing=True,
         checkpoint=checkpoint,
@@ -71,11 +73,11 @@ def train_iterator(
 def eval_iterator(
     source: Callback,
     *,
-    files: bool,
+    encoded: bool,
     resize: int,
     size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    form: PixelFormat,
+    decoding: Decoding,
     batch_size: int,
     threads: int,
     prefetch: int,
@@ -83,11 +85,20 @@ def eval_iterator(
 ) -> Any:
     """The same with one view and no randomness; ends when `source` raises `StopIteration`."""
     pipe = dali.pipeline_def(_eval_graph)(
-        source, files, resize, size, mean, std,
+        functools.partial(read, source, encoded, decoding), resize, size, form,
         batch_size=batch_size, num_threads=threads, device_id=device_id, seed=0,
         prefetch_queue_depth=prefetch, exec_dynamic=True,
     )  # fmt: skip
     return _iterator(pipe, 1)
+
+
+def decoder(device_id: int | None = None) -> Any:
+    """A pipeline that decodes one image, fed as `encoded` (uint8 `[length]`)."""
+    pipe = dali.pipeline_def(lambda: decode(fn.external_source(name="encoded"), Decoding()))(
+        batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1, exec_dynamic=True
+    )
+    pipe.build()
+    return pipe
 
 
 def _iterator(pipe: Any, views: int) -> Any:
@@ -100,62 +111,63 @@ def _iterator(pipe: Any, views: int) -> Any:
 
 
 def _train_graph(
-    source: Callback,
+    reading: Callable[[], tuple[Node, Node]],
     views: Sequence[tuple[View, Key]],
-    files: bool,
     color_jitter: str,
-    mean: Sequence[float],
-    std: Sequence[float],
+    form: PixelFormat,
 ) -> Any:
-    images, ids = read(source, files)
-    return (*[augment(images, view, color_jitter, mean, std, key) for view, key in views], ids)
+    images, ids = reading()
+    return (*[augment(images, view, color_jitter, form, key) for view, key in views], ids)
 
 
 def _eval_graph(
-    source: Callback,
-    files: bool,
-    resize: int,
-    size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    reading: Callable[[], tuple[Node, Node]], resize: int, size: int, form: PixelFormat
 ) -> Any:
-    images, ids = read(source, files)
-    return normalize(central_crop(images, resize, size), mean, std), ids
+    images, ids = reading()
+    return normalize(central_crop(images, resize, size), form), ids
 
 
-def read(source: Callback, files: bool) -> tuple[Node, Node]:
+def read(source: Callback, encoded: bool, decoding: Decoding) -> tuple[Node, Node]:
     """RGB images, uint8 HWC, on the pipeline's device, and their ids."""
-    gpu = dali.Pipeline.current().device_id is not None
     data, ids = fn.external_source(
         source=source,
         num_outputs=2,
         batch=True,
         batch_info=True,
         dtype=[types.UINT8, types.INT64],
-        ndim=[1 if files else 3, 1],
-        layout=["" if files else "HWC", ""],
+        ndim=[1 if encoded else 3, 1],
+        layout=["" if encoded else "HWC", ""],
     )
-    if not files:
-        return (data.gpu() if gpu else data), ids
-    # Memory maps on a network file system turn a read error into a bus error.
-    encoded = fn.io.file.read(data, dont_use_mmap=True)
-    device = "mixed" if gpu else "cpu"
-    # Like PIL and torchvision, leave EXIF orientation alone.
-    images = fn.decoders.image(
-        encoded, device=device, output_type=types.RGB, adjust_orientation=False
+    if encoded:
+        return decode(data, decoding), ids
+    return (data.gpu() if dali.Pipeline.current().device_id is not None else data), ids
+
+
+def decode(encoded: Node, decoding: Decoding) -> Node:
+    """RGB, uint8 HWC. EXIF orientation is left alone, as PIL and torchvision do."""
+    common: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
+    if dali.Pipeline.current().device_id is None:
+        return fn.decoders.image(encoded, device="cpu", **common)
+    if decoding.preallocate is not None:
+        width, height = decoding.preallocate
+        common |= {"preallocate_width_hint": width, "preallocate_height_hint": height}
+    return fn.decoders.image(
+        encoded,
+        device="mixed",
+        hw_decoder_load=decoding.hw_load,
+        jpeg_fancy_upsampling=True,  # chroma as on the CPU
+        **common,
     )
-    return images, ids
 
 
 def augment(
     images: Node,
     view: View,
     color_jitter: str,
-    mean: Sequence[float],
-    std: Sequence[float],
+    form: PixelFormat,
     key: Key,
 ) -> Node:
-    """One random view: float32, HWC. `key` makes the operators' seeds."""
+    """One random view, HWC. `key` makes the operators' seeds."""
     # Parameters are drawn for every image, not inside the conditionals, where each image's draws
     # would depend on the other images' coins.
     x = random_crop(images, view, hashed(*key, "crop"))
@@ -175,7 +187,7 @@ def augment(
         if coin(view.solarize_p, hashed(*key, "solarize")):
             x = solarize(x)
     flip = fn.random.coin_flip(probability=view.flip_p, seed=hashed(*key, "flip"))
-    return normalize(x, mean, std, flip)
+    return normalize(x, form, flip)
 
 
 # --- random numbers ------------------------------------------------------------------------------
@@ -331,14 +343,14 @@ def solarize(x: Node) -> Node:
     return fn.lookup_table(x, keys=list(range(256)), values=SOLARIZED, dtype=types.UINT8)
 
 
-def normalize(x: Node, mean: Sequence[float], std: Sequence[float], mirror: Node | int = 0) -> Node:
-    """Float32 HWC: mirrored, less `mean`, over `std`, both for pixels in [0, 1]."""
+def normalize(x: Node, form: PixelFormat, mirror: Node | int = 0) -> Node:
+    """HWC: mirrored, less the mean, over the standard deviation."""
     return fn.crop_mirror_normalize(
         x,
-        dtype=types.FLOAT,
+        dtype=types.FLOAT16 if form.half else types.FLOAT,
         output_layout="HWC",
-        mean=[255.0 * m for m in mean],
-        std=[255.0 * s for s in std],
+        mean=[255.0 * m for m in form.mean],
+        std=[255.0 * s for s in form.std],
         mirror=mirror,
     )
 

@@ -29,7 +29,8 @@ def looks_whole(encoded: Bytes) -> bool:
 class Decoder:
     """Decodes single images as the training pipeline does. Not for several threads at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, device_id: int | None = None) -> None:
+        self._device_id = device_id
         self._pipe: Any = None
 
     def problem(self, encoded: Bytes) -> str | None:
@@ -39,13 +40,13 @@ class Decoder:
         if not len(encoded):
             return "empty"
         if self._pipe is None:
-            self._pipe = pipeline.decoder()
+            self._pipe = pipeline.decoder(self._device_id)
         try:
             self._pipe.feed_input("encoded", [encoded])
             self._pipe.run()
         except RuntimeError as error:
             self._pipe = None  # an error leaves it in no state to go on
-            return why(encoded) or _telling(error)
+            return why(encoded) or telling(error)
         return None
 
 
@@ -70,8 +71,8 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def _telling(error: RuntimeError) -> str:
-    """The line of DALI's message that says something."""
+def telling(error: BaseException) -> str:
+    """The line of one of DALI's messages that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "rror" in line or "fail" in line] or lines
-    return f"DALI: {telling[-1]}" if telling else type(error).__name__
+    return f"DALI stopped: {telling[-1] if telling else type(error).__name__}"

@@ -14,8 +14,10 @@ from torch.nn import functional as F
 
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config
+from ddp_ssl.data.augment import Decoding, PixelFormat
 from ddp_ssl.data.datasets import Dataset, Split
 from ddp_ssl.data.loader import EvalLoader
+from ddp_ssl.data.source import BadImages
 from ddp_ssl.evals.knn import knn_predict
 from ddp_ssl.methods.base import Method
 from ddp_ssl.metrics.effective_rank import rank_of_gram
@@ -27,14 +29,20 @@ Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass
 class Features:
-    """Representations `r` `[m, d_R]`, embeddings `z` `[m, d]` and labels `[m]`."""
+    """Representations `r` `[m, d_R]`, embeddings `z` `[m, d]`, labels and ids `[m]`."""
 
     r: Tensor
     z: Tensor
     labels: Tensor
+    ids: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def known(self) -> Features:
+        """The images that have a label."""
+        known = self.labels >= 0
+        return Features(self.r[known], self.z[known], self.labels[known], self.ids[known])
 
 
 class Validation:
@@ -44,13 +52,22 @@ class Validation:
     gathered; every process then holds all of them and computes its share of the figures.
     """
 
-    def __init__(self, data: Dataset, config: Config, comm: Comm, device: torch.device) -> None:
+    def __init__(
+        self,
+        data: Dataset,
+        config: Config,
+        comm: Comm,
+        device: torch.device,
+        bad: BadImages | None = None,
+    ) -> None:
         assert data.val is not None
         self.config, self.comm, self.device = config, comm, device
-        self.train, self.val = data.train, data.val
-        self.labelled = data.num_classes > 0
+        self.bad = BadImages() if bad is None else bad
+        self.bank, self.val = data.labelled, data.val
+        self.labelled = self.bank is not None and bool((data.val.labels >= 0).any())
         chooser = np.random.default_rng(config.run.seed)
-        self.bank_ids = _some(len(data.train), config.eval.knn_bank, chooser)
+        bank = 0 if self.bank is None else len(self.bank)
+        self.bank_ids = _some(bank, config.eval.knn_bank, chooser)
         self.measured_ids = _some(len(data.val), config.measure.max_images, chooser)
 
     def figures(
@@ -65,8 +82,7 @@ class Validation:
         if evaluate and self.labelled:
             figures |= self._accuracies(method, probe, val)
         if measure:
-            keep = torch.from_numpy(self.measured_ids if evaluate else np.arange(len(val)))
-            keep = keep.to(val.r.device)
+            keep = torch.isin(val.ids, torch.from_numpy(self.measured_ids).to(val.ids.device))
             figures |= self._representation(val.r[keep], val.z[keep])
         method.train(training)
         return figures
@@ -80,13 +96,14 @@ class Validation:
             flat = x.flatten(1)
             return flat, flat[:, :1]
 
-        bank = self._extract(pixels, self.train, self.bank_ids)
+        assert self.bank is not None
+        bank = self._extract(pixels, self.bank, self.bank_ids)
         val = self._extract(pixels, self.val, np.arange(len(self.val)))
-        return self._knn(bank, val)
+        return self._knn(bank, val.known())
 
     @torch.no_grad()
     def _extract(self, embed: Embed, split: Split, ids: Ids) -> Features:
-        """Features of `split[ids]`, in the order of `ids`, on every process."""
+        """Features of `split[ids]`, but for bad images, in the order of `ids`, on every process."""
         data, evaluation = self.config.data, self.config.eval
         loader = EvalLoader(
             split,
@@ -96,11 +113,13 @@ class Validation:
             num_shards=self.comm.world_size,
             val_resize=data.val_resize,
             val_size=data.val_size or max(group.size for group in data.views),
-            mean=data.normalisation[0],
-            std=data.normalisation[1],
+            form=PixelFormat(*data.normalisation),
+            decoding=Decoding(data.hw_decoder_load, data.preallocate),
             threads=data.threads,
             prefetch=data.prefetch,
+            read_threads=data.read_threads,
             device=self.device,
+            bad=self.bad,
         )
         parts = [(*embed(b.views[0]), b.labels, b.ids.to(b.labels.device)) for b in loader]
         r, z, labels, at = (
@@ -112,18 +131,21 @@ class Validation:
         position[torch.from_numpy(ids).to(at.device)] = torch.arange(len(ids), device=at.device)
         real = at >= 0
         order = position[at[real]].argsort()
-        return Features(r[real][order], z[real][order], labels[real][order])
+        r, z, labels, at = (x[real][order] for x in (r, z, labels, at))
+        return Features(r, z, labels, at)
 
     def _accuracies(
         self, method: Method[Any], probe: nn.Module | None, val: Features
     ) -> dict[str, float]:
         figures: dict[str, float] = {}
+        val = val.known()
         if probe is not None:
             with torch.no_grad():
                 correct = probe(val.r).argmax(1) == val.labels
             figures["eval/probe_top1"] = float(correct.double().mean())
         if self.config.eval.knn:
-            bank = self._extract(method.embed, self.train, self.bank_ids)
+            assert self.bank is not None
+            bank = self._extract(method.embed, self.bank, self.bank_ids)
             figures["eval/knn_top1"] = self._knn(bank, val)
             figures["eval/knn_bank"] = len(bank)
         return figures

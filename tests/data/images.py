@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddp_ssl.data.augment import View
+from ddp_ssl.data.augment import PixelFormat, View
 from ddp_ssl.data.loader import TrainLoader
 from ddp_ssl.data.manifest import Split
 
@@ -51,15 +51,15 @@ def array_of(count: int, size: int = 20) -> Split:
 
 def loader_of(split: Split, views: list[View] | None = None, **changes: Any) -> TrainLoader:
     """A loader of two small views that use every operator."""
+    mean, std = changes.pop("mean", HALF), changes.pop("std", HALF)
     settings: dict[str, Any] = {
+        "form": PixelFormat(mean, std, changes.pop("half", False)),
         "global_batch": 6,
         "shard": 0,
         "num_shards": 1,
         "seed": 3,
         "salt": 0,
         "color_jitter": "seq",
-        "mean": HALF,
-        "std": HALF,
         "threads": 1,
         "prefetch": 2,
         "device": torch.device("cpu"),

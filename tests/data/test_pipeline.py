@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from ddp_ssl.data import pipeline
-from ddp_ssl.data.augment import RECIPES, View, views_of
+from ddp_ssl.data.augment import RECIPES, PixelFormat, View, views_of
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import hashed
 from tests.data.images import HALF, Pixels, array_of, loader_of, picture, write
@@ -146,7 +146,7 @@ def test_central_crop(height: int, width: int, resize: int, size: int) -> None:
 
 def test_normalize_and_flip() -> None:
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    ours = run(lambda x: pipeline.normalize(x, mean, std, 1))
+    ours = run(lambda x: pipeline.normalize(x, PixelFormat(mean, std), 1))
     theirs = reference(
         lambda x: tv.normalize(tv.horizontal_flip(x).float() / 255, list(mean), list(std))
     )

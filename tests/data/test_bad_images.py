@@ -1,0 +1,316 @@
+"""Bad images in the middle of an epoch: replaced, listed, and every other sample as it was."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddp_ssl.data import source
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.data.loader import EvalLoader, TrainLoader
+from ddp_ssl.data.manifest import Split
+from ddp_ssl.data.order import permutation
+from ddp_ssl.data.source import BadImages, UnreadableError
+from ddp_ssl.distributed import MeshComm, World
+from tests.data.images import array_of, folder_of, loader_of, picture
+from tests.data.test_loader import eval_of, through_a_file
+from tests.ranks import Ranks
+
+IMAGES = 24
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(np.random.default_rng(0).bytes(3000))
+
+
+def halve(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+
+
+def no_end(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def broken_tables(path: Path) -> None:
+    """Begins and ends as a JPEG should: only decoding it finds this."""
+    content = bytearray(path.read_bytes())
+    content[30:300] = np.random.default_rng(0).bytes(270)
+    path.write_bytes(content)
+
+
+def gif(path: Path) -> None:
+    Image.open(path).save(path, "GIF")
+
+
+def cut_png(path: Path) -> None:
+    Image.open(path).save(path, "PNG")
+    path.write_bytes(path.read_bytes()[:-600])
+
+
+BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+    "random bytes": (garbage, "not an image"),
+    "truncated": (halve, "truncated"),
+    "no end marker": (no_end, "truncated"),
+    "empty": (empty, "empty"),
+    "a directory": (directory, "Is a directory"),
+    "deleted": (Path.unlink, "No such file"),
+    "broken tables": (broken_tables, ""),
+    "gif": (gif, "GIF is not supported"),
+    "cut png": (cut_png, ""),
+}
+
+
+def cmyk(path: Path) -> None:
+    Image.open(path).convert("CMYK").save(path, "JPEG")
+
+
+def sixteen_bits(path: Path) -> None:
+    gray = np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 257
+    Image.fromarray(gray).save(path, "PNG")
+
+
+def trailing(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"more" * 50)
+
+
+ODD = {"cmyk": cmyk, "16 bits": sixteen_bits, "trailing bytes": trailing}
+
+
+def victim(step: int, place: int) -> int:
+    """The image at a place of a step, in batches of six, in the order of `loader_of`."""
+    return int(permutation(3, 0, IMAGES)[step * 6 + place])
+
+
+def compare(ours: Batch, theirs: Batch, bad: set[int]) -> None:
+    """Equal to the bit but for bad images, which are replaced by others not in the batch."""
+    hit = torch.tensor([int(i) in bad for i in theirs.ids])
+    assert torch.equal(ours.ids[~hit], theirs.ids[~hit])
+    for a, b in zip(ours.views, theirs.views, strict=True):
+        assert torch.equal(a[~hit], b[~hit])
+    others = ours.ids[hit].tolist()
+    assert not set(others) & (bad | set(theirs.ids.tolist()))
+    assert torch.equal(ours.labels, ours.ids)  # labels are ids here
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_is_replaced_and_listed(tmp_path: Path, kind: str, prefetch: int) -> None:
+    spoil, reason = BAD[kind]
+    good, _ = (folder_of(tmp_path / name, IMAGES) for name in ("good", "bad"))
+    split = Split.of_files(str(tmp_path / "bad"), [good.name(i) for i in range(24)], good.labels)
+    hit = {victim(1, 2), victim(1, 5), victim(3, 0)}
+    for i in hit:
+        spoil(Path(split.where(i)))
+    bad = BadImages()
+    ours, theirs = loader_of(split, prefetch=prefetch, bad=bad), loader_of(good)
+    for _ in range(9):
+        compare(next(ours), next(theirs), hit)
+    assert set(bad.known) == {split.where(i) for i in hit}
+    assert all(reason in why and why and "\n" not in why for why in bad.known.values())
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_files_are_used(tmp_path: Path, kind: str) -> None:
+    split, bad = folder_of(tmp_path, IMAGES), BadImages()
+    for i in range(0, IMAGES, 2):
+        ODD[kind](Path(split.where(i)))
+    loader = loader_of(split, bad=bad)
+    ids = torch.cat([next(loader).ids for _ in range(4)])
+    assert ids.tolist() == permutation(3, 0, IMAGES).tolist()
+    assert not bad.known
+
+
+@pytest.mark.parametrize("kind", ["truncated", "broken tables"])
+def test_resuming_beside_a_bad_file_is_exact(tmp_path: Path, kind: str) -> None:
+    split = folder_of(tmp_path, IMAGES)
+    BAD[kind][0](Path(split.where(victim(2, 1))))
+    going = loader_of(split)
+    for step in range(4):
+        resumed = loader_of(split, prefetch=3)
+        assert resumed.load_state(through_a_file(going.state()), step) is None
+        batch, again = next(going), next(resumed)
+        assert torch.equal(batch.ids, again.ids)
+        assert all(torch.equal(a, b) for a, b in zip(batch.views, again.views, strict=True))
+
+
+def test_replacements_are_the_same_however_they_are_found(tmp_path: Path) -> None:
+    """By the markers or by the decoder, early or late, in this epoch or known from the last."""
+    ids = []
+    for kind in ("deleted", "broken tables"):
+        split = folder_of(tmp_path / kind, IMAGES)
+        for step in range(4):
+            BAD[kind][0](Path(split.where(victim(step, step))))
+        for start in (0, 4):
+            loader = loader_of(split, start_step=start, prefetch=1 + start)
+            ids.append([next(loader).ids.tolist() for _ in range(8 - start)])
+    assert ids[0] == ids[2]
+    assert ids[1] == ids[3] == ids[0][4:]
+
+
+def test_a_read_that_fails_once_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split, failed, bad = folder_of(tmp_path, IMAGES), [], BadImages()
+    read = Split.read
+
+    def stale(self: Split, i: int) -> Any:
+        if i == 7 and not failed:
+            failed.append(i)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(self, i)
+
+    monkeypatch.setattr(source, "RETRIES", (0.0,))
+    monkeypatch.setattr(Split, "read", stale)
+    ids = [i for _ in range(4) for i in next(loader_of(split, bad=bad, global_batch=24)).ids]
+    assert failed
+    assert 7 in ids
+    assert not bad.known
+
+
+def test_nothing_but_bad_files_is_said(tmp_path: Path) -> None:
+    split = folder_of(tmp_path, IMAGES)
+    for i in range(IMAGES):
+        garbage(Path(split.where(i)))
+    loader = loader_of(split)
+    for _ in range(2):  # and it stays so
+        with pytest.raises(RuntimeError, match="none can be used") as caught:
+            next(loader)
+        assert "\n" not in str(caught.value)
+    assert issubclass(UnreadableError, RuntimeError)
+
+
+def test_another_error_of_dali_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddp_ssl.data.verify import telling
+
+    error = RuntimeError("Error in operator `x`,\ntraceback:\nError in thread 0: no memory\n\nBye.")
+    assert telling(error) == "DALI stopped: Error in thread 0: no memory"
+    assert telling(StopIteration()) == "DALI stopped: StopIteration"
+
+    def fails(self: TrainLoader, info: Any) -> Any:
+        raise RuntimeError("Error: something else")
+
+    monkeypatch.setattr(TrainLoader, "_fetch", fails)
+    loader = loader_of(array_of(12))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"^DALI stopped: .*something else"):
+            next(loader)
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_evaluation_leaves_bad_images_out(tmp_path: Path, kind: str) -> None:
+    split = folder_of(tmp_path / "a", 20)
+    before = list(eval_of(split, np.arange(20)))
+    for i in (3, 4, 17):
+        BAD[kind][0](Path(split.where(i)))
+    bad = BadImages()
+    after = list(eval_of(split, np.arange(20), bad=bad))
+    assert len(bad.known) == 3
+    for a, b in zip(after, before, strict=True):
+        hit = torch.tensor([int(i) in (3, 4, 17) for i in b.ids])
+        assert torch.equal(a.ids, torch.where(hit, -1, b.ids))
+        assert a.labels[hit].tolist() == [-1] * int(hit.sum())
+        assert torch.equal(a.views[0][~hit], b.views[0][~hit])
+
+
+def test_an_evaluation_of_bad_images_only_is_all_padding(tmp_path: Path) -> None:
+    split = folder_of(tmp_path, 5)
+    for i in range(5):
+        empty(Path(split.where(i)))
+    loader: EvalLoader = eval_of(split, np.arange(5))
+    assert [batch.ids.tolist() for batch in loader] == [[-1] * 4] * 2
+
+
+# --- view groups ---------------------------------------------------------------------------------
+
+
+def groups(world: World, root: str, broken: int) -> Any:
+    """Two views of every image on two ranks; image `broken` fails on the last rank alone."""
+    comm = MeshComm(world, 2)
+    names = [f"{i:03d}.jpg".encode() for i in range(IMAGES)]
+    split, bad = Split.of_files(root, names, np.arange(IMAGES)), BadImages()
+    if world.rank == world.size - 1:
+        read = Split.read
+
+        def fails(self: Split, i: int) -> Any:
+            if i == broken:
+                raise OSError(errno.EACCES, "not for you")
+            return read(self, i)
+
+        Split.read = fails  # type: ignore[method-assign]
+    view = loader_of(split).views[0]
+    try:
+        loader = loader_of(
+            split, [view], view_ids=[comm.view_rank], shard=comm.data_rank, bad=bad,
+            num_shards=comm.data_shards, salt=world.rank, agree=comm.view_union,
+        )  # fmt: skip
+        batches = [next(loader) for _ in range(6)]
+    finally:
+        if world.rank == world.size - 1:
+            Split.read = read  # type: ignore[method-assign]
+    return [b.ids.tolist() for b in batches], [b.views[0] for b in batches], bad.known
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_view_group_replaces_alike(ranks: Ranks, tmp_path: Path, size: int) -> None:
+    """One file that nobody can read, one that only DALI refuses, and one that one rank cannot."""
+    split = folder_of(tmp_path, IMAGES)
+    clean = ranks.run(groups, size, str(tmp_path), -1)
+    here = 5 if size == 4 else 1  # a place that the last group has
+    empty(Path(split.where(victim(0, 0))))
+    broken_tables(Path(split.where(victim(1, 0))))
+    hit = {victim(0, 0), victim(1, 0), victim(2, here)}
+    results = ranks.run(groups, size, str(tmp_path), victim(2, here))
+    for rank in range(0, size, 2):
+        assert results[rank][0] == results[rank + 1][0]
+        assert results[rank][2].keys() == results[rank + 1][2].keys()
+    assert set.union(*(set(known) for *_, known in results)) == {split.where(i) for i in hit}
+    for (ids, views, _), (ids_before, views_before, _) in zip(results, clean, strict=True):
+        replaced = 0
+        for now, then, x, y in zip(ids, ids_before, views, views_before, strict=True):
+            same = torch.tensor([i not in hit for i in then])
+            assert torch.equal(x[same], y[same])
+            assert all(a == b for a, b in zip(now, then, strict=True) if b not in hit)
+            assert not set(now) & hit
+            replaced += int((~same).sum())
+        assert replaced
+    if size == 4:
+        assert not set(results[0][0][0]) & set(results[2][0][0])
+
+
+def test_the_replacement_is_not_in_the_batch_of_another_shard(tmp_path: Path) -> None:
+    split = folder_of(tmp_path, IMAGES)
+    for step in range(4):
+        for place in (0, 1, 2):
+            empty(Path(split.where(victim(step, place))))
+    loaders = [loader_of(split, shard=s, num_shards=2) for s in (0, 1)]
+    for step in range(4):
+        ids = np.concatenate([next(loader).ids.numpy() for loader in loaders])
+        batch = permutation(3, 0, IMAGES)[step * 6 : step * 6 + 6]
+        assert (ids[3:] == batch[3:]).all()
+        assert not set(ids[:3].tolist()) & set(batch.tolist())
+
+
+def test_pictures_differ() -> None:
+    """What the comparisons rest on."""
+    assert len({picture(i).tobytes() for i in range(IMAGES)}) == IMAGES

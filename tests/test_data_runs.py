@@ -1,0 +1,187 @@
+"""Whole runs and their data: views spread over processes, bad images, another world size."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddp_ssl.data.order import permutation
+from tests.ranks import Ranks
+from tests.test_resume import arguments, rows, status, train
+
+Seen = list[tuple[list[int], list[torch.Tensor]]]
+
+
+def watch(args: list[str], die_at: int | None = None) -> tuple[int | str, Seen]:
+    """Run in this process; the ids and views of every training step, in order."""
+    from ddp_ssl import engine
+
+    loop, seen = engine.train, []
+
+    def watched(job: Any, stop: Any) -> Any:
+        class Watching:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(loader, name)
+
+            def __next__(self) -> Any:
+                batch = next(loader)
+                seen.append((batch.ids.tolist(), [v.clone() for v in batch.views]))
+                return batch
+
+        loader, job.loader = job.loader, Watching()
+        return loop(job, stop)
+
+    engine.train = watched
+    try:
+        return train(args, die_at), seen
+    finally:
+        engine.train = loop
+
+
+def ids_of(results: list[tuple[Any, Seen]], view_shards: int = 1) -> list[list[int]]:
+    """Each step's global batch, in canonical order; a view group must read the same."""
+    steps = []
+    for parts in zip(*(seen for _, seen in results), strict=True):
+        groups = [parts[i : i + view_shards] for i in range(0, len(parts), view_shards)]
+        assert all(part[0] == group[0][0] for group in groups for part in group)
+        steps.append([i for group in groups for i in group[0][0]])
+    return steps
+
+
+FOUR = "data.views=[{count: 4, size: 16, recipe: sym}]"
+
+
+@pytest.fixture(scope="module")
+def sharded(ranks: Ranks, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("sharded") / "run"
+    args = arguments(photos, folder, FOUR, "data.view_shards=2")
+    return folder, args, ranks.launch(watch, 4, args)
+
+
+def test_a_view_group_sees_the_same_images_in_other_crops(sharded: Any) -> None:
+    folder, _, results = sharded
+    assert [code for code, _ in results] == [0] * 4
+    order = [permutation(0, epoch, 43)[:36].reshape(3, 12).tolist() for epoch in range(3)]
+    assert ids_of(results, 2) == [step for epoch in order for step in epoch]
+    for step in range(9):
+        parts = [seen[step] for _, seen in results]
+        assert not set(parts[0][0]) & set(parts[2][0])
+        views = [view for _, held in parts[:2] for view in held]
+        assert len(views) == 4
+        assert not any(torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])
+    losses = [row for row in rows(folder) if "train/loss" in row]
+    assert len(losses) == 9
+    assert 0 < losses[-1]["rep/alpha"] < 1
+    assert all(row.get("run/bad_images", 0) == 0 for row in losses)
+
+
+def test_a_view_sharded_run_resumes_exactly(ranks: Ranks, sharded: Any, tmp_path: Path) -> None:
+    whole, args, _ = sharded
+    folder = tmp_path / "run"
+    args = [a if not a.startswith("run.dir=") else f"run.dir={folder}" for a in args]
+    ranks.launch(train, 4, args, 5)
+    assert ranks.launch(train, 4, [*args, "run.resume=auto"]) == [0] * 4
+    assert rows(folder) == rows(whole)
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 3)])
+def test_another_world_size_sees_each_image_once(
+    ranks: Ranks, photos: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    """Interrupted in the second epoch: both parts together are that epoch."""
+    args = arguments(photos, tmp_path / "run")
+    first = ranks.launch(watch, before, args, 5)
+    second = ranks.launch(watch, after, [*args, "run.resume=auto"])
+    assert [code for code, _ in second] == [0] * after
+    assert len(ids_of(second)) == 5  # saved at step 4 of 9
+    steps = ids_of(first)[:4] + ids_of(second)
+    for epoch in range(3):
+        seen = [i for step in steps[epoch * 3 : epoch * 3 + 3] for i in step]
+        assert seen == permutation(0, epoch, 43)[:36].tolist()
+
+
+# --- bad images ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spoiled(ranks: Ranks, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run on good files and the same on a copy of which three training files are bad."""
+    root = tmp_path_factory.mktemp("spoiled")
+    folders = {"good": root / "good", "bad": root / "bad"}
+    for data in folders.values():
+        shutil.copytree(photos, data)
+    args = {
+        kind: arguments(data, root / f"run-{kind}", "data.max_bad_fraction=0.1")
+        for kind, data in folders.items()
+    }
+    good = ranks.launch(watch, 2, args["good"])
+    from ddp_ssl.config import load
+    from ddp_ssl.data import datasets
+
+    split = datasets.load(load(args["bad"]).config.data, 0).train
+    hit = [int(permutation(0, epoch, 43)[place]) for epoch, place in ((0, 14), (1, 2), (1, 20))]
+    for i, content in zip(hit, (b"", b"no image" * 99, None), strict=True):
+        path = Path(split.where(i))
+        path.write_bytes(path.read_bytes()[:-2] if content is None else content)
+    return root, args, good, ranks.launch(watch, 2, args["bad"]), hit, split
+
+
+def test_training_goes_on_beside_bad_images(spoiled: Any) -> None:
+    root, _, good, bad, hit, split = spoiled
+    assert [code for code, _ in bad] == [0, 0]
+    replaced = 0
+    for (_, ours), (_, theirs) in zip(bad, good, strict=True):
+        for (ids, views), (ids_before, views_before) in zip(ours, theirs, strict=True):
+            same = torch.tensor([i not in hit for i in ids_before])
+            assert [a for a, s in zip(ids, same, strict=True) if s] == [
+                b for b, s in zip(ids_before, same, strict=True) if s
+            ]
+            assert not set(ids) & set(hit)
+            for a, b in zip(views, views_before, strict=True):
+                assert torch.equal(a[same], b[same])
+            replaced += int((~same).sum())
+    assert replaced >= 3
+    listed = (root / "run-bad" / "bad_images.txt").read_text().splitlines()
+    assert {line.split("\t")[0] for line in listed} == {split.where(i) for i in hit}
+    assert len(listed) == 3
+    counts = [r["run/bad_images"] for r in rows(root / "run-bad") if "run/bad_images" in r]
+    assert counts == sorted(counts)
+    assert counts[-1] == 3
+    assert not (root / "run-good" / "bad_images.txt").exists()
+    assert {r["run/bad_images"] for r in rows(root / "run-good") if "run/bad_images" in r} == {0}
+
+
+def test_resuming_beside_bad_images_is_exact(ranks: Ranks, spoiled: Any, tmp_path: Path) -> None:
+    root, args, *_ = spoiled
+    folder = tmp_path / "run"
+    mine = [a if not a.startswith("run.dir=") else f"run.dir={folder}" for a in args["bad"]]
+    ranks.launch(train, 2, mine, 5)
+    assert ranks.launch(train, 2, [*mine, "run.resume=auto"]) == [0, 0]
+    assert rows(folder) == rows(root / "run-bad")
+    assert (folder / "bad_images.txt").read_text() == (
+        root / "run-bad" / "bad_images.txt"
+    ).read_text()
+
+
+def test_too_many_bad_images_stop_the_run_and_lose_nothing(
+    ranks: Ranks, spoiled: Any, tmp_path: Path
+) -> None:
+    root, args, *_ = spoiled
+    folder = tmp_path / "run"
+    mine = [a if not a.startswith("run.dir=") else f"run.dir={folder}" for a in args["bad"]]
+    strict = [*mine, "data.max_bad_fraction=0.03", "checkpoint.every_steps=0"]
+    assert ranks.launch(train, 2, strict) == [1, 1]
+    state = status(folder)
+    assert state["state"] == "failed"
+    assert state["error"].startswith("data.max_bad_fraction: 3 of 48 images cannot be used")
+    assert "\n" not in state["error"]
+    assert "tools/check_data.py" in state["error"]
+    steps = [r["step"] for r in rows(folder) if "train/loss" in r]
+    assert ranks.launch(train, 2, [*mine, "run.resume=auto"]) == [0, 0]
+    after = [r["step"] for r in rows(folder) if "train/loss" in r]
+    assert after == list(range(1, 10))  # none trained twice: it was saved where it stopped
+    assert steps == after[: len(steps)]
