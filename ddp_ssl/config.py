@@ -186,6 +186,9 @@ class Data(Section):
     reader: Literal["indexed", "streamed"] = "indexed"
     """Shards: `indexed` reads each image by its offset, in the run's own order; `streamed` reads
     them in sequence through DALI, for object storage, and gives up what docs/data.md lists."""
+    url: str | None = None
+    """Streamed shards: where the training tar files are if not in `root`, such as
+    `s3://bucket/folder`; the index stays in `root`."""
     stage: str | None = None
     """Node-local folder that shards are copied to first, once per node."""
     batch_size: int = Field(256, ge=1)
@@ -392,7 +395,7 @@ EMBEDDED_DEFAULT: dict[str, Any] = {
 
 # Keys that may differ when a run is resumed; all others are its identity.
 FREE_ON_RESUME = re.compile(
-    r"run\.(?!seed$).*|(checkpoint|eval|measure|log)\..*|data\.(root|stage|view_shards|threads|"
+    r"run\.(?!seed$).*|(checkpoint|eval|measure|log)\..*|data\.(root|url|stage|view_shards|threads|"
     r"prefetch|read_threads|hw_decoder_load|preallocate|max_bad_fraction)"
 )
 
@@ -803,6 +806,12 @@ def _check(config: Config) -> None:
                 f"data.view_shards: {config.data.view_shards} does not divide the {count} views of "
                 f"{size} pixels; {_divisors(*counts.values())} would be accepted"
             )
+    if config.data.url and (config.eval.knn or config.eval.raw_pixels):
+        key = "knn" if config.eval.knn else "raw_pixels"
+        raise ValueError(
+            f"eval.{key}: its bank reads training images by their place in a file, which data.url "
+            f"has none of; eval.{key}=false is accepted"
+        )
     if config.data.dtype == "float16" and config.optim.precision == "fp32":
         raise ValueError(
             "data.dtype: float16 images need autocast; float32 or optim.precision=bf16 is accepted"

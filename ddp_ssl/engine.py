@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -30,7 +31,7 @@ from ddp_ssl.config import Config, ConfigError, Resolved, load_method
 from ddp_ssl.data import datasets
 from ddp_ssl.data.augment import Decoding, PixelFormat, views_of
 from ddp_ssl.data.batch import Batch
-from ddp_ssl.data.loader import TrainLoader
+from ddp_ssl.data.loader import StreamLoader, TrainLoader
 from ddp_ssl.data.source import Agree, BadImages
 from ddp_ssl.distributed import LateFlag, World
 from ddp_ssl.evals.probe import Learner
@@ -291,13 +292,18 @@ def build(resolved: Resolved, world: World, claimed: list[Path]) -> Job:
 
     torch.manual_seed(config.run.seed)  # the same weights on every rank
     method = together(world, lambda: make_method(config, comm))
+    together(world, lambda: datasets.stage(config.data))
     data = load_data(config, world)
     held = range(config.num_views)[comm.views]
     loader = together(
         world,
         lambda: train_loader(config, comm, data, device, held, bad, agree=comm.view_union),
     )
-    learner = Learner(method, data.num_classes if config.eval.probe else 0)
+    learner = Learner(
+        method,
+        data.num_classes if config.eval.probe else 0,
+        some_unlabelled=bool((data.train.labels < 0).any()),
+    )
     together(world, lambda: initial_weights(learner, config))
     # The folder is created last: whatever is wrong before leaves no trace.
     identity = folder.whole_identity(config, data)
@@ -366,7 +372,8 @@ def load_data(config: Config, world: World) -> datasets.Dataset:
 
     first = together(world, lambda: read() if world.is_main else None)
     data = together(world, lambda: read() if first is None else first)
-    splits = [None if s is None else s.digest for s in (data.train, data.val)]
+    parts = (data.train, data.val, data.labelled)
+    splits = [None if s is None else s.digest for s in parts]
     everyones = world.broadcast_object((splits, data.class_names))
 
     def compare() -> None:
@@ -392,7 +399,11 @@ def train_loader(
     `agree` only where all processes of a view group load the same batches.
     """
     d, every = config.data, views_of(config.data.views)
-    return TrainLoader(
+    kind: Callable[..., TrainLoader] = TrainLoader
+    if d.reader == "streamed":
+        assert data.train.shards is not None
+        kind = functools.partial(StreamLoader, **data.train.shards.stream(d.url))
+    return kind(
         data.train,
         [every[k] for k in views],
         view_ids=views,
@@ -451,14 +462,14 @@ def begin(job: Job) -> None:
         job.recorder.tell(f"weights from {job.config.run.init_from}")
     job.method.on_start(context_of(job))
     job.method.train()
-    if job.config.eval.raw_pixels and job.validation is not None and job.data.num_classes:
+    if job.config.eval.raw_pixels and job.validation is not None and job.validation.labelled:
         pixels = {"eval/knn_raw_pixels": job.validation.raw_pixels()}
         job.latest |= pixels
         job.recorder.row(0, pixels)
         job.recorder.tell(f"k-NN top-1 of the raw pixels: {pixels['eval/knn_raw_pixels']:.4f}")
     figures = evaluate(job, accuracy=True, measure=True)
     best = job.config.checkpoint.best
-    if best is not None and figures and best.lstrip("-") not in figures and job.data.num_classes:
+    if best is not None and figures and best.lstrip("-") not in figures and job.data.labelled:
         job.recorder.tell(
             f"checkpoint.best: {best} is not measured here, so no best checkpoint is kept; "
             f"measured are {', '.join(name for name in figures if not name.startswith('perf/'))}"

@@ -170,7 +170,7 @@ def test_resuming_beside_bad_images_is_exact(ranks: Ranks, spoiled: Any, tmp_pat
 def test_too_many_bad_images_stop_the_run_and_lose_nothing(
     ranks: Ranks, spoiled: Any, tmp_path: Path
 ) -> None:
-    root, args, *_ = spoiled
+    _, args, *_ = spoiled
     folder = tmp_path / "run"
     mine = [a if not a.startswith("run.dir=") else f"run.dir={folder}" for a in args["bad"]]
     strict = [*mine, "data.max_bad_fraction=0.03", "checkpoint.every_steps=0"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+STALE = 24 * 3600  # seconds after which a half-written folder has lost its writer
 
 
 def cache_folder() -> Path:
@@ -17,16 +21,21 @@ def cache_folder() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "ddp_ssl"
 
 
-def write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(
+    folder: Path, write: Callable[[Path], None], outdated: Callable[[], bool] = lambda: False
+) -> None:
     """Write a folder under another name, then rename it: it is there whole or not at all.
 
-    Of processes that do this at the same time one wins, and the others use what it wrote.
+    Of processes that do this at the same time one wins, and the others use what it wrote. Where the
+    folder exists it stays, unless it is `outdated()` when the new one is ready.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         write(temporary)
         temporary.chmod(0o755)  # mkdtemp's is for the owner alone
+        if folder.is_dir() and outdated():
+            _set_aside(folder)
         try:
             temporary.rename(folder)
         except OSError:
@@ -34,3 +43,18 @@ def write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> None:
+    """Make way for a newer folder; of the older ones a single one is kept.
+
+    Other machines may have it mapped into memory: removed, a network file system would take the
+    pages away from under them; renamed, it does not.
+    """
+    with contextlib.suppress(OSError):
+        for other in folder.parent.glob(f".{folder.name}-*"):
+            if time.time() - other.stat().st_mtime > STALE:
+                shutil.rmtree(other, ignore_errors=True)
+        old = folder.with_name(f"{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)

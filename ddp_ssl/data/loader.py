@@ -8,6 +8,7 @@ first batch is asked for.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -114,17 +115,24 @@ class TrainLoader:
                 self._broken = str(error)
                 raise
             except (RuntimeError, StopIteration) as error:
-                # After an error DALI goes on with another batch, or never again. Back to the state
-                # after the last good batch, with another image in the bad one's place. An error
-                # can come up before the batch that it belongs to: all batches in flight are tested.
-                self._batches = None
-                ahead = range(self.step, self.step + self.prefetch + 2)
-                if self.split.images is not None or not self._source.reader.examine(ahead):
-                    self._broken = telling(error)
+                self._batches = None  # DALI goes on with another batch, or never again
+                if not self._mended():
+                    self._broken = self._says(error)
                     raise RuntimeError(self._broken) from None
         self._blob = self._batches.checkpoints()[0]
         self.step += 1
         return _batch(out, len(self.views), self.split, self.device)
+
+    def _mended(self) -> bool:
+        """Whether bad images explain the error: they will be replaced, from the last state on.
+
+        An error can come up before the batch that it belongs to: all batches in flight are tested.
+        """
+        ahead = range(self.step, self.step + self.prefetch + 2)
+        return self.split.images is None and bool(self._source.reader.examine(ahead))
+
+    def _says(self, error: Exception) -> str:
+        return telling(error)
 
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on with the next batch; safe to load as weights only."""
@@ -147,14 +155,17 @@ class TrainLoader:
         different = [key for key in ours if ours[key] != theirs.get(key)]
         if different:
             self._restart(step)
-            return (
-                f"the loader's state is of another set-up ({_changes(different, theirs, ours)}): "
-                f"the order of the images continues exactly at step {step}, their augmentations "
-                "are drawn anew"
-            )
+            what = _changes(different, theirs, ours)
+            return f"the loader's state is of another set-up ({what}): {self._anew(step)}"
         self._restart(int(state["start"]))
         self.step, self._blob = step, state["blob"].cpu().numpy().tobytes()
         return None
+
+    def _anew(self, step: int) -> str:
+        return (
+            f"the order of the images continues exactly at step {step}, their augmentations are "
+            "drawn anew"
+        )
 
     def fingerprint(self) -> dict[str, str]:
         """Everything that shapes the pipeline: DALI restores another one's blob silently wrong."""
@@ -181,14 +192,15 @@ class TrainLoader:
         self._broken = ""
 
     def _build(self) -> Any:
+        return self._iterator(self._pipeline.read, self._fetch, self.split.images is None)
+
+    def _iterator(self, reading: Any, *reading_args: Any) -> Any:
         return self._pipeline.train_iterator(
-            self._fetch,
+            functools.partial(reading, *reading_args, self.decoding),
             self.views,
             self.view_ids,
-            encoded=self.split.images is None,
             color_jitter=self.color_jitter,
             form=self.form,
-            decoding=self.decoding,
             seed=hashed(self.seed, self.salt, self.order.start, "augment"),
             batch_size=self.order.local_batch,
             threads=_threads(self.threads),
@@ -204,6 +216,60 @@ class TrainLoader:
             return self.split.images[ids], ids[:, None]
         images, ids = self._source.batch(step)
         return images, ids[:, None]
+
+
+class StreamLoader(TrainLoader):
+    """Training batches from tar shards read in sequence by DALI, from files or `s3://`.
+
+    Shuffled when packed, by the start of each pass and by a buffer of `shuffle` images, each data
+    shard its own share: not the order that the other loader keeps at any number of processes, and
+    a bad image ends the run. With the same number of processes a resumed run goes on exactly.
+    `paths` are the tar files and `indices` DALI's index of each.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        views: Sequence[View],
+        *,
+        paths: Sequence[str],
+        indices: Sequence[str],
+        shuffle: int = 4096,
+        **settings: Any,
+    ) -> None:
+        self.paths, self.indices, self.shuffle = list(paths), list(indices), shuffle
+        super().__init__(split, views, **settings)
+
+    def _build(self) -> Any:
+        return self._iterator(
+            self._pipeline.stream,
+            self.paths,
+            self.indices,
+            self.order.shard,
+            self.order.num_shards,
+            self.shuffle,
+            hashed(self.seed, self.order.start, "stream"),  # the same in a view group
+        )
+
+    def _mended(self) -> bool:
+        return False
+
+    def _says(self, error: Exception) -> str:
+        return (
+            f"{telling(error)}; a streamed run cannot replace a bad image: tools/check_data.py "
+            "finds it, data.skip leaves it out of new shards, data.reader=indexed replaces it"
+        )
+
+    def _anew(self, step: int) -> str:
+        return (
+            f"the stream starts anew at step {step}; of the interrupted epoch some images come "
+            "twice and others not at all"
+        )
+
+    def fingerprint(self) -> dict[str, str]:
+        """Also what shapes the stream."""
+        names = [path.rpartition("/")[2] for path in self.paths]
+        return super().fingerprint() | {"shards": repr(names), "shuffle": str(self.shuffle)}
 
 
 class EvalLoader:
@@ -276,12 +342,15 @@ class EvalLoader:
     def _build(self, first: int) -> Any:
         """The batches from `first` on."""
         return self._pipeline.eval_iterator(
-            lambda info: self._fetch(first + info.iteration),
-            encoded=self.split.images is None,
+            functools.partial(
+                self._pipeline.read,
+                lambda info: self._fetch(first + info.iteration),
+                self.split.images is None,
+                self.decoding,
+            ),
             resize=self.resize,
             size=self.size,
             form=self.form,
-            decoding=self.decoding,
             batch_size=self.batch_size,
             threads=_threads(self.threads),
             prefetch=self.prefetch,
@@ -317,7 +386,11 @@ def _pipeline() -> ModuleType:
 
 
 def _batch(out: dict[str, torch.Tensor], views: int, split: Split, device: torch.device) -> Batch:
-    ids = out["ids"].flatten()
+    ids = out["ids"]
+    if ids.dtype == torch.uint8:  # a shard's member: digits, filled up with zeros
+        numbers = [int(row.tobytes().rstrip(b"\0")) for row in ids.numpy()]
+        ids = torch.tensor(numbers)
+    ids = ids.flatten()
     own = ids.numpy()
     labels = torch.from_numpy(np.where(own < 0, -1, split.labels[own]))
     return Batch(

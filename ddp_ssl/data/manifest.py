@@ -75,6 +75,14 @@ class Split:
                 content.update(np.ascontiguousarray(part).data)
         return content.hexdigest()
 
+    def known_by(self, digest: str) -> Split:
+        """This split with its digest as computed when it was kept, to spare every process that.
+
+        Not a field: a split made from this one must have its own.
+        """
+        self.__dict__["digest"] = digest
+        return self
+
     @cached_property
     def _prefix(self) -> bytes:
         return os.fsencode(os.path.join(self.root, ""))
@@ -122,8 +130,8 @@ class Split:
 
 def read_all(file: int) -> NDArray[np.uint8]:
     """A whole open file, uint8 `[length]`; raises `OSError`."""
-    content = np.empty(os.fstat(file).st_size, np.uint8)
-    view, done = memoryview(content), 0
+    content: NDArray[np.uint8] = np.empty(os.fstat(file).st_size, np.uint8)
+    view, done = content.data, 0
     while done < len(content):
         count = os.readv(file, [view[done:]])
         if count == 0:

@@ -8,7 +8,6 @@ measures how close they come.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 
 from ddp_ssl.data.augment import Decoding, PixelFormat, View
 from ddp_ssl.data.order import hashed
+from ddp_ssl.data.scan import EXTENSIONS
 
 try:
     dali: Any = importlib.import_module("nvidia.dali")
@@ -28,10 +28,12 @@ except ModuleNotFoundError:
         "(or 'ddp_ssl[cuda13]' for CUDA 13)"
     ) from None
 
+IMAGE_KINDS = ";".join(sorted(name.decode()[1:] for name in EXTENSIONS))
 VERSION: str = dali.__version__
 fn, types, dmath = dali.fn, dali.types, dali.math
 Node = Any  # a DALI DataNode: one image, or one number, per sample of the batch
 Key = tuple[int, ...]  # what a view's random streams are named after
+Reading = Callable[[], tuple[Node, Node]]  # makes the nodes of images and ids
 Callback = Callable[[Any], Any]  # (BatchInfo) -> (encoded images or pixels, ids)
 
 SOLARIZED = [*range(128), *(255 - i for i in range(128, 256))]
@@ -39,14 +41,12 @@ JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), np.int32)
 
 
 def train_iterator(
-    source: Callback,
+    reading: Reading,
     views: Sequence[View],
     view_ids: Sequence[int],
     *,
-    encoded: bool,
     color_jitter: str,
     form: PixelFormat,
-    decoding: Decoding,
     seed: int,
     batch_size: int,
     threads: int,
@@ -56,13 +56,12 @@ def train_iterator(
 ) -> Any:
     """An endless iterator over `[{"view0": [n, S, S, 3], ..., "ids": [n, 1]}]`.
 
-    `source` gives, for a `BatchInfo`, the batch's encoded images (a list of uint8 arrays; with
-    `encoded`) or pixels (uint8 `[n, H, W, 3]`), and its ids `[n, 1]`. `checkpoint` is a blob of
-    this graph's.
+    `reading` makes the part of the graph that gives images and ids: `read` or `stream` with their
+    arguments. `checkpoint` is a blob of this graph's.
     """
     keyed = [(view, (seed, view_id)) for view, view_id in zip(views, view_ids, strict=True)]
     pipe = dali.pipeline_def(_train_graph, enable_conditionals=True)(
-        functools.partial(read, source, encoded, decoding), keyed, color_jitter, form,
+        reading, keyed, color_jitter, form,
         batch_size=batch_size, num_threads=threads, device_id=device_id, seed=seed & 0x7FFFFFFF,
         prefetch_queue_depth=prefetch, exec_dynamic=True, enable_checkpointing=True,
         checkpoint=checkpoint,
@@ -71,21 +70,19 @@ def train_iterator(
 
 
 def eval_iterator(
-    source: Callback,
+    reading: Reading,
     *,
-    encoded: bool,
     resize: int,
     size: int,
     form: PixelFormat,
-    decoding: Decoding,
     batch_size: int,
     threads: int,
     prefetch: int,
     device_id: int | None,
 ) -> Any:
-    """The same with one view and no randomness; ends when `source` raises `StopIteration`."""
+    """The same with one view and no randomness; ends when the source raises `StopIteration`."""
     pipe = dali.pipeline_def(_eval_graph)(
-        functools.partial(read, source, encoded, decoding), resize, size, form,
+        reading, resize, size, form,
         batch_size=batch_size, num_threads=threads, device_id=device_id, seed=0,
         prefetch_queue_depth=prefetch, exec_dynamic=True,
     )  # fmt: skip
@@ -111,7 +108,7 @@ def _iterator(pipe: Any, views: int) -> Any:
 
 
 def _train_graph(
-    reading: Callable[[], tuple[Node, Node]],
+    reading: Reading,
     views: Sequence[tuple[View, Key]],
     color_jitter: str,
     form: PixelFormat,
@@ -120,15 +117,17 @@ def _train_graph(
     return (*[augment(images, view, color_jitter, form, key) for view, key in views], ids)
 
 
-def _eval_graph(
-    reading: Callable[[], tuple[Node, Node]], resize: int, size: int, form: PixelFormat
-) -> Any:
+def _eval_graph(reading: Reading, resize: int, size: int, form: PixelFormat) -> Any:
     images, ids = reading()
     return normalize(central_crop(images, resize, size), form), ids
 
 
 def read(source: Callback, encoded: bool, decoding: Decoding) -> tuple[Node, Node]:
-    """RGB images, uint8 HWC, on the pipeline's device, and their ids."""
+    """RGB images, uint8 HWC, on the pipeline's device, and their ids `[1]`.
+
+    `source` gives, for a `BatchInfo`, the batch's encoded images (a list of uint8 arrays; with
+    `encoded`) or pixels (uint8 `[n, H, W, 3]`), and its ids `[n, 1]`.
+    """
     data, ids = fn.external_source(
         source=source,
         num_outputs=2,
@@ -141,6 +140,33 @@ def read(source: Callback, encoded: bool, decoding: Decoding) -> tuple[Node, Nod
     if encoded:
         return decode(data, decoding), ids
     return (data.gpu() if dali.Pipeline.current().device_id is not None else data), ids
+
+
+def stream(
+    paths: Sequence[str],
+    indices: Sequence[str],
+    shard: int,
+    num_shards: int,
+    shuffle: int,
+    seed: int,
+    decoding: Decoding,
+) -> tuple[Node, Node]:
+    """The same from tar files, without end; ids are their digits, filled up with zeros."""
+    encoded, ids = fn.readers.webdataset(
+        paths=list(paths),
+        index_paths=list(indices),
+        ext=[IMAGE_KINDS, "id"],
+        case_sensitive_extensions=False,
+        missing_component_behavior="error",
+        shard_id=shard,
+        num_shards=num_shards,
+        stick_to_shard=True,
+        random_shuffle=True,
+        initial_fill=shuffle,
+        seed=seed,
+        dont_use_mmap=True,
+    )
+    return decode(encoded, decoding), fn.pad(ids)
 
 
 def decode(encoded: Node, decoding: Decoding) -> Node:

@@ -1,19 +1,52 @@
-"""Which images a folder holds, and their classes. numpy only."""
+"""Which images a folder holds, and their classes: scanned in parallel, once. numpy only.
+
+On a network file system listing ten thousand folders takes minutes, most of it waiting. So folders
+are listed by many threads, and what was found is kept as a manifest below `cache.cache_folder()`:
+arrays that all processes of a machine share by mapping them. Whether it still holds is seen from
+the folders' modification times, which change when a file in them is added, removed or renamed.
+"""
 
 from __future__ import annotations
 
+import errno
+import functools
+import hashlib
+import json
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ddp_ssl.data.cache import cache_folder, write_atomically
 from ddp_ssl.data.manifest import Names, Split
+from ddp_ssl.data.order import generator
+
+log = logging.getLogger("ddp_ssl")
 
 # What DALI decodes on every machine. GIF and AVIF, which it does not, are no images here.
 EXTENSIONS = frozenset(
     (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".tif", b".tiff", b".ppm", b".pgm", b".jp2")
 )
+
+THREADS = 32  # what they do is wait
+EVERY = 5.0  # seconds between lines of progress
+WORTH_SAYING = 2.0  # seconds of a scan
+WORTH_KEEPING = 5_000  # images; fewer are scanned faster than a stale manifest is explained
+SAMPLE = 1_000  # files whose size and time are kept
+# A folder this young at its listing may change again within its file system's clock tick, and its
+# time would not show it. git calls that racy.
+RACY = 2_000_000_000  # nanoseconds
+VERSION = 1
+
+Array = NDArray[np.int64]
 
 
 def images_below(folder: Path, only: Sequence[str] | None = None) -> tuple[Split, tuple[str, ...]]:
@@ -21,25 +54,28 @@ def images_below(folder: Path, only: Sequence[str] | None = None) -> tuple[Split
 
     A folder in it that holds images, at any depth, is a class; the order is by name. Without one
     the folder is flat and its images are unlabelled. `only` names the class folders to look into.
+
+    Raises `ValueError` (key `data.root`) if a folder cannot be read.
     """
-    names, counts = Names(), []
-    found: list[str] = []
-    top = os.fsencode(folder)
-    for entry in entries(top):
-        if not entry.is_dir() or (only is not None and os.fsdecode(entry.name) not in only):
-            continue
-        before = len(names)
-        for name in scan(top, entry.name + b"/"):
-            names.append(name)
-        if len(names) > before:
-            found.append(os.fsdecode(entry.name))
-            counts.append(len(names) - before)
-    if not found and only is None:
-        for name in scan(top):
-            names.append(name)
-        return Split.of_files(str(folder), names, np.full(len(names), -1)), ()
-    labels = np.repeat(np.arange(len(found)), counts)
-    return Split.of_files(str(folder), names, labels), tuple(found)
+    top = os.path.abspath(folder)
+    wanted = None if only is None else sorted(set(only))
+    key = hashlib.sha256(repr((VERSION, os.fsencode(top), wanted)).encode()).hexdigest()[:32]
+    place = cache_folder() / "manifests" / key
+    found, stale = _restore(place, top), None
+    if isinstance(found, _Stale):
+        log.info("%s has changed since it was last scanned: %s", top, found.reason)
+        stale, found = found, None
+    if found is None:
+        found = _scan_all(top, wanted)
+        if len(found.labels) >= WORTH_KEEPING:
+            found = _keep(place, top, found, stale) or found
+    if found.loose:
+        _warn(
+            f"{top}: {found.loose} images lie beside the class folders and are left out, "
+            "having no class"
+        )
+    split = Split(found.labels, top, found.names, found.spans)
+    return (split.known_by(found.digest) if found.digest else split), found.classes
 
 
 def scan(folder: bytes, at: bytes = b"") -> Iterator[bytes]:
@@ -48,20 +84,46 @@ def scan(folder: bytes, at: bytes = b"") -> Iterator[bytes]:
     By name within a folder. Hidden files and folders, other extensions, links that lead nowhere and
     links back up are passed over. `at` is the part to scan, empty or ending in a slash.
     """
-    for entry in entries(os.path.join(folder, at)):
-        if entry.is_dir():
-            if not _leads_up(entry):
-                yield from scan(folder, at + entry.name + b"/")
-        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
-            yield at + entry.name
+    for item in _items(os.path.join(folder, at)):
+        if item.endswith(b"/"):
+            yield from scan(folder, at + item)
+        else:
+            yield at + item
 
 
 def entries(folder: bytes) -> list[os.DirEntry[bytes]]:
     """What is in a folder and not hidden, by name."""
-    with os.scandir(folder) as found:
-        return sorted(
-            (entry for entry in found if not entry.name.startswith(b".")), key=lambda e: e.name
-        )
+    try:
+        with os.scandir(folder) as found:
+            return sorted(
+                (entry for entry in found if not entry.name.startswith(b".")), key=lambda e: e.name
+            )
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+
+
+def _items(folder: bytes) -> list[bytes]:
+    """The images and, with a slash at the end, the folders in a folder, by name."""
+    items = []
+    try:
+        for entry in entries(folder):
+            if _there(entry.is_dir):
+                if not _leads_up(entry):
+                    items.append(entry.name + b"/")
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and _there(entry.is_file):
+                items.append(entry.name)
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+    return items
+
+
+def _there(is_kind: Callable[[], bool]) -> bool:
+    try:
+        return is_kind()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself leads nowhere
+            return False
+        raise
 
 
 def _leads_up(entry: os.DirEntry[bytes]) -> bool:
@@ -70,3 +132,292 @@ def _leads_up(entry: os.DirEntry[bytes]) -> bool:
         return False
     inside = os.path.join(os.path.realpath(os.path.dirname(entry.path)), b"")
     return inside.startswith(os.path.join(os.path.realpath(entry.path), b""))
+
+
+def _unreadable(folder: bytes, error: OSError) -> ValueError:
+    return ValueError(
+        f"data.root: {os.fsdecode(folder)} cannot be read: {error.strerror}; accepted: folders "
+        "that whoever runs this may list"
+    )
+
+
+# --- the scan ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """The images of a folder as arrays, and how to tell that they are still these."""
+
+    labels: Array
+    names: NDArray[np.uint8]
+    spans: Array
+    classes: tuple[str, ...]
+    loose: int
+    folders: NDArray[np.uint8]
+    """Paths of all folders listed, relative to the top, each with a zero byte after it."""
+    times: Array
+    """When each was modified, in ns; -1 where that is not to be trusted."""
+    digest: str = ""
+
+
+class _Stale(NamedTuple):
+    """Why a manifest no longer holds, and which one it was."""
+
+    reason: str
+    token: str
+
+
+class _Listing(NamedTuple):
+    at: bytes
+    time: int
+    files: bytes  # with a zero byte after each
+    folders: list[bytes]
+    mixed: list[bytes] | None  # all of them by name, where there are both
+
+
+def _list(top: bytes, at: bytes) -> _Listing:
+    """One folder. Its time is taken first, so that what changes meanwhile shows the next time."""
+    path, now = os.path.join(top, at), time.time_ns()
+    try:
+        modified = os.stat(path).st_mtime_ns
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    items = _items(path)
+    folders = [item for item in items if item.endswith(b"/")]
+    files = items if not folders else [item for item in items if not item.endswith(b"/")]
+    joined = b"\0".join([*files, b""]) if files else b""
+    trusted = modified < now - RACY
+    mixed = items if files and folders else None
+    return _Listing(at, modified if trusted else -1, joined, folders, mixed)
+
+
+def _scan_all(top: str, only: Sequence[str] | None) -> _Manifest:
+    root, start = os.fsencode(top), time.monotonic()
+    listings: dict[bytes, _Listing] = {}
+    count, said = 0, start
+    pending = [b""]
+    with ThreadPoolExecutor(THREADS, "ddp_ssl-scan") as pool:
+        while pending:  # one level of folders after the other
+            below: list[bytes] = []
+            known = len(listings) + len(pending)
+            for listing in pool.map(functools.partial(_list, root), pending):
+                if not listing.at and only is not None:
+                    kept = {os.fsencode(name) + b"/" for name in only}
+                    listing = listing._replace(folders=[f for f in listing.folders if f in kept])
+                listings[listing.at] = listing
+                below += [listing.at + name for name in listing.folders]
+                count += listing.files.count(0)
+                if time.monotonic() - said > EVERY:
+                    said = time.monotonic()
+                    log.info(
+                        "scanning %s: %d of %d folders, %d images, %.0f s",
+                        top, len(listings), known + len(below), count,
+                        said - start,
+                    )  # fmt: skip
+            pending = below
+    found = _assemble(listings, flat=only is None)
+    seconds = time.monotonic() - start
+    if seconds > WORTH_SAYING:
+        log.info(
+            "scanned %s: %d images in %d folders, %.1f s",
+            top, len(found.labels), len(listings), seconds,
+        )  # fmt: skip
+    return found
+
+
+def _assemble(listings: dict[bytes, _Listing], flat: bool) -> _Manifest:
+    """All listings as one manifest; with `flat` images without a class will do."""
+    names, classes, counts = Names(), [], []
+    top = listings[b""]
+    for folder in top.folders:
+        before = len(names)
+        _append(names, listings, folder)
+        if len(names) > before:
+            classes.append(os.fsdecode(folder[:-1]))
+            counts.append(len(names) - before)
+    loose = top.files.count(0) if classes else 0
+    labels: Array = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+    if not classes and flat:
+        _append(names, listings, b"")
+        labels = np.full(len(names), -1, np.int64)
+    split = Split.of_files("", names, labels)
+    assert split.names is not None
+    assert split.spans is not None
+    folders = b"".join(at + b"\0" for at in listings)
+    return _Manifest(
+        split.labels,
+        split.names,
+        split.spans,
+        tuple(classes),
+        loose,
+        np.frombuffer(folders, np.uint8),
+        np.array([listing.time for listing in listings.values()], np.int64),
+    )
+
+
+def _append(names: Names, listings: dict[bytes, _Listing], at: bytes) -> None:
+    """The images below folder `at`, in `scan`'s order."""
+    listing = listings[at]
+    if listing.mixed is not None:
+        for item in listing.mixed:
+            if item.endswith(b"/"):
+                _append(names, listings, at + item)
+            else:
+                names.append(at + item)
+    elif listing.folders:
+        for folder in listing.folders:
+            _append(names, listings, at + folder)
+    elif listing.files:  # the usual case, without a Python object per file
+        files = at + listing.files[:-1].replace(b"\0", b"\0" + at) + b"\0"
+        zeros = np.flatnonzero(np.frombuffer(files, np.uint8) == 0)
+        ends = len(names.block) + zeros - np.arange(len(zeros))
+        names.block += files.replace(b"\0", b"")
+        names.ends.frombytes(ends.astype(np.int64).tobytes())
+
+
+# --- the manifest kept ---------------------------------------------------------------------------
+
+ARRAYS = {"labels": 1, "names": 1, "spans": 2, "folders": 1, "times": 1, "sample": 2}
+
+
+def _keep(place: Path, top: str, found: _Manifest, stale: _Stale | None) -> _Manifest | None:
+    """Write a manifest and map what was written; None if that cannot be done."""
+    split = Split(found.labels, top, found.names, found.spans)
+
+    def write(to: Path) -> None:
+        ids = generator("manifest").permutation(len(split))[:SAMPLE]
+        arrays = {name: getattr(found, name) for name in ARRAYS if name != "sample"}
+        arrays["sample"] = np.column_stack([ids, _sizes_and_times(split, ids)])
+        for name, content in arrays.items():
+            with (to / f"{name}.npy").open("wb") as file:
+                np.save(file, content)
+                file.flush()
+                os.fsync(file.fileno())
+        about = {
+            "folder": os.fsdecode(top),
+            "token": uuid.uuid4().hex,
+            "digest": split.digest,
+            "classes": found.classes,
+            "loose": found.loose,
+        }
+        (to / "manifest.json").write_text(json.dumps(about, indent=1) + "\n")
+
+    def outdated() -> bool:
+        """Unless another process has put a newer one in its place meanwhile."""
+        about = _about(place)
+        return about is None or (stale is not None and about["token"] == stale.token)
+
+    try:
+        write_atomically(place, write, outdated)
+    except OSError as error:
+        _warn(
+            f"DDP_SSL_CACHE: {cache_folder()} cannot be written ({error.strerror}): folders of "
+            "images are scanned again at every start; accepted: a folder to keep what was found in"
+        )
+        return None
+    about = _about(place)
+    opened = None if about is None else _open(place, about)
+    return opened[0] if opened is not None and opened[0].digest == split.digest else None
+
+
+def _restore(place: Path, top: str) -> _Manifest | _Stale | None:
+    """The manifest kept at `place`; why it no longer holds; None if there is none."""
+    about = _about(place)
+    if about is None:
+        return None
+    opened = _open(place, about)
+    if opened is None:
+        return _Stale(f"{place} is damaged", about["token"])
+    manifest, sample = opened
+    reason = _change(top, manifest, sample)
+    return manifest if reason is None else _Stale(reason, about["token"])
+
+
+def _about(place: Path) -> dict[str, Any] | None:
+    try:
+        about = json.loads((place / "manifest.json").read_text())
+        kinds = {"token": str, "digest": str, "classes": list, "loose": int}
+        return about if all(type(about[key]) is kind for key, kind in kinds.items()) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _open(place: Path, about: dict[str, Any]) -> tuple[_Manifest, Array] | None:
+    """A manifest mapped into memory, and the sample of files; None if it is damaged."""
+    arrays: dict[str, Any] = {}
+    try:
+        for name, ndim in ARRAYS.items():
+            mapped = np.load(place / f"{name}.npy", mmap_mode="r")
+            arrays[name] = np.asarray(mapped)  # `memmap` itself makes every index slower
+            dtype = np.uint8 if name in ("names", "folders") else np.int64
+            if mapped.ndim != ndim or mapped.dtype != dtype:
+                return None
+    except (OSError, ValueError, EOFError):
+        return None
+    sample = arrays.pop("sample")
+    manifest = _Manifest(
+        **arrays, classes=tuple(about["classes"]), loose=about["loose"], digest=about["digest"]
+    )
+    fits = (
+        len(manifest.labels) == len(manifest.spans) > 0
+        and manifest.spans[-1, 1] == len(manifest.names)
+        and np.count_nonzero(manifest.folders == 0) == len(manifest.times)
+    )
+    return (manifest, sample) if fits else None
+
+
+def _change(top: str, kept: _Manifest, sample: Array) -> str | None:
+    """What is no longer as it was in the folder `top`."""
+    paths = kept.folders.tobytes().split(b"\0")[:-1]
+    root = os.path.join(os.fsencode(top), b"")
+    now = _in_threads(lambda i: _modified(root + paths[i]), len(paths))
+    changed = np.flatnonzero(now != kept.times)
+    if len(changed):
+        racy = np.flatnonzero(kept.times == -1)
+        first = os.fsdecode(paths[changed[0]]) or "the folder itself"
+        others = f" and {len(changed) - 1} other folders" if len(changed) > 1 else ""
+        if len(racy) == len(changed):
+            return f"{first}{others} may have changed while it was scanned"
+        return f"{first}{others}"
+    split = Split(kept.labels, top, kept.names, kept.spans)
+    differ = np.flatnonzero((_sizes_and_times(split, sample[:, 0]) != sample[:, 1:]).any(1))
+    if len(differ):
+        first = split.where(int(sample[differ[0], 0]))
+        return f"{len(differ)} of {len(sample)} files looked at were rewritten, such as {first}"
+    return None
+
+
+def _modified(path: bytes) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return -2  # gone
+
+
+def _sizes_and_times(split: Split, ids: Array) -> Array:
+    """Size and time in ns of files `ids`, int64 `[m, 2]`; -2 for those that are gone."""
+
+    def look(i: int) -> tuple[int, int]:
+        try:
+            status = os.stat(split.path(int(ids[i])))
+        except OSError:
+            return -2, -2
+        return status.st_size, status.st_mtime_ns
+
+    return _in_threads(look, len(ids)).reshape(-1, 2)
+
+
+def _in_threads(look: Callable[[int], Any], count: int) -> Array:
+    """`look(i)` for all i < count, by threads, each of which takes a part."""
+    with ThreadPoolExecutor(THREADS, "ddp_ssl-stat") as pool:
+        parts = pool.map(
+            lambda ids: [look(int(i)) for i in ids],
+            np.array_split(np.arange(count), min(count, THREADS) or 1),
+        )
+        return np.array([seen for part in parts for seen in part], np.int64)
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """A warning, once per process."""
+    log.warning("%s", message)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import Ids, Order, hashed
-from ddp_ssl.data.verify import Bytes, Decoder, first_line, looks_whole
+from ddp_ssl.data.verify import Bytes, Decoder, first_line, worth_trying
 
 Loaded = Bytes | str  # an encoded image, or why there is none
 Agree = Callable[[dict[int, str]], dict[int, str]]
@@ -99,7 +99,7 @@ class Reader:
                 time.sleep(pause)
             else:
                 break
-        if looks_whole(encoded) or i in self._sound:
+        if worth_trying(encoded) or i in self._sound:
             return encoded
         return self.problem(encoded, i) or encoded
 

@@ -26,6 +26,15 @@ def looks_whole(encoded: Bytes) -> bool:
     return start == b"\x89PNG\r\n\x1a\n" and end[4:8] == b"IEND"
 
 
+# Formats whose end says nothing: the decoder will.
+STARTS = (b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P5", b"P6", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
+
+
+def worth_trying(encoded: Bytes) -> bool:
+    """Whether the training pipeline may have it: whole by its markers, or a format without any."""
+    return looks_whole(encoded) or encoded[:8].tobytes().startswith(STARTS)
+
+
 class Decoder:
     """Decodes single images as the training pipeline does. Not for several threads at once."""
 

@@ -15,9 +15,9 @@ from ddp_ssl.methods.base import Method
 class Learner(nn.Module):
     """The method and, where there are labels, a linear probe: what DDP wraps."""
 
-    def __init__(self, method: Method[Any], num_classes: int) -> None:
+    def __init__(self, method: Method[Any], num_classes: int, some_unlabelled: bool = True) -> None:
         super().__init__()
-        self.method = method
+        self.method, self.some_unlabelled = method, some_unlabelled
         self.probe = nn.Linear(method.feature_width, num_classes) if num_classes else None
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -32,11 +32,21 @@ class Learner(nn.Module):
         return total, figures
 
     def _probe(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and top-1 averaged over the views `[k, n, d_R]`."""
+        """Cross-entropy and top-1 over the views `[k, n, d_R]` of the images with a label.
+
+        Processes may hold different numbers of these (label -1: unknown), so that each one's part
+        is scaled: the mean over processes is the mean over all labelled images of the batch.
+        """
         assert self.probe is not None
         with torch.autocast(features.device.type, enabled=False):
             logits = self.probe(features.detach().to(self.probe.weight.dtype)).flatten(0, 1)
             target = labels.repeat(features.shape[0])
-            # All labels of a labelled data set are known, so every rank averages over n.
-            loss = F.cross_entropy(logits, target)
-            return loss, (logits.detach().argmax(1) == target).to(loss.dtype).mean()
+            scale: Tensor | float = 1 / len(target)
+            if self.some_unlabelled:
+                comm = self.method.comm
+                known = (target >= 0).sum().to(logits.dtype)
+                scale = comm.world_size / comm.sum(known).clamp(min=1)
+            loss = scale * F.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
+            # -1 is never the argmax.
+            correct = (logits.detach().argmax(1) == target).sum().to(loss.dtype)
+            return loss, scale * correct

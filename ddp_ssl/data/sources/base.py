@@ -1,0 +1,81 @@
+"""What every source makes, and the root that most of them start from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ddp_ssl.data.manifest import Split
+
+if TYPE_CHECKING:
+    from ddp_ssl.config import Data
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images to pretrain on, to validate on if there are any, and the names of the classes.
+
+    `labelled`: the training images whose class is known, for the k-NN bank and the probe of
+    `ddp_ssl.evaluate`; None where there are none. Left out, it is made of `train`. It is not the
+    same as `train` where `data.fraction` takes a part or where some images have no label.
+    """
+
+    name: str
+    train: Split
+    val: Split | None
+    class_names: tuple[str, ...] = ()
+    labelled: Split | None = None
+
+    def __post_init__(self) -> None:
+        if self.labelled is None:
+            object.__setattr__(self, "labelled", labelled_part(self.train))
+
+    @property
+    def num_classes(self) -> int:
+        """0 for unlabelled images."""
+        return len(self.class_names)
+
+
+class Source(NamedTuple):
+    """How a data set is found (cheaply, before anything starts) and loaded.
+
+    `find` raises a `ValueError` of one line. `load` gives all the images there are, and None for
+    `val` where nothing says which images are for validation.
+    """
+
+    find: Callable[[Data], None]
+    load: Callable[[Data], Dataset]
+
+
+def labelled_part(split: Split) -> Split | None:
+    """The images whose class is known: the split itself if all are, None if none is."""
+    known = split.labels >= 0
+    if known.all():
+        return split if len(split) else None
+    return split.subset(np.flatnonzero(known)) if known.any() else None
+
+
+def root_of(data: Data, wanted: str) -> Path:
+    """The folder `data.root`, absolute. `wanted` ends the message if there is none."""
+    if not data.root:
+        raise ValueError(f"data.root: unset; {wanted}")
+    root = absolute(data.root)
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise ValueError(f"data.root: {root} {what}; {wanted}")
+    return root
+
+
+def absolute(path: str) -> Path:
+    """An absolute path, links kept, `~` expanded."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def prepare(data: Data) -> str:
+    """The command that fetches and checks a data set."""
+    return f"python tools/prepare_data.py {data.name} {data.root or 'FOLDER'}"

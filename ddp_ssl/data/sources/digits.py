@@ -1,0 +1,70 @@
+"""scikit-learn's handwritten digits: what is trained on where nothing else is asked for."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ddp_ssl.data.cache import cache_folder, write_atomically
+from ddp_ssl.data.order import generator
+from ddp_ssl.data.sources.base import Dataset, Source
+from ddp_ssl.data.sources.folders import train_and_val
+
+if TYPE_CHECKING:
+    from ddp_ssl.config import Data
+
+
+def find(data: Data) -> None:
+    if data.root:
+        # The embedded default's data: whoever gives a root there means other images.
+        raise ValueError(
+            f"data.root: {data.root} is not used by data.name=digits, which is a part of "
+            "scikit-learn; leave it out, or say what is in it (data.name=folder for images)"
+        )
+    try:
+        import sklearn.datasets  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "data.name: digits is a part of scikit-learn, which is not installed: "
+            "pip install scikit-learn"
+        ) from None
+
+
+def load(data: Data) -> Dataset:
+    """1,797 digits of 8x8, upscaled to 32x32 JPEGs in class folders, a stratified fifth for val."""
+    folder = cache_folder() / "digits-32-v1"
+    if not folder.is_dir():
+        try:
+            write_atomically(folder, write)
+        except OSError as error:
+            raise ValueError(
+                f"DDP_SSL_CACHE: cannot write {folder}: {error.strerror}; accepted: a folder to "
+                "write the digits to, once"
+            ) from None
+    return train_and_val("digits", folder / "train", folder / "val")
+
+
+def write(folder: Path) -> None:
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    # A seed of its own: every run and every process shares these files.
+    order = generator("digits").permutation(len(labels))
+    for label in range(10):
+        own = order[labels[order] == label]
+        for place, i in enumerate(own):
+            split = "val" if place < round(len(own) / 5) else "train"
+            target = folder / split / str(label) / f"{i:04d}.jpg"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(pixels[i]).resize((32, 32), Image.Resampling.BICUBIC)
+            encoded = io.BytesIO()
+            image.save(encoded, "JPEG", quality=95)
+            target.write_bytes(encoded.getvalue())
+
+
+SOURCES = {"digits": Source(find, load)}

@@ -1,0 +1,233 @@
+"""Folders of images: any layout, and the data sets that are published as class folders."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ddp_ssl.data.manifest import Names, Split
+from ddp_ssl.data.scan import EXTENSIONS, images_below, scan
+from ddp_ssl.data.sources.base import Dataset, Source, prepare, root_of
+
+if TYPE_CHECKING:
+    from ddp_ssl.config import Data
+
+logger = logging.getLogger("ddp_ssl")
+
+# --- any folder ----------------------------------------------------------------------------------
+
+LAYOUTS = "class folders under train/ and val/, class folders, or a flat folder of images"
+
+
+def find_folder(data: Data) -> None:
+    root = root_of(data, f"data.name={data.name} looks for {LAYOUTS}")
+    train = root / "train"
+    where = train if train.is_dir() else root
+    if next(scan(os.fsencode(where)), None) is None:
+        kinds = " ".join(sorted(e.decode() for e in EXTENSIONS))
+        raise ValueError(
+            f"data.root: {where} has no images ({kinds}) that are not hidden; accepted: {LAYOUTS}"
+        )
+
+
+def load_folder(data: Data) -> Dataset:
+    root = root_of(data, LAYOUTS)
+    train = root / "train"
+    if train.is_dir() and (root / "val").is_dir():
+        return train_and_val("folder", train, root / "val")
+    images, classes = images_below(train if train.is_dir() else root)
+    return Dataset("folder", images, None, classes)
+
+
+def train_and_val(
+    name: str, train: Path, val: Path, only: tuple[str, ...] | None = None
+) -> Dataset:
+    """Two folders, whose class folders must have the same names; `only` says which to look into."""
+    images, classes = images_below(train, only)
+    held_out, found = images_below(val, only)
+    if len(held_out) and classes:
+        held_out = numbered_as(held_out, found, classes, train, val)
+    return Dataset(name, images, held_out if len(held_out) else None, classes)
+
+
+def numbered_as(
+    split: Split, found: tuple[str, ...], classes: tuple[str, ...], train: Path, val: Path
+) -> Split:
+    """The images of `val` with the numbers that the classes have in `train`."""
+    if not found:
+        raise ValueError(f"data.root: {val} has no class folders; accepted: those of {train}")
+    number = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in found if name not in number]
+    if unknown:
+        raise ValueError(
+            f"data.root: {val / unknown[0]} is a class that {train.name}/ does not have"
+            + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
+            + f"; accepted: the {len(classes)} class names of {train}"
+        )
+    return replace(split, labels=np.array([number[name] for name in found])[split.labels])
+
+
+# --- published as class folders ------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """Names that the two folders may have, how many classes, and what to say of a missing one."""
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    classes: int
+    wanted: str
+
+
+VALPREP = (
+    "sort them with torchvision's ImageNet class (parse_val_archive; it needs the tar of the "
+    "images and the devkit) or with the well-known script valprep.sh"
+)
+LAYOUT = {
+    "imagenet": Layout(("train",), ("val",), 1000, "train/WNID/ and val/WNID/"),
+    "imagenet100": Layout(
+        ("train",), ("val",), 100, "ImageNet's train/WNID/ and val/WNID/, or its 100 classes alone"
+    ),
+    "inat21": Layout(
+        ("train", "2021_train"),
+        ("val", "2021_valid"),
+        10_000,
+        "class folders in train/ and val/, or torchvision's 2021_train/ and 2021_valid/",
+    ),
+    "inat21_mini": Layout(
+        ("train_mini", "2021_train_mini"),
+        ("val", "2021_valid"),
+        10_000,
+        "class folders in train_mini/ and val/, or torchvision's 2021_train_mini/ and 2021_valid/",
+    ),
+    "cinic10": Layout(("train",), ("test",), 10, "class folders in train/ and test/"),
+    "tiny_imagenet": Layout(
+        ("train",), ("val",), 200, "train/WNID/images/, and val/images/ with val_annotations.txt"
+    ),
+}
+
+
+def find_published(data: Data) -> None:
+    train, val = folders_of(data)
+    if data.name == "imagenet100":
+        lacking(data, train, [n for n in imagenet100() if not (train / n).is_dir()])
+    if data.name == "tiny_imagenet" and not has_folders(val, besides="images"):
+        return find_annotations(data, val)
+    for folder in (train, val):
+        if not has_folders(folder):
+            flat = next(scan(os.fsencode(folder)), None) is not None
+            raise ValueError(
+                f"data.root: {folder} "
+                + ("holds its images flat" if flat else "is empty")
+                + f"; data.name={data.name} looks for {LAYOUT[data.name].wanted}"
+                + (f"; {VALPREP}" if flat and data.name.startswith("imagenet") else "")
+            )
+    return None
+
+
+def load_published(data: Data) -> Dataset:
+    train, val = folders_of(data)
+    only = imagenet100() if data.name == "imagenet100" else None
+    if data.name == "tiny_imagenet" and not has_folders(val, besides="images"):
+        images, classes = images_below(train)
+        made = Dataset(data.name, images, annotated(val, classes), classes)
+    else:
+        made = train_and_val(data.name, train, val, only)
+    if only:
+        lacking(data, train, [name for name in only if name not in made.class_names])
+    for folder, split in ((train, made.train), (val, made.val)):
+        if split is None or not len(split):
+            raise ValueError(
+                f"data.root: {folder} has no images; data.name={data.name} looks for "
+                f"{LAYOUT[data.name].wanted}; {prepare(data)} checks what is there"
+            )
+    expected = LAYOUT[data.name].classes
+    if made.num_classes != expected:
+        logger.warning(
+            "%s: %d class folders in %s, where the whole data set has %d",
+            *(data.name, made.num_classes, train, expected),
+        )
+    return made
+
+
+def folders_of(data: Data) -> tuple[Path, Path]:
+    """The folders of the training and validation images."""
+    layout = LAYOUT[data.name]
+    wanted = f"data.name={data.name} looks for {layout.wanted}; {prepare(data)} says where from"
+    root = root_of(data, wanted)
+    if data.name == "tiny_imagenet" and (root / "tiny-imagenet-200").is_dir():
+        root = root / "tiny-imagenet-200"
+    found = []
+    for names in (layout.train, layout.val):
+        there = [name for name in names if (root / name).is_dir()]
+        if not there:
+            raise ValueError(f"data.root: {root} has no {names[0]}/; {wanted}")
+        found.append(root / there[0])
+    return found[0], found[1]
+
+
+def has_folders(folder: Path, besides: str = "") -> bool:
+    """Whether there is a folder in it that is not hidden."""
+    with os.scandir(folder) as found:
+        return any(
+            entry.is_dir() and not entry.name.startswith(".") and entry.name != besides
+            for entry in found
+        )
+
+
+def imagenet100() -> tuple[str, ...]:
+    """The 100 class folders of ImageNet-100: CMC (Tian et al. 2020)."""
+    text = (Path(__file__).parent.parent / "imagenet100_classes.txt").read_text()
+    return tuple(line for line in text.split("\n") if line and not line.startswith("#"))
+
+
+def lacking(data: Data, train: Path, classes: list[str]) -> None:
+    if classes:
+        raise ValueError(
+            f"data.root: {train} lacks {len(classes)} of the 100 classes of ImageNet-100, first "
+            f"{classes[0]}/; data.name={data.name} looks for {LAYOUT[data.name].wanted}"
+        )
+
+
+# --- Tiny ImageNet's validation images -----------------------------------------------------------
+
+ANNOTATIONS = "val_annotations.txt"
+
+
+def find_annotations(data: Data, val: Path) -> None:
+    for name in ("images", ANNOTATIONS):
+        if not (val / name).exists():
+            raise ValueError(
+                f"data.root: {val} has no {name}; data.name=tiny_imagenet looks for "
+                f"{LAYOUT['tiny_imagenet'].wanted}, or class folders in val/; {prepare(data)} "
+                "says where from"
+            )
+
+
+def annotated(val: Path, classes: tuple[str, ...]) -> Split:
+    """`images/`, whose classes a file of `name, wnid, box` separated by tabs says."""
+    number = {name: i for i, name in enumerate(classes)}
+    names, labels = Names(), []
+    for at, line in enumerate((val / ANNOTATIONS).read_text().splitlines(), 1):
+        name, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if wnid not in number:
+            raise ValueError(
+                f"data.root: {val / ANNOTATIONS}, line {at}: {wnid!r} is a class that train/ does "
+                f"not have; accepted: an image and one of its {len(classes)} class names, "
+                "separated by a tab"
+            )
+        names.append(b"images/" + os.fsencode(name))
+        labels.append(number[wnid])
+    return Split.of_files(str(val), names, np.array(labels, np.int64))
+
+
+SOURCES = {
+    "folder": Source(find_folder, load_folder),
+    **{name: Source(find_published, load_published) for name in LAYOUT},
+}

@@ -1,0 +1,252 @@
+"""tools/check_data.py and the decoder behind it: what is found, and what is let through."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddp_ssl.config import Data
+from ddp_ssl.data import datasets, shards
+from ddp_ssl.data.manifest import Split
+from ddp_ssl.data.verify import Decoder, looks_whole
+from tests.data.images import picture, write
+from tools import check_data, pack_shards
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDP_SSL_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def encoded(kind: str, mode: str = "RGB", size: tuple[int, int] | None = None, **how: Any) -> bytes:
+    image = Image.fromarray(picture(0, 90, 120)).convert(mode)
+    buffer = io.BytesIO()
+    (image.resize(size) if size else image).save(buffer, kind, **how)
+    return buffer.getvalue()
+
+
+def deep() -> bytes:
+    """A PNG of 16-bit gray."""
+    gray = np.asarray(Image.fromarray(picture(0)).convert("L")).astype(np.uint16) * 257
+    buffer = io.BytesIO()
+    Image.fromarray(gray).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def broken_tables() -> bytes:
+    content = bytearray(JPEG)
+    content[150:400] = np.random.default_rng(0).integers(0, 256, 250, np.uint8).tobytes()
+    return bytes(content)
+
+
+JPEG, PNG = encoded("JPEG"), encoded("PNG")
+NOISE = np.random.default_rng(0).integers(0, 256, 5000, np.uint8).tobytes()
+BAD: dict[str, bytes] = {
+    "random": NOISE,
+    "empty": b"",
+    "one byte": b"\xff",
+    "start and zeros": b"\xff\xd8\xff\xe0" + bytes(2000),
+    "html": b"<html><body>404 not found</body></html>" * 20,
+    "cut in the header": JPEG[:300],
+    "cut to 10%": JPEG[: len(JPEG) // 10],
+    "cut to 50%": JPEG[: len(JPEG) // 2],
+    "cut at the end": JPEG[:-200],
+    "PNG cut": PNG[: len(PNG) // 2],
+    "GIF": encoded("GIF"),
+}
+GOOD: dict[str, bytes] = {
+    "JPEG": JPEG,
+    "trailing bytes": JPEG + b"garbage" * 100,
+    "PNG": PNG,
+    "RGBA": encoded("PNG", "RGBA"),
+    "palette": encoded("PNG", "P"),
+    "16 bit": deep(),
+    "gray": encoded("JPEG", "L"),
+    "CMYK": encoded("JPEG", "CMYK"),
+    "progressive": encoded("JPEG", progressive=True),
+    "WebP": encoded("WEBP"),
+    "BMP": encoded("BMP"),
+    "TIFF": encoded("TIFF"),
+    "1 x 1": encoded("JPEG", size=(1, 1)),
+    "2000 x 3": encoded("JPEG", size=(2000, 3)),
+}
+
+
+def of(content: bytes) -> np.ndarray:  # type: ignore[type-arg]
+    return np.frombuffer(content, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return Decoder()
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_images_are_found(kind: str, decoder: Decoder) -> None:
+    assert not looks_whole(of(BAD[kind]))
+    reason = decoder.problem(of(BAD[kind]))
+    assert reason
+    assert "\n" not in reason
+    assert len(reason) < 200
+    assert decoder.problem(of(JPEG)) is None  # it goes on after an error
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_good_images_are_let_through(kind: str, decoder: Decoder) -> None:
+    assert decoder.problem(of(GOOD[kind])) is None
+
+
+def test_damage_in_the_middle_is_found_by_decoding_alone(decoder: Decoder) -> None:
+    content = of(broken_tables())
+    assert looks_whole(content)
+    assert decoder.problem(content)
+
+
+def test_avif_is_refused(decoder: Decoder) -> None:
+    try:
+        content = encoded("AVIF")
+    except KeyError:
+        pytest.skip("this PIL writes no AVIF")
+    reason = decoder.problem(of(content))
+    assert reason is not None
+    assert "AVIF" in reason
+
+
+# --- the tool ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good images of all kinds in both splits, and bad ones of all kinds in train/b."""
+    root = tmp_path_factory.mktemp("files")
+    for name, content in GOOD.items():
+        for folder in ("train/a", "val/a"):
+            write(root / folder / "plain.jpg")
+            (root / folder / f"{name}.jpg").write_bytes(content)
+    (root / "train" / "b").mkdir()
+    for name, content in BAD.items():
+        (root / "train" / "b" / f"{name}.jpg").write_bytes(content)
+    (root / "train" / "b" / "tables.jpg").write_bytes(broken_tables())
+    (root / "val" / "a" / "plain.jpg").write_bytes(b"")
+    return root
+
+
+@pytest.fixture(scope="module", params=["quick", "full"])
+def checked(
+    files: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[bool, Path, int, str]:
+    """Whether all were decoded, the list, the exit code and what was said.
+
+    In a process of its own: the tool forks, which one with DALI's threads should not.
+    """
+    out = tmp_path_factory.mktemp("checked") / "bad.txt"
+    done = subprocess.run(
+        [sys.executable, check_data.__file__, *(["--full"] if request.param == "full" else []),
+         "--out", str(out), "--workers", "2", "data.name=folder", f"data.root={files}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return request.param == "full", out, done.returncode, done.stderr
+
+
+def listed(out: Path) -> dict[str, str]:
+    return dict(line.split("\t") for line in out.read_text().splitlines())
+
+
+def test_bad_images_are_listed_and_no_others(
+    files: Path, checked: tuple[bool, Path, int, str]
+) -> None:
+    full, out, code, said = checked
+    assert code == 1
+    expected = {str(files / "train" / "b" / f"{name}.jpg") for name in BAD}
+    expected |= {str(files / "val" / "a" / "plain.jpg")}
+    if full:
+        expected |= {str(files / "train" / "b" / "tables.jpg")}
+    found = listed(out)
+    assert set(found) == expected
+    assert found[str(files / "train" / "b" / "GIF.jpg")] == "GIF is not supported"
+    assert all(found.values())
+    assert f"train: 27 images {'decoded' if full else 'looked at'}, {len(found) - 1} bad" in said
+    assert "val: 15 images" in said
+    assert f"data.skip={out} leaves them out" in said
+
+
+def test_the_list_is_what_data_skip_takes(
+    files: Path, checked: tuple[bool, Path, int, str]
+) -> None:
+    full, out, _, _ = checked
+    made = datasets.load(Data(name="folder", root=str(files), skip=str(out)), seed=0)
+    assert made.val is not None
+    assert (len(made.train), len(made.val)) == (15 if full else 16, 14)
+    splits = {"train": made.train, "val": made.val}
+    checker = check_data.Checker(splits, full)
+    assert [checker.check(name, 0, len(split)) for name, split in splits.items()] == [[], []]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_shards_are_checked_by_the_names_of_the_files(tmp_path: Path, full: bool) -> None:
+    for name in ("1.jpg", "2.jpg", "3.jpg"):
+        write(tmp_path / "data" / "train" / "a" / name)
+    (tmp_path / "data" / "train" / "a" / "2.jpg").write_bytes(JPEG[:500])
+    (tmp_path / "data" / "train" / "a" / "tiny.jpg").write_bytes(b"x")
+    write(tmp_path / "data" / "val" / "a" / "2.jpg")
+    out = tmp_path / "out"
+    pack_shards.main(["--out", str(out), "data.name=folder", f"data.root={tmp_path / 'data'}"])
+    found = shards.open_shards(out)
+    assert found.val is not None
+    splits = {"train": found.train, "val": found.val}
+    checker = check_data.Checker(splits, full)
+    bad = {name: dict(checker.check(name, 0, len(split))) for name, split in splits.items()}
+    assert list(bad["train"]) == [1, 3]
+    assert check_data.write(tmp_path / "bad.txt", splits, bad) == 0
+    assert list(listed(tmp_path / "bad.txt")) == [
+        f"{out}/train/a/2.jpg", f"{out}/train/a/tiny.jpg"
+    ]  # fmt: skip
+
+
+def test_missing_files_and_names_that_fit_no_line(tmp_path: Path) -> None:
+    names = [b"gone.jpg", b"new\nline.jpg", b"\xff.jpg"]
+    split = Split.of_files(str(tmp_path), names, np.zeros(3, np.int64))
+    bad = dict(check_data.Checker({"train": split}, full=False).check("train", 0, 3))
+    assert bad == dict.fromkeys(range(3), "No such file or directory")
+    assert check_data.write(tmp_path / "bad.txt", {"train": split}, {"train": bad}) == 1
+    lines = (tmp_path / "bad.txt").read_bytes().splitlines()
+    assert [line.split(b"\t")[0] for line in lines] == [
+        os.fsencode(tmp_path) + b"/gone.jpg", os.fsencode(tmp_path) + b"/\xff.jpg"
+    ]  # fmt: skip
+
+
+def test_a_look_reads_a_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "1.jpg", height=300, width=300)
+    split = Split.of_files(str(tmp_path), [b"1.jpg"], np.zeros(1, np.int64))
+    read: list[int] = []
+    pread: Callable[..., bytes] = os.pread
+
+    def counted(*arguments: Any) -> bytes:
+        content = pread(*arguments)
+        read.append(len(content))
+        return content
+
+    monkeypatch.setattr(os, "pread", counted)
+    assert check_data.suspicious(split, 0) is None
+    assert sum(read) == check_data.HEAD + check_data.TAIL
+
+
+@pytest.mark.parametrize("wrong", ["data.root={}/none", "data.nam=folder", "--workers=0"])
+def test_what_is_wrong_is_one_line(
+    tmp_path: Path, wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    arguments = ["data.name=folder", f"data.root={tmp_path / 'empty'}", wrong.format(tmp_path)]
+    assert check_data.main([*arguments, "--out", str(tmp_path / "bad.txt")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("check_data: error: ")
+    assert said.count("\n") == 1

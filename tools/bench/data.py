@@ -1,0 +1,464 @@
+"""How fast the data path is, beside torchvision's: `python tools/bench/data.py`.
+
+Three settings, or one with `--size` and `--views`: two 224-pixel views of 500 x 375 JPEGs (recipe
+`asym`), 2 x 224 + 6 x 96, and two 32-pixel views of an array. The contestants take turns within one
+process: `TrainLoader` with `--workers` threads, and torchvision's `DataLoader` with as many worker
+processes, with PIL images and with tensors (transforms v2, `torchvision.io.decode_jpeg`).
+
+The figure to compare is processor time per image, children included, which other work on the
+machine disturbs little; it is taken from a standstill to a standstill. Images per second are those
+of the wall clock, between the first batch and the last.
+
+`--open-latency 2` measures reading instead: every `open` of an image takes 2 ms longer, as on a
+network file system, because a small library, made with the C compiler and preloaded, sleeps there.
+The contestant is then DALI's own `fn.readers.file` before the same graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import transforms as v1
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.transforms import InterpolationMode, v2
+
+from ddp_ssl.data import pipeline
+from ddp_ssl.data.augment import RECIPES, Decoding, PixelFormat, View
+from ddp_ssl.data.loader import TrainLoader
+from ddp_ssl.data.manifest import Split
+
+Pixels = NDArray[np.uint8]
+FORM = PixelFormat((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+PREFETCH = 2
+LATENCY = "DDP_SSL_OPEN_LATENCY_US"  # read by the preloaded library at every open
+
+OURS, PIL, TENSOR = "ddp_ssl", "torchvision, PIL", "torchvision, tensors"
+READER = "fn.readers.file"
+
+
+class Run(NamedTuple):
+    """One contestant's turn."""
+
+    ms: float
+    """Processor time per image."""
+    rate: float
+    """Images per second of the wall clock."""
+
+
+Contestant = Callable[[int], Run]  # takes the number of images of a turn
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def picture(rng: np.random.Generator, height: int, width: int) -> Pixels:
+    """Noise of several octaves, with ellipses on it: the spectrum and the edges of photographs."""
+    image = np.tile(rng.uniform(80, 160, 3), (height, width, 1))
+    for octave in range(1, 10):
+        cells = (min(2**octave, height), min(2**octave, width))
+        strength = 64 * 0.82**octave
+        common, own = rng.normal(size=(*cells, 1)), rng.normal(size=(*cells, 3))
+        for channel, layer in enumerate(np.moveaxis(0.8 * common + 0.35 * own, 2, 0)):
+            smooth = Image.fromarray(layer.astype(np.float32)).resize((width, height), 3)
+            image[..., channel] += strength * np.asarray(smooth)
+    y, x = np.mgrid[:height, :width]
+    for _ in range(6):
+        center_y, center_x = rng.uniform(0, height), rng.uniform(0, width)
+        radius_y, radius_x = rng.uniform(0.05, 0.33) * height, rng.uniform(0.05, 0.33) * width
+        inside = ((y - center_y) / radius_y) ** 2 + ((x - center_x) / radius_x) ** 2 < 1
+        image[inside] = 0.6 * image[inside] + 0.4 * rng.uniform(0, 255, 3)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def write_pictures(folder: Path, count: int, height: int, width: int) -> float:
+    """JPEGs of quality 90, one in five upright; returns their mean size in kB."""
+    rng, total = np.random.default_rng(0), 0
+    for i in range(count):
+        shape = (width, height) if rng.random() < 0.2 else (height, width)
+        path = folder / f"{i:06d}.jpg"
+        Image.fromarray(picture(rng, *shape)).save(path, quality=90)
+        total += path.stat().st_size
+    return total / count / 1000
+
+
+def small_pictures(count: int) -> Pixels:
+    """uint8 `[count, 32, 32, 3]`, cut from larger ones."""
+    rng = np.random.default_rng(0)
+    large = [picture(rng, 256, 256) for _ in range(16)]
+    places = rng.integers(0, 224, (count, 2))
+    return np.stack([large[i % 16][y : y + 32, x : x + 32] for i, (y, x) in enumerate(places)])
+
+
+# --- the package ---------------------------------------------------------------------------------
+
+
+def package(split: Split, views: Sequence[View], batch: int, workers: int, mode: str) -> Contestant:
+    loader = TrainLoader(
+        split,
+        views,
+        global_batch=batch,
+        shard=0,
+        num_shards=1,
+        seed=0,
+        salt=0,
+        color_jitter=mode,
+        form=FORM,
+        threads=workers,
+        prefetch=PREFETCH,
+        device=torch.device("cpu"),
+    )
+    return endless(loader, batch)
+
+
+def dali_reader(folder: Path, views: Sequence[View], batch: int, workers: int) -> Contestant:
+    """The same graph behind DALI's own reader of files."""
+    files = sorted(str(path) for path in folder.glob("*.jpg"))
+
+    def reading() -> tuple[Any, Any]:
+        encoded, ids = pipeline.fn.readers.file(files=files, random_shuffle=True, name="files")
+        return pipeline.decode(encoded, Decoding()), ids
+
+    batches = pipeline.train_iterator(
+        reading,
+        views,
+        range(len(views)),
+        color_jitter="seq",
+        form=FORM,
+        seed=0,
+        batch_size=batch,
+        threads=workers,
+        prefetch=PREFETCH,
+        device_id=None,
+    )
+    return endless(batches, batch)
+
+
+def endless(batches: Iterator[Any], batch: int) -> Contestant:
+    """Turns of an iterator that works ahead: each begins and ends with full queues."""
+    next(batches)
+
+    def turn(images: int) -> Run:
+        steps = max(1, images // batch)
+        standstill()
+        cpu = cpu_seconds()
+        for _ in range(PREFETCH + 1):  # until the queues are no longer ahead
+            next(batches)
+        start = time.perf_counter()
+        for _ in range(steps):
+            next(batches)
+        seconds = time.perf_counter() - start
+        standstill()
+        made = (steps + PREFETCH + 1) * batch
+        return Run(1000 * (cpu_seconds() - cpu) / made, steps * batch / seconds)
+
+    return turn
+
+
+def standstill() -> None:
+    """Until this process has used no more than a tenth of a core for a while."""
+    used = 1.0
+    while used > 0.005:
+        before = cpu_seconds()
+        time.sleep(0.05)
+        used = cpu_seconds() - before
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+# --- torchvision ---------------------------------------------------------------------------------
+
+
+def compose(view: View, module: Any) -> Any:
+    """A view as torchvision's transforms, of `transforms` (PIL) or `transforms.v2` (tensors)."""
+    steps = [
+        module.RandomResizedCrop(
+            view.size,
+            scale=view.scale,
+            ratio=view.ratio,
+            interpolation=InterpolationMode.BICUBIC,
+            antialias=True,
+        )
+    ]
+    if view.jitter_p > 0:
+        jitter = module.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
+        steps.append(module.RandomApply([jitter], view.jitter_p))
+    if view.gray_p > 0:
+        steps.append(module.RandomGrayscale(view.gray_p))
+    if view.blur_p > 0:
+        window = 2 * (view.size // 20) + 1  # a tenth of the side: 23 for 224, 9 for 96
+        blur = module.GaussianBlur(window, view.blur_sigma)
+        steps.append(module.RandomApply([blur], view.blur_p))
+    if view.solarize_p > 0:
+        steps.append(module.RandomSolarize(128, view.solarize_p))
+    if view.flip_p > 0:
+        steps.append(module.RandomHorizontalFlip(view.flip_p))
+    if module is v1:
+        steps.append(v1.ToTensor())
+    else:
+        steps.append(v2.ToDtype(torch.float32, scale=True))
+    return module.Compose([*steps, module.Normalize(list(FORM.mean), list(FORM.std))])
+
+
+class Views(Dataset[tuple[list[torch.Tensor], int]]):
+    """The views of files or of pixels uint8 `[M, H, W, 3]`, as PIL images or as tensors."""
+
+    def __init__(self, source: list[str] | Pixels, views: Sequence[View], module: Any) -> None:
+        self.source, self.pil = source, module is v1
+        self.transforms = [compose(view, module) for view in views]
+        if not self.pil and not isinstance(source, list):
+            self.tensors = torch.from_numpy(source).permute(0, 3, 1, 2).contiguous()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> tuple[list[torch.Tensor], int]:
+        source: Any = self.source[i]
+        if isinstance(source, str):
+            image = (
+                Image.open(source).convert("RGB")
+                if self.pil
+                else decode_jpeg(read_file(source), mode=ImageReadMode.RGB)
+            )
+        else:
+            image = Image.fromarray(source) if self.pil else self.tensors[i]
+        return [transform(image) for transform in self.transforms], i
+
+
+def data_loader(dataset: Views, batch: int, workers: int) -> Contestant:
+    """Turns of a `DataLoader`, each with worker processes of its own, whose start is not timed."""
+
+    def turn(images: int) -> Run:
+        steps = max(workers + 1, images // batch)
+        ids = np.resize(np.random.default_rng(1).permutation(len(dataset)), steps * batch)
+        loader = DataLoader(
+            Subset(dataset, ids.tolist()), batch, shuffle=True, num_workers=workers, drop_last=True
+        )
+        standstill()
+        cpu, start = cpu_seconds(), 0.0
+        for _ in loader:
+            start = start or time.perf_counter()
+        seconds = time.perf_counter() - start
+        del loader
+        gc.collect()  # ends the workers, whose time counts from then on
+        standstill()
+        # When the first batch came, each worker had made one, or nearly.
+        return Run(1000 * (cpu_seconds() - cpu) / len(ids), (steps - workers) * batch / seconds)
+
+    return turn
+
+
+# --- settings and tables -------------------------------------------------------------------------
+
+
+def settings(size: int | None, views: str | None) -> list[tuple[str, list[View]]]:
+    """The settings asked for: a title and the views of each."""
+    large = list(RECIPES["asym"])
+    local = [replace(view, size=96, scale=(0.05, 0.14)) for view in large]
+    small = replace(RECIPES["weak"][0], size=32, scale=(0.2, 1.0), blur_p=0.0)
+    named = {
+        (224, "2"): ("2 views of 224 px", [replace(v, scale=(0.08, 1.0)) for v in large]),
+        (224, "2+6"): ("2 views of 224 px and 6 of 96 px", large + 3 * local),
+        (32, "2"): ("2 views of 32 px, from an array, no blur", [small, small]),
+    }
+    return [
+        setting
+        for (its_size, its_views), setting in named.items()
+        if size in (None, its_size) and views in (None, its_views)
+    ]
+
+
+def measure(contestants: dict[str, Contestant], images: int, repeats: int) -> dict[str, list[Run]]:
+    """`repeats` turns of each, in turn."""
+    runs: dict[str, list[Run]] = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, turn in contestants.items():
+            runs[name].append(turn(images))
+            print(f"  {name}: {runs[name][-1].ms:.3f} ms, {runs[name][-1].rate:.0f} images/s",
+                  file=sys.stderr)  # fmt: skip
+    return runs
+
+
+def table(title: str, runs: dict[str, list[Run]], views: int) -> str:
+    """Medians and ranges; the last two columns compare with the first contestant."""
+    lines = [
+        f"### {title}",
+        "",
+        "| | CPU-ms/image (range) | images/s per core | views/s per core | images/s (range) "
+        "| times the CPU time | times as slow |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    first = next(iter(runs.values()))
+    cost, speed = middle([r.ms for r in first]), middle([r.rate for r in first])
+    for name, turns in runs.items():
+        ms, rate = [run.ms for run in turns], [run.rate for run in turns]
+        per_core = 1000 / middle(ms)
+        cells = [
+            name,
+            spread(ms, 3 if middle(ms) < 2 else 2),
+            f"{per_core:,.0f}",
+            f"{views * per_core:,.0f}",
+            spread(rate, 0),
+            f"{middle(ms) / cost:.2f}",
+            f"{speed / middle(rate):.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def middle(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def spread(values: list[float], digits: int) -> str:
+    low, high = min(values), max(values)
+    return f"{middle(values):,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+def augmentations(args: argparse.Namespace) -> Iterator[str]:
+    """A table for each setting."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, kilobytes = Path(temporary), 0.0
+        for title, views in settings(args.size, args.views):
+            if views[0].size == 32:
+                pixels = small_pictures(10_000)
+                split, batch, images = Split.of_array(pixels), 256, args.images or 5120
+                source: list[str] | Pixels = pixels
+            else:
+                if not kilobytes:
+                    kilobytes = write_pictures(folder, 256, 375, 500)
+                split, source = split_of(folder), [str(path) for path in sorted(folder.iterdir())]
+                batch, images = 32, args.images or 256
+                title += f", JPEGs of 500 × 375 and {kilobytes:.0f} kB"
+            print(title, file=sys.stderr)
+            contestants = {
+                OURS: package(split, views, batch, args.workers, args.color_jitter),
+                PIL: data_loader(Views(source, views, v1), batch, args.workers),
+                TENSOR: data_loader(Views(source, views, v2), batch, args.workers),
+            }
+            runs = measure(contestants, images, args.repeats)
+            yield table(title, runs, len(views))
+
+
+def split_of(folder: Path) -> Split:
+    names = sorted(os.fsencode(path.name) for path in folder.iterdir())
+    return Split.of_files(str(folder), names, np.zeros(len(names), np.int64))
+
+
+# --- slow opens ----------------------------------------------------------------------------------
+
+# fopen's own call of open stays inside the C library, so it is wrapped too.
+SLOW_OPEN = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static void wait_for(const char *path) {
+  size_t n = path ? strlen(path) : 0;
+  const char *us = getenv("DDP_SSL_OPEN_LATENCY_US");
+  if (us && n > 4 && !strcmp(path + n - 4, ".jpg")) usleep(atoi(us));
+}
+#define MODE(last) \
+  va_list list; va_start(list, last); int mode = va_arg(list, int); va_end(list);
+#define OPEN(name) \
+  int name(const char *path, int flags, ...) { \
+    MODE(flags) wait_for(path); \
+    return ((int (*)(const char *, int, ...))dlsym(RTLD_NEXT, #name))(path, flags, mode); }
+#define OPENAT(name) \
+  int name(int at, const char *path, int flags, ...) { \
+    MODE(flags) wait_for(path); \
+    return ((int (*)(int, const char *, int, ...))dlsym(RTLD_NEXT, #name))(at, path, flags, mode); }
+#define FOPEN(name) \
+  FILE *name(const char *path, const char *how) { \
+    wait_for(path); \
+    return ((FILE *(*)(const char *, const char *))dlsym(RTLD_NEXT, #name))(path, how); }
+OPEN(open) OPEN(open64) OPENAT(openat) OPENAT(openat64) FOPEN(fopen) FOPEN(fopen64)
+"""
+
+
+def slow_opens(args: argparse.Namespace) -> Iterator[str]:
+    """A table without and one with the latency; runs this command again with the library."""
+    if LATENCY not in os.environ:
+        with tempfile.TemporaryDirectory() as temporary:
+            library = Path(temporary, "slow_open.so")
+            compiler = os.environ.get("CC", "cc")
+            command = [compiler, *"-shared -fPIC -O1 -x c - -ldl -o".split(), str(library)]
+            subprocess.run(command, input=SLOW_OPEN.encode(), check=True)
+            added = {"LD_PRELOAD": str(library), LATENCY: "0"}
+            again = [sys.executable, *sys.argv]
+            subprocess.run(again, env=os.environ | added, check=True)
+        return
+    view = View(size=32, jitter_p=0, gray_p=0, blur_p=0)
+    batch, images = 64, args.images or 1024
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        kilobytes = write_pictures(folder, 1024, 96, 128)
+        contestants = {
+            OURS: package(split_of(folder), [view], batch, args.workers, "seq"),
+            READER: dali_reader(folder, [view], batch, args.workers),
+        }
+        for latency in (0.0, args.open_latency):
+            os.environ[LATENCY] = str(round(1000 * latency))
+            title = f"Opens {latency:g} ms slower, JPEGs of 128 × 96 and {kilobytes:.1f} kB"
+            print(title, file=sys.stderr)
+            yield table(title, measure(contestants, images, args.repeats), 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--size", type=int, choices=(224, 32), help="of the large views")
+    parser.add_argument("--views", choices=("2", "2+6"), help="2+6 adds six of 96 pixels")
+    parser.add_argument("--images", type=int, help="images in one turn of a contestant")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each contestant")
+    parser.add_argument("--workers", type=int, default=2, help="threads, or worker processes")
+    parser.add_argument("--color-jitter", choices=("fast", "seq", "exact"), default="seq")
+    parser.add_argument("--open-latency", type=float, metavar="MS", help="measure reading instead")
+    parser.add_argument("--out", type=Path, help="write the tables there too")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.open_latency is None:
+        if not settings(args.size, args.views):
+            parser.error("2+6 views are for --size 224")
+        tables = augmentations(args)
+    else:
+        tables = slow_opens(args)
+    texts = []
+    for text in tables:
+        print(text, end="\n\n", flush=True)
+        texts.append(text)
+    if args.out is not None and texts:
+        versions = (
+            f"torch {torch.__version__}, torchvision {torchvision.__version__}, DALI "
+            f"{pipeline.VERSION}; {args.workers} threads or workers, {args.repeats} turns each"
+        )
+        args.out.write_text("\n\n".join([*texts, versions]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
