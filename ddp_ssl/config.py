@@ -114,7 +114,7 @@ class ViewGroup(Section):
     size: int = Field(224, ge=8)
     """Side of the crops, in pixels."""
     recipe: str = "asym"
-    """Named augmentations: asym, sym, weak, vic, ressl, crop."""
+    """Named augmentations: asym, sym, weak, vic, ressl, multiview, crop."""
     scale: tuple[Probability, Probability] | None = None
     """Range of the crop's area, as a fraction of the image's."""
     ratio: tuple[Strength, Strength] | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddp_ssl import log
 from ddp_ssl.config import Config
-from ddp_ssl.data.source import BadImages
+from ddp_ssl.data.source import BadImages, write_list
 from ddp_ssl.distributed import World
 
 
@@ -154,9 +154,9 @@ class Recorder:
         self._listed |= new
         self.bad_count = len(self._listed)
         if new:
-            with self.listed.open("a") as file:
-                file.writelines(f"{where}\t{why}\n" for where, why in new.items())
+            write_list(self.listed, new, "a")
             where, why = next(iter(new.items()))
+            where = where.encode("utf-8", "replace").decode()  # any bytes may be a name
             more = f" and {len(new) - 1} more" if len(new) > 1 else ""
             self.tell(f"bad image replaced: {where} ({why}){more}; {self.bad_count} so far")
 
@@ -169,7 +169,7 @@ class Recorder:
         self.listed.unlink(missing_ok=True)
         self._listed, self.bad_count = dict(listed), len(listed)
         if listed:
-            self.listed.write_text("".join(f"{where}\t{why}\n" for where, why in listed.items()))
+            write_list(self.listed, listed)
 
     def epoch(self, step: int) -> int:
         """The epoch, from 1, that a step belongs to; 0 before the first."""

@@ -49,7 +49,7 @@ class Decoding(NamedTuple):
     preallocate: tuple[int, int] | None = None
 
 
-# The recipes of solo-learn and of ReSSL. A recipe lists one view or more; a group of `count` views
+# The recipes of solo-learn, of ReSSL and of SwAV. A recipe lists one view or more; a group of `count` views
 # takes them in turn, so `asym` with four views is first, second, first, second.
 RECIPES: dict[str, tuple[View, ...]] = {
     "asym": (
@@ -63,8 +63,12 @@ RECIPES: dict[str, tuple[View, ...]] = {
         View(),
         View(jitter_p=0.0, gray_p=0.0, blur_p=0.0),
     ),
+    "multiview": (View(scale=(0.14, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),),
     "crop": (View(jitter_p=0.0, gray_p=0.0, blur_p=0.0, flip_p=0.0),),
 }
+
+# What a recipe changes for views smaller than the run's largest: SwAV's multi-crop.
+SMALL: dict[str, dict[str, Any]] = {"multiview": {"scale": (0.05, 0.14)}}
 
 
 class Group(Protocol):
@@ -85,12 +89,13 @@ def views_of(groups: Sequence[Group]) -> list[View]:
 
     A recipe's views are taken in turn; a group's overrides apply to each of them.
     """
-    views = []
+    views, largest = [], max((group.size for group in groups), default=0)
     for group in groups:
         recipe = RECIPES[group.recipe]
+        small = SMALL.get(group.recipe, {}) if group.size < largest else {}
         for index in range(group.count):
             base = recipe[index % len(recipe)]
-            views.append(replace(base, size=group.size, **group.overrides))
+            views.append(replace(base, size=group.size, **{**small, **group.overrides}))
     return sorted(views, key=lambda view: -view.size)
 
 

@@ -100,12 +100,10 @@ class Split:
         return self._prefix + self.name(i)
 
     def where(self, i: int) -> str:
-        """What a person looks for when image `i` is bad."""
+        """What image `i` is called in lists of bad images: a path, also for a member of a shard."""
         if self.images is not None:
             return f"image {i}"
-        if self.shards is not None:
-            return f"{self.shards.path_of(i)}: {os.fsdecode(self.name(i))}"
-        return os.fsdecode(self.path(i))
+        return os.fsdecode(self._prefix + self.name(i))
 
     def read(self, i: int) -> NDArray[np.uint8]:
         """The encoded image `i`, uint8 `[length]`; raises `OSError`."""

@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -46,6 +48,13 @@ class BadImages:
     def add(self, where: str, reason: str) -> None:
         if where not in self.known:
             self.known[where] = self.fresh[where] = reason
+
+
+def write_list(path: Path, listed: dict[str, str], mode: Literal["w", "a"] = "w") -> None:
+    """Bad images and reasons as a file that `data.skip` takes; names may be any bytes."""
+    with path.open(mode, encoding="utf-8", errors="surrogateescape") as file:
+        for where, reason in listed.items():
+            file.write(" ".join(where.splitlines()) + f"\t{reason}\n")
 
 
 class Reader:
@@ -116,6 +125,8 @@ class Reader:
         for i, reason in found.items():
             if i not in self.problems:
                 self.problems[i] = reason
+                if self.split.shards is not None:
+                    reason += f" (in {self.split.shards.path_of(i)})"
                 self.bad.add(self.split.where(i), reason)
 
     def examine(self, steps: Iterable[int]) -> dict[int, str]:

@@ -18,7 +18,7 @@ from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.loader import EvalLoader, TrainLoader
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import permutation
-from ddp_ssl.data.source import BadImages, UnreadableError
+from ddp_ssl.data.source import BadImages, UnreadableError, write_list
 from ddp_ssl.distributed import MeshComm, World
 from tests.data.images import array_of, folder_of, loader_of, picture
 from tests.data.test_loader import eval_of, through_a_file
@@ -212,6 +212,38 @@ def test_another_error_of_dali_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"^DALI stopped: .*something else"):
             next(loader)
+
+
+def test_the_list_of_a_run_can_be_skipped(tmp_path: Path) -> None:
+    """Names of any bytes, files and shards: what the loader lists is what `data.skip` takes."""
+    from ddp_ssl.config import Data
+    from ddp_ssl.data import datasets
+    from tools import pack_shards
+
+    for i in range(IMAGES):
+        name = os.fsencode(f"{i:02d}").replace(b"7", b"\xff\xe9") + b".jpg"
+        for split in ("train", "val"):
+            folder = tmp_path / "data" / split / "a"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture(i)).save(folder / "x.jpg")
+            os.rename(folder / "x.jpg", os.path.join(os.fsencode(folder), name))
+    root = tmp_path / "data"
+    for path in (root / "train" / "a").iterdir():
+        if b"\xff" in os.fsencode(path):
+            broken_tables(path)
+    packing = ["--out", str(tmp_path / "shards"), "data.name=folder", f"data.root={root}"]
+    assert pack_shards.main(packing) == 0
+    for place in ("data", "shards"):
+        data, bad = Data(name="folder", root=str(tmp_path / place)), BadImages()
+        split = datasets.load(data, 0).train
+        loader = loader_of(split, bad=bad)
+        _ = [next(loader) for _ in range(4)]
+        assert len(bad.known) == 2
+        write_list(tmp_path / "bad.txt", bad.known)
+        skipping = data.model_copy(update={"skip": str(tmp_path / "bad.txt")})
+        kept = datasets.load(skipping, 0).train
+        assert len(kept) == IMAGES - 2
+        assert not any(b"\xff" in kept.name(i) for i in range(len(kept)))
 
 
 # --- evaluation ----------------------------------------------------------------------------------

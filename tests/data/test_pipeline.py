@@ -22,6 +22,7 @@ from ddp_ssl.data.augment import RECIPES, PixelFormat, View, views_of
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import hashed
 from tests.data.images import HALF, Pixels, array_of, loader_of, picture, write
+from tests.helpers import config_of
 
 IMAGES = np.stack([picture(i, 64, 64) for i in range(6)])
 
@@ -237,6 +238,16 @@ def test_every_recipe_runs(recipe: str, mode: str) -> None:
     assert [view.shape for view in batch.views] == [(6, 3, 16, 16)] * 3
     assert not torch.equal(batch.views[0], batch.views[1])
     assert all(view.abs().max() <= 1.0 for view in batch.views)
+
+
+def test_multiview_crops_by_size_and_can_be_overridden() -> None:
+    config = config_of(
+        "data.views=[{count: 2, size: 32, recipe: multiview}, {count: 3, size: 16, recipe: "
+        "multiview}, {count: 1, size: 16, recipe: multiview, scale: [0.3, 0.4]}]"
+    )
+    views = views_of(config.data.views)
+    assert [view.size for view in views] == [32, 32, 16, 16, 16, 16]
+    assert [view.scale for view in views] == [(0.14, 1)] * 2 + [(0.05, 0.14)] * 3 + [(0.3, 0.4)]
 
 
 def test_probabilities() -> None:

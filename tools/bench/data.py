@@ -20,6 +20,7 @@ import argparse
 import gc
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -408,8 +409,8 @@ def slow_opens(args: argparse.Namespace) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as temporary:
             library = Path(temporary, "slow_open.so")
             compiler = os.environ.get("CC", "cc")
-            command = [compiler, *"-shared -fPIC -O1 -x c - -ldl -o".split(), str(library)]
-            subprocess.run(command, input=SLOW_OPEN.encode(), check=True)
+            how = ["-shared", "-fPIC", "-O1", "-x", "c", "-", "-ldl", "-o", str(library)]
+            subprocess.run([compiler, *how], input=SLOW_OPEN.encode(), check=True)
             added = {"LD_PRELOAD": str(library), LATENCY: "0"}
             again = [sys.executable, *sys.argv]
             subprocess.run(again, env=os.environ | added, check=True)
@@ -418,7 +419,11 @@ def slow_opens(args: argparse.Namespace) -> Iterator[str]:
     batch, images = 64, args.images or 1024
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        kilobytes = write_pictures(folder, 1024, 96, 128)
+        kilobytes = write_pictures(folder, 256, 96, 128)
+        # DALI's reader does not open what is still in its buffer of 1,024 images.
+        for path in sorted(folder.iterdir()):
+            for copy in range(31):
+                shutil.copyfile(path, folder / f"{path.stem}-{copy:02d}.jpg")
         contestants = {
             OURS: package(split_of(folder), [view], batch, args.workers, "seq"),
             READER: dali_reader(folder, [view], batch, args.workers),

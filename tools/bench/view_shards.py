@@ -1,0 +1,94 @@
+"""What it costs to spread the views of an image over processes: `data.view_shards`.
+
+    python tools/bench/view_shards.py [--views 8] [--world 8] [--batch 16] [--repeats 5]
+
+For one process of `--world`, for each V that divides: the images it reads and the views it makes in a
+step of `--batch` images with `--views` views of 224 px, and the CPU time of that. The loader is the
+one that trains; the figures of the different V are interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ddp_ssl.config import ViewGroup
+from ddp_ssl.data.augment import PixelFormat, views_of
+from ddp_ssl.data.loader import TrainLoader
+from ddp_ssl.data.manifest import Split
+
+sys.path.insert(0, str(Path(__file__).parent))
+from data import write_jpegs
+
+STEPS = 8
+
+
+def loader_of(split: Split, views: int, world: int, batch: int, shards: int) -> TrainLoader:
+    """The loader of rank 0."""
+    half = (0.5, 0.5, 0.5)
+    return TrainLoader(
+        split,
+        views_of([ViewGroup(count=views, size=224, recipe="sym")])[::shards],
+        view_ids=range(0, views, shards),
+        global_batch=batch,
+        shard=0,
+        num_shards=world // shards,
+        seed=0,
+        salt=0,
+        color_jitter="seq",
+        form=PixelFormat(half, half),
+        threads=1,
+        prefetch=2,
+        device=torch.device("cpu"),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--views", type=int, default=8)
+    parser.add_argument("--world", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    views, world, batch = options.views, options.world, options.batch
+    kinds = [
+        v for v in range(1, world + 1)
+        if world % v == 0 and views % v == 0 and batch % (world // v) == 0
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_jpegs(Path(folder), max(2 * batch, 64))
+        names = [path.name.encode() for path in files]
+        split = Split.of_files(folder, names, np.zeros(len(names), np.int64))
+        loaders = {v: loader_of(split, views, world, batch, v) for v in kinds}
+        times: dict[int, list[float]] = {v: [] for v in kinds}
+        for repeat in range(options.repeats + 1):
+            for v, loader in loaders.items():
+                start = time.process_time()
+                for _ in range(STEPS):
+                    next(loader)
+                if repeat:  # the first builds and warms up
+                    times[v].append((time.process_time() - start) / STEPS)
+    print(f"{batch} images x {views} views of 224 px over {world} processes, one thread each\n")
+    print("| view shards | images a process reads | views it makes | CPU ms a step | against V = 1 |")
+    print("| --- | --- | --- | --- | --- |")
+    base = statistics.median(times[kinds[0]])
+    for v in kinds:
+        median, images = statistics.median(times[v]), batch * v // world
+        low, high = min(times[v]) * 1000, max(times[v]) * 1000
+        print(
+            f"| {v} | {images} | {images * views // v} | {1000 * median:.1f} "
+            f"[{low:.1f} to {high:.1f}] | {median / base:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
