@@ -171,6 +171,7 @@ class TrainLoader:
         """Everything that shapes the pipeline: DALI restores another one's blob silently wrong."""
         return {
             "dali": self._pipeline.VERSION,
+            "graph": str(self._pipeline.GRAPH),
             "device": self.device.type,
             "data": self.split.digest,
             "views": repr(self.views),

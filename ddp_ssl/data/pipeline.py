@@ -30,13 +30,13 @@ except ModuleNotFoundError:
 
 IMAGE_KINDS = ";".join(sorted(name.decode()[1:] for name in EXTENSIONS))
 VERSION: str = dali.__version__
+GRAPH = 2  # counts changes of the training graph: a state is for one graph only
 fn, types, dmath = dali.fn, dali.types, dali.math
 Node = Any  # a DALI DataNode: one image, or one number, per sample of the batch
 Key = tuple[int, ...]  # what a view's random streams are named after
 Reading = Callable[[], tuple[Node, Node]]  # makes the nodes of images and ids
 Callback = Callable[[Any], Any]  # (BatchInfo) -> (encoded images or pixels, ids)
 
-SOLARIZED = [*range(128), *(255 - i for i in range(128, 256))]
 JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), np.int32)
 
 
@@ -197,23 +197,40 @@ def augment(
     # Parameters are drawn for every image, not inside the conditionals, where each image's draws
     # would depend on the other images' coins.
     x = random_crop(images, view, hashed(*key, "crop"))
-    if view.jitter_p > 0:
-        draws = jitter_draws(view, key)
-        order = uniform(0, len(JITTER_ORDERS), hashed(*key, "order"))
-        if coin(view.jitter_p, hashed(*key, "jitter")):
-            x = jitter(x, color_jitter, draws, order)
-    if view.gray_p > 0:  # noqa: SIM102 (the inner condition is the graph's)
-        if coin(view.gray_p, hashed(*key, "gray")):
-            x = grayscale(x)
+    if view.jitter_p > 0 or view.gray_p > 0:
+        x = recolor(x, view, color_jitter, key)
+    elif view.blur_p > 0 or view.solarize_p > 0:
+        x = to_float(x)
     if view.blur_p > 0:
         sigma = uniform(*view.blur_sigma, hashed(*key, "sigma"))
         if coin(view.blur_p, hashed(*key, "blur")):
             x = blur(x, sigma)
-    if view.solarize_p > 0:  # noqa: SIM102
+    if view.solarize_p > 0:  # noqa: SIM102 (the inner condition is the graph's)
         if coin(view.solarize_p, hashed(*key, "solarize")):
             x = solarize(x)
     flip = fn.random.coin_flip(probability=view.flip_p, seed=hashed(*key, "flip"))
     return normalize(x, form, flip)
+
+
+def recolor(x: Node, view: View, mode: str, key: Key) -> Node:
+    """Random jitter, then random gray: uint8 to float32 in [0, 255].
+
+    DALI's rounding to uint8 costs more on a CPU than most operators, so from here on nothing is
+    rounded. A gray image is not tinted: `tint` leaves the luma as it is, but for clipped pixels.
+    """
+    draws = jitter_draws(view, key)
+    order = uniform(0, len(JITTER_ORDERS), hashed(*key, "order"))
+    jittered = coin(view.jitter_p, hashed(*key, "jitter"))
+    gray = coin(view.gray_p, hashed(*key, "gray"))
+    if jittered:
+        x = light(x, mode, draws, order)
+    if gray:
+        x = to_float(grayscale(x))
+    elif jittered:
+        x = tint(x, mode, draws)
+    else:
+        x = to_float(x)
+    return x
 
 
 # --- random numbers ------------------------------------------------------------------------------
@@ -239,7 +256,7 @@ def jitter_draws(view: View, key: Key) -> list[Node | None]:
     return draws
 
 
-# --- operators: uint8 HWC to uint8 HWC -----------------------------------------------------------
+# --- operators: uint8 HWC to uint8 HWC where not said otherwise -----------------------------------
 
 
 def random_crop(x: Node, view: View, seed: int) -> Node:
@@ -276,26 +293,21 @@ def half(n: Node) -> Node:
     return (1.0 - odd) * n / 2.0 + odd * 2.0 * dmath.floor(n / 4.0 + 0.5)
 
 
-def jitter(x: Node, mode: str, draws: Sequence[Node | None], order: Node) -> Node:
-    """torchvision's ColorJitter; `mode` as in the config, `order` in [0, 24) for `exact`."""
+# torchvision's ColorJitter is `light`, then `tint`; `mode` as in the config.
+
+
+def light(x: Node, mode: str, draws: Sequence[Node | None], order: Node) -> Node:
+    """Brightness and contrast; with `exact` all four operators, in the `order` in [0, 24)."""
     b, c, s, h = draws
     if mode == "fast":
-        factors = {"brightness": b, "contrast": c, "saturation": s}
-        given = {name: value for name, value in factors.items() if value is not None}
-        if h is not None:
-            given["hue"] = h * 360.0
-        return fn.color_twist(x, **given) if given else x
+        given = {"brightness": b, "contrast": c}
+        given = {name: value for name, value in given.items() if value is not None}
+        return fn.brightness_contrast(x, **given) if given else x
     if mode == "seq":
         if b is not None:
             x = brightness(x, b)
         if c is not None:
             x = contrast(x, c)
-        if s is not None and h is not None:
-            x = fn.hsv(x, saturation=s, hue=h * 360.0)
-        elif s is not None:
-            x = saturation(x, s)
-        elif h is not None:
-            x = fn.hsv(x, hue=h * 360.0)
         return x
     assert mode == "exact"
     row = fn.cast(dmath.floor(order), dtype=types.INT32)
@@ -311,6 +323,19 @@ def jitter(x: Node, mode: str, draws: Sequence[Node | None], order: Node) -> Nod
         else:
             x = hue(x, h) if h is not None else x
     return x
+
+
+def tint(x: Node, mode: str, draws: Sequence[Node | None]) -> Node:
+    """Saturation and hue, unless `exact`: uint8 to float32."""
+    _, _, s, h = draws
+    given = {}
+    if s is not None:
+        given["saturation"] = s
+    if h is not None:
+        given["hue"] = h * 360.0
+    if mode == "exact" or not given:
+        return to_float(x)
+    return clamp(fn.hsv(x, dtype=types.FLOAT, **given), 255.0)
 
 
 def brightness(x: Node, factor: Node) -> Node:
@@ -350,13 +375,13 @@ def hue(x: Node, turns: Node) -> Node:
     n = types.Constant(np.array([[[5.0, 3.0, 1.0]]], np.float32), device=x.device)
     k = sixths + n + 12.0
     k = k - dmath.floor(k / 6.0) * 6.0
-    return to_uint8(high - chroma * dmath.clamp(dmath.min(k, 4.0 - k), 0.0, 1.0))
+    return to_uint8(high - chroma * clamp(dmath.min(k, 4.0 - k), 1.0))
 
 
 def grayscale(x: Node) -> Node:
     """PIL's luma, three times."""
     gray = fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
-    return fn.cat(gray, gray, gray, axis=2)
+    return fn.color_space_conversion(gray, image_type=types.GRAY, output_type=types.RGB)
 
 
 def blur(x: Node, sigma: Node) -> Node:
@@ -365,8 +390,8 @@ def blur(x: Node, sigma: Node) -> Node:
 
 
 def solarize(x: Node) -> Node:
-    """Invert from 128 on."""
-    return fn.lookup_table(x, keys=list(range(256)), values=SOLARIZED, dtype=types.UINT8)
+    """Invert from 128 on: x where it is less than 255 - x."""
+    return dmath.min(x, 255.0 - x)
 
 
 def normalize(x: Node, form: PixelFormat, mirror: Node | int = 0) -> Node:
@@ -382,4 +407,13 @@ def normalize(x: Node, form: PixelFormat, mirror: Node | int = 0) -> Node:
 
 
 def to_uint8(x: Node) -> Node:
-    return fn.cast(dmath.clamp(x, 0.0, 255.0), dtype=types.UINT8)
+    return fn.cast(clamp(x, 255.0), dtype=types.UINT8)
+
+
+def to_float(x: Node) -> Node:
+    return fn.cast(x, dtype=types.FLOAT)
+
+
+def clamp(x: Node, high: float) -> Node:
+    """To [0, high]; a quarter of the cost of `dali.math.clamp` on a CPU."""
+    return dmath.max(dmath.min(x, high), 0.0)

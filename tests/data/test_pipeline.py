@@ -158,8 +158,8 @@ def test_normalize_and_flip() -> None:
 # --- jitter as a whole ---------------------------------------------------------------------------
 
 
-def draws(x: Any, *numbers: Any) -> list[Any]:
-    return list(numbers)
+def jittered(x: Any, mode: str, draws: list[Any]) -> Any:
+    return pipeline.tint(pipeline.light(x, mode, draws, pipeline.uniform(0, 24, 1)), mode, draws)
 
 
 @pytest.mark.parametrize("order", [0, 7, 23])
@@ -168,7 +168,7 @@ def test_exact_jitter_applies_the_operators_in_the_drawn_order(order: int) -> No
     h = [-0.1, -0.05, 0.0, 0.03, 0.07, 0.1]
     places = [order + 0.5] * len(IMAGES)
     ours = run(
-        lambda x, b, c, s, h, o: pipeline.jitter(x, "exact", [b, c, s, h], o),
+        lambda x, b, c, s, h, o: pipeline.light(x, "exact", [b, c, s, h], o),
         b=b, c=c, s=s, h=h, o=places,
     )  # fmt: skip
 
@@ -184,7 +184,7 @@ def test_exact_jitter_applies_the_operators_in_the_drawn_order(order: int) -> No
 
 def test_seq_jitter_without_hue_is_torchvisions_in_that_order() -> None:
     b, c, s = FACTORS, FACTORS[::-1], [1.2] * 6
-    ours = run(lambda x, b, c, s: pipeline.jitter(x, "seq", [b, c, s, None], None), b=b, c=c, s=s)
+    ours = run(lambda x, b, c, s: jittered(x, "seq", [b, c, s, None]), b=b, c=c, s=s)
 
     def theirs(x: Tensor, b: float, c: float, s: float) -> Tensor:
         return tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness(x, b), c), s)
@@ -196,7 +196,7 @@ def test_seq_jitter_without_hue_is_torchvisions_in_that_order() -> None:
 def test_jitter_of_strength_zero_changes_nothing(mode: str) -> None:
     view = View(brightness=0, contrast=0, saturation=0, hue=0)
     assert pipeline.jitter_draws(view, (0,)) == [None] * 4
-    ours = run(lambda x: pipeline.jitter(x, mode, [None] * 4, pipeline.uniform(0, 24, 1)))
+    ours = run(lambda x: jittered(x, mode, [None] * 4))
     assert (ours == IMAGES).all()
 
 

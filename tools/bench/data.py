@@ -3,7 +3,8 @@
 Three settings, or one with `--size` and `--views`: two 224-pixel views of 500 x 375 JPEGs (recipe
 `asym`), 2 x 224 + 6 x 96, and two 32-pixel views of an array. The contestants take turns within one
 process: `TrainLoader` with `--workers` threads, and torchvision's `DataLoader` with as many worker
-processes, with PIL images and with tensors (transforms v2, `torchvision.io.decode_jpeg`).
+processes, with PIL images and with tensors (transforms v2, `torchvision.io.decode_jpeg`). Most of
+torchvision's time is its Gaussian blur, so PIL's own, which many recipes take, competes as well.
 
 The figure to compare is processor time per image, children included, which other work on the
 machine disturbs little; it is taken from a standstill to a standstill. Images per second are those
@@ -11,12 +12,14 @@ of the wall clock, between the first batch and the last.
 
 `--open-latency 2` measures reading instead: every `open` of an image takes 2 ms longer, as on a
 network file system, because a small library, made with the C compiler and preloaded, sleeps there.
-The contestant is then DALI's own `fn.readers.file` before the same graph.
+The contestants are then DALI's own `fn.readers.file` before the same graph, and the same images in
+shards, read by offset and streamed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import resource
@@ -35,7 +38,7 @@ import numpy as np
 import torch
 import torchvision
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
@@ -43,8 +46,12 @@ from torchvision.transforms import InterpolationMode, v2
 
 from ddp_ssl.data import pipeline
 from ddp_ssl.data.augment import RECIPES, Decoding, PixelFormat, View
-from ddp_ssl.data.loader import TrainLoader
+from ddp_ssl.data.loader import StreamLoader, TrainLoader
 from ddp_ssl.data.manifest import Split
+from ddp_ssl.data.shards import open_shards
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import pack_shards
 
 Pixels = NDArray[np.uint8]
 FORM = PixelFormat((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -52,7 +59,9 @@ PREFETCH = 2
 LATENCY = "DDP_SSL_OPEN_LATENCY_US"  # read by the preloaded library at every open
 
 OURS, PIL, TENSOR = "ddp_ssl", "torchvision, PIL", "torchvision, tensors"
+PIL_BLUR = "torchvision, PIL, blur of PIL's own"
 READER = "fn.readers.file"
+INDEXED, STREAMED = "ddp_ssl, shards indexed", "ddp_ssl, shards streamed"
 
 
 class Run(NamedTuple):
@@ -111,8 +120,19 @@ def small_pictures(count: int) -> Pixels:
 # --- the package ---------------------------------------------------------------------------------
 
 
-def package(split: Split, views: Sequence[View], batch: int, workers: int, mode: str) -> Contestant:
-    loader = TrainLoader(
+def package(
+    split: Split,
+    views: Sequence[View],
+    batch: int,
+    workers: int,
+    mode: str,
+    streamed: bool = False,
+) -> Contestant:
+    kind: Callable[..., TrainLoader] = TrainLoader
+    if streamed:
+        assert split.shards is not None
+        kind = functools.partial(StreamLoader, **split.shards.stream())
+    loader = kind(
         split,
         views,
         global_batch=batch,
@@ -191,7 +211,18 @@ def cpu_seconds() -> float:
 # --- torchvision ---------------------------------------------------------------------------------
 
 
-def compose(view: View, module: Any) -> Any:
+class PilBlur:
+    """A Gaussian out of box filters, much cheaper than torchvision's; many recipes take it."""
+
+    def __init__(self, sigma: tuple[float, float]) -> None:
+        self.sigma = sigma
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        sigma = torch.empty(1).uniform_(*self.sigma).item()
+        return image.filter(ImageFilter.GaussianBlur(sigma))
+
+
+def compose(view: View, module: Any, pil_blur: bool = False) -> Any:
     """A view as torchvision's transforms, of `transforms` (PIL) or `transforms.v2` (tensors)."""
     steps = [
         module.RandomResizedCrop(
@@ -209,7 +240,8 @@ def compose(view: View, module: Any) -> Any:
         steps.append(module.RandomGrayscale(view.gray_p))
     if view.blur_p > 0:
         window = 2 * (view.size // 20) + 1  # a tenth of the side: 23 for 224, 9 for 96
-        blur = module.GaussianBlur(window, view.blur_sigma)
+        exact = module.GaussianBlur(window, view.blur_sigma)
+        blur = PilBlur(view.blur_sigma) if pil_blur else exact
         steps.append(module.RandomApply([blur], view.blur_p))
     if view.solarize_p > 0:
         steps.append(module.RandomSolarize(128, view.solarize_p))
@@ -225,9 +257,15 @@ def compose(view: View, module: Any) -> Any:
 class Views(Dataset[tuple[list[torch.Tensor], int]]):
     """The views of files or of pixels uint8 `[M, H, W, 3]`, as PIL images or as tensors."""
 
-    def __init__(self, source: list[str] | Pixels, views: Sequence[View], module: Any) -> None:
+    def __init__(
+        self,
+        source: list[str] | Pixels,
+        views: Sequence[View],
+        module: Any,
+        pil_blur: bool = False,
+    ) -> None:
         self.source, self.pil = source, module is v1
-        self.transforms = [compose(view, module) for view in views]
+        self.transforms = [compose(view, module, pil_blur) for view in views]
         if not self.pil and not isinstance(source, list):
             self.tensors = torch.from_numpy(source).permute(0, 3, 1, 2).contiguous()
 
@@ -358,6 +396,9 @@ def augmentations(args: argparse.Namespace) -> Iterator[str]:
                 PIL: data_loader(Views(source, views, v1), batch, args.workers),
                 TENSOR: data_loader(Views(source, views, v2), batch, args.workers),
             }
+            if any(view.blur_p for view in views):
+                cheaper = Views(source, views, v1, pil_blur=True)
+                contestants[PIL_BLUR] = data_loader(cheaper, batch, args.workers)
             runs = measure(contestants, images, args.repeats)
             yield table(title, runs, len(views))
 
@@ -417,16 +458,23 @@ def slow_opens(args: argparse.Namespace) -> Iterator[str]:
         return
     view = View(size=32, jitter_p=0, gray_p=0, blur_p=0)
     batch, images = 64, args.images or 1024
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, tempfile.TemporaryDirectory() as elsewhere:
         folder = Path(temporary)
         kilobytes = write_pictures(folder, 256, 96, 128)
         # DALI's reader does not open what is still in its buffer of 1,024 images.
         for path in sorted(folder.iterdir()):
             for copy in range(31):
                 shutil.copyfile(path, folder / f"{path.stem}-{copy:02d}.jpg")
+        shards = Path(elsewhere)
+        packing = ["--out", str(shards), "--shard-size", "1e7", "data.name=folder"]
+        if pack_shards.main([*packing, f"data.root={folder}"]):
+            raise RuntimeError("packing failed")
+        packed = open_shards(shards).train
         contestants = {
             OURS: package(split_of(folder), [view], batch, args.workers, "seq"),
             READER: dali_reader(folder, [view], batch, args.workers),
+            INDEXED: package(packed, [view], batch, args.workers, "seq"),
+            STREAMED: package(packed, [view], batch, args.workers, "seq", streamed=True),
         }
         for latency in (0.0, args.open_latency):
             os.environ[LATENCY] = str(round(1000 * latency))

@@ -2,9 +2,9 @@
 
     python tools/bench/view_shards.py [--views 8] [--world 8] [--batch 16] [--repeats 5]
 
-For one process of `--world`, for each V that divides: the images it reads and the views it makes in a
-step of `--batch` images with `--views` views of 224 px, and the CPU time of that. The loader is the
-one that trains; the figures of the different V are interleaved.
+For one process of `--world`, for each V that divides: the images it reads and the views it makes in
+a step of `--batch` images with `--views` views of 224 px, and the CPU time of that. The loader is
+the one that trains; the different V take turns.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ddp_ssl.config import ViewGroup
@@ -25,7 +23,7 @@ from ddp_ssl.data.loader import TrainLoader
 from ddp_ssl.data.manifest import Split
 
 sys.path.insert(0, str(Path(__file__).parent))
-from data import write_jpegs
+from data import endless, split_of, write_pictures
 
 STEPS = 8
 
@@ -65,27 +63,25 @@ def main() -> None:
         if world % v == 0 and views % v == 0 and batch % (world // v) == 0
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        files = write_jpegs(Path(folder), max(2 * batch, 64))
-        names = [path.name.encode() for path in files]
-        split = Split.of_files(folder, names, np.zeros(len(names), np.int64))
+        write_pictures(Path(folder), max(2 * batch, 64), 375, 500)
+        split = split_of(Path(folder))
         loaders = {v: loader_of(split, views, world, batch, v) for v in kinds}
+        turns = {v: endless(loader, 1) for v, loader in loaders.items()}
         times: dict[int, list[float]] = {v: [] for v in kinds}
-        for repeat in range(options.repeats + 1):
-            for v, loader in loaders.items():
-                start = time.process_time()
-                for _ in range(STEPS):
-                    next(loader)
-                if repeat:  # the first builds and warms up
-                    times[v].append((time.process_time() - start) / STEPS)
+        for _ in range(options.repeats):
+            for v, turn in turns.items():
+                times[v].append(turn(STEPS).ms)
     print(f"{batch} images x {views} views of 224 px over {world} processes, one thread each\n")
-    print("| view shards | images a process reads | views it makes | CPU ms a step | against V = 1 |")
+    print(
+        "| view shards | images a process reads | views it makes | CPU ms a step | against V = 1 |"
+    )
     print("| --- | --- | --- | --- | --- |")
     base = statistics.median(times[kinds[0]])
     for v in kinds:
         median, images = statistics.median(times[v]), batch * v // world
-        low, high = min(times[v]) * 1000, max(times[v]) * 1000
+        low, high = min(times[v]), max(times[v])
         print(
-            f"| {v} | {images} | {images * views // v} | {1000 * median:.1f} "
+            f"| {v} | {images} | {images * views // v} | {median:.1f} "
             f"[{low:.1f} to {high:.1f}] | {median / base:.2f} |"
         )
 
