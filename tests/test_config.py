@@ -138,6 +138,32 @@ def test_the_batch_must_split_evenly() -> None:
         check_world_size(config, 3)
 
 
+def test_views_must_split_evenly_over_the_processes_that_share_them() -> None:
+    views = "data.views=[{count: 4, size: 32, recipe: sym}, {count: 2, size: 16, recipe: sym}]"
+    config = load([views, "data.view_shards=2", "data.batch_size=6"]).config
+    for size in (2, 4, 6, 12):
+        check_world_size(config, size)
+    with pytest.raises(ConfigError, match=r"^data.view_shards: 2 does not divide the 9 processes"):
+        check_world_size(config, 9)
+    with pytest.raises(ConfigError, match=r"6 images cannot be split evenly over 4 groups of 2 pr"):
+        check_world_size(config, 8)
+    with pytest.raises(ConfigError, match=r"does not divide the 2 views of 16 pixels; 1 or 2 wou"):
+        load([views, "data.view_shards=4"])
+
+
+def test_a_local_norm_needs_two_images() -> None:
+    config = load(["data.batch_size=6", "model.batch_norm=local"]).config
+    check_world_size(config, 3)
+    with pytest.raises(ConfigError, match=r"^data.batch_size: 6 images over 6 processes leave one"):
+        check_world_size(config, 6)
+
+
+def test_half_precision_images_need_autocast() -> None:
+    with pytest.raises(ConfigError, match=r"^data.dtype: float16 images need autocast"):
+        load(["data.dtype=float16", "optim.precision=fp32"])
+    load(["data.dtype=float16", "optim.precision=bf16"])
+
+
 def test_identity_is_the_experiment_not_where_it_runs() -> None:
     a = identity(load([]).config)
     b = identity(

@@ -104,6 +104,19 @@ def test_another_world_size_sees_each_image_once(
         assert seen == permutation(0, epoch, 43)[:36].tolist()
 
 
+def test_half_precision_images_train_and_are_measured(
+    ranks: Ranks, photos: Path, tmp_path: Path
+) -> None:
+    views = "data.views=[{count: 2, size: 64, recipe: sym}]"
+    half = ("data.dtype=float16", "optim.precision=bf16", views, "data.val_size=16")
+    args = arguments(photos, tmp_path / "run", *half)
+    ((code, seen),) = ranks.launch(watch, 1, args)
+    assert code == 0
+    assert {view.dtype for _, views in seen for view in views} == {torch.float16}
+    alphas = [row["rep/alpha"] for row in rows(tmp_path / "run") if "rep/alpha" in row]
+    assert 0 < alphas[-1] < 1
+
+
 # --- bad images ----------------------------------------------------------------------------------
 
 

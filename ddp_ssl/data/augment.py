@@ -49,7 +49,7 @@ class Decoding(NamedTuple):
     preallocate: tuple[int, int] | None = None
 
 
-# The recipes of solo-learn, of ReSSL and of SwAV. A recipe lists one view or more; a group of `count` views
+# The recipes of solo-learn, of ReSSL and of SwAV. A recipe lists one view or more; a group of views
 # takes them in turn, so `asym` with four views is first, second, first, second.
 RECIPES: dict[str, tuple[View, ...]] = {
     "asym": (

@@ -118,7 +118,7 @@ class Method(nn.Module, Generic[C]):
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images `[n, 3, S, S]` to `r` `[n, d_R]` and `z` `[n, d]` in float32 or wider."""
-        r = self.backbone(x)
+        r = self.backbone(at_least_float32(x))
         return at_least_float32(r), at_least_float32(self.projector(r))
 
     def encode(
@@ -136,11 +136,11 @@ class Method(nn.Module, Generic[C]):
             group = [v for v in views[start:] if v.shape[-1] == size]
             total = len(group) * self.comm.view_shards if self.separate else 1
             held = self.comm.views if self.separate else slice(None)
+            stacked = torch.cat(group) if len(group) > 1 else group[0]
             with (
                 stacked_views(self.layout, total, held),
-                torch.autocast(group[0].device.type, self.autocast, self.autocast is not None),
+                torch.autocast(stacked.device.type, self.autocast, self.autocast is not None),
             ):
-                stacked = torch.cat(group) if len(group) > 1 else group[0]
                 r, z = (network or self._forward)(stacked)
             outputs.append((r.view(len(group), images, -1), z.view(len(group), images, -1)))
             start += len(group)

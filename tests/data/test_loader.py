@@ -56,6 +56,14 @@ def test_a_batch(files: Split) -> None:
     assert (batch.ids.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
 
 
+def test_half_precision_is_the_same_rounded(files: Split) -> None:
+    batch, half = next(loader_of(files)), next(loader_of(files, half=True))
+    for a, b in zip(batch.views, half.views, strict=True):
+        assert b.dtype == torch.float16
+        assert b.is_contiguous(memory_format=torch.channels_last)
+        assert (a - b.float()).abs().max() <= 2**-11  # half a unit in the last place below 1
+
+
 def test_unlabelled_images(files: Split) -> None:
     split = Split(np.full(20, -1), files.root, files.names, files.spans)
     assert next(loader_of(split)).labels.tolist() == [-1] * 6
