@@ -28,6 +28,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+Size = Annotated[int, Field(ge=1)]
 Channels = tuple[float, float, float]
 
 NORMALISATION: dict[str, tuple[Channels, Channels]] = {
@@ -221,7 +222,7 @@ class Data(Section):
     """Type of the views that DALI hands over; float16 halves their memory."""
     hw_decoder_load: float = Field(0.65, ge=0, le=1)
     """GPU: share of the JPEGs that the hardware decoder takes."""
-    preallocate: tuple[int, int] | None = None
+    preallocate: tuple[Size, Size] | None = None
     """GPU: width and height of the largest images expected, so that the decoder's buffers are
     allocated once."""
 
@@ -393,9 +394,10 @@ EMBEDDED_DEFAULT: dict[str, Any] = {
     "log": {"every_steps": 11},
 }
 
-# Keys that may differ when a run is resumed; all others are its identity.
+# Keys that may differ when a run is resumed; all others are its identity, and so are the images.
 FREE_ON_RESUME = re.compile(
-    r"run\.(?!seed$).*|(checkpoint|eval|measure|log)\..*|data\.(root|url|stage|view_shards|threads|"
+    r"run\.(?!seed$).*|(checkpoint|eval|measure|log)\..*|data\.(root|url|stage|files|val_files|"
+    r"skip|view_shards|threads|"
     r"prefetch|read_threads|hw_decoder_load|preallocate|max_bad_fraction)"
 )
 
@@ -568,17 +570,17 @@ def check_world_size(config: Config, world_size: int) -> None:
             f"{_divisors(world_size)} would be accepted"
         )
     parts = world_size // shares
+    over = f"{parts} processes" if shares == 1 else f"{parts} groups of {shares} processes"
     if batch % parts:
         below, above = batch // parts * parts, -(-batch // parts) * parts
         nearest = f"{below} or {above}" if below else f"{above}"
-        over = f"{parts} processes" if shares == 1 else f"{parts} groups of {shares} processes"
         raise ConfigError(
             f"data.batch_size: {batch} images cannot be split evenly over {over}; "
             f"{nearest} would be accepted"
         )
     if config.model.batch_norm == "local" and batch < 2 * parts:
         raise ConfigError(
-            f"data.batch_size: {batch} images over {world_size} processes leave one each; a "
+            f"data.batch_size: {batch} images over {over} leave one each; a "
             f"local batch norm needs 2; {2 * parts} or model.batch_norm=global is accepted"
         )
 

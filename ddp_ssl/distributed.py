@@ -48,6 +48,7 @@ class World:
     device: torch.device
     side: Any = None
     """A gloo group for flags and waiting, so that neither blocks the device."""
+    timeout: datetime.timedelta | None = None
 
     @property
     def is_main(self) -> bool:
@@ -156,7 +157,7 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
         store = PrefixStore(f"start {restarts()}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     side = dist.new_group(backend="gloo", timeout=timeout)
-    world = World(rank, size, local_rank, local_size, place, side)
+    world = World(rank, size, local_rank, local_size, place, side, timeout)
     problem = world.broadcast_object(_conflict(world.gather_objects(_place(place))))
     if problem:
         raise Disagreement(problem)
@@ -268,11 +269,14 @@ class MeshComm(Comm):
         self._view_group: Any = None
         self._view_side: Any = None  # gloo: what the hosts say to each other
         if view_shards > 1:
-            for first in range(0, world.size, view_shards):
-                members = list(range(first, first + view_shards))
-                group, side = dist.new_group(members), dist.new_group(members, backend="gloo")
-                if world.rank in members:
-                    self._view_group, self._view_side = group, side
+            first = world.rank // view_shards * view_shards
+            common: dict[str, Any] = {
+                "ranks": list(range(first, first + view_shards)),
+                "timeout": world.timeout,
+                "use_local_synchronization": True,  # only the members wait for each other
+            }
+            self._view_group = dist.new_group(**common)
+            self._view_side = dist.new_group(**common, backend="gloo")
 
     def gather(self, x: Tensor) -> Tensor:
         if self.world_size == 1:

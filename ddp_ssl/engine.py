@@ -32,7 +32,7 @@ from ddp_ssl.data import datasets
 from ddp_ssl.data.augment import Decoding, PixelFormat, views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.loader import StreamLoader, TrainLoader
-from ddp_ssl.data.source import Agree, BadImages
+from ddp_ssl.data.source import Agree, BadImages, UnreadableError
 from ddp_ssl.distributed import LateFlag, World
 from ddp_ssl.evals.probe import Learner
 from ddp_ssl.evals.validation import Validation
@@ -87,7 +87,7 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
             try:
                 state = train(job, stop)
             except BadDataError:
-                save(job)
+                save(job)  # between two steps, on all processes together
                 raise
             if state == "done":
                 finish(job)
@@ -106,6 +106,10 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
         if world.is_main:
             logger.error("%s", error)
         code = 1
+    except UnreadableError as error:
+        record_status(claimed, "failed", error=str(error))
+        logger.error("%s; run.resume=auto goes on from the last checkpoint", error)
+        raise SystemExit(1) from None  # as below
     except BaseException as error:
         # One rank alone: the others wait in a collective, where leaving the group in order would
         # block too. The process ends as it is, and the launcher ends the others.
@@ -170,20 +174,31 @@ def train(job: Job, stop: StopRequest) -> log.State:
             recorder.add(job.step, figures | {"optim/lr": rate, "optim/grad_norm": norm})
             if job.step % config.log.every_steps == 0 or job.step == total_steps:
                 recorder.flush()
-            stopping = late.exchange(stop.look_for(stop_file if world.is_main else None))
+            asked = stop.look_for(stop_file if world.is_main else None)
+            stopping = late.exchange(asked or job.loader.failing is not None)
             every = config.checkpoint.every_steps
             last = job.step == (job.epoch + 1) * steps_per_epoch
             if stopping or (every and job.step % every == 0 and not last):
                 save(job)
             if stopping:
                 late.settle()
+                stop_if_bad(world, job.loader.failing)
                 return "preempted"
         improved = end_of_epoch(job)
         job.epoch += 1
         keep_every = config.checkpoint.keep_every
         save(job, bool(keep_every and job.epoch % keep_every == 0), improved)
+        recorder.share_bad()
     late.settle()
     return "done"
+
+
+def stop_if_bad(world: World, reason: str | None) -> None:
+    """`BadDataError` on all processes together if one of them has a reason."""
+    reasons = world.gather_objects(reason) or []
+    first = world.broadcast_object(next((r for r in reasons if r is not None), None))
+    if first is not None:
+        raise BadDataError(first)
 
 
 def end_of_epoch(job: Job) -> bool:
@@ -220,7 +235,6 @@ def evaluate(job: Job, accuracy: bool, measure: bool) -> dict[str, float]:
         return {}
     start = time.perf_counter()
     figures = job.validation.figures(job.method, job.learner.probe, accuracy, measure)
-    job.recorder.share_bad()
     figures["perf/validation_s"] = time.perf_counter() - start
     job.first = job.first or figures
     job.latest |= figures
@@ -338,7 +352,8 @@ def build(resolved: Resolved, world: World, claimed: list[Path]) -> Job:
             start.folder, tensorboard=config.log.tensorboard, resumed_step=resumed, offset=offset
         )
         writer.text("config", f"```yaml\n{resolved.to_yaml()}```", resumed or 0)
-    images = len(data.train) + (0 if data.val is None else len(data.val))
+    parts = (max(data.train, data.labelled or data.train, key=len), data.val)
+    images = sum(len(part) for part in parts if part is not None)
     recorder = Recorder(
         config, world, loader.steps_per_epoch, writer, bad, images, start.folder / "bad_images.txt"
     )
@@ -458,16 +473,20 @@ def warm_up(
 
 def begin(job: Job) -> None:
     """A fresh start: figures at step 0."""
+    if job.world.is_main:
+        job.recorder.restore_bad({})  # of an earlier start that came to no checkpoint
     if job.config.run.init_from is not None:
         job.recorder.tell(f"weights from {job.config.run.init_from}")
     job.method.on_start(context_of(job))
     job.method.train()
     if job.config.eval.raw_pixels and job.validation is not None and job.validation.labelled:
-        pixels = {"eval/knn_raw_pixels": job.validation.raw_pixels()}
-        job.latest |= pixels
-        job.recorder.row(0, pixels)
-        job.recorder.tell(f"k-NN top-1 of the raw pixels: {pixels['eval/knn_raw_pixels']:.4f}")
+        accuracy = job.validation.raw_pixels()
+        if accuracy is not None:
+            job.latest |= {"eval/knn_raw_pixels": accuracy}
+            job.recorder.row(0, {"eval/knn_raw_pixels": accuracy})
+            job.recorder.tell(f"k-NN top-1 of the raw pixels: {accuracy:.4f}")
     figures = evaluate(job, accuracy=True, measure=True)
+    job.recorder.share_bad()
     best = job.config.checkpoint.best
     if best is not None and figures and best.lstrip("-") not in figures and job.data.labelled:
         job.recorder.tell(
@@ -485,6 +504,7 @@ def picture(job: Job) -> None:
         job.config, job.method.comm, job.data, job.world.device, views, job.recorder.bad
     )
     image = view_grid(next(loader).views, *job.config.data.normalisation)
+    loader.close()
     job.recorder.image("data/views", image, job.folder / "views.png")
 
 
@@ -527,7 +547,14 @@ def context_of(job: Job) -> Context:
             job.config, comm, job.data, job.world.device, [0], job.recorder.bad, own
         )
         for _ in range(min(count, loader.steps_per_epoch)):
-            yield next(loader)
+            batch, problem = None, None
+            try:
+                batch = next(loader)
+            except UnreadableError as error:
+                problem = str(error)
+            stop_if_bad(job.world, problem)
+            yield cast(Batch, batch)
+        loader.close()
 
     def report(figures: dict[str, float]) -> None:
         job.latest.update(figures)
@@ -606,7 +633,7 @@ def restore(job: Job, state: dict[str, Any], path: Path) -> None:
     job.step, job.epoch, job.best = state["step"], state["epoch"], state["best"]
     job.first, job.latest = dict(state["first"]), dict(state["latest"])
     if job.world.is_main:
-        job.recorder.restore_bad(state["bad_images"])
+        job.recorder.restore_bad(state.get("bad_images", {}))
     mine = folder.per_rank(state["ranks"], job.world.rank)
     warning = job.loader.load_state(mine["loader"], job.step)
     if warning and job.world.is_main:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from ddp_ssl import log
 from ddp_ssl.config import Config
 from ddp_ssl.data.source import BadImages, write_list
 from ddp_ssl.distributed import World
+
+logger = logging.getLogger("ddp_ssl")
 
 
 class NonFiniteError(RuntimeError):
@@ -46,6 +49,7 @@ class Recorder:
         self.bad, self.images, self.listed = bad, images, listed
         self.bad_count = 0
         self._listed: dict[str, str] = {}  # on rank 0: all processes'
+        self._found: set[str] = set()  # of these, what was found since this process started
         self.steps_per_epoch = steps_per_epoch
         self.progress = log.Progress(config.optim.epochs, steps_per_epoch)
         self._names: list[str] = []
@@ -132,33 +136,44 @@ class Recorder:
         self.bad.fresh = {}
         told: tuple[int, str | None] | None = None
         if parts is not None:
-            new: dict[str, str] = {}
+            found: dict[str, str] = {}
             for part in parts:
-                new |= {where: why for where, why in part.items() if where not in self._listed}
-            self.list_bad(new)
-            bound, count = self.config.data.max_bad_fraction, len(self._listed)
-            told = (count, None)
-            if count > bound * self.images:
-                first, why = next(iter(self._listed.items()))
-                told = (
-                    count,
-                    f"data.max_bad_fraction: {count} of {self.images} images cannot be used, more "
-                    f"than {bound:g} of them; the first is {first} ({why}), the others are in "
-                    f"{self.listed}; tools/check_data.py finds all, data.skip leaves them out",
-                )
+                found |= part
+            self.list_bad({where: why for where, why in found.items() if where not in self._listed})
+            self._found |= found.keys()
+            told = len(self._listed), self._too_many()
         self.bad_count, problem = self.world.broadcast_object(told)
         return cast("str | None", problem)
+
+    def _too_many(self) -> str | None:
+        """Only what was found since this process started: what is on the list may be mended."""
+        bound, count = self.config.data.max_bad_fraction, len(self._found)
+        if count <= bound * self.images:
+            return None
+        first = next(where for where in self._listed if where in self._found)
+        return (
+            f"data.max_bad_fraction: {count} of {self.images} images cannot be used, more than "
+            f"{bound:g} of them; the first is {printable(first)} ({self._listed[first]}), all are "
+            f"in {self.listed}. Mend them or raise data.max_bad_fraction, and go on with "
+            "run.resume=auto; tools/check_data.py finds all there are, data.skip leaves them out "
+            "of a new run"
+        )
 
     def list_bad(self, new: dict[str, str]) -> None:
         """Append to the list of bad images, on rank 0."""
         self._listed |= new
         self.bad_count = len(self._listed)
         if new:
-            write_list(self.listed, new, "a")
+            self._write(new, "a")
             where, why = next(iter(new.items()))
-            where = where.encode("utf-8", "replace").decode()  # any bytes may be a name
             more = f" and {len(new) - 1} more" if len(new) > 1 else ""
-            self.tell(f"bad image replaced: {where} ({why}){more}; {self.bad_count} so far")
+            self.tell(f"bad image: {printable(where)} ({why}){more}; {self.bad_count} so far")
+
+    def _write(self, new: dict[str, str], mode: Literal["w", "a"]) -> None:
+        try:
+            write_list(self.listed, new, mode)
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self.listed, error.strerror)
 
     def bad_images(self) -> dict[str, str]:
         """What is on the list, for the checkpoint."""
@@ -166,10 +181,11 @@ class Recorder:
 
     def restore_bad(self, listed: dict[str, str]) -> None:
         """The list as it was at a checkpoint, on rank 0; the rest will be found again."""
-        self.listed.unlink(missing_ok=True)
         self._listed, self.bad_count = dict(listed), len(listed)
         if listed:
-            write_list(self.listed, listed)
+            self._write(listed, "w")
+        else:
+            self.listed.unlink(missing_ok=True)
 
     def epoch(self, step: int) -> int:
         """The epoch, from 1, that a step belongs to; 0 before the first."""
@@ -225,3 +241,8 @@ def _memory(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def printable(path: str) -> str:
+    """A path for people: any bytes may be a name."""
+    return path.encode("utf-8", "replace").decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,85 @@ def test_too_many_bad_images_stop_the_run_and_lose_nothing(
     after = [r["step"] for r in rows(folder) if "train/loss" in r]
     assert after == list(range(1, 10))  # none trained twice: it was saved where it stopped
     assert steps == after[: len(steps)]
+
+
+def vanish(args: list[str], data: str, at: int) -> int | str:
+    """A run whose images vanish when a step begins."""
+    from ddp_ssl import optim
+
+    original = optim.set_learning_rates
+
+    def watched(optimizer: Any, config: Any, batch: int, step: int, steps: int) -> float:
+        if step == at:
+            with contextlib.suppress(OSError):
+                Path(data).rename(f"{data}-gone")
+        return original(optimizer, config, batch, step, steps)
+
+    optim.set_learning_rates = watched
+    try:
+        return train(args)
+    finally:
+        optim.set_learning_rates = original
+
+
+MEASURED = ("checkpoint.every_steps=0", "log.every_steps=100")
+UNMEASURED = (
+    *MEASURED,
+    "method.alpha_every=9",
+    "eval.every=0",
+    "measure.every=0",
+    "optim.epochs=6",
+)
+
+
+@pytest.mark.parametrize("more", [MEASURED, UNMEASURED])
+def test_data_that_vanish_cost_nothing_and_can_come_back(
+    ranks: Ranks, photos: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """Noticed where alpha is measured, or some steps before there would be no batch."""
+    data, folder = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(photos, data)
+    args = arguments(data, folder, *more)
+    assert ranks.launch(vanish, 2, args, str(data), 4) == [1, 1]
+    error = status(folder)["error"]
+    assert "none can be used" in error or "images cannot be used" in error
+    assert "\n" not in error
+    before = [r["step"] for r in rows(folder) if "train/loss" in r]
+    assert len(before) >= 6
+    Path(f"{data}-gone").rename(data)
+    assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
+    whole = [a if not a.startswith("run.dir=") else f"run.dir={tmp_path / 'whole'}" for a in args]
+    assert ranks.launch(train, 2, whole) == [0, 0]
+    steps = [
+        [row["train/loss"] for row in rows(place) if "train/loss" in row]
+        for place in (folder, tmp_path / "whole")
+    ]
+    assert steps[0] == steps[1]
+
+
+def test_bad_validation_images_are_said_after_the_epoch_counts(
+    ranks: Ranks, photos: Path, tmp_path: Path
+) -> None:
+    """All of them: no figures, one clear line, nothing measured twice after it was mended."""
+    from ddp_ssl.config import load
+    from ddp_ssl.data import datasets
+
+    data, folder = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(photos, data)
+    args = arguments(data, folder)
+    val = datasets.load(load(args).config.data, 0).val
+    assert val is not None
+    spoiled = [Path(val.where(i)) for i in range(len(val))]
+    before = [path.read_bytes() for path in spoiled]
+    for path in spoiled:
+        path.write_bytes(b"")
+    assert ranks.launch(train, 2, args) == [1, 1]
+    assert status(folder)["error"].startswith("data.max_bad_fraction: 5 of 48 images")
+    for path, content in zip(spoiled, before, strict=True):
+        path.write_bytes(content)
+    shutil.rmtree(folder)
+    assert ranks.launch(vanish, 2, args, str(spoiled[0]), 1) == [1, 1]
+    Path(f"{spoiled[0]}-gone").rename(spoiled[0])
+    assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
+    measured = [r["step"] for r in rows(folder) if "rep/effective_rank_z_train" in r]
+    assert measured == [3, 6, 9]

@@ -51,7 +51,7 @@ class TrainLoader:
     step: int  # of the next batch
     _batches: Any  # DALI's iterator, None until the first batch
     _blob: bytes  # DALI's state after the last batch, empty before the first
-    _broken: str  # why there are no more batches
+    _broken: RuntimeError | None  # why there are no more batches
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class TrainLoader:
         self.threads, self.prefetch = threads, prefetch
         reader = Reader(
             split, self.order.ids, threads=read_threads, device_id=_device_id(device),
-            bad=BadImages() if bad is None else bad,
+            decoding=decoding, bad=BadImages() if bad is None else bad,
         )  # fmt: skip
         self._source = TrainSource(reader, self.order, agree)
         self._restart(start_step)
@@ -100,25 +100,24 @@ class TrainLoader:
     def __next__(self) -> Batch:
         """The batch of global step `self.step`.
 
-        Raises `RuntimeError`, one line, if DALI stops for another reason than a bad image, and
-        `UnreadableError` if there is nothing to put in a bad image's place.
+        Raises `UnreadableError`, one line, if there is none because of bad images, `RuntimeError`
+        if DALI stops for another reason.
         """
+        if self._source.failed is not None and self.step >= self._source.failed[0]:
+            raise UnreadableError(self._source.failed[1])
         if self._broken:
-            raise RuntimeError(self._broken)
+            raise type(self._broken)(str(self._broken))
         while True:
             if self._batches is None:
                 self._batches = self._build()
             try:
                 (out,) = next(self._batches)
                 break
-            except UnreadableError as error:
-                self._broken = str(error)
-                raise
             except (RuntimeError, StopIteration) as error:
                 self._batches = None  # DALI goes on with another batch, or never again
                 if not self._mended():
-                    self._broken = self._says(error)
-                    raise RuntimeError(self._broken) from None
+                    self._broken = self._error(error)
+                    raise self._broken from None
         self._blob = self._batches.checkpoints()[0]
         self.step += 1
         return _batch(out, len(self.views), self.split, self.device)
@@ -129,10 +128,20 @@ class TrainLoader:
         An error can come up before the batch that it belongs to: all batches in flight are tested.
         """
         ahead = range(self.step, self.step + self.prefetch + 2)
-        return self.split.images is None and bool(self._source.reader.examine(ahead))
+        return self.split.images is None and self._source.mend(ahead)
 
-    def _says(self, error: Exception) -> str:
-        return telling(error)
+    def _error(self, error: Exception) -> RuntimeError:
+        return RuntimeError(telling(error))
+
+    @property
+    def failing(self) -> str | None:
+        """Why there will soon be no batch, known some steps before `next` raises; or None."""
+        return None if self._source.failed is None else self._source.failed[1]
+
+    def close(self) -> None:
+        """Let go of DALI's pipeline and of the threads."""
+        self._batches = None
+        self._source.reader.close()
 
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on with the next batch; safe to load as weights only."""
@@ -183,14 +192,14 @@ class TrainLoader:
             "salt": str(self.salt),
             "color_jitter": self.color_jitter,
             "normalisation": repr(tuple(self.form)),
-        }
+        } | ({"decoding": repr(self.decoding.hw_load)} if self.device.type == "cuda" else {})
 
     def _restart(self, step: int) -> None:
         """A pipeline whose first batch is that of `step`; its augmentation seed follows from it."""
         self.step = self.order.start = step
         self._batches = None
         self._blob = b""
-        self._broken = ""
+        self._broken = None
 
     def _build(self) -> Any:
         return self._iterator(self._pipeline.read, self._fetch, self.split.images is None)
@@ -255,8 +264,8 @@ class StreamLoader(TrainLoader):
     def _mended(self) -> bool:
         return False
 
-    def _says(self, error: Exception) -> str:
-        return (
+    def _error(self, error: Exception) -> RuntimeError:
+        return UnreadableError(
             f"{telling(error)}; a streamed run cannot replace a bad image: tools/check_data.py "
             "finds it, data.skip leaves it out of new shards, data.reader=indexed replaces it"
         )
@@ -309,43 +318,46 @@ class EvalLoader:
                 f"accepted: {self.size} or more"
             )
         self.form, self.decoding = form, decoding
-        self.threads, self.prefetch = threads, prefetch
+        self.threads, self.prefetch, self.read_threads = threads, prefetch, read_threads
+        self.bad = BadImages() if bad is None else bad
         own = np.asarray(ids, np.int64)[shard::num_shards]
         self._batches = math.ceil(math.ceil(len(ids) / num_shards) / batch_size)
         self._ids = np.full(self._batches * batch_size, -1)
         self._ids[: len(own)] = own
-        reader = Reader(
-            split, self._at, threads=read_threads, device_id=_device_id(device),
-            bad=BadImages() if bad is None else bad,
-        )  # fmt: skip
-        self._source = EvalSource(reader)
 
     def __len__(self) -> int:
         """Batches, the same on all shards."""
         return self._batches
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = None
+        reader = Reader(
+            self.split, self._at, threads=self.read_threads, device_id=_device_id(self.device),
+            decoding=self.decoding, bad=self.bad,
+        )  # fmt: skip
+        source, batches = EvalSource(reader), None
         for step in range(self._batches):
             while True:
                 if batches is None:
-                    batches = self._build(step)
+                    batches = self._build(source, step)
                 try:
                     (out,) = next(batches)
                     break
                 except (RuntimeError, StopIteration) as error:
                     batches = None
-                    ahead = range(step, min(step + self.prefetch + 2, self._batches))
-                    if self.split.images is not None or not self._source.reader.examine(ahead):
+                    ids = self._ids[step * self.batch_size :][
+                        : (self.prefetch + 2) * self.batch_size
+                    ]
+                    if self.split.images is not None or not reader.examine(ids):
                         raise RuntimeError(telling(error)) from None
             yield _batch(out, 1, self.split, self.device)
+        reader.close()
 
-    def _build(self, first: int) -> Any:
+    def _build(self, source: EvalSource, first: int) -> Any:
         """The batches from `first` on."""
         return self._pipeline.eval_iterator(
             functools.partial(
                 self._pipeline.read,
-                lambda info: self._fetch(first + info.iteration),
+                lambda info: self._fetch(source, first + info.iteration),
                 self.split.images is None,
                 self.decoding,
             ),
@@ -361,13 +373,13 @@ class EvalLoader:
     def _at(self, step: int) -> Ids:
         return self._ids[step * self.batch_size : (step + 1) * self.batch_size]
 
-    def _fetch(self, step: int) -> tuple[Any, Ids]:
+    def _fetch(self, source: EvalSource, step: int) -> tuple[Any, Ids]:
         if step >= self._batches:
             raise StopIteration
         if self.split.images is not None:
             ids = self._at(step)
             return self.split.images[np.maximum(ids, 0)], ids[:, None]
-        images, ids = self._source.batch(step)
+        images, ids = source.batch(step)
         return images, ids[:, None]
 
 

@@ -89,9 +89,9 @@ def eval_iterator(
     return _iterator(pipe, 1)
 
 
-def decoder(device_id: int | None = None) -> Any:
+def decoder(device_id: int | None, decoding: Decoding) -> Any:
     """A pipeline that decodes one image, fed as `encoded` (uint8 `[length]`)."""
-    pipe = dali.pipeline_def(lambda: decode(fn.external_source(name="encoded"), Decoding()))(
+    pipe = dali.pipeline_def(lambda: decode(fn.external_source(name="encoded"), decoding))(
         batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1, exec_dynamic=True
     )
     pipe.build()

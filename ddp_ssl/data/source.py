@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from ddp_ssl.data.augment import Decoding
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import Ids, Order, hashed
 from ddp_ssl.data.verify import Bytes, Decoder, first_line, worth_trying
@@ -34,16 +35,21 @@ ATTEMPTS = 100  # at finding a replacement
 
 
 class UnreadableError(RuntimeError):
-    """So many images cannot be used that there is nothing to replace them with."""
+    """There is no batch: nothing to put in a bad image's place, or no way to. One line."""
 
 
 class BadImages:
-    """What cannot be used, by what a person would look for, with the reason."""
+    """What cannot be used, by what a person would look for, with the reason; one for a run."""
 
     def __init__(self) -> None:
         self.known: dict[str, str] = {}
         self.fresh: dict[str, str] = {}
         """Those that the other processes have not been told of."""
+        self._by_split: dict[str, dict[int, str]] = {}
+
+    def of(self, split: Split) -> dict[int, str]:
+        """The bad images of a split by id, the same for all its readers."""
+        return self._by_split.setdefault(split.digest, {})
 
     def add(self, where: str, reason: str) -> None:
         if where not in self.known:
@@ -70,15 +76,16 @@ class Reader:
         *,
         threads: int,
         device_id: int | None,
+        decoding: Decoding,
         bad: BadImages,
     ) -> None:
         self.split, self.ids_of, self.bad = split, ids_of, bad
-        self.problems: dict[int, str] = {}
+        self.problems = bad.of(split) if split.images is None else {}
         self._sound: set[int] = set()  # odd to look at, but they decode
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "ddp_ssl-read")
         self._asked: dict[int, list[Future[list[Loaded]]]] = {}
-        self._decoder, self._one_at_a_time = Decoder(device_id), threading.Lock()
+        self._decoder, self._one_at_a_time = Decoder(device_id, decoding), threading.Lock()
 
     def take(self, step: int) -> list[Loaded]:
         """The batch of `step`; those after it are being read meanwhile."""
@@ -129,10 +136,14 @@ class Reader:
                     reason += f" (in {self.split.shards.path_of(i)})"
                 self.bad.add(self.split.where(i), reason)
 
-    def examine(self, steps: Iterable[int]) -> dict[int, str]:
-        """Decode all images of some batches; those that fail are remembered and returned."""
+    def close(self) -> None:
+        """Let the threads end."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def examine(self, ids: Iterable[int]) -> bool:
+        """Decode images; those that fail are remembered. Whether any did."""
         found = {}
-        for i in dict.fromkeys(int(i) for step in steps for i in self.ids_of(step)):
+        for i in dict.fromkeys(int(i) for i in ids):
             if i < 0 or i in self.problems:
                 continue
             (loaded,) = self.load([i])
@@ -140,63 +151,95 @@ class Reader:
             if reason is not None:
                 found[i] = reason
         self.remember(found)
-        return found
+        return bool(found)
 
 
 class TrainSource:
     """Batches of a training order in which every bad image is replaced by another one.
 
-    The replacement is a pure function of the seed, the step and the image, so that every process
-    that reads the image puts the same in its place; `agree` makes a bad image of one process a bad
-    image of its whole view group. All other images stay as they are, in their places.
+    The replacement is a function of the seed, the step and the image, so that every process that
+    reads the image puts the same in its place. `agree` is called in rounds, as often on each member
+    of a view group, and makes a bad image of one process a bad image of all. All other images stay
+    as they are, in their places.
     """
 
     def __init__(self, reader: Reader, order: Order, agree: Agree) -> None:
         self.reader, self.order, self.agree = reader, order, agree
-        self._agreed: dict[int, bool] = {}
+        self._settled: dict[int, tuple[Ids, Ids]] = {}  # the ids of late steps, and tries at each
+        self.failed: tuple[int, str] | None = None
+        """The first step for which there is no batch, and why."""
 
     def batch(self, step: int) -> tuple[list[Bytes], Ids]:
-        """Encoded images and their ids, int64 `[n]`."""
-        ids = self.order.ids(step).copy()
+        """Encoded images and their ids, int64 `[n]`.
+
+        If nothing can replace an image, `failed` says so and padding stands in: DALI asks for
+        batches ahead of the run, so that it can still be stopped in order.
+        """
+        original = self.order.ids(step)
         loaded = self.reader.take(step)
-        tried = np.zeros(len(ids), np.int64)
-        # After an error batches come again; what was agreed on then holds, the others do not wait.
-        again = step in self._agreed
+        # After an error batches come again. What was agreed on then holds, and nobody is asked:
+        # what DALI alone found bad, it finds on every process that decodes it.
+        again = step in self._settled
+        if again:
+            ids, tried = self._settled[step]
+            for place in np.flatnonzero(ids != original):
+                (loaded[place],) = self.reader.load([ids[place]])
+        else:
+            ids, tried = original.copy(), np.zeros(len(original), np.int64)
         while True:
-            found = {int(i): x for i, x in zip(ids, loaded, strict=True) if isinstance(x, str)}
-            if not again:
-                found = self.agree(found)
+            # Also those that are known, whose bytes had been read before they were.
+            found = {
+                int(i): x if isinstance(x, str) else self.reader.problems[int(i)]
+                for i, x in zip(ids, loaded, strict=True)
+                if isinstance(x, str) or int(i) in self.reader.problems
+            }
+            found = found if again else self.agree(found)
             self.reader.remember(found)
-            places = [p for p, i in enumerate(ids) if int(i) in self.reader.problems]
+            places = [place for place, i in enumerate(ids) if int(i) in found]
             if not places:
                 break
+            if tried.max() >= ATTEMPTS:
+                self.failed = self.failed or (step, self._why(original, ids, found))
+                loaded = [PADDING] * len(ids)
+                break
             for place in places:
-                ids[place], loaded[place] = self._replace(step, place, tried)
-        self._agreed = {s: True for s in (*self._agreed, step) if s > step - 64}
-        return [x for x in loaded if not isinstance(x, str)], ids
+                ids[place] = self._candidate(step, place, ids, tried)
+                (loaded[place],) = self.reader.load([ids[place]])
+                encoded = loaded[place]
+                if not isinstance(encoded, str):
+                    loaded[place] = self.reader.problem(encoded, int(ids[place])) or encoded
+        self._settled = {s: x for s, x in self._settled.items() if s > step - 64}
+        self._settled[step] = ids, tried
+        return [x for x in loaded if not isinstance(x, str)], ids.copy()
 
-    def _replace(self, step: int, place: int, tried: Ids) -> tuple[int, Loaded]:
-        """Another image for a place of the batch, one that decodes as far as is known."""
-        original = int(self.order.ids(step)[place])
-        batch = self.order.global_ids(step)
-        while tried[place] < ATTEMPTS:
+    def mend(self, steps: Iterable[int]) -> bool:
+        """Whether bad images among these batches, which DALI had, explain that it stopped.
+
+        They are replaced when the batches come again.
+        """
+        ids = [int(i) for step in steps for i in self._settled.get(step, ((), ()))[0]]
+        known = any(i in self.reader.problems for i in ids)  # found since, by another reader
+        return self.reader.examine(ids) or known
+
+    def _candidate(self, step: int, place: int, ids: Ids, tried: Ids) -> int:
+        """The next image to try in a place; nothing that only this process knows may matter."""
+        original, batch = int(self.order.ids(step)[place]), self.order.global_ids(step)
+        while True:
             tried[place] += 1
             key = (self.order.seed, "replacement", step, original, int(tried[place]))
             other = hashed(*key) % self.order.size
-            # Twice in a batch it would be its own negative.
-            if other in batch and tried[place] < ATTEMPTS // 2:
-                continue
-            (loaded,) = self.reader.load([other])
-            if not isinstance(loaded, str):
-                reason = self.reader.problem(loaded, other)
-                if reason is None:
-                    return other, loaded
-                loaded = reason
-            self.reader.remember({other: loaded})
-        known = self.reader.problems
-        raise UnreadableError(
-            f"of {ATTEMPTS} images tried in place of {self.reader.split.where(original)} "
-            f"({known.get(original)}) none can be used; {len(known)} are known to be bad"
+            # Twice in a batch it would be its own negative; where the batch is nearly all there
+            # is, that has to be.
+            if tried[place] > ATTEMPTS // 2 or not (other in batch or other in ids):
+                return other
+
+    def _why(self, original: Ids, ids: Ids, found: dict[int, str]) -> str:
+        place = next(p for p, i in enumerate(ids) if int(i) in found)
+        split, problems = self.reader.split, self.reader.problems
+        return (
+            f"nothing can take the place of {split.where(int(original[place]))} "
+            f"({problems.get(int(original[place]))}): of {ATTEMPTS} other images tried none can "
+            f"be used; {len(problems)} are known to be bad"
         )
 
 

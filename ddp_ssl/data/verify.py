@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ddp_ssl.data.augment import Decoding
+
 Bytes = NDArray[np.uint8]
 
 # What DALI decodes, by PIL's names. PIL opens more than that.
@@ -38,8 +40,8 @@ def worth_trying(encoded: Bytes) -> bool:
 class Decoder:
     """Decodes single images as the training pipeline does. Not for several threads at once."""
 
-    def __init__(self, device_id: int | None = None) -> None:
-        self._device_id = device_id
+    def __init__(self, device_id: int | None = None, decoding: Decoding | None = None) -> None:
+        self._how = device_id, decoding or Decoding()
         self._pipe: Any = None
 
     def problem(self, encoded: Bytes) -> str | None:
@@ -49,7 +51,7 @@ class Decoder:
         if not len(encoded):
             return "empty"
         if self._pipe is None:
-            self._pipe = pipeline.decoder(self._device_id)
+            self._pipe = pipeline.decoder(*self._how)
         try:
             self._pipe.feed_input("encoded", [encoded])
             self._pipe.run()

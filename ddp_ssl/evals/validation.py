@@ -83,12 +83,13 @@ class Validation:
             figures |= self._accuracies(method, probe, val)
         if measure:
             keep = torch.isin(val.ids, torch.from_numpy(self.measured_ids).to(val.ids.device))
-            figures |= self._representation(val.r[keep], val.z[keep])
+            if keep.any():  # not where all images are bad
+                figures |= self._representation(val.r[keep], val.z[keep])
         method.train(training)
         return figures
 
-    def raw_pixels(self) -> float:
-        """k-NN top-1 of the raw pixels (images over 32 px averaged down to 32)."""
+    def raw_pixels(self) -> float | None:
+        """k-NN top-1 of the raw pixels (over 32 px averaged down to 32); None without images."""
 
         def pixels(x: Tensor) -> tuple[Tensor, Tensor]:
             if x.shape[-1] > 32:
@@ -98,8 +99,8 @@ class Validation:
 
         assert self.bank is not None
         bank = self._extract(pixels, self.bank, self.bank_ids)
-        val = self._extract(pixels, self.val, np.arange(len(self.val)))
-        return self._knn(bank, val.known())
+        val = self._extract(pixels, self.val, np.arange(len(self.val))).known()
+        return self._knn(bank, val) if len(bank) and len(val) else None
 
     @torch.no_grad()
     def _extract(self, embed: Embed, split: Split, ids: Ids) -> Features:
@@ -139,6 +140,8 @@ class Validation:
     ) -> dict[str, float]:
         figures: dict[str, float] = {}
         val = val.known()
+        if not len(val):
+            return figures
         if probe is not None:
             with torch.no_grad():
                 correct = probe(val.r).argmax(1) == val.labels
@@ -146,8 +149,9 @@ class Validation:
         if self.config.eval.knn:
             assert self.bank is not None
             bank = self._extract(method.embed, self.bank, self.bank_ids)
-            figures["eval/knn_top1"] = self._knn(bank, val)
-            figures["eval/knn_bank"] = len(bank)
+            if len(bank):
+                figures["eval/knn_top1"] = self._knn(bank, val)
+                figures["eval/knn_bank"] = len(bank)
         return figures
 
     def _knn(self, bank: Features, val: Features) -> float:

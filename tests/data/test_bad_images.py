@@ -185,16 +185,25 @@ def test_a_read_that_fails_once_is_tried_again(
     assert not bad.known
 
 
-def test_nothing_but_bad_files_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefetch", [1, 2])
+def test_when_nothing_is_left_it_is_known_some_steps_ahead(tmp_path: Path, prefetch: int) -> None:
     split = folder_of(tmp_path, IMAGES)
+    loader = loader_of(split, prefetch=prefetch)
+    next(loader)
+    assert loader.failing is None
     for i in range(IMAGES):
         garbage(Path(split.where(i)))
-    loader = loader_of(split)
+    early = 0
+    for _ in range(20):
+        next(loader)
+        early += loader.failing is not None
+        if early == prefetch:  # enough for all processes to stop together
+            break
+    assert early == prefetch
     for _ in range(2):  # and it stays so
-        with pytest.raises(RuntimeError, match="none can be used") as caught:
-            next(loader)
+        with pytest.raises(UnreadableError, match="none can be used") as caught:
+            _ = [next(loader) for _ in range(20)]
         assert "\n" not in str(caught.value)
-    assert issubclass(UnreadableError, RuntimeError)
 
 
 def test_another_error_of_dali_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,8 +285,11 @@ def test_an_evaluation_of_bad_images_only_is_all_padding(tmp_path: Path) -> None
 # --- view groups ---------------------------------------------------------------------------------
 
 
-def groups(world: World, root: str, broken: int) -> Any:
-    """Two views of every image on two ranks; image `broken` fails on the last rank alone."""
+def groups(world: World, root: str, broken: list[int], ahead: bool = False) -> Any:
+    """Two views of every image on two ranks; images `broken` fail on the last rank alone.
+
+    With `ahead` that rank finds out about bad images before the others, as after an error.
+    """
     comm = MeshComm(world, 2)
     names = [f"{i:03d}.jpg".encode() for i in range(IMAGES)]
     split, bad = Split.of_files(root, names, np.arange(IMAGES)), BadImages()
@@ -285,7 +297,7 @@ def groups(world: World, root: str, broken: int) -> Any:
         read = Split.read
 
         def fails(self: Split, i: int) -> Any:
-            if i == broken:
+            if i in broken:
                 raise OSError(errno.EACCES, "not for you")
             return read(self, i)
 
@@ -296,26 +308,30 @@ def groups(world: World, root: str, broken: int) -> Any:
             split, [view], view_ids=[comm.view_rank], shard=comm.data_rank, bad=bad,
             num_shards=comm.data_shards, salt=world.rank, agree=comm.view_union,
         )  # fmt: skip
-        batches = [next(loader) for _ in range(6)]
+        batches = [next(loader)]
+        if ahead and world.rank == world.size - 1:
+            loader._source.reader.examine(range(IMAGES))
+        batches += [next(loader) for _ in range(5)]
     finally:
         if world.rank == world.size - 1:
             Split.read = read  # type: ignore[method-assign]
     return [b.ids.tolist() for b in batches], [b.views[0] for b in batches], bad.known
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_view_group_replaces_alike(ranks: Ranks, tmp_path: Path, size: int) -> None:
+def test_a_view_group_replaces_alike(ranks: Ranks, tmp_path: Path, size: int, ahead: bool) -> None:
     """One file that nobody can read, one that only DALI refuses, and one that one rank cannot."""
     split = folder_of(tmp_path, IMAGES)
-    clean = ranks.run(groups, size, str(tmp_path), -1)
+    clean = ranks.run(groups, size, str(tmp_path), [])
     here = 5 if size == 4 else 1  # a place that the last group has
     empty(Path(split.where(victim(0, 0))))
     broken_tables(Path(split.where(victim(1, 0))))
     hit = {victim(0, 0), victim(1, 0), victim(2, here)}
-    results = ranks.run(groups, size, str(tmp_path), victim(2, here))
+    results = ranks.run(groups, size, str(tmp_path), [victim(2, here)], ahead)
     for rank in range(0, size, 2):
         assert results[rank][0] == results[rank + 1][0]
-        assert results[rank][2].keys() == results[rank + 1][2].keys()
+        assert ahead or results[rank][2].keys() == results[rank + 1][2].keys()
     assert set.union(*(set(known) for *_, known in results)) == {split.where(i) for i in hit}
     for (ids, views, _), (ids_before, views_before, _) in zip(results, clean, strict=True):
         replaced = 0
@@ -328,6 +344,25 @@ def test_a_view_group_replaces_alike(ranks: Ranks, tmp_path: Path, size: int) ->
         assert replaced
     if size == 4:
         assert not set(results[0][0][0]) & set(results[2][0][0])
+
+
+def test_a_replacement_that_one_process_cannot_read_is_none(ranks: Ranks, tmp_path: Path) -> None:
+    split = folder_of(tmp_path, IMAGES)
+    empty(Path(split.where(victim(1, 0))))
+    first = ranks.run(groups, 2, str(tmp_path), [])
+    taken = first[0][0][1][0]
+    second = ranks.run(groups, 2, str(tmp_path), [taken])
+    assert second[0][0] == second[1][0]
+    assert second[0][0][1][0] not in (taken, victim(1, 0))
+    assert second[0][0][1][1:] == first[0][0][1][1:]
+
+
+def test_replacements_in_a_batch_differ(tmp_path: Path) -> None:
+    split = folder_of(tmp_path, IMAGES)
+    for place in range(6):
+        empty(Path(split.where(victim(0, place))))
+    ids = next(loader_of(split)).ids.tolist()
+    assert len(set(ids)) == 6
 
 
 def test_the_replacement_is_not_in_the_batch_of_another_shard(tmp_path: Path) -> None:
