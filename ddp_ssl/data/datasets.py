@@ -63,8 +63,13 @@ def find(data: Data) -> None:
             f"data.{key}: a stream gives all images of the shards; pack them with it, or "
             "data.reader=indexed is accepted"
         )
-    if data.url and data.reader != "streamed":
-        raise ValueError("data.url: only data.reader=streamed reads from there")
+    if data.url and (data.reader != "streamed" or data.stage):
+        other = "data.stage copies from data.root" if data.stage else "data.reader is indexed"
+        raise ValueError(f"data.url: only data.reader=streamed reads from there; {other}")
+    if data.url and not data.url.startswith(("s3://", "gs://", "/")):
+        raise ValueError(
+            f"data.url: {data.url}; accepted: s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or /FOLDER"
+        )
     for key in ("files", "val_files"):
         if getattr(data, key) and data.name != "list":
             raise ValueError(f"data.{key}: is for data.name=list, not {data.name}; leave it out")
@@ -104,6 +109,9 @@ def load(data: Data, seed: int) -> Dataset:
                 "data.skip: %d of the %d images in %s are not in the data",
                 *(skip.unknown, len(skip.lines), data.skip),
             )
+        for what, left in (("training", chosen.sum()), ("validation", val is None or len(val))):
+            if not left:
+                raise ValueError(f"data.skip: {data.skip} leaves no {what} images")
     train = every if chosen.all() else every.subset(np.flatnonzero(chosen))
     return replace(made, train=train, val=val, labelled=labelled)
 
@@ -151,4 +159,6 @@ def _with_held_out(made: Dataset, data: Data) -> Dataset:
 
 def _base(data: Data) -> str:
     """The folder that names in `data.skip` may be relative to."""
+    if data.files and not data.root:
+        return str(absolute(data.files).parent)
     return str(absolute(data.root)) if data.root else os.getcwd()

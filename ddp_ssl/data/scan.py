@@ -127,11 +127,20 @@ def _there(is_kind: Callable[[], bool]) -> bool:
 
 
 def _leads_up(entry: os.DirEntry[bytes]) -> bool:
-    """Whether this is a link to a folder that it is in, which would never end."""
+    """Whether this is a link to a folder that it is below, which would never end.
+
+    Below by way of other links too: of two folders that link to each other, each is seen once in
+    the other.
+    """
     if not entry.is_symlink():
         return False
-    inside = os.path.join(os.path.realpath(os.path.dirname(entry.path)), b"")
-    return inside.startswith(os.path.join(os.path.realpath(entry.path), b""))
+    target = os.path.join(os.path.realpath(entry.path), b"")
+    at = os.path.dirname(entry.path).rstrip(b"/")
+    while at:
+        if os.path.join(os.path.realpath(at), b"").startswith(target):
+            return True
+        at = os.path.dirname(at).rstrip(b"/")
+    return False
 
 
 def _unreadable(folder: bytes, error: OSError) -> ValueError:

@@ -66,7 +66,8 @@ class Skip:
     @staticmethod
     def of_file(file: Path, root: str) -> Skip:
         """One path a line; what follows a tab is the reason."""
-        lines = (line.split(b"\t")[0].rstrip(b"\r") for line in file.read_bytes().split(b"\n"))
+        content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        lines = (line.split(b"\t")[0].rstrip(b"\r") for line in content.split(b"\n"))
         return Skip(sorted({line for line in lines if line.strip()}), os.fsencode(root))
 
     @property

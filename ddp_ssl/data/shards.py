@@ -8,12 +8,15 @@ their names are in an array, and are never used as paths.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import threading
 import time
@@ -65,12 +68,16 @@ class Shards:
         path, at = self.path_of(i), int(self.offset[i]) + first
         content: NDArray[np.uint8] = np.empty(count, np.uint8)
         view, done = content.data, 0
-        file = self._open(path)
-        while done < len(content):
-            count = os.preadv(file, [view[done:]], at + done)
-            if count == 0:
-                raise OSError(errno.EIO, f"shard ends before byte {at + len(content)}")
-            done += count
+        file, kept = self._open(path)
+        try:
+            while done < len(content):
+                count = os.preadv(file, [view[done:]], at + done)
+                if count == 0:
+                    raise OSError(errno.EIO, f"shard ends before byte {at + len(content)}")
+                done += count
+        finally:
+            if not kept:
+                os.close(file)
         return content
 
     def stream(self, url: str | None = None) -> dict[str, Any]:
@@ -93,12 +100,27 @@ class Shards:
         """The images `ids`; open files are shared."""
         return replace(self, shard=self.shard[ids], offset=self.offset[ids], size=self.size[ids])
 
-    def _open(self, path: str) -> int:
-        """A descriptor, kept open: shards are few and read all the time."""
+    def _open(self, path: str) -> tuple[int, bool]:
+        """A descriptor, and whether it is kept open, as it is while there may be more of them."""
         with self._lock:
-            if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY)
-            return self._files[path]
+            if path in self._files:
+                return self._files[path], True
+            file = os.open(path, os.O_RDONLY)
+            kept = len(self._files) < _most_open()
+            if kept:
+                self._files[path] = file
+            return file, kept
+
+
+@functools.cache
+def _most_open() -> int:
+    """Half of the files that this process may have open, after raising its limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    return soft // 2 if soft > 0 else 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,12 +236,14 @@ def stage(root: Path, to: Path, tell: Callable[[str], None]) -> Path:
     about = describe(root)
     stamp = hashlib.sha256((root / ABOUT).read_bytes()).hexdigest()[:12]
     target = to / f"{re.sub(r'[^A-Za-z0-9_-]', '_', about['name'])}-{stamp}"
+    if _is_whole(target, root):  # perhaps somebody else's, which may only be read
+        return target
     try:
         target.mkdir(parents=True, exist_ok=True)
         with (target / ".lock").open("w") as lock:
             _wait_for(lock.fileno(), target, tell)
             (target / ORIGIN).write_text(os.path.abspath(root), errors="surrogateescape")
-            if not _is_whole(target):
+            if not _is_whole(target, root):
                 _copy_all(root, target, about, tell)
     except OSError as error:
         raise ValueError(
@@ -229,12 +253,16 @@ def stage(root: Path, to: Path, tell: Callable[[str], None]) -> Path:
     return target
 
 
-def _is_whole(target: Path) -> bool:
+def _is_whole(target: Path, root: Path) -> bool:
+    """Whether a copy of `root` is there with all that any reader needs."""
     try:
-        open_shards(target)
-    except ValueError:
+        whole = open_shards(target)
+        for split in (whole.train, whole.val):
+            if split is not None and split.shards is not None:
+                split.shards.stream()
+        return (target / ORIGIN).read_text(errors="surrogateescape") == os.path.abspath(root)
+    except (OSError, ValueError):
         return False
-    return True
 
 
 def _wait_for(lock: int, target: Path, tell: Callable[[str], None]) -> None:

@@ -30,6 +30,7 @@ Agree = Callable[[dict[int, str]], dict[int, str]]
 DEPTH = 2  # batches read ahead of those that DALI has
 # These say what is there; anything else may pass, as a server that is restarted.
 FINAL = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}
+OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # say nothing about the image
 RETRIES = (0.1, 1.0)  # seconds
 ATTEMPTS = 100  # at finding a replacement
 
@@ -110,6 +111,8 @@ class Reader:
             try:
                 encoded = self.split.read(i)
             except OSError as error:
+                if error.errno in OURS:
+                    raise
                 if error.errno in FINAL or pause is None:
                     return first_line(error)
                 time.sleep(pause)

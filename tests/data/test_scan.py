@@ -16,6 +16,7 @@ import pytest
 from ddp_ssl.data import cache, scan
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.scan import images_below
+from tests.data.images import write
 
 OLD = time.time() - 3600  # older than what is taken to be racy
 
@@ -382,3 +383,19 @@ def test_long_scans_show_progress(
         images_below(root)
     assert f"scanning {root}: 3 of 6 folders, 3 images, 0 s" in caplog.messages
     assert caplog.messages[-1].startswith(f"scanned {root}: 6 images in 7 folders, 0.")
+
+
+def test_folders_that_link_to_each_other_end(tmp_path: Path) -> None:
+    """Each is seen once in each other one, by whatever way, and never below itself."""
+    for name in "abc":
+        write(tmp_path / "top" / name / "0.jpg")
+        for other in set("abc") - {name}:
+            (tmp_path / "top" / name / f"to_{other}").symlink_to(f"../{other}")
+    split, classes = images_below(tmp_path / "top")
+    assert classes == ("a", "b", "c")
+    names = [split.name(i).decode() for i in range(len(split))]
+    assert [name for name in names if name.startswith("a/")] == [
+        "a/0.jpg",
+        "a/to_b/0.jpg", "a/to_b/to_c/0.jpg", "a/to_c/0.jpg", "a/to_c/to_b/0.jpg",
+    ]  # fmt: skip
+    assert len(names) == 15

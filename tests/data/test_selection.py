@@ -166,3 +166,24 @@ def test_many_names_take_no_python_objects(tmp_path: Path) -> None:
     assert time.perf_counter() - start < 5  # 0.1 s on a quiet core; a loop over names takes longer
     assert np.flatnonzero(~keep).tolist() == list(range(0, count, 97))
     assert skip.unknown == 0
+
+
+def test_a_list_with_a_byte_order_mark_and_one_beside_a_list_of_files(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg"):
+        write(tmp_path / "data" / name)
+    (tmp_path / "data" / "list.txt").write_text("a.jpg\nb.jpg\nc.jpg\nd.jpg\n")
+    skip = tmp_path / "skip.txt"
+    skip.write_bytes(b"\xef\xbb\xbfa.jpg\treason\n")
+    data = Data(name="list", files=str(tmp_path / "data" / "list.txt"), skip=str(skip))
+    made = load(data, 0)
+    assert made.val is not None
+    assert len(made.train) + len(made.val) == 3
+
+
+def test_a_list_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
+    for name in ("train/a/0.jpg", "val/a/0.jpg"):
+        write(tmp_path / name)
+    (tmp_path / "skip.txt").write_text("val/a/0.jpg\n")
+    data = Data(name="folder", root=str(tmp_path), skip=str(tmp_path / "skip.txt"))
+    with pytest.raises(ValueError, match=r"^data.skip: .* leaves no validation images"):
+        load(data, 0)

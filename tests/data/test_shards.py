@@ -541,6 +541,7 @@ def test_a_place_that_is_no_folder(packed: Path, tmp_path: Path) -> None:
 
 def test_one_copies_and_the_others_wait(packed: Path, tmp_path: Path) -> None:
     copy = shards.stage(packed, tmp_path, lambda _: None)
+    (copy / "train-00000.tar").unlink()  # a complete copy waits for nobody
     told: list[str] = []
     with (copy / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -550,7 +551,8 @@ def test_one_copies_and_the_others_wait(packed: Path, tmp_path: Path) -> None:
         assert other.is_alive()
     other.join(10)
     assert not other.is_alive()
-    assert told == [f"waiting for another process that copies to {copy}"]
+    assert told[0] == f"waiting for another process that copies to {copy}"
+    assert (copy / "train-00000.tar").exists()
 
 
 def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -560,3 +562,38 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     said = capsys.readouterr().err
     assert said.startswith("pack_shards: error: data.root: /none does not exist")
     assert said.count("\n") == 1
+
+
+def test_more_shards_than_files_may_be_open(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_most_open", lambda: 2)
+    split = open_shards(packed).train
+    assert split.shards is not None
+    assert len(split.shards.paths) > 3
+    before = len(os.listdir("/proc/self/fd"))
+    first = [split.read(i).tobytes() for i in range(len(split))]
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    monkeypatch.undo()
+    again = open_shards(packed).train
+    assert [again.read(i).tobytes() for i in range(len(again))] == first
+    assert len(os.listdir("/proc/self/fd")) > before + 2
+
+
+def test_a_staged_copy_that_lacks_an_index_is_completed(packed: Path, tmp_path: Path) -> None:
+    copy = shards.stage(packed, tmp_path / "local", lambda text: None)
+    (copy / "train-00001.idx").unlink()
+    assert shards.stage(packed, tmp_path / "local", lambda text: None) == copy
+    found = open_shards(copy).train.shards
+    assert found is not None
+    assert found.stream()
+
+
+def test_a_complete_copy_is_only_read(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shards.stage(packed, tmp_path / "local", lambda text: None)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "not yours")
+
+    monkeypatch.setattr(shards.fcntl, "flock", refuse)
+    assert shards.stage(packed, tmp_path / "local", lambda text: None) == copy

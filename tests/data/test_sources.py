@@ -436,3 +436,26 @@ def test_lists_that_are_not_there(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=rf"^data.{key}: .* {what}; "):
             listed(tmp_path, "a.jpg\n", **{key: str(value)})
+
+
+@pytest.mark.parametrize("text", ['path\n"a.jpg\nb.jpg\n', '"a.jpg\nb.jpg"\n', "a\0b.jpg\n"])
+def test_a_path_that_cannot_be_one_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"^data\.files: .*, line \d+: ") as caught:
+        load(Data(name="list", files=str(tmp_path / "list.csv")), 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_can_be_fetched_says_how(tmp_path: Path) -> None:
+    for name, how in (("cinic10", "--download fetches it"), ("imagenet", "image-net.org")):
+        with pytest.raises(ValueError, match=how):
+            find(Data(name=name, root=str(tmp_path)))
+
+
+def test_classes_that_nothing_is_trained_on_are_no_labels(tmp_path: Path) -> None:
+    for name in ("train/0.jpg", "train/1.jpg", "val/a/0.jpg", "val/b/0.jpg"):
+        write(tmp_path / name)
+    data = load(Data(name="folder", root=str(tmp_path)), 0)
+    assert data.num_classes == 0
+    assert data.val is not None
+    assert data.val.labels.tolist() == [-1, -1]

@@ -151,6 +151,10 @@ def test_what_a_stream_cannot_do_is_refused(packed: Path, files: Path, tmp_path:
     listed.write_text("")
     assert "data.skip: a stream gives all" in refused(packed, reader="streamed", skip=str(listed))
     assert "only data.reader=streamed" in refused(packed, url="s3://bucket/a")
+    streamed = {"reader": "streamed", "url": "bucket/a"}
+    assert "accepted: s3://BUCKET/FOLDER" in refused(packed, **streamed)
+    streamed = {"reader": "streamed", "url": "s3://bucket/a", "stage": str(tmp_path)}
+    assert "data.stage copies from data.root" in refused(packed, **streamed)
     flat = pack(files / "train", tmp_path / "flat")
     assert "no validation images of its own" in refused(flat, reader="streamed")
     with pytest.raises(ValueError, match="holds shards of folder, not of imagenet"):

@@ -52,6 +52,8 @@ def train_and_val(
     held_out, found = images_below(val, only)
     if len(held_out) and classes:
         held_out = numbered_as(held_out, found, classes, train, val)
+    elif found:  # classes that nothing was trained on are no labels
+        held_out = replace(held_out, labels=np.full(len(held_out), -1))
     return Dataset(name, images, held_out if len(held_out) else None, classes)
 
 
@@ -158,7 +160,7 @@ def load_published(data: Data) -> Dataset:
 def folders_of(data: Data) -> tuple[Path, Path]:
     """The folders of the training and validation images."""
     layout = LAYOUT[data.name]
-    wanted = f"data.name={data.name} looks for {layout.wanted}; {prepare(data)} says where from"
+    wanted = f"data.name={data.name} looks for {layout.wanted}; {where_from(data)}"
     root = root_of(data, wanted)
     if data.name == "tiny_imagenet" and (root / "tiny-imagenet-200").is_dir():
         root = root / "tiny-imagenet-200"
@@ -169,6 +171,13 @@ def folders_of(data: Data) -> tuple[Path, Path]:
             raise ValueError(f"data.root: {root} has no {names[0]}/; {wanted}")
         found.append(root / there[0])
     return found[0], found[1]
+
+
+def where_from(data: Data) -> str:
+    """What to do to get the data set."""
+    if data.name.startswith("imagenet"):
+        return f"image-net.org gives it to those who have a login; {prepare(data)} checks it"
+    return f"{prepare(data)} --download fetches it"
 
 
 def has_folders(folder: Path, besides: str = "") -> bool:
@@ -190,7 +199,8 @@ def lacking(data: Data, train: Path, classes: list[str]) -> None:
     if classes:
         raise ValueError(
             f"data.root: {train} lacks {len(classes)} of the 100 classes of ImageNet-100, first "
-            f"{classes[0]}/; data.name={data.name} looks for {LAYOUT[data.name].wanted}"
+            f"{classes[0]}/; data.name={data.name} looks for {LAYOUT[data.name].wanted}; "
+            f"{where_from(data)}"
         )
 
 
@@ -204,8 +214,8 @@ def find_annotations(data: Data, val: Path) -> None:
         if not (val / name).exists():
             raise ValueError(
                 f"data.root: {val} has no {name}; data.name=tiny_imagenet looks for "
-                f"{LAYOUT['tiny_imagenet'].wanted}, or class folders in val/; {prepare(data)} "
-                "says where from"
+                f"{LAYOUT['tiny_imagenet'].wanted}, or class folders in val/; "
+                f"{where_from(data)}"
             )
 
 
@@ -214,6 +224,8 @@ def annotated(val: Path, classes: tuple[str, ...]) -> Split:
     number = {name: i for i, name in enumerate(classes)}
     names, labels = Names(), []
     for at, line in enumerate((val / ANNOTATIONS).read_text().splitlines(), 1):
+        if not line.strip():
+            continue
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if wnid not in number:

@@ -87,7 +87,7 @@ def rows(key: str, file: Path) -> Iterator[tuple[int, str, str]]:
     """Line number, path and label (empty where there is none) of every line."""
     # Names of files are bytes: those that are no UTF-8 come back as they were.
     with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
-        reader = csv.reader(opened, skipinitialspace=True)
+        reader = csv.reader(opened, skipinitialspace=True, strict=True)
         columns = 0
         try:
             for row in reader:
@@ -103,6 +103,11 @@ def rows(key: str, file: Path) -> Iterator[tuple[int, str, str]]:
                         f"{key}: {file}, line {reader.line_num}: {what}"
                         + (f", expected {columns}" if columns < 3 and row[0] else "")
                         + f"; {ACCEPTED}"
+                    )
+                if "\n" in row[0] or "\0" in row[0]:
+                    raise ValueError(
+                        f"{key}: {file}, line {reader.line_num}: a path with a line break or a "
+                        f"zero byte in it, perhaps from a quote that is not closed; {ACCEPTED}"
                     )
                 yield reader.line_num, row[0], row[1].strip() if columns == 2 else ""
         except csv.Error as error:
