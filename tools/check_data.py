@@ -4,18 +4,21 @@ The config is the training run's: `data.name=imagenet data.root=/data/imagenet`.
 validation images are looked at: quickly, by their first and last bytes, and those that look odd are
 decoded as training does. `--full` decodes all of them, and finds damage in the middle too.
 
-What is bad is written to `--out`, one `path<TAB>reason` a line, which `data.skip` takes. Exit code:
-0 all are good, 1 some are bad, 2 the config or the data cannot be used.
+What is bad is written to `--out`, one `path<TAB>reason` a line, which `data.skip` takes; nothing is
+if all are good. Exit code: 0 all are good, 1 some are bad, 2 something else is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
+import shlex
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -107,12 +110,17 @@ def check(splits: dict[str, Split], *, full: bool, workers: int) -> dict[str, di
     said = start
     # Forked before anything here has threads, so that workers share the arrays of names.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _start, (encoded, full)) as pool:
-        futures = [
-            pool.submit(_work, name, first, min(first + PART, len(split)))
-            for name, split in encoded.items()
-            for first in range(0, len(split), PART)
-        ]
+    with ProcessPoolExecutor(workers, context, _start, (encoded, full)) as pool, _ended_on_error():
+        # Ctrl-C is for this process: workers are forked here, and keep it blocked.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            futures = [
+                pool.submit(_work, name, first, min(first + PART, len(split)))
+                for name, split in encoded.items()
+                for first in range(0, len(split), PART)
+            ]
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for future in as_completed(futures):
             name, count, found = future.result()
             bad[name] |= found
@@ -128,6 +136,40 @@ def check(splits: dict[str, Split], *, full: bool, workers: int) -> dict[str, di
     return bad
 
 
+@contextlib.contextmanager
+def _ended_on_error() -> Iterator[None]:
+    """An error ends the workers at once: they may have hours of work, or hang on a disk."""
+    before = set(multiprocessing.active_children())
+    try:
+        yield
+    except BaseException:
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.terminate()
+        raise
+
+
+def part_of(out: Path) -> Path:
+    return out.with_name(f".part-{out.name}")
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Raise `ValueError` where `out` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--out: {out} cannot be written: {error.strerror}") from None
+
+
+def try_out(out: Path) -> None:
+    """Make the file that becomes `out`, so that no scan is lost to a mistyped folder."""
+    with writing(out):
+        if out.exists() and not out.is_file():
+            what = "a folder" if out.is_dir() else "no regular file"
+            raise ValueError(f"--out: {out} is {what}; accepted: a file to write")
+        part_of(out).open("ab").close()
+
+
 def write(out: Path, splits: dict[str, Split], bad: dict[str, dict[int, str]]) -> int:
     """The list that `data.skip` takes; returns how many names do not fit into lines."""
     lines, unfit = [], 0
@@ -139,9 +181,9 @@ def write(out: Path, splits: dict[str, Split], bad: dict[str, dict[int, str]]) -
                 tell(f"cannot be listed: {os.fsdecode(path)!r} ({reason})")
             else:
                 lines.append(path + b"\t" + reason.encode("utf-8", "replace") + b"\n")
-    part = out.with_name(f".part-{out.name}")
-    part.write_bytes(b"".join(lines))
-    part.rename(out)
+    if lines:
+        part_of(out).write_bytes(b"".join(lines))
+        part_of(out).rename(out)
     return unfit
 
 
@@ -163,17 +205,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--workers: expected 1 or more, got {options.workers}")
         data = load(options.config).config.data
         datasets.find(data)
-        dataset = datasets.source_of(data).load(data)
-        splits = {"train": dataset.train} | ({"val": dataset.val} if dataset.val else {})
-        start = time.monotonic()
-        bad = check(splits, full=options.full, workers=options.workers)
-        write(options.out, splits, bad)
-    except ValueError as error:
+        try_out(options.out)
+        try:
+            dataset = datasets.source_of(data).load(data)
+            splits = {"train": dataset.train} | ({"val": dataset.val} if dataset.val else {})
+            start = time.monotonic()
+            bad = check(splits, full=options.full, workers=options.workers)
+            with writing(options.out):
+                unfit = write(options.out, splits, bad)
+        finally:
+            with contextlib.suppress(OSError):
+                part_of(options.out).unlink()
+    except (ValueError, OSError) as error:
         tell(f"check_data: error: {error}")
         return 2
-    except OSError as error:
-        tell(f"check_data: error: {options.out} cannot be written: {error.strerror}")
-        return 2
+    except KeyboardInterrupt:
+        tell("check_data: interrupted")
+        return 130
     seconds = time.monotonic() - start
     for name, split in splits.items():
         if split.images is not None:
@@ -187,10 +235,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reasons[reason] = reasons.get(reason, 0) + 1
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1])[:10]:
         tell(f"  {count:,} x {reason}")
-    tell(f"{seconds:.1f} s; listed in {options.out}")
-    if reasons:
-        tell(f"data.skip={options.out} leaves them out")
-    return 1 if reasons else 0
+    if not reasons:
+        tell(f"{seconds:.1f} s; all good")
+        return 0
+    if sum(reasons.values()) > unfit:
+        tell(f"{seconds:.1f} s; listed in {options.out}")
+        tell(f"data.skip={shlex.quote(str(options.out))} leaves them out")
+    return 1
 
 
 if __name__ == "__main__":

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
 import io
 import json
 import os
+import shlex
+import shutil
 import sys
 import tarfile
 import threading
@@ -41,8 +44,10 @@ from ddp_ssl.data.scan import EXTENSIONS
 
 BLOCK, RECORD = 512, 10240  # tar's
 OVERHEAD = 3 * BLOCK + 2 * BLOCK + BLOCK  # headers, class and id, padding at most
+BESIDE = 128  # bytes that an image takes in the index and the arrays, about
 JOURNAL = "packing.jsonl"  # what is done, for the next call
 UNREADABLE = "unreadable.txt"
+HOPELESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 RETRIES = (0.5, 5.0)  # seconds
 
 Ids = NDArray[np.int64]
@@ -57,6 +62,8 @@ class Shard:
     first: int
     """Place of the first image in the split's shuffled order."""
     ids: Ids
+    size: int
+    """Bytes of the tar file; about that for images in memory."""
 
     @property
     def tar(self) -> str:
@@ -65,6 +72,10 @@ class Shard:
     @property
     def index(self) -> str:
         return f"{self.split}-{self.number:05d}.idx"
+
+
+class Unfinished(Exception):
+    """Packing stopped where another call goes on; the message is one line."""
 
 
 @dataclass
@@ -134,23 +145,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         tell(f"pack_shards: error: {error}")
         return 2
-    except OSError as error:
+    except Unfinished as error:
         tell(f"pack_shards: error: {error}; call again to go on")
         return 1
+    except OSError as error:
+        tell(f"pack_shards: error: {_why(error, options.out)}")
+        return 1
+    except KeyboardInterrupt:
+        tell("pack_shards: interrupted; call again to go on")
+        return 130
     return 0
 
 
 def pack(data: Any, out: Path, *, shard_size: int, seed: int, workers: int) -> None:
     """The data set named by a config's `data` as shards in `out`.
 
-    Raises `ValueError`, one line, for what cannot be packed; `OSError` if `out` cannot be written.
+    Raises `ValueError`, one line, for what cannot be packed, and `Unfinished` if a disk fails.
     """
     if shard_size < 1 or workers < 1:
         raise ValueError("--shard-size and --workers: expected a positive number")
     datasets.find(data)
+    _keep_apart(data, out)
+    with _alone(out):  # before the data is looked through, which may take long
+        total, tars = _pack(data, out, shard_size, seed, workers)
+    shards.open_shards(out)
+    tell(f"{total:,} images in {tars:,} shards in {out}")
+
+
+def _pack(data: Any, out: Path, shard_size: int, seed: int, workers: int) -> tuple[int, int]:
+    """Numbers of images and of shards."""
     dataset = datasets.source_of(data).load(data)
     splits = {"train": dataset.train} | ({"val": dataset.val} if dataset.val else {})
     packed = {name: _to_pack(split, data) for name, split in splits.items()}
+    if not len(packed["train"]):
+        raise ValueError(
+            f"data.skip: {data.skip} lists all {len(dataset.train):,} training images; accepted: a "
+            "list that leaves some"
+        )
     sizes = _sizes(splits, packed, out, workers)
     plan = {
         name: _plan(name, split, packed[name], sizes[name], shard_size, seed)
@@ -171,16 +202,18 @@ def pack(data: Any, out: Path, *, shard_size: int, seed: int, workers: int) -> N
     for name in splits:
         stamp.update(packed[name].data)
         stamp.update(sizes[name].data)
-    with _alone(out):
+    try:
         written = _write_shards(splits, plan, out, stamp.hexdigest(), workers)
         for name, split in splits.items():
             about["splits"][name]["tars"] = [written[shard.tar]["tar"] for shard in plan[name]]
             _write_arrays(name, split, plan[name], out)
         _write(out / shards.ABOUT, (json.dumps(about, indent=1) + "\n").encode())
-    (out / UNREADABLE).unlink(missing_ok=True)
-    shards.open_shards(out)
-    total = sum(len(ids) for ids in packed.values())
-    tell(f"{total:,} images in {sum(map(len, plan.values())):,} shards in {out}")
+        (out / UNREADABLE).unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in HOPELESS:
+            raise
+        raise Unfinished(_why(error, out)) from None
+    return sum(len(ids) for ids in packed.values()), sum(map(len, plan.values()))
 
 
 # --- what goes where -----------------------------------------------------------------------------
@@ -238,11 +271,13 @@ def _plan(name: str, split: Split, ids: Ids, sizes: Ids, shard_size: int, seed: 
     """Consecutive parts of the shuffled order, each as large as fits."""
     order = generator(seed, "pack", name).permutation(len(ids))
     ends = np.cumsum(sizes[order] + OVERHEAD)
+    exact = -(-sizes[order] // BLOCK) * BLOCK + 5 * BLOCK  # two more members of a block each
     plan, first = [], 0
     while first < len(order):
         before = ends[first - 1] if first else 0
         end = max(int(np.searchsorted(ends, before + shard_size, "right")), first + 1)
-        plan.append(Shard(name, len(plan), first, ids[order[first:end]]))
+        size = -(-(int(exact[first:end].sum()) + 2 * BLOCK) // RECORD) * RECORD
+        plan.append(Shard(name, len(plan), first, ids[order[first:end]], size))
         first = end
     return plan
 
@@ -265,22 +300,51 @@ def _refuse(bad: Unreadable, out: Path, remedy: str = "") -> None:
     """List the images that cannot be read, if there are any, and raise."""
     if not bad.found:
         return
-    out.mkdir(parents=True, exist_ok=True)
     listed = sorted(bad.found.items())
     text = "".join(f"{path}\t{why}\n" for path, why in listed if "\n" not in path)
     _write(out / UNREADABLE, os.fsencode(text))
     first = listed[0][0].replace("\n", "?")
     raise ValueError(
         f"data.root: {len(listed)} images cannot be read, such as {first} ({listed[0][1]}); "
-        f"{out / UNREADABLE} lists them, and data.skip={out / UNREADABLE} leaves them out" + remedy
+        f"{out / UNREADABLE} lists them, and data.skip={shlex.quote(str(out / UNREADABLE))} leaves "
+        f"them out{remedy}"
     )
+
+
+def _keep_apart(data: Any, out: Path) -> None:
+    """Raw data with shards in its folder would be read as shards from then on."""
+    if not data.root:
+        return
+    root, to = (Path(os.path.realpath(path)) for path in (datasets.absolute(data.root), out))
+    # A list's root is only what its paths are relative to, maybe `/`.
+    if to == root or (root in to.parents and data.name != "list"):
+        where = "is" if to == root else "is inside"
+        raise ValueError(f"--out: {out} {where} data.root; accepted: a folder apart from the data")
+
+
+def _why(error: OSError, out: Path) -> str:
+    """An error of a disk as one line with a path."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"--out: {out} is full ({error.strerror}): make room"
+    if error.strerror is None:
+        return str(error)
+    return f"{error.filename if isinstance(error.filename, str) else out}: {error.strerror}"
 
 
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Two that write the same files would undo each other's work."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
+    """Two that write the same files would undo each other's work.
+
+    Raises `ValueError` if there is another or if `out` cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        opened = (out / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"--out: {out} cannot be written: {error.strerror}; accepted: a folder, made if missing"
+        ) from None
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -301,6 +365,7 @@ def _write_shards(
     for left in out.glob(".part-*"):
         left.unlink()
     todo = [shard for parts in plan.values() for shard in parts]
+    _check_room(splits, todo, done, out)
     progress = Progress("packing", sum(len(shard.ids) for shard in todo))
     bad, lock, stop = Unreadable(), threading.Lock(), threading.Event()
 
@@ -327,6 +392,27 @@ def _write_shards(
         future.result()
     _refuse(bad, out, ", in another --out")
     return done
+
+
+def _check_room(
+    splits: dict[str, Split], todo: list[Shard], done: dict[str, Any], out: Path
+) -> None:
+    """Refuse what does not fit, not counting shards that are there."""
+    needed = 0
+    for shard in todo:
+        try:
+            there = (out / shard.tar).stat().st_size == done[shard.tar]["tar"]["bytes"]
+        except (OSError, KeyError):
+            there = False
+        # How small images in memory become as PNGs is not known.
+        if not there and splits[shard.split].images is None:
+            needed += shard.size + BESIDE * len(shard.ids)
+    usage = shutil.disk_usage(out)
+    if needed > usage.free and usage.total:  # 0 is what some network file systems say
+        raise ValueError(
+            f"--out: {out} has {usage.free / 1e9:.3f} GB free, the shards need "
+            f"{needed / 1e9:.3f} GB; accepted: a folder with that much room"
+        )
 
 
 def _resume(out: Path, stamp: str) -> dict[str, Any]:
@@ -391,6 +477,21 @@ def _write_shard(
 ) -> dict[str, Any] | None:
     """Write, read back and name one shard; None if an image of it cannot be read."""
     part = out / f".part-{shard.tar}"
+    try:
+        return _write_part(part, split, shard, out, bad, progress, stop)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_part(
+    part: Path,
+    split: Split,
+    shard: Shard,
+    out: Path,
+    bad: Unreadable,
+    progress: Progress,
+    stop: threading.Event,
+) -> dict[str, Any] | None:
     written, at, lines = hashlib.sha256(), 0, []
     members: list[tuple[str, int, bytes]] = []  # name, offset, checksum
     complete = True
@@ -436,7 +537,6 @@ def _write_shard(
         # So that the check below reads the disk, not memory.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if not complete:
-        part.unlink()
         return None
     _read_back(part, members, written.digest())
     # DALI's index, as its wds2idx writes it: what makes the tar readable in any order.
@@ -535,11 +635,14 @@ def _write_arrays(name: str, split: Split, plan: list[Shard], out: Path) -> None
 def _write(path: Path, content: Any) -> None:
     """A small file, whole or not at all."""
     part = path.with_name(f".part-{path.name}")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:

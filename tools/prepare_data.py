@@ -11,7 +11,10 @@ out.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import http.client
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +23,7 @@ import numpy as np
 from ddp_ssl.config import Data
 from ddp_ssl.data import datasets
 from ddp_ssl.data.manifest import Split
+from ddp_ssl.data.sources.base import prepare
 
 
 class Counts(NamedTuple):
@@ -56,6 +60,8 @@ BY_HAND = {
     "digits": "the digits are a part of scikit-learn: pip install scikit-learn",
 }
 
+FETCH = "--download fetches it"
+
 # Address and MD5. MedMNIST's are those of its version 3.
 ARCHIVES = {
     "tiny_imagenet": (
@@ -81,27 +87,40 @@ def download(name: str, root: str) -> None:
     if name in BY_HAND:
         raise ValueError(f"--download: {BY_HAND[name]}")
     import torchvision.datasets as known
+    from torchvision.datasets import inaturalist
     from torchvision.datasets.utils import download_and_extract_archive, download_url
 
     Path(root).mkdir(parents=True, exist_ok=True)
     if name in ("cifar10", "cifar100", "stl10"):
-        getattr(known, name.upper())(root, download=True)
+        kind = getattr(known, name.upper())
+        with fetching(kind.url, kind.tgz_md5, f"unpack it in {root}"):
+            kind(root, download=True)
     elif name in ("inat21", "inat21_mini"):
         train = "2021_train" if name == "inat21" else "2021_train_mini"
         for version in (train, "2021_valid"):
-            known.INaturalist(root, version, download=True)
+            url, md5 = inaturalist.DATASET_URLS[version], inaturalist.DATASET_MD5[version]
+            with fetching(url, md5, f"unpack it to {Path(root) / version}"):
+                known.INaturalist(root, version, download=True)
+    elif name in ARCHIVES:
+        url, md5 = ARCHIVES[name]
+        with fetching(url, md5, f"unpack it in {root}"):
+            download_and_extract_archive(url, root, md5=md5)
     else:
-        url, md5 = ARCHIVES[name] if name in ARCHIVES else FILES[name]
-        try:
-            if name in ARCHIVES:
-                download_and_extract_archive(url, root, md5=md5)
-            else:
-                download_url(url, root, Path(url.partition("?")[0]).name, md5)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"--download: {error} from {url} (MD5 {md5}); fetch it another way"
-                + (f" and unpack it in {root}" if name in ARCHIVES else f" to {root}")
-            ) from None
+        url, md5 = FILES[name]
+        file = Path(url.partition("?")[0]).name
+        with fetching(url, md5, f"save it as {Path(root) / file}"):
+            download_url(url, root, file, md5)
+
+
+@contextlib.contextmanager
+def fetching(url: str, md5: str, then: str) -> Iterator[None]:
+    """What goes wrong becomes a `ValueError` with the address, so that one can go on by hand."""
+    try:
+        yield
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise ValueError(
+            f"--download: {error} from {url} (MD5 {md5}); fetch it another way and {then}"
+        ) from None
 
 
 def check(name: str, root: str | None) -> list[str]:
@@ -149,6 +168,19 @@ def describe(counts: Counts) -> str:
     return f"{train} training and {val} validation images, {classes} classes"
 
 
+def with_remedy(message: str, name: str, root: str | None) -> str:
+    """An error of the loaders, which may name this tool, with what it can do about it."""
+    data = Data(name=name, root=root)
+    told = prepare(data)
+    for end in ("says where from", "checks what is there"):
+        message = message.replace(f"; {told} {end}", "")
+    message = message.replace(f"{told} --download", "--download")
+    if not message.startswith("data.root: ") or "cannot be read" in message or name == "digits":
+        return message
+    remedy = BY_HAND.get(name, FETCH)
+    return message if message.endswith(remedy) else f"{message}; {remedy}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("name", choices=sorted(EXPECTED), metavar="NAME", help=", ".join(EXPECTED))
@@ -162,10 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
             download(given.name, given.root)
         wrong = check(given.name, given.root)
     except (OSError, RuntimeError, ValueError) as error:
-        message = " ".join(str(error).split())
-        print(f"prepare_data: error: {message}", file=sys.stderr)
-        if given.name in BY_HAND and not given.download:
-            print(f"prepare_data: {BY_HAND[given.name]}", file=sys.stderr)
+        message = str(error) if given.download else with_remedy(str(error), given.name, given.root)
+        print(f"prepare_data: error: {' '.join(message.splitlines())}", file=sys.stderr)
         return 1
     for line in wrong:
         print(f"prepare_data: error: {line}", file=sys.stderr)

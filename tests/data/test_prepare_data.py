@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -52,8 +53,57 @@ def test_what_is_missing(cinic: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_imagenet_cannot_be_fetched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["imagenet", str(tmp_path), "--download"]) == 1
     assert "ImageNet needs a login" in capsys.readouterr().err
-    assert main(["imagenet100", str(tmp_path)]) == 1
-    assert "ImageNet-100 is a part of ImageNet" in capsys.readouterr().err
+    for name, told in (
+        ("imagenet", "ImageNet needs a login"),
+        ("imagenet100", "ImageNet-100 is a part of ImageNet"),
+    ):
+        assert main([name, str(tmp_path)]) == 1
+        said = capsys.readouterr().err
+        assert f"has no train/; data.name={name} looks for " in said
+        assert told in said
+        assert "says where from" not in said
+        assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", sorted(set(prepare_data.EXPECTED) - set(prepare_data.BY_HAND)))
+@pytest.mark.parametrize("there", [True, False])
+def test_what_can_be_fetched_says_so(
+    name: str, there: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "a folder"
+    if there:
+        root.mkdir()
+    assert main([name, str(root)]) == 1
+    said = capsys.readouterr().err
+    assert said.endswith("; --download fetches it\n")
+    assert said.count("--download") == said.count("\n") == 1
+    assert "prepare_data.py" not in said  # this very command, unquoted
+
+
+def test_digits_have_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["digits", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "is not used by data.name=digits" in said
+    assert "pip install" not in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "inat21", "inat21_mini"])
+def test_a_failed_download_says_from_where(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise URLError("no network")
+
+    for module in ("cifar", "stl10", "inaturalist"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", fails)
+    assert main([name, str(tmp_path), "--download"]) == 1
+    said = capsys.readouterr().err
+    address = {"c": "www.cs.toronto.edu", "s": "ai.stanford.edu", "i": "ml-inat-competition"}
+    assert "no network> from http" in said
+    assert address[name[0]] in said
+    assert "(MD5 " in said
+    assert said.count("\n") == 1
 
 
 @pytest.fixture

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,3 +252,93 @@ def test_what_is_wrong_is_one_line(
     said = capsys.readouterr().err
     assert said.startswith("check_data: error: ")
     assert said.count("\n") == 1
+
+
+def folder(root: Path, *bad: str) -> Path:
+    for name in ("1", "2", "3"):
+        write(root / "train" / "a" / f"{name}.jpg")
+        write(root / "val" / "a" / f"{name}.jpg")
+    for name in bad:
+        (root / "train" / "a" / f"{name}.jpg").write_bytes(b"")
+    return root
+
+
+def run(root: Path, out: Path, *more: str) -> int:
+    return check_data.main(["--out", str(out), "data.name=folder", f"data.root={root}", *more])
+
+
+@pytest.mark.parametrize("out", ["none/bad.txt", "folder", "/proc/bad.txt"])
+def test_out_is_tried_before_the_scan(
+    tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(check_data, "check", lambda *_, **__: pytest.fail("scanned"))
+    assert run(folder(tmp_path / "data"), tmp_path / out) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"check_data: error: --out: {tmp_path / out} ")
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_only_what_is_not_written_is_said_to_be(
+    tmp_path: Path, late: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error", "/somewhere")
+
+    monkeypatch.setattr(check_data, "write" if late else "check", fails)
+    monkeypatch.setattr(check_data, "check", (lambda *_, **__: {}) if late else fails)
+    out = tmp_path / "bad.txt"
+    assert run(folder(tmp_path / "data"), out) == 2
+    line = capsys.readouterr().err
+    if late:
+        assert line == f"check_data: error: --out: {out} cannot be written: Input/output error\n"
+    else:
+        assert "Input/output error: '/somewhere'" in line
+        assert "written" not in line
+    assert not list(tmp_path.glob("*bad.txt"))  # nor the part file
+
+
+def in_process(root: Path, out: Path, *more: str, code: str = "") -> subprocess.Popen[str]:
+    """In a process group of its own: the tool forks."""
+    code = f"import sys, time; from tools import check_data as c\n{code}\nsys.exit(c.main())"
+    arguments = ["--out", str(out), "--workers", "3", "data.name=folder", f"data.root={root}"]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments, *more],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def test_nothing_is_written_when_all_are_good(tmp_path: Path) -> None:
+    out = tmp_path / "bad.txt"
+    process = in_process(folder(tmp_path / "data"), out)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said.endswith(" s; all good\n")
+    assert "listed" not in said
+    assert not list(tmp_path.glob("*bad.txt"))
+
+
+def test_a_suggested_key_is_quoted(tmp_path: Path) -> None:
+    out = tmp_path / "my bad.txt"
+    process = in_process(folder(tmp_path / "data", "2"), out)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"data.skip='{out}' leaves them out" in said
+    assert list(listed(out)) == [f"{tmp_path}/data/train/a/2.jpg"]
+
+
+def test_ctrl_c_is_one_line_and_ends_the_workers(tmp_path: Path) -> None:
+    out, begun = tmp_path / "bad.txt", tmp_path / "begun"
+    code = f"c.suspicious = lambda *_: (open({str(begun)!r}, 'w').close(), time.sleep(50))[1]"
+    process = in_process(folder(tmp_path / "data"), out, code=code)
+    until = time.monotonic() + 60
+    while not begun.exists() and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=20)  # the workers hold the pipe too
+    assert said == "check_data: interrupted\n"
+    assert process.returncode == 130
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert not list(tmp_path.glob("*bad.txt"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,4 +79,5 @@ def absolute(path: str) -> Path:
 
 def prepare(data: Data) -> str:
     """The command that fetches and checks a data set."""
-    return f"python tools/prepare_data.py {data.name} {data.root or 'FOLDER'}"
+    root = shlex.quote(data.root) if data.root else "FOLDER"
+    return f"python tools/prepare_data.py {data.name} {root}"
