@@ -40,7 +40,7 @@ from ddp_ssl.launch import cpu_share, rank_and_size
 from ddp_ssl.methods.base import Context, Method, Progress, trainable
 from ddp_ssl.models import export, loading_snippet
 from ddp_ssl.picture import view_grid
-from ddp_ssl.recorder import BadDataError, NonFiniteError, Recorder
+from ddp_ssl.recorder import BadDataError, NonFiniteError, Recorder, ViewGroupError
 from ddp_ssl.signals import StopRequest
 
 logger = logging.getLogger("ddp_ssl")
@@ -101,7 +101,7 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
         record_status(claimed, "failed", error=str(error))
         distributed.stop()
         raise
-    except (NonFiniteError, BadDataError) as error:  # likewise
+    except (NonFiniteError, ViewGroupError, BadDataError) as error:  # likewise
         record_status(claimed, "failed", error=str(error))
         if world.is_main:
             logger.error("%s", error)
@@ -156,6 +156,7 @@ def train(job: Job, stop: StopRequest) -> log.State:
         while job.step < (job.epoch + 1) * steps_per_epoch:
             with recorder.waiting():
                 batch = next(job.loader)
+            recorder.saw(batch.ids)
             rate = optim.set_learning_rates(
                 optimizer, config.optim, config.data.batch_size, job.step, steps_per_epoch
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import zlib
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,6 +26,10 @@ class NonFiniteError(RuntimeError):
 
 class BadDataError(RuntimeError):
     """More images are bad than `data.max_bad_fraction` allows."""
+
+
+class ViewGroupError(RuntimeError):
+    """Processes that share the views of an image did not read the same images."""
 
 
 class Recorder:
@@ -52,6 +57,7 @@ class Recorder:
         self._found: set[str] = set()  # of these, what was found since this process started
         self.steps_per_epoch = steps_per_epoch
         self.progress = log.Progress(config.optim.epochs, steps_per_epoch)
+        self._trace = 0  # of all ids seen
         self._names: list[str] = []
         self._rows: list[Tensor] = []
         self._host: list[tuple[int, dict[str, float]]] = []
@@ -61,6 +67,11 @@ class Recorder:
     def waiting(self) -> _Stopwatch:
         """Time spent within counts as waiting for data."""
         return _Stopwatch(self)
+
+    def saw(self, ids: Tensor) -> None:
+        """The images of a step; that a view group saw the same is checked at logging steps."""
+        if self.config.data.view_shards > 1:
+            self._trace = zlib.crc32(ids.cpu().numpy().tobytes(), self._trace)
 
     def add(self, step: int, figures: dict[str, Tensor | float]) -> None:
         """Figures of one step: tensors stay on the device."""
@@ -78,7 +89,11 @@ class Recorder:
             return
         stacked = torch.stack(self._rows)
         fresh = torch.full_like(stacked[:1], len(self.bad.fresh))
-        *rows, news = self.world.mean_rows(torch.cat([stacked, fresh])).tolist()
+        # Summed over a view group this is zero if all traces are equal, exactly.
+        shares = self.config.data.view_shards
+        weight = 1 - shares if self.world.rank % shares == 0 else 1
+        trace = torch.full_like(fresh, float(self._trace * weight))
+        *rows, news, differ = self.world.mean_rows(torch.cat([stacked, fresh, trace])).tolist()
         names, host, steps = self._names, self._host, len(rows)
         self._rows, self._host = [], []
         now = time.perf_counter()
@@ -121,6 +136,12 @@ class Recorder:
                         f"{self.config.optim.lr:g} per 256 images), lengthen optim.warmup_epochs "
                         "or set optim.grad_clip"
                     )
+        if differ[0]:
+            raise ViewGroupError(
+                "the processes of a view group (data.view_shards) read different images up to step "
+                f"{steps_done}, as when only one of them cannot decode a file; the checkpoints "
+                "hold earlier steps only"
+            )
         if too_many:
             raise BadDataError(too_many)
 

@@ -89,6 +89,33 @@ def test_a_view_sharded_run_resumes_exactly(ranks: Ranks, sharded: Any, tmp_path
     assert rows(folder) == rows(whole)
 
 
+def diverge(args: list[str]) -> int | str:
+    """A run in which an odd rank sees another image at the fifth step."""
+    from ddp_ssl.data.loader import TrainLoader
+
+    original = TrainLoader.__next__
+
+    def changed(self: TrainLoader) -> Any:
+        batch = original(self)
+        if self.order.shard == 1 and self.salt % 2 and self.step == 5:
+            batch.ids[0] += 1
+        return batch
+
+    TrainLoader.__next__ = changed  # type: ignore[method-assign]
+    try:
+        return train(args)
+    finally:
+        TrainLoader.__next__ = original  # type: ignore[method-assign]
+
+
+def test_a_view_group_that_diverges_stops(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+    args = arguments(photos, tmp_path / "run", FOUR, "data.view_shards=2")
+    assert ranks.launch(diverge, 4, args) == [1] * 4
+    assert "read different images up to step 6" in status(tmp_path / "run")["error"]
+    steps = [p.stem for p in (tmp_path / "run" / "checkpoints").glob("step_*.pt")]
+    assert sorted(steps)[-1].endswith("4")  # nothing was saved after it
+
+
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 3)])
 def test_another_world_size_sees_each_image_once(
     ranks: Ranks, photos: Path, tmp_path: Path, before: int, after: int
