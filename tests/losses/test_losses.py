@@ -186,7 +186,7 @@ def test_losses_over_processes_are_the_large_batchs(
     shards, n = size // view_shards, 12 // (size // view_shards)
     for index, loss in enumerate(expected):
         mean = sum(losses[index] for losses, _ in results) / size
-        assert mean == pytest.approx(float(loss), rel=1e-12)
+        assert mean == pytest.approx(float(loss.detach()), rel=1e-12)
         whole = torch.autograd.grad(loss, (z, r), allow_unused=True, retain_graph=True)
         for part, gradient in enumerate(whole):
             if gradient is None:
