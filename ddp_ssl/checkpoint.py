@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from ddp_ssl.files import sync_folder
+
 log = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp"
@@ -118,7 +120,7 @@ def save(
         os.replace(temporary, path)
     with _writing(path, found.manifest, path):  # one without the other is worth nothing
         _write_text(found.manifest, found.to_json())
-        _sync_folder(home)
+        sync_folder(home)
     _prune([found, *present], keep)
     return path
 
@@ -147,7 +149,7 @@ def save_best(folder: Path, newest_path: Path) -> Path:
         os.replace(temporary, best)
         temporary.unlink(missing_ok=True)  # renaming onto a link to the same file does nothing
         os.replace(waiting, manifest)
-        _sync_folder(home)
+        sync_folder(home)
     return best
 
 
@@ -301,15 +303,6 @@ def _removing(*unfinished: Path) -> Iterator[None]:
 def _sync(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- finding and loading ---------------------------------------------------------------------

@@ -27,12 +27,12 @@ import numpy as np
 from ddp_ssl.config import load
 from ddp_ssl.data import datasets
 from ddp_ssl.data.manifest import Split
+from ddp_ssl.data.progress import Progress, tell
 from ddp_ssl.data.verify import Bytes, Decoder, first_line, looks_whole
 
 PART = 256  # images a worker is given at a time
 READERS = 16  # threads of a worker: they wait for the file system
 HEAD, TAIL = 8, 12  # bytes that `looks_whole` looks at
-EVERY = 5.0  # seconds between lines of progress
 
 
 class Checker:
@@ -106,8 +106,7 @@ def check(splits: dict[str, Split], *, full: bool, workers: int) -> dict[str, di
     encoded = {name: split for name, split in splits.items() if split.images is None}
     total = sum(map(len, encoded.values()))
     bad: dict[str, dict[int, str]] = {name: {} for name in splits}
-    done, start = 0, time.monotonic()
-    said = start
+    progress = Progress("", total)
     # Forked before anything here has threads, so that workers share the arrays of names.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, context, _start, (encoded, full)) as pool, _ended_on_error():
@@ -124,15 +123,7 @@ def check(splits: dict[str, Split], *, full: bool, workers: int) -> dict[str, di
         for future in as_completed(futures):
             name, count, found = future.result()
             bad[name] |= found
-            done += count
-            if time.monotonic() - said > EVERY:
-                said = time.monotonic()
-                rate = done / (said - start)
-                left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
-                tell(
-                    f"{done:,} of {total:,} images, {sum(map(len, bad.values())):,} bad, "
-                    f"{rate:,.0f} images/s, {left} left"
-                )
+            progress.add(count, f"{sum(map(len, bad.values())):,} bad, ")
     return bad
 
 
@@ -185,10 +176,6 @@ def write(out: Path, splits: dict[str, Split], bad: dict[str, dict[int, str]]) -
         part_of(out).write_bytes(b"".join(lines))
         part_of(out).rename(out)
     return unfit
-
-
-def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -40,7 +40,9 @@ from ddp_ssl.config import load
 from ddp_ssl.data import datasets, selection, shards
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import generator
+from ddp_ssl.data.progress import Progress, tell
 from ddp_ssl.data.scan import EXTENSIONS
+from ddp_ssl.files import sync_folder
 
 BLOCK, RECORD = 512, 10240  # tar's
 OVERHEAD = 3 * BLOCK + 2 * BLOCK + BLOCK  # headers, class and id, padding at most
@@ -88,40 +90,6 @@ class Unreadable:
     def add(self, path: str, reason: str) -> None:
         with self.lock:
             self.found[path] = reason
-
-
-class Progress:
-    """A line on stderr every five seconds."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.count, self.kept = what, total, 0, 0
-        self.start = self.said = time.monotonic()
-        self.lock = threading.Lock()
-
-    def add(self, count: int = 1) -> None:
-        with self.lock:
-            self.count += count
-            if time.monotonic() - self.said > 5:
-                self.said = time.monotonic()
-                self.say()
-
-    def keep(self, count: int) -> None:
-        """These need no work."""
-        with self.lock:
-            self.kept += count
-
-    def say(self) -> None:
-        rate = self.count / max(time.monotonic() - self.start, 1e-3)
-        left = self.total - self.kept - self.count
-        eta = time.strftime("%H:%M:%S", time.gmtime(left / rate)) if rate else "?"
-        tell(
-            f"{self.what}: {self.kept + self.count:,} of {self.total:,} images, "
-            f"{rate:,.0f} images/s, {eta} left"
-        )
-
-
-def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -233,7 +201,7 @@ def _sizes(
 ) -> dict[str, Ids]:
     """Bytes of each image to pack, by opening all files: what is missing is known at once."""
     bad = Unreadable()
-    progress = Progress("opening", sum(len(ids) for ids in packed.values()))
+    progress = Progress("opening: ", sum(len(ids) for ids in packed.values()))
     sizes = {}
     with ThreadPoolExecutor(max(workers, 32)) as pool:
         for name, split in splits.items():
@@ -366,7 +334,7 @@ def _write_shards(
         left.unlink()
     todo = [shard for parts in plan.values() for shard in parts]
     _check_room(splits, todo, done, out)
-    progress = Progress("packing", sum(len(shard.ids) for shard in todo))
+    progress = Progress("packing: ", sum(len(shard.ids) for shard in todo))
     bad, lock, stop = Unreadable(), threading.Lock(), threading.Event()
 
     def work(shard: Shard) -> None:
@@ -376,7 +344,8 @@ def _write_shards(
         if known is not None and _is_whole(out, known):
             progress.keep(len(shard.ids))
             return
-        made = _write_shard(splits[shard.split], shard, out, bad, progress, stop)
+        with _part_of(out / shard.tar) as part:
+            made = _write_shard(splits[shard.split], shard, out, bad, progress, stop, part)
         if made is not None:
             with lock:
                 done[shard.tar] = made
@@ -474,24 +443,9 @@ def _write_shard(
     bad: Unreadable,
     progress: Progress,
     stop: threading.Event,
+    part: Path,
 ) -> dict[str, Any] | None:
     """Write, read back and name one shard; None if an image of it cannot be read."""
-    part = out / f".part-{shard.tar}"
-    try:
-        return _write_part(part, split, shard, out, bad, progress, stop)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _write_part(
-    part: Path,
-    split: Split,
-    shard: Shard,
-    out: Path,
-    bad: Unreadable,
-    progress: Progress,
-    stop: threading.Event,
-) -> dict[str, Any] | None:
     written, at, lines = hashlib.sha256(), 0, []
     members: list[tuple[str, int, bytes]] = []  # name, offset, checksum
     complete = True
@@ -544,7 +498,7 @@ def _write_part(
     _write(out / shard.index, index)
     size = part.stat().st_size
     part.rename(out / shard.tar)
-    _sync(out)
+    sync_folder(out)
     return {
         "tar": {
             "file": shard.tar,
@@ -632,26 +586,24 @@ def _write_arrays(name: str, split: Split, plan: list[Shard], out: Path) -> None
         _write(out / f"{name}-{key}.npy", buffer.getbuffer())
 
 
-def _write(path: Path, content: Any) -> None:
-    """A small file, whole or not at all."""
+@contextlib.contextmanager
+def _part_of(path: Path) -> Iterator[Path]:
+    """Where to write what is then renamed to `path`; removed if it is not."""
     part = path.with_name(f".part-{path.name}")
     try:
+        yield part
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: Any) -> None:
+    """A small file, whole or not at all."""
+    with _part_of(path) as part:
         with part.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    """Make the renames in a folder last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def test_half_precision_is_the_same_rounded(files: Split) -> None:
     for a, b in zip(batch.views, half.views, strict=True):
         assert b.dtype == torch.float16
         assert b.is_contiguous(memory_format=torch.channels_last)
+        assert b._base is not None  # a view of what DALI made, no copy
         assert (a - b.float()).abs().max() <= 2**-11  # half a unit in the last place below 1
 
 
