@@ -24,3 +24,15 @@ class Outside(Method[OutsideConfig]):
         r, z = self.encode(batch.views)
         loss = self.settings.strength * (z - z.mean(0)).square().mean()
         return Output(loss, {"invariance": loss}, r, z)
+
+
+class LargeOnlyConfig(OutsideConfig):
+    """The same for a method that small crops would mislead."""
+
+    small_crops = False
+
+
+class LargeOnly(Outside):
+    """Takes views of one size."""
+
+    config_class = LargeOnlyConfig

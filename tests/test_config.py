@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from ddp_ssl.config import (
     read_yaml,
     reference,
 )
+from ddp_ssl.launch import cpu_share
 
 ROOT = Path(__file__).parent.parent
 YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -181,6 +183,26 @@ def test_a_method_from_outside_the_package() -> None:
     assert config.method.model_dump() == {"name": name, "strength": 2.0}
     with pytest.raises(ConfigError, match=r"method\.strenth: unknown key; did you mean"):
         load([f"method.name={name}", "method.strenth=2"])
+
+
+def test_a_method_that_cannot_use_small_crops_refuses_them() -> None:
+    name = f"method.name={__name__.rpartition('.')[0]}.outside:LargeOnly"
+    small = "{count: 6, size: 96, recipe: sym}"
+    large = "{count: 2, size: 224, recipe: sym}"
+    assert load([name, f"data.views=[{large}, {large}]"]).config.num_views == 4
+    with pytest.raises(ConfigError, match=r"^data.views: .* takes views of one size only"):
+        load([name, f"data.views=[{large}, {small}]"])
+
+
+def test_the_threads_of_a_process_are_its_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert cpu_share() == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert cpu_share() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert cpu_share() == 1
 
 
 def test_no_torch_before_the_config_is_valid() -> None:
