@@ -1,6 +1,7 @@
 """Batches for training (endless, resumed bit-exactly) and for evaluation (each image once).
 
-The loaders own the order of the images and read them (`source.py`); DALI decodes and augments. An
+The loaders own the order of the images and read them (`source.py`); DALI decodes and augments (on a
+CPU `small.py` augments small images held in memory, and DALI only keeps the batches ready). An
 image that cannot be used costs nothing but itself: another takes its place, all others are what
 they would have been. DALI itself is imported when a loader is made, its pipeline built when the
 first batch is asked for.
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ddp_ssl.data import small
 from ddp_ssl.data.augment import Decoding, PixelFormat, View
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.manifest import Split
@@ -82,6 +84,7 @@ class TrainLoader:
         self.order = Order(len(split), global_batch, shard, num_shards, seed)
         self.seed, self.salt, self.color_jitter = seed, salt, color_jitter
         self.form, self.decoding = form, decoding
+        self._small = small.suits(split.images, self.views, color_jitter, device)
         self.threads, self.prefetch = threads, prefetch
         reader = Reader(
             split, self.order.ids, threads=read_threads, device_id=_device_id(device),
@@ -180,7 +183,7 @@ class TrainLoader:
         """Everything that shapes the pipeline: DALI restores another one's blob silently wrong."""
         return {
             "dali": self._pipeline.VERSION,
-            "graph": str(self._pipeline.GRAPH),
+            "graph": small.VERSION if self._small else str(self._pipeline.GRAPH),
             "device": self.device.type,
             "data": self.split.digest,
             "views": repr(self.views),
@@ -202,6 +205,15 @@ class TrainLoader:
         self._broken = None
 
     def _build(self) -> Any:
+        if self._small:
+            return self._pipeline.passing_iterator(
+                self._augmented,
+                len(self.views),
+                half=self.form.half,
+                batch_size=self.order.local_batch,
+                prefetch=self.prefetch,
+                checkpoint=self._blob or None,
+            )
         return self._iterator(self._pipeline.read, self._fetch, self.split.images is None)
 
     def _iterator(self, reading: Any, *reading_args: Any) -> Any:
@@ -211,13 +223,27 @@ class TrainLoader:
             self.view_ids,
             color_jitter=self.color_jitter,
             form=self.form,
-            seed=hashed(self.seed, self.salt, self.order.start, "augment"),
+            seed=self._augment_seed,
             batch_size=self.order.local_batch,
             threads=_threads(self.threads),
             prefetch=self.prefetch,
             device_id=_device_id(self.device),
             checkpoint=self._blob or None,
         )
+
+    @property
+    def _augment_seed(self) -> int:
+        return hashed(self.seed, self.salt, self.order.start, "augment")
+
+    def _augmented(self, info: Any) -> tuple[Any, ...]:
+        """The views of a batch of small images, float `[n, S, S, 3]`, and its ids `[n, 1]`."""
+        pixels, ids = self._fetch(info)
+        seed, step = self._augment_seed, self.order.start + info.iteration
+        views = [
+            small.augment(pixels, view, self.color_jitter, self.form, (seed, view_id, step))
+            for view, view_id in zip(self.views, self.view_ids, strict=True)
+        ]
+        return (*(view.numpy() for view in views), ids)
 
     def _fetch(self, info: Any) -> tuple[Any, Ids]:
         step = self.order.start + info.iteration

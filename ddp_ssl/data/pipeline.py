@@ -3,7 +3,8 @@
 The one module that imports DALI; the loader imports it at first use. The same graph runs on a CPU
 and a GPU. Every random operator has a seed of its own, so that adding one leaves the others' draws
 as they are. The operators below are torchvision's, in DALI's terms; `tests/data/test_pipeline.py`
-measures how close they come.
+measures how close they come. Small images held in memory are augmented by `small.py` on a CPU, and
+only pass through here.
 """
 
 from __future__ import annotations
@@ -67,6 +68,42 @@ def train_iterator(
         checkpoint=checkpoint,
     )  # fmt: skip
     return _iterator(pipe, len(views))
+
+
+def passing_iterator(
+    source: Callback,
+    views: int,
+    *,
+    half: bool,
+    batch_size: int,
+    prefetch: int,
+    checkpoint: bytes | None = None,
+) -> Any:
+    """The same for views that are made already: DALI keeps them ready and counts the batches.
+
+    `source` gives, for a `BatchInfo`, `views` arrays `[n, S, S, 3]` (float16 if `half`) and the
+    ids `[n, 1]`.
+    """
+
+    def graph() -> Any:
+        return tuple(
+            fn.external_source(
+                source=source,
+                num_outputs=views + 1,
+                batch=True,
+                batch_info=True,
+                dtype=[types.FLOAT16 if half else types.FLOAT] * views + [types.INT64],
+                ndim=[3] * views + [1],
+                layout=["HWC"] * views + [""],
+            )
+        )
+
+    pipe = dali.pipeline_def(graph)(
+        batch_size=batch_size, num_threads=1, device_id=None, seed=0,
+        prefetch_queue_depth=prefetch, exec_dynamic=True, enable_checkpointing=True,
+        checkpoint=checkpoint,
+    )  # fmt: skip
+    return _iterator(pipe, views)
 
 
 def eval_iterator(

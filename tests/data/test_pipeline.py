@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from ddp_ssl.data import pipeline
+from ddp_ssl.data import pipeline, small
 from ddp_ssl.data.augment import RECIPES, PixelFormat, View, views_of
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import hashed
@@ -65,6 +65,16 @@ def off(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Mean |difference|."""
     assert a.shape == b.shape
     return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).mean())
+
+
+@pytest.fixture(params=["graph", "small"])
+def small_images_from(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small images in memory take the graph, and then the way of their own."""
+    if request.param == "graph":
+        monkeypatch.setattr(small, "suits", lambda *_: False)
+
+
+both_ways = pytest.mark.usefixtures("small_images_from")
 
 
 # --- one operator at a time ----------------------------------------------------------------------
@@ -233,6 +243,7 @@ DRAWS = 1200
     [("fast", 0.14, 0.29), ("seq", 0.14, 0.26), ("exact", 0.067, 0.067)],
 )
 @pytest.mark.parametrize("recipe", ["weak", "sym"])
+@both_ways
 def test_the_distribution_of_colours_is_torchvisions(
     recipe: str, mode: str, bound: float, clipping: float
 ) -> None:
@@ -266,6 +277,7 @@ def test_the_distribution_of_colours_is_torchvisions(
 
 @pytest.mark.parametrize("mode", ["fast", "seq", "exact"])
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
+@both_ways
 def test_every_recipe_runs(recipe: str, mode: str) -> None:
     class Group:
         count, size, overrides = 3, 16, {"scale": (0.4, 1.0)}
@@ -290,6 +302,7 @@ def test_multiview_crops_by_size_and_can_be_overridden() -> None:
     assert [view.scale for view in views] == [(0.14, 1)] * 2 + [(0.05, 0.14)] * 3 + [(0.3, 0.4)]
 
 
+@both_ways
 def test_probabilities() -> None:
     """Coins fall as often as asked, independently, and 0 and 1 mean never and always."""
     image = picture(2, 8, 8)
@@ -313,6 +326,7 @@ def test_probabilities() -> None:
     assert torch.equal(always[:, 0], always[:, 2])
 
 
+@both_ways
 def test_seeds_of_operators_are_their_own() -> None:
     """Adding an operator leaves the draws of the others as they are."""
     split = array_of(6)
