@@ -38,6 +38,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written; the older ones are intact. The message is one line."""
 
 
+class SaveError(RuntimeError):
+    """Too many saves in a row failed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
     """A committed checkpoint: its file and what its manifest says."""
@@ -336,10 +340,13 @@ def load_newest(
     return None
 
 
-def load(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:
+def load(
+    path: Path, map_location: torch.device | str = "cpu", *, sha256: str | None = None
+) -> dict[str, Any]:
     """The state of a given checkpoint file, or of a run folder's newest good one.
 
-    Raises `ValueError`, in one line, for what is not there, damaged or no checkpoint.
+    Raises `ValueError`, in one line, for what is not there, damaged, no checkpoint, or other bytes
+    than those of `sha256`.
     """
     if path.is_dir():
         newest = load_newest(path, map_location)
@@ -351,7 +358,10 @@ def load(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]
     manifest = path.with_suffix(".json")
     if manifest.exists():
         try:
-            problem = _problem(Found.read(manifest))
+            found = Found.read(manifest)
+            problem = _problem(found)
+            if sha256 not in (None, found.sha256):
+                problem = f"its SHA-256 is {found.sha256[:12]}, rank 0 reads {(sha256 or '')[:12]}"
         except (OSError, ValueError) as error:
             problem = f"its manifest {manifest.name} cannot be read: {error}"
         if problem is not None:

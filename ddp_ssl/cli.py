@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 from ddp_ssl import __version__
 
-COMMANDS = {"train": "pretrain; the same arguments as python -m ddp_ssl.train"}
+# Each is a module with a `main(arguments)` that returns the exit code.
+COMMANDS = {
+    "train": "pretrain, here and now; the processes are torchrun's or srun's, if any",
+    "submit": "the same as a Slurm job, or an array of jobs, through submitit",
+    "doctor": "check the machine, the data and the cluster before a long run",
+}
+USAGE = "usage: ddp-ssl COMMAND [CONFIG.yaml] [key=value ...]"
 
 
 def main() -> int:
     """Dispatch to a command; returns the exit code."""
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["train"]:
-        from ddp_ssl.train import main as train
-
-        return train(arguments[1:])
-    if arguments[:1] == ["--version"]:
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in COMMANDS:
+        # Imported when it is needed: `train` catches signals before torch is imported.
+        return int(importlib.import_module(f"ddp_ssl.{command}").main(arguments))
+    if command == "--version":
         print(f"ddp_ssl {__version__}")
         return 0
-    lines = ["usage: ddp-ssl COMMAND [...]", ""]
-    lines += [f"  {name:<8}{text}" for name, text in COMMANDS.items()]
-    wrong = bool(arguments) and arguments[0] not in ("-h", "--help")
-    if wrong:
-        lines = [f"ddp-ssl: error: unknown command {arguments[0]!r}; accepted: train"]
-    print("\n".join(lines), file=sys.stderr if wrong else sys.stdout)
-    return 2 if wrong else 0
+    if command in ("-h", "--help"):
+        print("\n".join([USAGE, "", *(f"  {name:<8}{text}" for name, text in COMMANDS.items())]))
+        print("\nddp-ssl COMMAND --help says more; ddp-ssl --version tells the version.")
+        return 0
+    accepted = ", ".join(COMMANDS)
+    print(f"ddp-ssl: error: unknown command {command!r}; accepted: {accepted}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

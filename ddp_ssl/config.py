@@ -77,8 +77,29 @@ class Run(Section):
     """`auto` takes the GPUs if there are any (NCCL), else the CPU (gloo)."""
     threads: int = Field(0, ge=0)
     """CPU threads per process for torch; 0 shares the machine's cores among its processes."""
-    timeout_s: float = Field(1800, gt=0)
-    """Seconds after which a collective that does not complete ends the run."""
+    start_timeout_s: float = Field(1800, gt=0)
+    """Seconds that may pass without progress until the first step is done, and at any time while
+    something else than a step is under way (validation, a checkpoint, a measurement)."""
+    timeout_s: float = Field(300, gt=0)
+    """Seconds without progress after which a step, or a process that gives no sign of life, ends
+    the run on all processes."""
+    max_hours: float | None = Field(None, gt=0)
+    """Stop, with a checkpoint, this many hours after the start of the process."""
+    end_margin_s: float = Field(120, ge=0)
+    """Stop this many seconds before a Slurm job's end (a tenth of what is left at the start, if
+    that is less)."""
+    profile: str | None = None
+    """`FROM:TO`, steps to trace with torch's profiler, such as `20:23`, into `profile/` of the run
+    folder: rank 0 and the last rank."""
+
+    @field_validator("profile")
+    @classmethod
+    def _is_window(cls, value: str | None) -> str | None:
+        if value is not None:
+            first, _, end = value.partition(":")
+            if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+                raise ValueError(f"expected FROM:TO with FROM < TO, such as 20:23, got {value}")
+        return value
 
 
 class Model(Section):
@@ -314,6 +335,9 @@ class Checkpoint(Section):
     """Newest checkpoints kept."""
     keep_every: int = Field(0, ge=0)
     """Epochs between checkpoints that are kept for good; 0: none."""
+    max_failures: int = Field(10, ge=1)
+    """Failing saves in a row after which the run ends; each is tried again at the next logging
+    step."""
     best: str | None = "eval/knn_top1"
     """Figure of the validation (`eval/*`, `rep/*`) whose best epoch is kept as `best.pt`; with a
     leading `-` the lowest is the best; null: none."""
@@ -336,6 +360,9 @@ class MethodConfig(Section):
 
     recipe: ClassVar[dict[str, Any]] = {}
     """The method's defaults for the other sections: nested, as in a YAML file."""
+    embedded: ClassVar[dict[str, Any]] = {}
+    """What the method needs otherwise on the embedded default's 1,797 digits, its own section
+    included: nested like `recipe`, applied over `EMBEDDED_DEFAULT` and only without a YAML."""
     min_views: ClassVar[int] = 2
     max_views: ClassVar[int | None] = None
     small_crops: ClassVar[bool] = True
@@ -425,10 +452,15 @@ class Resolved:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads `1e-4` as a number, `off` as a word, and refuses a key given twice."""
+    """Safe YAML that reads `1e-4` as a number, `off` and `20:23` as words, and refuses a key given
+    twice."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (declared by the base class)
-        first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:bool"]
+        first: [
+            (tag, pattern)
+            for tag, pattern in pairs
+            if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int")
+        ]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -446,6 +478,12 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+# As YAML 1.1 has it, but for numbers to base 60: a time or a range of steps is none.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"),
+    list("-+0123456789"),
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
@@ -501,14 +539,14 @@ def load(arguments: Sequence[str]) -> Resolved:
     _check_method_name(name)
 
     method_config = load_method(name).config_class
-    demo = dict(EMBEDDED_DEFAULT["method"])  # its keys are for the methods that have them
     if path is None:
-        for key in demo.keys() - method_config.model_fields.keys():
-            if origins.get(f"method.{key}") == "embedded default":
-                method = {k: v for k, v in method.items() if k != key}
+        demo = _for_method(layers[0][1], method_config)
+        layers = [("embedded default", demo), ("embedded default", method_config.embedded)]
+        if overrides:
+            layers.append(("command line", _tree_of(overrides, layers)))
     layers.insert(0, (f"recipe of {name}", method_config.recipe))
     merged, origins = _merge(layers)
-    merged["method"] = {**method, "name": name}
+    merged["method"] = {**merged.get("method", {}), "name": name}
     typed = _with_method(method_config)
     config = _validate(merged, typed, origins)
     try:
@@ -520,9 +558,10 @@ def load(arguments: Sequence[str]) -> Resolved:
 
 
 def builtin_methods() -> list[str]:
-    """Names of the methods in the package: the files of `ddp_ssl/methods`."""
-    folder = Path(__file__).parent / "methods"
-    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if m.name != "base")
+    """Names of the methods in the package: the files of `ddp_ssl/methods`, but for `base` and
+    those with a leading underscore, which hold what several methods share."""
+    files = pkgutil.iter_modules([str(Path(__file__).parent / "methods")])
+    return sorted(m.name for m in files if m.name != "base" and not m.name.startswith("_"))
 
 
 def load_method(name: str) -> Any:
@@ -645,6 +684,12 @@ def _embedded_default(overrides: Sequence[str]) -> dict[str, Any]:
         return EMBEDDED_DEFAULT
     model = {k: v for k, v in EMBEDDED_DEFAULT["model"].items() if k != "backbone_args"}
     return {**EMBEDDED_DEFAULT, "model": model}
+
+
+def _for_method(demo: dict[str, Any], method: type[MethodConfig]) -> dict[str, Any]:
+    """The embedded default without the keys of `method` that this one does not have."""
+    known = {key: value for key, value in demo["method"].items() if key in method.model_fields}
+    return {**demo, "method": known}
 
 
 def _tree_of(overrides: Sequence[str], layers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import datetime
 import inspect
 import os
 import socket
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -27,11 +28,87 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.launch import local_rank_and_size, rank_and_size, restarts
+from ddp_ssl.launch import local_rank_and_size, ranges, rank_and_size, restarts
 
 # torch 2.13 renamed the single-tensor collectives and deprecated the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+# --- meeting the others ------------------------------------------------------------------------
+
+
+class Traffic:
+    """How often this process met the others, and, while `sampling`, how long it waited for them.
+
+    The slowest process waits least: it is the one the others wait for.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.sampling = False
+        self._spans: list[tuple[Any, Any]] = []
+        self._ready: Any = None
+        self._device = torch.device("cpu")
+
+    def sample(self, device: torch.device) -> None:
+        """Measure from here on, until `waited`."""
+        self.sampling, self._device = True, device
+        self._spans, self._ready = [], None
+
+    def mark(self) -> Any:
+        """This moment, on the device's own clock."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def span(self, start: Any) -> None:
+        """Count the time since `start` as waiting."""
+        self._spans.append((start, self.mark()))
+
+    def gradient_ready(self, parameter: Tensor) -> None:
+        """This process's part of a gradient is there; the last one's moment counts."""
+        if self.sampling:
+            self._ready = self.mark()
+
+    def gradients_reduced(self) -> None:
+        """After backward: since the last gradient was ready here, DDP waited for the others'."""
+        if self.sampling and self._ready is not None:
+            self.span(self._ready)
+
+    def waited(self) -> float:
+        """Seconds spent waiting while sampling, which ends here; waits for the device."""
+        self.sampling = False
+        spans, self._spans = self._spans, []
+        if self._device.type != "cuda":
+            return float(sum(end - start for start, end in spans))
+        torch.cuda.synchronize(self._device)
+        return float(sum(start.elapsed_time(end) for start, end in spans)) / 1000
+
+
+traffic = Traffic()
+
+
+def _meet(collective: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Run a collective that this process waits for."""
+    traffic.calls += 1
+    if not traffic.sampling:
+        collective(*args, **options)
+        return
+    start = traffic.mark()
+    collective(*args, **options)
+    traffic.span(start)
+
+
+def others_failed(error: BaseException) -> bool:
+    """Whether this is what a process sees when another one died or left."""
+    text = str(error).lower()
+    signs = ("gloo", "nccl", "connection", "timed out", "socket", "store")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+    )
 
 
 # --- the world ---------------------------------------------------------------------------------
@@ -60,7 +137,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_main else None
-        dist.gather_object(value, values, dst=0, group=self.side)
+        _meet(dist.gather_object, value, values, dst=0, group=self.side)
         return values
 
     def broadcast_object(self, value: Any) -> Any:
@@ -68,20 +145,61 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.side)
+        _meet(dist.broadcast_object_list, box, src=0, group=self.side)
         return box[0]
 
     def barrier(self) -> None:
         """Wait for every process, on the host."""
         if self.size > 1:
-            dist.barrier(group=self.side)
+            _meet(dist.barrier, group=self.side)
 
     def mean_rows(self, rows: Tensor) -> Tensor:
         """Mean over processes of a tensor on the device."""
         if self.size > 1:
-            dist.all_reduce(rows)
+            _meet(dist.all_reduce, rows)
             rows = rows / self.size
         return rows
+
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Every process's numbers on every process, in rank order; on the host."""
+        mine = torch.tensor([numbers], dtype=torch.float64)
+        if self.size == 1:
+            return cast(list[list[float]], mine.tolist())
+        everyones = mine.new_empty(self.size, len(numbers))
+        _meet(_all_gather, everyones, mine, group=self.side)
+        return cast(list[list[float]], everyones.tolist())
+
+    def whiteboard(self, answer_within_s: float) -> Whiteboard | None:
+        """Where the processes leave notes for each other; None for one process."""
+        if self.size == 1:
+            return None
+        token = self.broadcast_object(os.urandom(8).hex())  # apart from those of an earlier start
+        return Whiteboard(token, self.size, answer_within_s)
+
+
+class Whiteboard:
+    """A note of every process, read without the others' help, through a connection of its own.
+
+    The launcher's store behind it lives in torchrun's first agent, or in rank 0 under srun.
+    Methods raise `RuntimeError` once it cannot be reached.
+    """
+
+    def __init__(self, token: str, size: int, answer_within_s: float) -> None:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        within = datetime.timedelta(seconds=answer_within_s)
+        self._size = size
+        store = dist.TCPStore(host, port, timeout=within)  # type: ignore[attr-defined]
+        self._store = PrefixStore(f"notes {token}", store)
+        self._store.set_timeout(within)
+
+    def write(self, rank: int, note: str) -> None:
+        """Replace this process's note."""
+        self._store.set(str(rank), note)
+
+    def read(self) -> list[str]:
+        """The notes of all processes in rank order; each must have written one."""
+        notes = self._store.multi_get([str(rank) for rank in range(self._size)])
+        return [note.decode() for note in notes]
 
 
 class LateFlag:
@@ -129,6 +247,7 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     """
     rank, size = rank_and_size()
     local_rank, local_size = local_rank_and_size()
+    traffic.calls = 0
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device: cuda is not available here; auto or cpu would be accepted")
@@ -198,11 +317,12 @@ def stop() -> None:
 
 
 def layout(world: World) -> list[str]:
-    """Host and device of every rank, on rank 0 (empty elsewhere)."""
+    """`HOST DEVICE cpus 0-3` of every rank, on rank 0 (empty elsewhere)."""
     name = str(world.device)
     if world.device.type == "cuda":
         name += f" ({torch.cuda.get_device_name(world.device)})"
-    return world.gather_objects(f"{socket.gethostname()} {name}") or []
+    cpus = ranges(os.sched_getaffinity(0))
+    return world.gather_objects(f"{socket.gethostname()} {name} cpus {cpus}") or []
 
 
 def data_parallel(module: nn.Module, world: World) -> nn.Module:
@@ -214,7 +334,106 @@ def data_parallel(module: nn.Module, world: World) -> nn.Module:
     # The same meaning under torch's older and newer name.
     no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {no_sync: False}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            hooked = cast(Any, parameter)
+            hooked.register_post_accumulate_grad_hook(traffic.gradient_ready)
     return DistributedDataParallel(module, ids, gradient_as_bucket_view=True, **options)
+
+
+# --- how well they talk: for `ddp-ssl doctor` ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a measured all-reduce gave here."""
+
+    backend: str
+    nbytes: int
+    seconds: float
+    """Of one all-reduce of `nbytes`, the best of a few."""
+    latency: float
+    """Seconds of one all-reduce of four bytes, the median."""
+    correct: bool
+    """Whether every sum was right."""
+    link: float
+    """Seconds until as many bytes from the rank before were here while all ranks sent; the best."""
+
+
+def bandwidth(world: World, device: torch.device, nbytes: int, timeout_s: float) -> Exchange:
+    """Measure an all-reduce between all processes: NCCL on GPUs, gloo on CPUs.
+
+    For all processes together, each with a GPU of its own or none. In a group of its own, so that
+    a failure (`RuntimeError`, after `timeout_s` at the latest) leaves the others usable.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    limit = datetime.timedelta(seconds=timeout_s)
+    group: Any = dist.new_group(backend=backend, timeout=limit)
+    try:
+        total, count = world.size * (world.size + 1) / 2, nbytes // 4
+        correct = True
+
+        def settle() -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        def timed(elements: int) -> float:
+            nonlocal correct
+            values = torch.full((elements,), float(world.rank + 1), device=device)
+            settle()
+            start = time.perf_counter()
+            dist.all_reduce(values, group=group)
+            settle()
+            seconds = time.perf_counter() - start
+            correct = correct and bool((values == total).all())
+            return seconds
+
+        sent = torch.ones(count, device=device)
+        received = torch.empty_like(sent)
+        after, before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+
+        def around() -> float:
+            settle()
+            start = time.perf_counter()
+            both = [
+                dist.P2POp(dist.irecv, received, before, group),
+                dist.P2POp(dist.isend, sent, after, group),
+            ]
+            waiting = dist.batch_isend_irecv(both)
+            waiting[0].wait()
+            settle()
+            seconds = time.perf_counter() - start
+            for work in waiting[1:]:
+                work.wait()
+            settle()
+            return seconds
+
+        timed(count)  # connects
+        seconds = min(timed(count) for _ in range(3))
+        latency = sorted(timed(1) for _ in range(21))[10]
+        link = min(around() for _ in range(3))
+        return Exchange(backend, count * 4, seconds, latency, correct, link)
+    finally:
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group(group)
+
+
+def patient(world: World, timeout_s: float) -> World:
+    """The same processes, with another limit on waiting for each other on the host."""
+    if world.size == 1:
+        return world
+    limit = datetime.timedelta(seconds=timeout_s)
+    return replace(world, side=dist.new_group(backend="gloo", timeout=limit), timeout=limit)
+
+
+def wait_for_all(world: World, timeout_s: float) -> None:
+    """Meet on the host. On rank 0 `RuntimeError` names the ranks that did not come in time.
+
+    `timeout_s` may be less than the world's own limit, but not more.
+    """
+    if world.size > 1:
+        limit = datetime.timedelta(seconds=timeout_s)
+        dist.monitored_barrier(world.side, limit, wait_all_ranks=True)
 
 
 # --- collectives with their adjoints -----------------------------------------------------------
@@ -226,14 +445,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         out = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
-        _all_gather(out, x.contiguous())
+        _meet(_all_gather, out, x.contiguous())
         return out.view(-1, *x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (grad,) = grads
         out = grad.new_empty(grad.shape[1:])
-        _reduce_scatter(out, grad.contiguous().flatten(0, 1))
+        _meet(_reduce_scatter, out, grad.contiguous().flatten(0, 1))
         return out
 
 
@@ -244,13 +463,13 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
         total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
+        _meet(dist.all_reduce, total, group=group)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
+        _meet(dist.all_reduce, total, group=ctx.group)
         return total, None
 
 
@@ -299,11 +518,11 @@ class MeshComm(Comm):
             return found
         # A number first: nearly always there is nothing to tell.
         count = torch.tensor([len(found)])
-        dist.all_reduce(count, group=self._view_side)
+        _meet(dist.all_reduce, count, group=self._view_side)
         if not int(count):
             return found
         everyones: list[Any] = [None] * self.view_shards
-        dist.all_gather_object(everyones, found, group=self._view_side)
+        _meet(dist.all_gather_object, everyones, found, group=self._view_side)
         union: dict[int, str] = {}
         for part in everyones:
             union = part | union
@@ -397,7 +616,7 @@ class _Normalize(torch.autograd.Function):
         moments[held, 0] = count
         moments[held, 1 : channels + 1] = count * mean
         moments[held, channels + 1 :] = squares + count * mean.square()
-        dist.all_reduce(moments)
+        _meet(dist.all_reduce, moments)
         number = moments[:, :1]
         means = moments[:, 1 : channels + 1] / number
         variances = (moments[:, channels + 1 :] / number - means.square()).clamp_(min=0)
@@ -431,7 +650,7 @@ class _Normalize(torch.autograd.Function):
 
         sums = x.new_zeros((ctx.total, 2 * channels), dtype=torch.float64)
         sums[held] = torch.cat([sum_grad, sum_grad_x], 1)
-        dist.all_reduce(sums)
+        _meet(dist.all_reduce, sums)
         mean_grad, mean_grad_x = (sums[held] / number[held]).split(channels, 1)
         # dx = w/s (g - mean g - x^ mean(g x^)), written as one affine map of g and x per channel.
         scale = inverse * weight.double()

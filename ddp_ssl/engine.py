@@ -6,6 +6,7 @@ The loop knows no method. What a method needs between steps and epochs it does i
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -13,6 +14,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
 import sys
 import time
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ddp_ssl import checkpoint, distributed, folder, log, optim
-from ddp_ssl.checkpoint import CheckpointError
+from ddp_ssl.checkpoint import CheckpointError, SaveError
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError, Resolved, load_method
 from ddp_ssl.data import datasets
@@ -33,18 +35,31 @@ from ddp_ssl.data.augment import Decoding, PixelFormat, views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.loader import StreamLoader, TrainLoader
 from ddp_ssl.data.source import Agree, BadImages, UnreadableError
-from ddp_ssl.distributed import LateFlag, World
+from ddp_ssl.distributed import LateFlag, World, others_failed, traffic
 from ddp_ssl.evals.probe import Learner
 from ddp_ssl.evals.validation import Validation
-from ddp_ssl.launch import cpu_share, rank_and_size
+from ddp_ssl.launch import cpu_share, job_end, layout_lines, rank_and_size
 from ddp_ssl.methods.base import Context, Method, Progress, trainable
 from ddp_ssl.models import export, loading_snippet
 from ddp_ssl.picture import view_grid
+from ddp_ssl.profile import Profiler
 from ddp_ssl.recorder import BadDataError, NonFiniteError, Recorder, ViewGroupError
 from ddp_ssl.signals import StopRequest
+from ddp_ssl.watchdog import Watchdog
 
 logger = logging.getLogger("ddp_ssl")
 T = TypeVar("T")
+
+SAVE_AGAIN_S = 5.0  # between attempts of a save that cannot wait for a later step
+
+
+@dataclasses.dataclass
+class Unsaved:
+    """Saves that failed in a row, and what the next one makes up for."""
+
+    failures: int = 0
+    permanent: bool = False
+    best: float | None = None
 
 
 @dataclasses.dataclass
@@ -62,11 +77,14 @@ class Job:
     loader: TrainLoader
     validation: Validation | None
     recorder: Recorder
+    watch: Watchdog
     step: int = 0
     epoch: int = 0
     best: float | None = None
     latest: dict[str, float] = dataclasses.field(default_factory=dict)
     first: dict[str, float] = dataclasses.field(default_factory=dict)
+    code: dict[str, str] = dataclasses.field(default_factory=dict)
+    unsaved: Unsaved | None = None
 
     @property
     def method(self) -> Method[Any]:
@@ -79,16 +97,25 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
     config = resolved.config
     world = join(config)
     log.setup_logging(None, world.rank)
+    set_deadlines(config, stop)
+    watch = Watchdog(world, config.run)
     claimed: list[Path] = []
+    watch.on_end = lambda reason: record_status(claimed, "failed", error=reason, retry=True)
+
+    def ended(state: log.State, **fields: Any) -> None:
+        if world.is_main:
+            record_status(claimed, state, **fields)
+
     code = 0
     try:
-        job = build(resolved, world, claimed)
+        job = build(resolved, world, watch, claimed)
         try:
             try:
                 state = train(job, stop)
             except BadDataError:
                 save(job)  # between two steps, on all processes together
                 raise
+            watch.close()
             if state == "done":
                 finish(job)
             elif world.is_main:
@@ -96,27 +123,57 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
                 logger.info("stopped on %s at step %d; run.resume=auto goes on", reason, job.step)
         finally:
             job.recorder.close()
-        record_status(claimed, state, step=job.step, epoch=job.epoch)
+        ended(state, step=job.step, epoch=job.epoch)
     except ConfigError as error:  # raised by all ranks together
-        record_status(claimed, "failed", error=str(error))
+        ended("failed", error=str(error), retry=False)
+        watch.close()
         distributed.stop()
         raise
-    except (NonFiniteError, ViewGroupError, BadDataError) as error:  # likewise
-        record_status(claimed, "failed", error=str(error))
+    except (NonFiniteError, ViewGroupError, BadDataError, SaveError) as error:  # likewise
+        ended("failed", error=str(error), retry=isinstance(error, SaveError))
         if world.is_main:
             logger.error("%s", error)
         code = 1
-    except UnreadableError as error:
-        record_status(claimed, "failed", error=str(error))
-        logger.error("%s; run.resume=auto goes on from the last checkpoint", error)
-        raise SystemExit(1) from None  # as below
     except BaseException as error:
         # One rank alone: the others wait in a collective, where leaving the group in order would
         # block too. The process ends as it is, and the launcher ends the others.
-        record_status(claimed, "failed", error=one_line(f"{type(error).__name__}: {error}"))
-        raise
+        explain(error, world, watch, claimed)
+        if not isinstance(error, Exception):
+            raise
+        raise SystemExit(1) from None
+    watch.close()
     distributed.stop()
     return code
+
+
+def explain(error: BaseException, world: World, watch: Watchdog, claimed: list[Path]) -> None:
+    """Say once, and in `status.json`, what ended the run: this process's error or another's."""
+    reason, speaks = "", True
+    if world.size > 1 and others_failed(error):
+        reason, speaks = watch.explain()
+    if not reason:  # it is this process's own
+        name = "" if isinstance(error, UnreadableError) else f"{type(error).__name__}: "
+        reason, speaks = one_line(f"{name}{error}"), True
+        watch.failed(reason)
+        if isinstance(error, Exception) and not isinstance(error, UnreadableError):
+            logger.error("%s", reason, exc_info=error)
+        else:
+            logger.error("%s", reason)
+    elif speaks:
+        logger.error("%s", reason)
+    if speaks:
+        record_status(claimed, "failed", error=reason, retry=True)
+    watch.close()
+
+
+def set_deadlines(config: Config, stop: StopRequest) -> None:
+    """`run.max_hours` from the start of the process, and some time before the job's end."""
+    if config.run.max_hours is not None:
+        stop.at(stop.started + 3600 * config.run.max_hours, "run.max_hours")
+    end = job_end()
+    if end is not None:
+        margin = min(config.run.end_margin_s, max(0.0, end - stop.started) / 10)
+        stop.at(end - margin, "the end of the Slurm job")
 
 
 def join(config: Config) -> World:
@@ -145,23 +202,29 @@ def record_status(claimed: list[Path], state: log.State, **fields: Any) -> None:
 
 def train(job: Job, stop: StopRequest) -> log.State:
     """Train to the end or until asked to stop; returns `done` or `preempted`."""
-    config, world, method = job.config, job.world, job.method
+    config, world, method, watch = job.config, job.world, job.method, job.watch
     steps_per_epoch, epochs = job.loader.steps_per_epoch, config.optim.epochs
     total_steps, stop_file = steps_per_epoch * epochs, job.folder / "STOP"
     late, recorder, optimizer, scaler = LateFlag(world), job.recorder, job.optimizer, job.scaler
+    profiler = Profiler(config, world, job.folder)
     job.module.train()
+    profiler.step(job.step)
     recorder.restart_clock()
 
     while job.epoch < epochs:
         while job.step < (job.epoch + 1) * steps_per_epoch:
+            watch.at(job.step, "waiting for data")
+            recorder.begin_step(job.step + 1)
             with recorder.waiting():
                 batch = next(job.loader)
+            watch.at(job.step, "a step")
             recorder.saw(batch.ids)
             rate = optim.set_learning_rates(
                 optimizer, config.optim, config.data.batch_size, job.step, steps_per_epoch
             )
             total, figures = job.module(batch)
             scaler.scale(total).backward()
+            traffic.gradients_reduced()
             scaler.unscale_(optimizer)
             progress = Progress(job.step, total_steps, job.epoch, epochs)
             method.before_optimizer(progress)
@@ -173,23 +236,30 @@ def train(job: Job, stop: StopRequest) -> log.State:
             job.step += 1
 
             recorder.add(job.step, figures | {"optim/lr": rate, "optim/grad_norm": norm})
-            if job.step % config.log.every_steps == 0 or job.step == total_steps:
+            logging_step = job.step % config.log.every_steps == 0 or job.step == total_steps
+            if logging_step:
                 recorder.flush()
-            asked = stop.look_for(stop_file if world.is_main else None)
+            profiler.step(job.step)
+            asked = stop.look_for(stop_file) if world.is_main else stop.reason is not None
             stopping = late.exchange(asked or job.loader.failing is not None)
             every = config.checkpoint.every_steps
             last = job.step == (job.epoch + 1) * steps_per_epoch
-            if stopping or (every and job.step % every == 0 and not last):
-                save(job)
             if stopping:
+                profiler.close()
+                save(job, insist=True)
                 late.settle()
                 stop_if_bad(world, job.loader.failing)
                 return "preempted"
-        improved = end_of_epoch(job)
+            due = every and job.step % every == 0 and not last
+            if due or (job.unsaved is not None and logging_step):
+                save(job)
+        best = end_of_epoch(job)
         job.epoch += 1
         keep_every = config.checkpoint.keep_every
-        save(job, bool(keep_every and job.epoch % keep_every == 0), improved)
+        permanent = bool(keep_every and job.epoch % keep_every == 0)
+        save(job, permanent, best, insist=job.epoch == epochs)
         recorder.share_bad()
+    profiler.close()
     late.settle()
     return "done"
 
@@ -202,10 +272,11 @@ def stop_if_bad(world: World, reason: str | None) -> None:
         raise BadDataError(first)
 
 
-def end_of_epoch(job: Job) -> bool:
-    """What is measured between epochs, before the epoch counts as done; whether it is the best."""
+def end_of_epoch(job: Job) -> float | None:
+    """What is measured between epochs, before the epoch counts as done; the score, if the best."""
     job.recorder.flush()
-    job.method.after_epoch(context_of(job))
+    with job.watch.during("what the method measures between epochs"):
+        job.method.after_epoch(context_of(job))
     done, config = job.epoch + 1, job.config
     job.method.train()
     last = done == config.optim.epochs
@@ -214,20 +285,17 @@ def end_of_epoch(job: Job) -> bool:
         last or bool(config.eval.every and done % config.eval.every == 0),
         last or bool(config.measure.every and done % config.measure.every == 0),
     )
-    return is_best(job, figures)
+    return best_score(job, figures)
 
 
-def is_best(job: Job, figures: dict[str, float]) -> bool:
-    """Whether this epoch's figure of `checkpoint.best` beats all before; remembers it."""
+def best_score(job: Job, figures: dict[str, float]) -> float | None:
+    """This epoch's figure of `checkpoint.best`, if it beats all before; higher is better."""
     name = job.config.checkpoint.best or ""
     value = figures.get(name.lstrip("-"))
     if value is None or not math.isfinite(value):
-        return False
+        return None
     score = -value if name.startswith("-") else value
-    if job.best is not None and score <= job.best:
-        return False
-    job.best = score
-    return True
+    return score if job.best is None or score > job.best else None
 
 
 def evaluate(job: Job, accuracy: bool, measure: bool) -> dict[str, float]:
@@ -235,7 +303,8 @@ def evaluate(job: Job, accuracy: bool, measure: bool) -> dict[str, float]:
     if job.validation is None or not (accuracy or measure):
         return {}
     start = time.perf_counter()
-    figures = job.validation.figures(job.method, job.learner.probe, accuracy, measure)
+    with job.watch.during("validation"):
+        figures = job.validation.figures(job.method, job.learner.probe, accuracy, measure)
     figures["perf/validation_s"] = time.perf_counter() - start
     job.first = job.first or figures
     job.latest |= figures
@@ -253,7 +322,8 @@ def finish(job: Job) -> None:
     if not job.world.is_main:
         return
     config, weights = job.config, job.folder / "backbone.pt"
-    torch.save(export(job.method.backbone), weights)
+    with warned(weights):
+        torch.save(export(job.method.backbone), weights)
     names = {
         "eval/knn_raw_pixels": "k-NN top-1, raw pixels",
         "eval/knn_top1": "k-NN top-1",
@@ -273,7 +343,8 @@ def finish(job: Job) -> None:
             )
     table = log.markdown_table(rows)
     snippet = loading_snippet(config.model, str(weights))
-    (job.folder / "result.md").write_text(f"{table}\n\n```python\n{snippet}\n```\n")
+    with warned(job.folder / "result.md"):
+        (job.folder / "result.md").write_text(f"{table}\n\n```python\n{snippet}\n```\n")
     job.recorder.tell(f"\n{table}\n\nThe backbone, without ddp_ssl:\n\n{snippet}\n")
     if config.data.name == "digits":
         job.recorder.tell(
@@ -286,10 +357,10 @@ def finish(job: Job) -> None:
 # --- building ----------------------------------------------------------------------------------
 
 
-def build(resolved: Resolved, world: World, claimed: list[Path]) -> Job:
+def build(resolved: Resolved, world: World, watch: Watchdog, claimed: list[Path]) -> Job:
     """Find the data, claim the folder, make everything, and load what the run continues from.
 
-    Rank 0 appends the folder to `claimed` as soon as it is this run's.
+    Appends the folder to `claimed` as soon as it is this run's.
     """
     config, device = resolved.config, world.device
     threads = config.run.threads or cpu_share()
@@ -324,8 +395,7 @@ def build(resolved: Resolved, world: World, claimed: list[Path]) -> Job:
     identity = folder.whole_identity(config, data)
     state, path = together(world, lambda: load(identity, start))
     together(world, lambda: folder.create(start.folder) if world.is_main else None)
-    if world.is_main:
-        claimed.append(start.folder)
+    claimed.append(start.folder)
     log.setup_logging(start.folder if world.is_main else None, world.rank)
     validation = (
         Validation(data, config, comm, device, bad)
@@ -344,15 +414,20 @@ def build(resolved: Resolved, world: World, claimed: list[Path]) -> Job:
         warm_up(module, learner, config, comm, device)
     offset = state["metrics_offset"] if state and start.same_folder else 0
     ranks = distributed.layout(world)
-    if world.is_main:
-        write_folder(resolved, start, ranks)
     writer = None
-    if world.is_main:
-        resumed = state["step"] if state and start.same_folder else None
-        writer = log.MetricsWriter(
+    resumed = state["step"] if state and start.same_folder else None
+
+    def open_writer() -> log.MetricsWriter | None:
+        if not world.is_main:
+            return None
+        write_folder(resolved, start, ranks, resumed or 0)
+        opened = log.MetricsWriter(
             start.folder, tensorboard=config.log.tensorboard, resumed_step=resumed, offset=offset
         )
-        writer.text("config", f"```yaml\n{resolved.to_yaml()}```", resumed or 0)
+        opened.text("config", f"```yaml\n{resolved.to_yaml()}```", resumed or 0)
+        return opened
+
+    writer = together(world, open_writer)
     parts = (max(data.train, data.labelled or data.train, key=len), data.val)
     images = sum(len(part) for part in parts if part is not None)
     recorder = Recorder(
@@ -360,14 +435,14 @@ def build(resolved: Resolved, world: World, claimed: list[Path]) -> Job:
     )
     job = Job(
         config, world, start.folder, data, learner, module, optimizer, scaler, loader, validation,
-        recorder,
+        recorder, watch, code=log.code_version() if world.is_main else {},
     )  # fmt: skip
-    describe(job, threads)
+    recorder.hosts = {rank: text.partition(" ")[0] for rank, text in enumerate(ranks)}
+    describe(job, threads, ranks)
     for seed_all in (torch.manual_seed, random.seed, np.random.seed):
         seed_all(derive(config.run.seed, "rank", world.rank))
     if state:
-        assert path is not None
-        restore(job, state, path)
+        together(world, lambda: restore(job, state, cast(Path, path)))
     else:
         begin(job)
     return job
@@ -478,7 +553,8 @@ def begin(job: Job) -> None:
         job.recorder.restore_bad({})  # of an earlier start that came to no checkpoint
     if job.config.run.init_from is not None:
         job.recorder.tell(f"weights from {job.config.run.init_from}")
-    job.method.on_start(context_of(job))
+    with job.watch.during("what the method does at the start"):
+        job.method.on_start(context_of(job))
     job.method.train()
     if job.config.eval.raw_pixels and job.validation is not None and job.validation.labelled:
         accuracy = job.validation.raw_pixels()
@@ -509,7 +585,7 @@ def picture(job: Job) -> None:
     job.recorder.image("data/views", image, job.folder / "views.png")
 
 
-def describe(job: Job, threads: int) -> None:
+def describe(job: Job, threads: int, ranks: list[str]) -> None:
     """Who runs on what, once, on rank 0; and the config as text."""
     config, data, total = job.config, job.data, job.config.optim
     val = 0 if data.val is None else len(data.val)
@@ -525,15 +601,24 @@ def describe(job: Job, threads: int) -> None:
         f"{network / 1e6:.2f} M parameters; peak learning rate "
         f"{total.lr * config.data.batch_size / 256:g}; folder {job.folder}"
     )
+    if job.world.size > 1:
+        job.recorder.tell(
+            f"rendezvous {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}; threads per "
+            f"process: torch {threads}, DALI {config.data.threads or cpu_share()}, reading "
+            f"{config.data.read_threads}, OMP_NUM_THREADS "
+            f"{os.environ.get('OMP_NUM_THREADS', 'unset')}"
+        )
+    for line in layout_lines(ranks):
+        job.recorder.tell(line)
 
 
-def write_folder(resolved: Resolved, start: folder.Start, ranks: list[str]) -> None:
+def write_folder(resolved: Resolved, start: folder.Start, ranks: list[str], step: int) -> None:
     """The config and the environment, for whoever reads the folder later."""
     tree = resolved.to_yaml()
     (start.folder / "config.yaml").write_text(tree)
     environment = log.environment() | {"world_size": len(ranks), "ranks": ranks}
     (start.folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
-    log.write_status(start.folder, "running")
+    log.write_status(start.folder, "running", step=step)
     (start.folder / "STOP").unlink(missing_ok=True)
     checkpoint.sweep(start.folder)
 
@@ -559,7 +644,9 @@ def context_of(job: Job) -> Context:
 
     def report(figures: dict[str, float]) -> None:
         job.latest.update(figures)
-        job.recorder.row(job.step, figures)
+        # What each step's row says anyway would be a second point at this step.
+        new = {n: v for n, v in figures.items() if n not in job.recorder.of_steps}
+        job.recorder.row(job.step, new)
 
     return Context(comm, seed, epoch, job.config.optim.epochs, batches, report, job.recorder.tell)
 
@@ -567,52 +654,96 @@ def context_of(job: Job) -> Context:
 # --- checkpoints -------------------------------------------------------------------------------
 
 
-def save(job: Job, permanent: bool = False, best: bool = False) -> None:
-    """Save on all ranks together; a save that fails warns and keeps the older checkpoint."""
+def save(
+    job: Job, permanent: bool = False, best: float | None = None, *, insist: bool = False
+) -> None:
+    """Save on all ranks together; `best` is the score of the best epoch so far, if this is it.
+
+    A save that fails warns, keeps the older checkpoints, and is made up for at the next logging
+    step; with `insist`, for which there is none, it is tried again at once. `SaveError` after
+    `checkpoint.max_failures` in a row.
+    """
     job.recorder.flush()  # raises before a non-finite state can be saved
-    mine = {
+    owed = job.unsaved or Unsaved()
+    owed.permanent = owed.permanent or permanent
+    owed.best = best if best is not None else owed.best
+    with job.watch.during("saving a checkpoint"):
+        ranks = job.world.gather_objects(rank_state(job))
+        problem: str | None = None
+        if job.world.is_main:
+            try:
+                write_checkpoint(job, ranks or [], owed)
+            except CheckpointError as error:
+                problem = str(error)
+        problem = job.world.broadcast_object(problem)
+    if problem is None:
+        job.best = job.best if owed.best is None else owed.best
+        job.unsaved = None
+        job.recorder.restart_clock()
+        return
+    owed.failures += 1
+    job.unsaved = owed
+    bound = job.config.checkpoint.max_failures
+    if owed.failures >= bound:
+        raise SaveError(
+            f"checkpoint.max_failures: {bound} saves in a row failed, the last at step {job.step}: "
+            f"{problem}; the checkpoints there are can be continued with run.resume=auto"
+        )
+    if job.world.is_main:
+        logger.warning(
+            "checkpoint at step %d not saved (%d of %d failures that end the run), going on: %s",
+            job.step, owed.failures, bound, problem,
+        )  # fmt: skip
+    if insist:
+        time.sleep(SAVE_AGAIN_S)
+        save(job, insist=True)
+    job.recorder.restart_clock()
+
+
+def rank_state(job: Job) -> dict[str, Any]:
+    """What each process has of its own: its place in the data and its random numbers."""
+    state = {
         "loader": job.loader.state(),
         "torch_rng": torch.get_rng_state(),
         "python_rng": random.getstate(),
         "numpy_rng": numpy_rng(),
     }
     if job.world.device.type == "cuda":
-        mine["cuda_rng"] = torch.cuda.get_rng_state()
-    ranks = job.world.gather_objects(mine)
-    if job.world.is_main:
-        assert ranks is not None
-        identity = folder.whole_identity(job.config, job.data)
-        state = {
-            "model": job.learner.state_dict(),
-            "optimizer": optim.state_by_name(job.optimizer),
-            "scaler": job.scaler.state_dict(),
-            "step": job.step,
-            "epoch": job.epoch,
-            "best": job.best,
-            "first": job.first,
-            "latest": job.latest,
-            "metrics_offset": job.recorder.offset(),
-            "bad_images": job.recorder.bad_images(),
-            "identity": identity,
-            "ranks": ranks,
-        }
-        try:
-            path = checkpoint.save(
-                job.folder,
-                state,
-                step=job.step,
-                epoch=job.epoch,
-                identity=identity,
-                world_size=job.world.size,
-                keep=job.config.checkpoint.keep,
-                permanent=permanent,
-            )
-            if best:
-                checkpoint.save_best(job.folder, path)
-        except CheckpointError as error:
-            logger.warning("checkpoint at step %d not saved, going on: %s", job.step, error)
-    job.world.barrier()
-    job.recorder.restart_clock()
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    return state
+
+
+def write_checkpoint(job: Job, ranks: list[Any], owed: Unsaved) -> None:
+    """The file, on rank 0, and what follows from it; raises `CheckpointError`."""
+    identity = folder.whole_identity(job.config, job.data)
+    state = {
+        "model": job.learner.state_dict(),
+        "optimizer": optim.state_by_name(job.optimizer),
+        "scaler": job.scaler.state_dict(),
+        "step": job.step,
+        "epoch": job.epoch,
+        "best": job.best if owed.best is None else owed.best,
+        "first": job.first,
+        "latest": job.latest,
+        "metrics_offset": job.recorder.offset(),
+        "bad_images": job.recorder.bad_images(),
+        "identity": identity,
+        "code": job.code,
+        "ranks": ranks,
+    }
+    path = checkpoint.save(
+        job.folder,
+        state,
+        step=job.step,
+        epoch=job.epoch,
+        identity=identity,
+        world_size=job.world.size,
+        keep=job.config.checkpoint.keep,
+        permanent=owed.permanent,
+    )
+    if owed.best is not None:
+        checkpoint.save_best(job.folder, path)
+    record_status([job.folder], "running", step=job.step, epoch=job.epoch)
 
 
 def load(
@@ -621,7 +752,7 @@ def load(
     """The checkpoint to continue from, if there is one, checked to be of this experiment."""
     if start.checkpoint is None:
         return None, None
-    state = checkpoint.load(start.checkpoint)
+    state = checkpoint.load(start.checkpoint, sha256=start.sha256)
     folder.check_identity(identity, state["identity"], start.checkpoint)
     return state, start.checkpoint
 
@@ -639,6 +770,9 @@ def restore(job: Job, state: dict[str, Any], path: Path) -> None:
     warning = job.loader.load_state(mine["loader"], job.step)
     if warning and job.world.is_main:
         logger.warning("%s", warning)
+    differing = checkpoint.compare_identity(state.get("code", {}), job.code)
+    if job.world.is_main and differing:
+        logger.warning("the code has changed, numbers may: %s", "; ".join(differing))
     if len(state["ranks"]) == job.world.size:
         torch.set_rng_state(mine["torch_rng"].cpu())
         random.setstate(mine["python_rng"])
@@ -701,6 +835,15 @@ def require_bf16() -> None:
     """Raise `ValueError` if this GPU has no bfloat16."""
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError("optim.precision: this GPU has no bf16; fp16 or fp32 would be accepted")
+
+
+@contextlib.contextmanager
+def warned(path: Path) -> Iterator[None]:
+    """A file that cannot be written is a warning: what the run is for lies elsewhere."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
+        logger.warning("%s cannot be written: %s", path, one_line(error))
 
 
 def one_line(text: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ class Start:
     checkpoint: Path | None
     same_folder: bool
     """Whether the checkpoint is this folder's own, so that its metrics continue."""
+    sha256: str | None = None
+    """Of the checkpoint as rank 0 sees it, if its manifest says; every rank must load the same."""
 
 
 def claim(config: Config) -> Start:
@@ -50,6 +53,11 @@ def claim(config: Config) -> Start:
     else:
         folder = Path("runs") / default_name(config)
 
+    parts = folder.parts
+    if ".." in parts[parts.count("..") :]:
+        raise ConfigError(
+            f"run.dir: {folder} leads back up by `..` in its middle; a path without is accepted"
+        )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.dir: {folder} is a file; a new or empty folder would be accepted")
     home = None if source is None else _home(source)
@@ -62,11 +70,12 @@ def claim(config: Config) -> Start:
                 f"run.dir: {folder} is not empty ({', '.join(taken[:3])}); run.resume=auto "
                 "continues it, or give another run.dir"
             )
-    found = None
+    found, sha256 = None, None
     if resume == "auto" or (source is not None and source.is_dir()):
         where = folder if source is None else source
         good = checkpoint.newest_good(where)
-        found = None if good is None else good.path
+        if good is not None:
+            found, sha256 = good.path, good.sha256
         if good is None and (source is not None or checkpoint.find(where)):
             raise ConfigError(
                 f"run.resume: no good checkpoint in {where / 'checkpoints'}; give another folder, "
@@ -74,7 +83,7 @@ def claim(config: Config) -> Start:
             )
     elif source is not None:
         found = source
-    return Start(folder, found, resume == "auto" or own)
+    return Start(folder, found, resume == "auto" or own, sha256)
 
 
 def create(folder: Path) -> None:
@@ -124,7 +133,8 @@ def default_name(config: Config) -> str:
         suffix = time.strftime("%Y%m%d-%H%M%S")
     backbone = config.model.backbone.partition(".")[0]
     method = config.method.name.rpartition(":")[2].lower()
-    return f"{config.data.name}-{method}-{backbone}-{suffix}"
+    # One folder below runs/, whatever a hub's model or torchrun's --rdzv-id is called.
+    return re.sub(r"[^\w.=+-]+", "_", f"{config.data.name}-{method}-{backbone}-{suffix}")
 
 
 def _started(pid: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 
 def under_srun() -> bool:
@@ -35,6 +36,32 @@ def cpu_share() -> int:
     if under_srun() and "SLURM_CPUS_PER_TASK" in os.environ:
         return max(1, min(cores, int(os.environ["SLURM_CPUS_PER_TASK"])))
     return max(1, cores // local_rank_and_size()[1])
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """`{0, 1, 2, 5}` as `0-2,5`."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(f"{a}-{b}" if b > a else str(a) for a, b in parts)
+
+
+def layout_lines(ranks: list[str]) -> list[str]:
+    """What `distributed.layout` says of each rank, a line per host: `n1: rank 0 cpu cpus 0-1`."""
+    hosts: dict[str, list[str]] = {}
+    for rank, text in enumerate(ranks):
+        host, _, place = text.partition(" ")
+        hosts.setdefault(host, []).append(f"rank {rank} {place}")
+    return [f"{host}: {', '.join(places)}" for host, places in hosts.items()]
+
+
+def job_end() -> float | None:
+    """When Slurm will end this job, in seconds since 1970, as far as it says so."""
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdigit() else None
 
 
 def restarts() -> int:

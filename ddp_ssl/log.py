@@ -315,12 +315,16 @@ State = Literal["running", "preempted", "done", "failed"]
 def write_status(folder: Path, state: State, **fields: Any) -> None:
     """Replace `status.json` atomically; batch scripts decide from it whether to requeue."""
     status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **fields}
-    temporary = folder / "status.json.tmp"
-    with open(temporary, "w") as file:
-        file.write(json.dumps(status, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / "status.json")
+    # A name of its own: where one process failed, another may write at the same time.
+    temporary = folder / f"status.json.{socket.gethostname()}-{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w") as file:
+            file.write(json.dumps(status, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / "status.json")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 PACKAGES = ("ddp_ssl", "torch", "torchvision", "timm", "nvidia-dali", "numpy", "tensorboard")
@@ -364,6 +368,17 @@ def environment() -> dict[str, Any]:
         "command": shlex.join(sys.orig_argv),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+
+def code_version() -> dict[str, str]:
+    """What computes the numbers: versions of the packages and the commit, for checkpoints."""
+    numeric = ("ddp_ssl", "torch", "torchvision", "timm", "numpy")
+    versions = {
+        name.lower(): version
+        for name, version in sorted(_versions().items())
+        if name.lower() in numeric or name.lower().startswith("nvidia-dali")
+    }
+    return versions | {"commit": _commit() or "none"}
 
 
 def _versions() -> dict[str, str]:

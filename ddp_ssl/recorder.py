@@ -15,9 +15,12 @@ from torch import Tensor
 from ddp_ssl import log
 from ddp_ssl.config import Config
 from ddp_ssl.data.source import BadImages, write_list
-from ddp_ssl.distributed import World
+from ddp_ssl.distributed import World, traffic
 
 logger = logging.getLogger("ddp_ssl")
+
+SLOW = 0.2  # share of a step that the others wait for the slowest process
+SLOW_TIMES = 3  # samples in a row before it is named
 
 
 class NonFiniteError(RuntimeError):
@@ -53,6 +56,8 @@ class Recorder:
         self.config, self.world, self.writer = config, world, writer
         self.bad, self.images, self.listed = bad, images, listed
         self.bad_count = 0
+        self.of_steps: set[str] = set()  # names of figures that every step has
+        self.hosts: dict[int, str] = {}  # on rank 0, of every rank
         self._listed: dict[str, str] = {}  # on rank 0: all processes'
         self._found: set[str] = set()  # of these, what was found since this process started
         self.steps_per_epoch = steps_per_epoch
@@ -63,6 +68,16 @@ class Recorder:
         self._host: list[tuple[int, dict[str, float]]] = []
         self._since = time.perf_counter()
         self._waited = 0.0
+        self._sample_start = 0.0
+        self._slow: list[int] = []  # the slowest rank of each sample, while it is slow
+        self._named: set[int] = set()
+
+    def begin_step(self, step: int) -> None:
+        """Before step `step` (from 1): those that are logged are sampled for who waits for whom."""
+        last = self.config.optim.epochs * self.steps_per_epoch
+        if self.world.size > 1 and (step % self.config.log.every_steps == 0 or step == last):
+            self._sample_start = time.perf_counter()
+            traffic.sample(self.world.device)
 
     def waiting(self) -> _Stopwatch:
         """Time spent within counts as waiting for data."""
@@ -76,6 +91,7 @@ class Recorder:
     def add(self, step: int, figures: dict[str, Tensor | float]) -> None:
         """Figures of one step: tensors stay on the device."""
         named = {n if "/" in n else f"train/{n}": v for n, v in figures.items()}
+        self.of_steps = set(named)
         tensors = {n: v.detach().double() for n, v in named.items() if isinstance(v, Tensor)}
         if list(tensors) != self._names:
             self.flush()
@@ -114,6 +130,8 @@ class Recorder:
             "perf/data_wait": min(waited / seconds, 1.0),
             "perf/memory_gib": _memory(self.world.device),
         }
+        if traffic.sampling:
+            table[-1] |= self._skew()
         too_many = self._share_bad() if news[0] else None
         steps_done = host[-1][0]
         last = self.config.optim.epochs * self.steps_per_epoch
@@ -144,6 +162,22 @@ class Recorder:
             )
         if too_many:
             raise BadDataError(too_many)
+
+    def _skew(self) -> dict[str, float]:
+        """How long the processes wait for each other; the slowest, which waits least, is named."""
+        waited = traffic.waited()
+        took = time.perf_counter() - self._sample_start
+        waits, steps = zip(*self.world.gather_numbers([waited, took]), strict=True)
+        skew = (max(waits) - min(waits)) / max(steps)
+        slowest = waits.index(min(waits))
+        self._slow = [*self._slow, slowest][-SLOW_TIMES:] if skew > SLOW else []
+        if self._slow == [slowest] * SLOW_TIMES and slowest not in self._named:
+            self._named.add(slowest)
+            self.warn(
+                f"rank {slowest} ({self.hosts.get(slowest, 'host unknown')}) is slow: the others "
+                f"wait {100 * skew:.0f} % of a step for it"
+            )
+        return {"perf/rank_skew": skew, "perf/communication_ms": 1000 * min(waits)}
 
     def share_bad(self) -> None:
         """Count and list every process's bad images; raises `BadDataError` on all together."""
@@ -216,6 +250,11 @@ class Recorder:
         """Figures that are on the host already."""
         if self.writer is not None:
             self.writer.scalars({"step": step, "epoch": self.epoch(step), **figures})
+
+    def warn(self, text: str) -> None:
+        """A warning for people, on rank 0."""
+        if self.writer is not None:
+            logger.warning("%s", text)
 
     def tell(self, text: str) -> None:
         """A line for people, on rank 0."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from ddp_ssl.config import Config, ConfigError, check_world_size, load, reference
 from ddp_ssl.launch import rank_and_size
-from ddp_ssl.signals import StopRequest
+from ddp_ssl.signals import StopRequest, stop_with_parent
 
 USAGE = """usage: torchrun --nproc_per_node N -m ddp_ssl.train [CONFIG.yaml] [key=value ...]
        python -m ddp_ssl.train [CONFIG.yaml] [key=value ...]
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     # First of all, so that no signal is lost while torch and DALI are imported.
     stop = StopRequest().install()
+    stop_with_parent()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     rank, world_size = rank_and_size()
     options = {"-h", "--help", "--print-config"} & set(arguments)

@@ -91,9 +91,9 @@ def status(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(ranks: Ranks, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Uninterrupted runs at W = 1 and 3."""
+    """Uninterrupted runs at W = 1, 3 and 4."""
     folders = {}
-    for size in (1, 3):
+    for size in (1, 3, 4):
         folders[size] = tmp_path_factory.mktemp("whole") / f"w{size}"
         assert ranks.launch(train, size, arguments(photos, folders[size])) == [0] * size
     return folders
@@ -141,7 +141,7 @@ def test_world_sizes_see_the_same_images(whole: dict[int, Path]) -> None:
     assert first[0]["rep/effective_rank_z"] == pytest.approx(first[1]["rep/effective_rank_z"])
 
 
-@pytest.mark.parametrize(("size", "step"), [(1, 5), (3, 5), (3, 3), (1, 1)])
+@pytest.mark.parametrize(("size", "step"), [(1, 5), (3, 5), (3, 3), (1, 1), (4, 5), (4, 8)])
 def test_resume_is_exact_to_the_last_bit(
     ranks: Ranks, photos: Path, whole: dict[int, Path], tmp_path: Path, size: int, step: int
 ) -> None:
@@ -292,7 +292,7 @@ def test_a_nan_stops_all_ranks_and_is_never_saved(
         assert all(torch.isfinite(v).all() for v in model.values() if torch.is_tensor(v))
 
 
-def test_a_stop_file_ends_a_run_that_can_go_on(
+def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
     ranks: Ranks, photos: Path, whole: dict[int, Path], tmp_path: Path
 ) -> None:
     args = arguments(photos, tmp_path / "run")

@@ -1,0 +1,1 @@
+"""What `ddp-ssl doctor` looks at, a file per subject."""

@@ -1,0 +1,264 @@
+"""GPUs, cores, shared memory and limits of every host."""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddp_ssl.checks.base import Bench, Check, Finding, by_value, fail, ok, size, warn
+from ddp_ssl.launch import cpu_share
+
+IN_USE = 2 << 30  # bytes in use on a GPU that this process alone does not explain
+SHM = Path("/dev/shm")
+SHM_WANTED = 1 << 30
+SLOWER = 1.3  # times the median for the same computation
+
+
+# --- GPUs ----------------------------------------------------------------------------------------
+
+
+def look_at_gpu(bench: Bench, before: list[Any]) -> dict[str, Any] | None:
+    """This process's GPU, None without one."""
+    if bench.device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(bench.device)
+    others = _others_on(str(properties.uuid))  # before this process is there itself
+    free, total = torch.cuda.mem_get_info(bench.device)
+    return {
+        "id": f"{bench.hosts[bench.world.rank]} {properties.uuid}",
+        "name": properties.name,
+        "free": free,
+        "total": total,
+        "others": others,
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False),
+        "far": _far_from_cores(properties),
+    }
+
+
+def _others_on(uuid: str) -> list[str]:
+    """Processes on a GPU as nvidia-smi sees them (in a container it may see none)."""
+    command = ["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name,used_memory",
+               "--format=csv,noheader"]  # fmt: skip
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [line.split(", ") for line in told.stdout.splitlines() if uuid in line]
+    return [" ".join(row[1:]) for row in rows if row[1] != str(os.getpid())]
+
+
+def _far_from_cores(properties: Any) -> str | None:
+    """Why this process's cores are far from its GPU; None if they are not, or nobody knows."""
+    if not hasattr(properties, "pci_bus_id"):
+        return None
+    address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:"
+    address += f"{properties.pci_device_id:02x}.0"
+    try:
+        node = Path(f"/sys/bus/pci/devices/{address}/numa_node").read_text().strip()
+        listed = Path(f"/sys/devices/system/node/node{node}/cpulist").read_text().strip()
+    except OSError:
+        return None
+    near = set[int]()
+    for part in listed.split(","):
+        first, _, last = part.partition("-")
+        near |= set(range(int(first), int(last or first) + 1))
+    if near & os.sched_getaffinity(0):
+        return None
+    return f"its cores are all outside of the GPU's NUMA node {node} (cores {listed})"
+
+
+def judge_gpus(bench: Bench, facts: list[dict[str, Any] | None]) -> Iterator[Finding]:
+    wanted = bench.config.run.device
+    without = [rank for rank, fact in enumerate(facts) if fact is None]
+    gpus = {rank: fact for rank, fact in enumerate(facts) if fact is not None}
+    if wanted == "cpu":
+        yield ok("run.device=cpu: none is used")
+        return
+    if without and (gpus or wanted == "cuda"):
+        remedy = "sbatch --gpus-per-node, CUDA_VISIBLE_DEVICES, the driver; or run.device=cpu"
+        yield fail(f"{bench.who(without)} found no GPU", remedy)
+    if not gpus:
+        if wanted != "cuda" and any(Path("/proc/driver").glob("nvidia")):
+            yield fail("there is a GPU's driver, but torch finds no GPU", "torch.cuda.init() says")
+        elif wanted != "cuda":
+            yield ok("no GPU: the run would use the CPU")
+        return
+    found: list[Finding] = []
+    for ranks in by_value([None if f is None else f["id"] for f in facts]).values():
+        if facts[ranks[0]] is not None and len(ranks) > 1:
+            text = f"{bench.who(ranks)} share one GPU"
+            found.append(fail(text, "one process per GPU: --ntasks-per-node, --nproc_per_node"))
+    if bench.config.optim.precision == "bf16":
+        ranks = [rank for rank, gpu in gpus.items() if not gpu["bf16"]]
+        if ranks:
+            text = f"{bench.who(ranks)}: the GPU has no bf16"
+            found.append(fail(text, "optim.precision=fp16 or fp32"))
+    for rank, gpu in gpus.items():
+        used = gpu["total"] - gpu["free"]
+        if used > IN_USE or gpu["others"]:
+            names = f" ({'; '.join(gpu['others'][:3])})" if gpu["others"] else ""
+            text = f"{bench.who([rank])}: {size(used)} of the GPU are in use already{names}"
+            found.append(warn(text, "end the other processes, or take another GPU"))
+        if gpu["far"]:
+            found.append(warn(f"{bench.who([rank])}: {gpu['far']}", "srun --cpu-bind, --gpu-bind"))
+    names_of = by_value([gpu["name"] for gpu in gpus.values()])
+    if len(names_of) > 1:
+        text = f"different GPUs ({', '.join(names_of)})"
+        found.append(warn(text, "the slowest sets the pace; sbatch --constraint chooses"))
+    yield from found
+    if not found and not without:
+        free = min(gpu["free"] for gpu in gpus.values())
+        yield ok(f"{len(gpus)} x {next(iter(names_of))}, each rank one, {size(free)} free or more")
+
+
+# --- the same work everywhere --------------------------------------------------------------------
+
+
+def look_at_speed(bench: Bench, before: list[Any]) -> float:
+    """Milliseconds of a matrix product, the best of some."""
+    side, count = (4096, 20) if bench.device.type == "cuda" else (256, 20)
+    a = torch.ones(side, side, device=bench.device)
+    best = float("inf")
+    for _ in range(count):
+        start = time.perf_counter()
+        a @ a
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize(bench.device)
+        best = min(best, time.perf_counter() - start)
+    return best * 1000
+
+
+def judge_speed(bench: Bench, facts: list[float]) -> Iterator[Finding]:
+    median = statistics.median(facts)
+    slow = [rank for rank, ms in enumerate(facts) if ms > SLOWER * median]
+    if slow:
+        worst = max(slow, key=facts.__getitem__)
+        yield warn(
+            f"{bench.who(slow)} need up to {facts[worst] / median:.1f} times as long as the others "
+            f"for the same matrix product ({facts[worst]:.2g} ms)",
+            "another job there, a hot GPU (nvidia-smi -q -d PERFORMANCE) or too few cores",
+        )
+    else:
+        yield ok(
+            f"the same matrix product takes {min(facts):.2g} to {max(facts):.2g} ms everywhere"
+        )
+
+
+# --- cores ---------------------------------------------------------------------------------------
+
+
+def look_at_cores(bench: Bench, before: list[Any]) -> dict[str, Any]:
+    """Which cores this process may use, and how many threads are asked for."""
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    return {
+        "cores": cores,
+        "share": cpu_share(),
+        "omp": os.environ.get("OMP_NUM_THREADS"),
+        "threads": bench.config.run.threads or cpu_share(),
+        "quota": cpu_quota(),
+        "numa": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))),
+    }
+
+
+def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
+    """Cores' worth of time that the container may use; None without a limit."""
+    try:
+        quota, period = path.read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def judge_cores(bench: Bench, facts: list[dict[str, Any]]) -> Iterator[Finding]:
+    found: list[Finding] = []
+    hosts: dict[str, list[int]] = {}
+    for rank, host in enumerate(bench.hosts):
+        hosts.setdefault(host, []).append(rank)
+    unset = [r for ranks in hosts.values() if len(ranks) > 1 for r in ranks if not facts[r]["omp"]]
+    if unset:
+        text = f"OMP_NUM_THREADS is unset with several processes on a host ({bench.who(unset)})"
+        found.append(warn(text, f"export OMP_NUM_THREADS={facts[unset[0]]['share']}"))
+    for host, ranks in hosts.items():
+        cores = set().union(*(facts[r]["cores"] for r in ranks))
+        if len(cores) < len(ranks):
+            text = f"{len(ranks)} processes on {host} share {len(cores)} core(s)"
+            found.append(warn(text, "sbatch --cpus-per-task, and SRUN_CPUS_PER_TASK; or fewer"))
+        threads = sum(facts[r]["threads"] for r in ranks)
+        if bench.config.run.threads and threads > len(cores):
+            text = f"run.threads asks for {threads} threads on the {len(cores)} cores of {host}"
+            found.append(warn(text, "run.threads=0 shares the cores"))
+        quota = facts[ranks[0]]["quota"]
+        if quota is not None and quota < 0.9 * len(cores):
+            text = f"the container on {host} may use {quota:g} cores' time, but sees {len(cores)}"
+            found.append(warn(text, "raise its CPU limit, or data.threads and run.threads to fit"))
+        few = [r for r in ranks if bench.device.type == "cuda" and facts[r]["share"] < 4]
+        if few:
+            text = f"{facts[few[0]]['share']} core(s) per GPU on {host} rarely feed it"
+            found.append(warn(text, "sbatch --cpus-per-task=8 or more"))
+    yield from found
+    if not found:
+        fact = facts[0]
+        nodes = f", {fact['numa']} NUMA nodes" if fact["numa"] > 1 else ""
+        yield ok(
+            f"{min(f['share'] for f in facts)} core(s) per process{nodes}; "
+            f"OMP_NUM_THREADS {fact['omp'] or 'unset'}, run.threads {fact['threads']}"
+        )
+
+
+# --- limits --------------------------------------------------------------------------------------
+
+
+def look_at_limits(bench: Bench, before: list[Any]) -> dict[str, Any]:
+    """Shared memory and open files."""
+    shm = os.statvfs(SHM)
+    return {
+        "shm": shm.f_blocks * shm.f_frsize,
+        "shm_free": shm.f_bavail * shm.f_frsize,
+        "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    }
+
+
+def judge_shm(bench: Bench, facts: list[dict[str, Any]]) -> Iterator[Finding]:
+    small = [
+        rank
+        for rank in bench.one_per_host
+        if facts[rank]["shm"] < SHM_WANTED or facts[rank]["shm_free"] < SHM_WANTED // 4
+    ]
+    if small:
+        fact = facts[small[0]]
+        yield warn(
+            f"{size(fact['shm_free'])} of {size(fact['shm'])} are free on "
+            f"{bench.hosts[small[0]]}; NCCL talks through it within a host",
+            "docker run --shm-size=8g, or remove what is left in /dev/shm",
+        )
+    else:
+        least = min(facts[rank]["shm_free"] for rank in bench.one_per_host)
+        yield ok(f"{size(least)} free or more")
+
+
+def judge_files(bench: Bench, facts: list[dict[str, Any]]) -> Iterator[Finding]:
+    # Every process has sockets to all others, in several groups, and files that it reads ahead.
+    wanted = 512 + 8 * bench.world.size + 4 * bench.config.data.read_threads
+    low = [r for r, f in enumerate(facts) if 0 <= f["files"] < wanted]
+    if low:
+        text = f"{bench.who(low)} may open {facts[low[0]]['files']} files, about {wanted} are used"
+        yield warn(text, "ulimit -n 65536 in the job script")
+    else:
+        yield ok(f"{min(f['files'] for f in facts)} may be open, about {wanted} are used")
+
+
+CHECKS = (
+    Check("gpus", (look_at_gpu,), judge_gpus),
+    Check("cores", (look_at_cores,), judge_cores),
+    Check("/dev/shm", (look_at_limits,), judge_shm),
+    Check("open files", (look_at_limits,), judge_files),
+    Check("speed", (look_at_speed,), judge_speed),
+)

@@ -1,0 +1,197 @@
+"""Settings of Slurm that are known to bite."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ddp_ssl.checks.base import Bench, Check, Finding, ok, warn
+from ddp_ssl.launch import under_srun
+
+STEP_S = 10.0  # for the step under way to end, and for the others to agree
+SHORT_MIN = 15  # a job shorter than this spends its time on starting
+
+
+def look_at_slurm(bench: Bench, before: list[Any]) -> dict[str, Any] | None:
+    """Slurm's configuration and this job, on rank 0; None where there is no Slurm."""
+    if not bench.world.is_main or shutil.which("scontrol") is None:
+        return None
+    job = os.environ.get("SLURM_JOB_ID")
+    try:
+        config = pairs(ask("show", "config"))
+    except (OSError, subprocess.SubprocessError) as error:
+        if job is None:
+            return None  # a machine with Slurm's programs, but of no cluster
+        raise RuntimeError(reason(error)) from None
+    found: dict[str, Any] = {"config": config, "job": {}, "script": "", "partition": {}}
+    if job is not None:
+        found["job"] = fields(ask("show", "job", "-o", job))
+        name = found["job"].get("Partition", "")
+        found["partition"] = fields(ask("show", "partition", "-o", name)) if name else {}
+        try:
+            found["script"] = ask("write", "batch_script", job, "-")
+        except (OSError, subprocess.SubprocessError):
+            found["script"] = ""  # an interactive job has none
+    return found
+
+
+def ask(*words: str) -> str:
+    """What scontrol says."""
+    told = subprocess.run(
+        ["scontrol", *words], capture_output=True, text=True, timeout=20, check=True
+    )
+    return told.stdout
+
+
+def reason(error: Exception) -> str:
+    """Why scontrol did not answer, in a line."""
+    said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+    return f"scontrol: {said[-1] if said else type(error).__name__}"
+
+
+def pairs(text: str) -> dict[str, str]:
+    """`scontrol show config`: a `Name = value` a line."""
+    found = (line.partition("=") for line in text.splitlines() if "=" in line)
+    return {name.strip(): value.strip() for name, _, value in found}
+
+
+def fields(text: str) -> dict[str, str]:
+    """`scontrol show job -o`: `Name=value` between blanks."""
+    return dict(re.findall(r"(\S+?)=(\S*)", text))
+
+
+def judge_slurm(bench: Bench, facts: list[dict[str, Any] | None]) -> Iterator[Finding]:
+    found, env = facts[0], os.environ
+    if found is None:
+        if "SLURM_JOB_ID" in env:
+            yield warn(
+                "in a Slurm job, but there is no scontrol here to ask",
+                "bind it into the container, to have Slurm's settings checked and jobs requeued",
+            )
+        else:
+            yield ok("not in use here")
+        return
+    biting = [*_of_cluster(bench, found["config"], env), *_of_environment(bench, env)]
+    if found["job"]:
+        biting += _of_job(found, env)
+    yield from biting
+    if not biting:
+        names = ("ProctrackType", "PreemptMode", "KillWait", "JobRequeue")
+        shown = [f"{name} {found['config'].get(name, 'unknown')}" for name in names]
+        if found["job"]:
+            shown.append(f"time limit {found['job'].get('TimeLimit', 'unknown')}")
+        yield ok(", ".join(shown))
+
+
+def _of_cluster(bench: Bench, config: Mapping[str, str], env: Mapping[str, str]) -> list[Finding]:
+    found: list[Finding] = []
+    tracker = config.get("ProctrackType", "")
+    if tracker.endswith("cgroup") and _under_torchrun(env):
+        found.append(
+            warn(
+                "ProctrackType is proctrack/cgroup: only srun's own children get signals, and "
+                "torchrun dies of them without telling its workers",
+                "one task per GPU under srun, or slurm/'s torchrun mode, which makes a STOP file",
+            )
+        )
+    elif tracker and not tracker.endswith("cgroup"):
+        found.append(
+            warn(
+                f"ProctrackType is {tracker}: signals reach all processes here, which they do not "
+                "on a cluster with proctrack/cgroup, and processes can outlive the job",
+                "do not take signals that work here for a proof that they do elsewhere",
+            )
+        )
+    wait = re.match(r"\d+", config.get("KillWait", ""))
+    needed = STEP_S + 2 * (bench.checkpoint_s or 0)
+    if wait and int(wait[0]) < needed:
+        found.append(
+            warn(
+                f"KillWait is {wait[0]} s: between SIGTERM and SIGKILL a step and a checkpoint "
+                f"(about {needed:.0f} s) do not fit",
+                "#SBATCH --signal=B:USR2@300 warns earlier of the time limit; "
+                "checkpoint.every_steps bounds what a preemption costs",
+            )
+        )
+    mode = config.get("PreemptMode", "OFF").upper()
+    if (
+        config.get("PreemptType", "(null)") not in ("preempt/none", "(null)")
+        and "REQUEUE" not in mode
+    ):
+        what = "suspended, while its timeouts go on" if "SUSPEND" in mode else "cancelled"
+        text = f"PreemptMode is {mode}: a preempted job is {what} and not queued again"
+        found.append(warn(text, "submit it again with run.dir=THE SAME run.resume=auto"))
+    if config.get("JobRequeue") == "0" and "SLURM_JOB_ID" not in env:
+        found.append(warn("JobRequeue is 0: jobs are not queued again", "#SBATCH --requeue"))
+    return found
+
+
+def _of_job(found: dict[str, Any], env: Mapping[str, str]) -> list[Finding]:
+    job, partition, script = found["job"], found["partition"], found["script"]
+    result: list[Finding] = []
+    if job.get("Requeue") == "0":
+        result.append(warn("this job is not queued again after a preemption", "#SBATCH --requeue"))
+    if "--signal" not in script and "SBATCH_SIGNAL" not in env and script:
+        result.append(
+            warn(
+                "the batch script asks for no signal before the time limit",
+                "#SBATCH --signal=B:USR2@300, as the scripts in slurm/ have it",
+            )
+        )
+    minutes = to_minutes(job.get("TimeLimit", ""))
+    if minutes is not None and minutes < SHORT_MIN:
+        text = f"the time limit is {job['TimeLimit']}: much of it goes into starting"
+        result.append(warn(text, "#SBATCH --time; the run goes on after a requeue"))
+    mode = partition.get("PreemptMode", "")
+    if "CANCEL" in mode.upper():
+        text = f"jobs in partition {job.get('Partition')} are cancelled by a preemption"
+        result.append(warn(text, "another partition, or submit again with run.resume=auto"))
+    return result
+
+
+def _of_environment(bench: Bench, env: Mapping[str, str]) -> list[Finding]:
+    found: list[Finding] = []
+    if env.get("SLURM_GPUS_PER_TASK") and bench.config.run.device != "cpu":
+        found.append(
+            warn(
+                "--gpus-per-task shows each task one GPU, and NCCL may not connect GPUs directly "
+                "that do not see each other",
+                "--gpus-per-node with --ntasks-per-node; each rank takes its own",
+            )
+        )
+    cpus = env.get("SLURM_CPUS_PER_TASK", "")
+    # In a task that srun did give its cores nothing is wrong.
+    short = not under_srun() or len(os.sched_getaffinity(0)) < int(cpus or 0)
+    if cpus and not env.get("SRUN_CPUS_PER_TASK") and short:
+        found.append(
+            warn(
+                "SRUN_CPUS_PER_TASK is unset: since Slurm 22.05 srun does not take over "
+                f"--cpus-per-task={cpus}",
+                "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK in the batch script",
+            )
+        )
+    tasks = env.get("SLURM_NTASKS", "1")
+    if bench.world.size == 1 and tasks.isdigit() and int(tasks) > 1:
+        text = f"one process of a job with {tasks} tasks was looked at"
+        found.append(warn(text, "srun ddp-ssl doctor ... looks at all"))
+    return found
+
+
+def _under_torchrun(env: Mapping[str, str]) -> bool:
+    return "TORCHELASTIC_RUN_ID" in env
+
+
+def to_minutes(limit: str) -> float | None:
+    """`1-02:03:04`, `02:03:04` or `03:04` in minutes; None for no limit."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) + seconds / 60
+
+
+CHECKS = (Check("slurm", (look_at_slurm,), judge_slurm),)

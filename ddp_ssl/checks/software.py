@@ -1,0 +1,190 @@
+"""Versions and environment variables."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ddp_ssl import log
+from ddp_ssl.checks.base import Bench, Check, Finding, by_value, fail, ok, warn
+
+NEEDED = ("torch", "torchvision", "timm", "nvidia-dali")
+
+
+# --- versions ------------------------------------------------------------------------------------
+
+
+def look_at_versions(bench: Bench, before: list[Any]) -> dict[str, str]:
+    """What is installed here, and what the GPU's driver supports."""
+    environment = log.environment()
+    found = {name.lower(): version for name, version in environment["packages"].items()}
+    found |= {"python": environment["python"], "commit": environment["git_commit"] or "none"}
+    found["cuda"] = environment["cuda"] or "none"
+    found["driver"] = driver_supports() or "none"
+    return found
+
+
+def driver_supports() -> str | None:
+    """The newest CUDA that the GPU's driver runs, such as `12.4`; None without a driver."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int(0)
+    if library.cuDriverGetVersion(ctypes.byref(version)) != 0 or not version.value:
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def judge_versions(bench: Bench, facts: list[dict[str, str]]) -> Iterator[Finding]:
+    mine = facts[0]
+    missing = [n for n in NEEDED if not any(found.startswith(n) for found in mine)]
+    if missing:
+        yield fail(
+            f"{', '.join(missing)} not installed",
+            "pip install -c constraints.txt -e '.[cuda12]' (or '.[cuda13]')",
+        )
+    differing = False
+    for name in sorted(set().union(*facts)):
+        values = by_value([fact.get(name, "none") for fact in facts])
+        if len(values) > 1:
+            differing = True
+            parts = [f"{value} on {bench.who(ranks)}" for value, ranks in values.items()]
+            yield fail(f"{name} differs: {'; '.join(parts)}", "one environment for all processes")
+    yield from _cuda_matches(bench, mine)
+    if not missing and not differing:
+        dali = sorted(name for name in mine if name.startswith("nvidia-dali-"))
+        names = ("python", "torch", "torchvision", "timm", *dali, "ddp_ssl")
+        shown = [f"{name} {mine.get(name, 'not installed')}" for name in names]
+        commit = re.sub(r"^([0-9a-f]{10})[0-9a-f]+", r"\1", mine["commit"])
+        shown.append(f"commit {commit}")
+        yield ok(", ".join(shown))
+
+
+def _cuda_matches(bench: Bench, mine: dict[str, str]) -> Iterator[Finding]:
+    """Whether the driver is new enough for torch's and DALI's CUDA."""
+    if bench.config.run.device == "cpu" or mine["driver"] == "none":
+        return
+    driver = int(mine["driver"].partition(".")[0])
+    built = {"torch": mine["cuda"].partition(".")[0]}
+    built |= {n: n.removeprefix("nvidia-dali-cuda")[:2] for n in mine if "dali-cuda" in n}
+    for name, major in built.items():
+        if name == "torch" and major == "none":
+            yield fail("torch is built without CUDA", "pip install a torch with CUDA")
+        elif major.isdigit() and int(major) > driver:
+            yield fail(
+                f"the driver supports CUDA {mine['driver']}, {name} is built for {major}",
+                f"a newer driver, or {name} for CUDA {driver}",
+            )
+
+
+# --- variables -----------------------------------------------------------------------------------
+
+# Name, what the value must look like to bite, why, what to do.
+BITING = (
+    ("NCCL_P2P_DISABLE", "1", "GPUs do not talk directly", "unset it"),
+    ("NCCL_SHM_DISABLE", "1", "processes of a host talk through sockets", "unset it"),
+    ("NCCL_IB_DISABLE", "1", "InfiniBand is not used", "unset it where there is InfiniBand"),
+    ("NCCL_DEBUG", "TRACE|trace", "every call is logged", "NCCL_DEBUG=WARN"),
+    ("NCCL_BLOCKING_WAIT|TORCH_NCCL_BLOCKING_WAIT", "1", "the host waits in every collective",
+     "unset it"),
+    ("NCCL_ASYNC_ERROR_HANDLING|TORCH_NCCL_ASYNC_ERROR_HANDLING", "0",
+     "a dead process leaves the others waiting for ever", "unset it"),
+    ("CUDA_LAUNCH_BLOCKING", "1", "the host waits for every kernel", "unset it"),
+    ("TORCH_DISTRIBUTED_DEBUG", "DETAIL|detail", "every collective is checked by another one",
+     "TORCH_DISTRIBUTED_DEBUG=INFO"),
+    ("CUDA_VISIBLE_DEVICES", "|-1|NoDevFiles", "it hides all GPUs",
+     "unset it, or run.device=cpu"),
+)  # fmt: skip
+AFFINITY = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PROC_BIND", "OMP_PLACES")
+NAMES = re.compile(r"(NCCL|TORCH_NCCL|GLOO|CUDA|OMP|TORCH_DISTRIBUTED)_\w+")
+OWN = ("CUDA_VISIBLE_DEVICES",)  # may differ between processes
+
+
+def look_at_variables(bench: Bench, before: list[Any]) -> dict[str, Any]:
+    """The variables that steer torch, NCCL and gloo, and this host's network interfaces."""
+    names = {name for name in os.environ if NAMES.fullmatch(name)} | set(AFFINITY)
+    variables = {name: os.environ[name] for name in sorted(names) if name in os.environ}
+    return {"variables": variables, "interfaces": [name for _, name in socket.if_nameindex()]}
+
+
+def judge_variables(bench: Bench, facts: list[dict[str, Any]]) -> Iterator[Finding]:
+    found: list[Finding] = []
+    variables = [fact["variables"] for fact in facts]
+    for names, value, reason, remedy in BITING:
+        if "CUDA" in names and bench.config.run.device == "cpu":
+            continue
+        for name in names.split("|"):
+            ranks = [r for r, v in enumerate(variables) if v.get(name) in value.split("|")]
+            if ranks:
+                text = f"{name}={variables[ranks[0]][name]} on {bench.who(ranks)}: {reason}"
+                found.append(warn(text, remedy))
+    for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        lost = [
+            rank
+            for rank, fact in enumerate(facts)
+            if not _interface_exists(fact["variables"].get(name, ""), fact["interfaces"])
+        ]
+        if lost:
+            there = ", ".join(facts[lost[0]]["interfaces"])
+            text = f"{name}={variables[lost[0]][name]} is no interface of {bench.who(lost)}"
+            found.append(fail(text, f"one of {there}, or unset it"))
+    for name in AFFINITY:
+        ranks = [r for r, v in enumerate(variables) if v.get(name) not in (None, "false", "FALSE")]
+        if len(ranks) > len(set(bench.hosts)):
+            text = f"{name} is set: the processes of a host may be bound to the same cores"
+            found.append(warn(text, "unset it"))
+    for name in sorted(set().union(*variables) - set(OWN)):
+        values = by_value([v.get(name, "unset") for v in variables])
+        if len(values) > 1:
+            parts = [f"{value} on {bench.who(ranks)}" for value, ranks in values.items()]
+            found.append(warn(f"{name} differs: {'; '.join(parts)}", "the same for all processes"))
+    yield from found
+    if not found:
+        shown = [f"{name}={value}" for name, value in variables[0].items()]
+        yield ok(", ".join(shown) or "none that change how processes talk or compute")
+
+
+def _interface_exists(wanted: str, there: list[str]) -> bool:
+    """Whether an interface matches, by NCCL's rules: prefixes, `=` exact names, `^` all but."""
+    if not wanted or wanted.startswith("^"):
+        return True
+    exact = wanted.startswith("=")
+    names = wanted.lstrip("=").split(",")
+    return any(t == name if exact else t.startswith(name) for t in there for name in names)
+
+
+# --- TensorBoard ---------------------------------------------------------------------------------
+
+
+def look_at_tensorboard(bench: Bench, before: list[Any]) -> str | None:
+    """TensorBoard's version on rank 0, which writes."""
+    if not bench.world.is_main or not bench.config.log.tensorboard:
+        return None
+    try:
+        return importlib.metadata.version("tensorboard")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def judge_tensorboard(bench: Bench, facts: list[Any]) -> Iterator[Finding]:
+    if not bench.config.log.tensorboard:
+        yield ok("log.tensorboard=false: metrics.jsonl alone")
+    elif not facts[0]:
+        yield fail("not installed", "pip install tensorboard, or log.tensorboard=false")
+    else:
+        where = bench.folder.parent if bench.folder else Path("runs")
+        yield ok(f"{facts[0]}; tensorboard --logdir {where}")
+
+
+CHECKS = (
+    Check("versions", (look_at_versions,), judge_versions),
+    Check("variables", (look_at_variables,), judge_variables),
+    Check("tensorboard", (look_at_tensorboard,), judge_tensorboard),
+)

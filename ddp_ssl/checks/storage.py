@@ -1,0 +1,139 @@
+"""The run folder, and room for its checkpoints."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddp_ssl import folder, optim
+from ddp_ssl.checks.base import (
+    Bench,
+    Check,
+    Finding,
+    fail,
+    file_system,
+    ok,
+    scratch,
+    size,
+    warn,
+)
+from ddp_ssl.comm import ONE_PROCESS
+from ddp_ssl.config import Config
+from ddp_ssl.engine import make_method, parameter_groups
+from ddp_ssl.evals.probe import Learner
+
+WRITTEN = 32 << 20  # bytes of the file that is written to see how fast that goes
+OF_A_RANK = 64 << 10  # bytes of a process's own state in a checkpoint: random numbers, DALI's blob
+LONG_S = 60.0  # for one checkpoint
+
+
+# --- run folder ----------------------------------------------------------------------------------
+
+
+def choose_folder(bench: Bench, before: list[Any]) -> folder.Start | None:
+    """Where the run would live, and what it would go on from; on rank 0."""
+    return folder.claim(bench.config) if bench.world.is_main else None
+
+
+def know_folder(bench: Bench, before: list[Any]) -> folder.Start | None:
+    """The same for all, who need to know the place."""
+    if before[0] is not None:
+        bench.folder = before[0].folder
+    mine: folder.Start | None = before[bench.world.rank]
+    return mine
+
+
+def judge_folder(bench: Bench, facts: list[folder.Start | None]) -> Iterator[Finding]:
+    start = facts[0]
+    assert start is not None
+    if start.checkpoint is not None:
+        yield ok(f"{start.folder}, would go on from {start.checkpoint}")
+    else:
+        yield ok(f"{start.folder}, {'is there' if start.folder.exists() else 'would be made'}")
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def checkpoint_bytes(config: Config, classes: int, world_size: int) -> int:
+    """About how large a checkpoint is: model, optimiser, and what every process adds."""
+    method = make_method(config, ONE_PROCESS)
+    learner = Learner(method, classes if config.eval.probe else 0)
+    optimizer = optim.build(config.optim, parameter_groups(learner, config))
+    copies = 2 if config.optim.name in ("adam", "adamw") else 1
+    tensors = [v for v in learner.state_dict().values() if isinstance(v, torch.Tensor)]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    nbytes = sum(t.nbytes for t in tensors) + copies * sum(p.nbytes for p in trained)
+    return int(nbytes) + world_size * OF_A_RANK
+
+
+def checkpoint_count(config: Config) -> int:
+    """How many there can be at a time: kept, kept for good, the best, and one being written."""
+    every = config.checkpoint.keep_every
+    permanent = config.optim.epochs // every if every else 0
+    return config.checkpoint.keep + permanent + (config.checkpoint.best is not None) + 1
+
+
+def look_at_disk(bench: Bench, before: list[Any]) -> dict[str, Any] | None:
+    """Room, and the time that a write takes; on rank 0, which saves."""
+    if not bench.world.is_main:
+        return None
+    nbytes = checkpoint_bytes(
+        bench.config, 0 if bench.data is None else bench.data.num_classes, bench.world.size
+    )
+    free, files = room(bench.home)
+    block = os.urandom(WRITTEN)  # a file system that compresses must not look faster than it is
+    with scratch(bench.home) as path, open(path, "wb") as file:
+        start = time.perf_counter()
+        file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        bulk = time.perf_counter() - start
+        file.write(b"x")
+        file.flush()
+        start = time.perf_counter()
+        os.fsync(file.fileno())
+        sync = time.perf_counter() - start
+    bench.checkpoint_s = nbytes / WRITTEN * bulk
+    return {"bytes": nbytes, "free": free, "files": files, "rate": WRITTEN / bulk, "sync": sync}
+
+
+def room(place: Path) -> tuple[int, int | None]:
+    """Free bytes, and how many files can still be made where there is a limit."""
+    disk = os.statvfs(place)
+    return disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else None
+
+
+def judge_disk(bench: Bench, facts: list[dict[str, Any] | None]) -> Iterator[Finding]:
+    fact = facts[0]
+    assert fact is not None
+    assert bench.checkpoint_s is not None
+    count = checkpoint_count(bench.config)
+    needed = count * fact["bytes"]
+    text = f"{count} of about {size(fact['bytes'])} each need {size(needed)}"
+    there = f"{size(fact['free'])} are free in {bench.home} ({file_system(bench.home)})"
+    remedy = "another run.dir, fewer of checkpoint.keep, or a larger checkpoint.keep_every"
+    if fact["free"] < needed:
+        yield fail(f"{text}, {there}", remedy)
+    elif fact["free"] < 2 * needed:
+        yield warn(f"{text}, only {there}", remedy)
+    else:
+        yield ok(f"{text}, {there}; a quota is not seen here")
+    if fact["files"] is not None and fact["files"] < 1000:
+        text = f"only {fact['files']} more files can be made in {bench.home}"
+        yield fail(text, "remove some (df -i)")
+    rate = f"{size(fact['rate'])}/s, fsync {fact['sync'] * 1000:.0f} ms"
+    if bench.checkpoint_s > LONG_S:
+        text = f"a checkpoint would take {bench.checkpoint_s:.0f} s ({rate})"
+        yield warn(text, "a faster run.dir, or fewer saves (checkpoint.every_steps)")
+    else:
+        yield ok(f"writing goes at {rate}: about {bench.checkpoint_s:.2g} s for a checkpoint")
+
+
+FOLDER = Check("run folder", (choose_folder, know_folder), judge_folder)
+CHECKPOINTS = Check("checkpoints", (look_at_disk,), judge_disk)

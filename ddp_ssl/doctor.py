@@ -1,0 +1,256 @@
+"""Check the machine before a long run: `ddp-ssl doctor [CONFIG.yaml] [key=value ...]`.
+
+Under torchrun, under srun with one task per GPU, or alone: every process looks, rank 0 prints a
+line per finding. Exit codes: 0 nothing failed, 1 something did, 2 the config cannot be used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ddp_ssl.config import Config, ConfigError, check_world_size, load
+from ddp_ssl.launch import local_rank_and_size, rank_and_size
+
+if TYPE_CHECKING:
+    import torch
+
+    from ddp_ssl.checks.base import Bench, Check, Finding
+    from ddp_ssl.distributed import World
+
+USAGE = """usage: ddp-ssl doctor [CONFIG.yaml] [key=value ...]
+       torchrun --nproc_per_node N -m ddp_ssl.doctor [CONFIG.yaml] [key=value ...]
+       srun python -m ddp_ssl.doctor [CONFIG.yaml] [key=value ...]
+
+Checks, in about a minute, what a long run with this config would depend on: versions, GPUs, cores,
+all-reduce, clocks, disk, data, Slurm. Start it as you start the run. A line per finding:
+
+  ok    as it should be
+  warn  the run would start, and be slow, or be lost at some event
+  fail  the run would not start, or end badly
+
+Exit code: 0 nothing failed, 1 something did, 2 the config cannot be used.
+"""
+TIMEOUT_S = 120.0  # for a process to come, or to finish a part of a check
+LONGEST_S = 1800.0  # where finding the images of a large folder takes its time
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    rank, size = rank_and_size()
+    if {"-h", "--help"} & set(arguments):
+        if rank == 0:
+            print(USAGE, end="")
+        return 0
+    try:
+        config = load(arguments).config
+        check_world_size(config, size)
+    except ConfigError as error:
+        if rank == 0:
+            print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # the launcher ends all ranks at the first exit; rank 0 must have spoken
+        return 2
+    with _ending_in_order():
+        return _examine(config, arguments)
+
+
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """SIGTERM ends this as an exception does, so that no file stays behind."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _examine(config: Config, arguments: Sequence[str]) -> int:
+    import torch
+
+    from ddp_ssl import distributed
+    from ddp_ssl.checks.base import Bench, fail, ok
+
+    rank, size = rank_and_size()
+    report = Report(rank == 0)
+    timeout_s = min(TIMEOUT_S, config.run.start_timeout_s)
+    problem = None
+    try:
+        # On the CPU whatever the run uses: a missing GPU is a finding, and must not end this.
+        world = distributed.patient(distributed.start("cpu", timeout_s), LONGEST_S)
+    except Exception as error:
+        problem = one_line(error)
+        if rank:
+            # Rank 0 looks at the rest alone; an exit code from here would make a launcher end it.
+            print(f"rank {rank} ({socket.gethostname()}): {problem}", file=sys.stderr, flush=True)
+            return 0
+        world = distributed.World(0, 1, *local_rank_and_size(), torch.device("cpu"))
+    try:
+        hosts = _everyones(world, socket.gethostname(), timeout_s)
+        bench = Bench(config, arguments, world, hosts, _device(config, world), timeout_s)
+        what = " ".join(arguments) or "the embedded default"
+        report.title(f"{size} process(es) on {len(set(hosts))} host(s), {what}")
+        if problem is not None:
+            report.add("processes", [fail(
+                f"they do not find each other: {problem}",
+                "MASTER_ADDR and MASTER_PORT that all can reach, and all processes started; the "
+                "rest is about rank 0 alone",
+            )])  # fmt: skip
+        elif size > 1:
+            ranks = "; ".join(f"{h}: {bench.ranks_of(h)}" for h in dict.fromkeys(hosts))
+            report.add("processes", [ok(f"all {size} answer; {ranks}")])
+        for check in _checks():
+            report.add(check.name, examine(check, bench))
+        return int(world.broadcast_object(report.close()))
+    except Silent as error:
+        # No more answers: what was found is printed, the rest cannot be judged.
+        report.add("processes", [fail(str(error), "see what that rank is doing: py-spy, dmesg")])
+        report.close()
+        if rank:
+            time.sleep(3)  # the launcher ends all ranks at the first exit; rank 0 must have spoken
+        return 1
+    finally:
+        distributed.stop()
+
+
+def _checks() -> Iterator[Check]:
+    """In the order of the report; some use what an earlier one found."""
+    from ddp_ssl.checks import images, machine, network, slurm, software, storage
+
+    yield storage.FOLDER
+    yield from software.CHECKS
+    yield from machine.CHECKS
+    yield from network.CHECKS
+    yield from images.CHECKS
+    yield storage.CHECKPOINTS
+    yield from slurm.CHECKS
+
+
+def _device(config: Config, world: World) -> torch.device:
+    """Where the run would compute here, as `distributed.start` has it."""
+    import torch
+
+    if config.run.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    place = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(place)
+    return place
+
+
+# --- one check -----------------------------------------------------------------------------------
+
+
+class Silent(RuntimeError):
+    """Some process does not answer, so that nothing more can be asked of all."""
+
+
+def examine(check: Check, bench: Bench) -> list[Finding]:
+    """Run a check on all processes; its findings on rank 0, nothing elsewhere.
+
+    A check that breaks on some process is a finding, and no other process waits for that one.
+    """
+    from ddp_ssl.checks.base import by_value, fail
+
+    limit = check.timeout_s or bench.timeout_s
+    facts: list[Any] = []
+    with contextlib.ExitStack() as bench.cleanup:
+        for stage in check.stages:
+            problem, fact = None, None
+            try:
+                fact = stage(bench, facts)
+            except Exception as error:
+                problem = one_line(error)
+            answers = _everyones(bench.world, (problem, fact), limit)
+            facts = [fact for _, fact in answers]
+            problems = [problem for problem, _ in answers]
+            if any(problems):
+                said = by_value(problems)
+                return [
+                    fail(f"{text}{_on(bench, ranks)}", "mend this, then look again")
+                    for text, ranks in said.items()
+                    if text is not None
+                ]
+        if not bench.world.is_main:
+            return []
+        try:
+            return list(check.judge(bench, facts))
+        except Exception as error:
+            return [fail(f"cannot be judged: {one_line(error)}", "report it, with this line")]
+
+
+def _on(bench: Bench, ranks: list[int]) -> str:
+    return "" if len(ranks) == bench.world.size else f" [{bench.who(ranks)}]"
+
+
+def _everyones(world: World, value: Any, timeout_s: float) -> list[Any]:
+    """Every process's value on every process; raises `Silent` if one does not give any."""
+    from ddp_ssl import distributed
+
+    try:
+        distributed.wait_for_all(world, timeout_s)
+        values: list[Any] = world.broadcast_object(world.gather_objects(value))
+    except RuntimeError as error:
+        said = str(error).partition("]: ")[2] or str(error)
+        raise Silent(f"no answer: {one_line(RuntimeError(said))}") from None
+    return values
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, in a line of bearable length."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    elif not text or not isinstance(error, OSError | ValueError | RuntimeError):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) < 300 else text[:297] + "..."
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+class Report:
+    """Prints findings as they come, on rank 0."""
+
+    WIDTH = 14
+
+    def __init__(self, speaks: bool) -> None:
+        self.speaks = speaks
+        self.counts = {"ok": 0, "warn": 0, "fail": 0}
+
+    def title(self, text: str) -> None:
+        """What is looked at."""
+        self._say(f"ddp-ssl doctor: {text}")
+
+    def add(self, name: str, findings: Sequence[Finding]) -> None:
+        """The findings of a check, a line each."""
+        for finding in findings:
+            self.counts[finding.level] += 1
+            remedy = f" -> {finding.remedy}" if finding.remedy else ""
+            line = f"{finding.level:<6}{name:<{self.WIDTH}}{finding.text}{remedy}"
+            self._say(" ".join(line.splitlines()))
+
+    def close(self) -> int:
+        """The sum of it; returns the exit code."""
+        counts = self.counts
+        self._say(f"{counts['ok']} ok, {counts['warn']} warn, {counts['fail']} fail")
+        return int(counts["fail"] > 0)
+
+    def _say(self, line: str) -> None:
+        if self.speaks:
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

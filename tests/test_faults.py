@@ -1,0 +1,505 @@
+"""Faults within a run that its own processes must survive or end by, in the pool of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddp_ssl import checkpoint, engine, folder, launch, log, watchdog
+from ddp_ssl.config import ConfigError, Run, load
+from ddp_ssl.distributed import World
+from ddp_ssl.signals import StopRequest
+from tests.helpers import config_of
+from tests.ranks import Ranks
+from tests.test_resume import arguments, complaint, rows, status, train
+
+
+def losses(place: Path) -> list[int]:
+    return [row["step"] for row in rows(place) if "train/loss" in row]
+
+
+# --- a file system that fails ------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 12 MB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(place)]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(place: Path) -> None:
+    """Until not one block is free."""
+    with open(place / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def read_only(place: Path) -> None:
+    folder = str(place / "run/checkpoints")
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+
+
+ACTIONS = {
+    "fill": fill,
+    "free": lambda place: (place / "ballast").unlink(),
+    "read only": read_only,
+    "writable": lambda place: subprocess.run(["umount", place / "run/checkpoints"], check=True),
+}
+
+
+def train_with(args: list[str], at: dict[int, str], place: str) -> int | str:
+    """Run; before step `s` rank 0 does `at[s]` to the file system at `place`."""
+    from ddp_ssl import optim
+
+    original, left = optim.learning_rate, dict(at)
+
+    def watched(step: int, *rest: Any, **more: Any) -> float:
+        if os.environ["RANK"] == "0" and step in left:
+            ACTIONS[left.pop(step)](Path(place))
+        return original(step, *rest, **more)
+
+    optim.learning_rate = watched
+    try:
+        return train(args)
+    finally:
+        optim.learning_rate = original
+
+
+@pytest.mark.parametrize(("break_it", "mend_it"), [("fill", "free"), ("read only", "writable")])
+def test_a_failing_save_warns_and_is_made_up_for(
+    ranks: Ranks, photos: Path, small_disk: Path, tmp_path: Path, break_it: str, mend_it: str
+) -> None:
+    """Full or read-only for four steps: the older checkpoint stays, no row is lost."""
+    place = small_disk / "run"
+    args = arguments(photos, place, "checkpoint.every_steps=1", "log.every_steps=1")
+    at = {3: break_it, 7: mend_it}
+    assert ranks.launch(train_with, 2, args, at, str(small_disk)) == [0, 0]
+    text = (place / "train.log").read_text()
+    reason = {"fill": "No space left on device", "read only": "Read-only file system"}[break_it]
+    assert "not saved (1 of 10 failures that end the run), going on: " in text
+    assert reason in text
+    assert status(place)["state"] == "done"
+    assert losses(place) == list(range(1, 10))
+    whole = tmp_path / "whole"
+    assert ranks.launch(train, 2, [*args, f"run.dir={whole}"]) == [0, 0]
+    assert rows(place) == rows(whole)
+    assert checkpoint.find(place)[0].step == 9
+    (small_disk / "ballast").unlink(missing_ok=True)
+
+
+def test_too_many_failing_saves_end_the_run_and_keep_the_good_one(
+    ranks: Ranks, photos: Path, small_disk: Path
+) -> None:
+    place = small_disk / "run"
+    more = ("checkpoint.every_steps=1", "log.every_steps=1", "checkpoint.max_failures=3")
+    args = arguments(photos, place, *more)
+    assert ranks.launch(train_with, 2, args, {4: "fill"}, str(small_disk)) == [1, 1]
+    newest = checkpoint.newest_good(place)
+    assert newest is not None
+    assert newest.step == 4
+    (small_disk / "ballast").unlink()
+    assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
+    assert losses(place) == list(range(1, 10))
+
+
+def test_a_stop_insists_on_its_checkpoint(
+    ranks: Ranks, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two saves fail after the stop; the third one is there and no step is lost."""
+    args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
+    assert ranks.launch(stopped_with_failing_saves, 1, args) == [0]
+    assert status(tmp_path / "run")["state"] == "preempted"
+    newest = checkpoint.newest_good(tmp_path / "run")
+    assert newest is not None
+    assert newest.step == status(tmp_path / "run")["step"] == losses(tmp_path / "run")[-1]
+
+
+def stopped_with_failing_saves(args: list[str]) -> int | str:
+    from ddp_ssl import optim
+
+    original, save, pause = optim.learning_rate, checkpoint.save, engine.SAVE_AGAIN_S
+    left = [2]
+
+    def stopping(step: int, *rest: Any, **more: Any) -> float:
+        if step == 1:
+            os.kill(os.getpid(), 15)
+        return original(step, *rest, **more)
+
+    def failing(*args: Any, **more: Any) -> Path:
+        if left[0]:
+            left[0] -= 1
+            raise checkpoint.CheckpointError("step_1.pt: Stale file handle")
+        return save(*args, **more)
+
+    optim.learning_rate, checkpoint.save, engine.SAVE_AGAIN_S = stopping, failing, 0.01
+    try:
+        return train(args)
+    finally:
+        optim.learning_rate, checkpoint.save, engine.SAVE_AGAIN_S = original, save, pause
+
+
+# --- one rank alone ----------------------------------------------------------------------------
+
+
+def test_an_exception_in_one_ranks_validation_is_named(
+    ranks: Ranks, photos: Path, tmp_path: Path
+) -> None:
+    args = arguments(photos, tmp_path / "run")
+    codes = ranks.launch(broken_validation, 3, args)
+    assert codes == ["1"] * 3
+    error = status(tmp_path / "run")["error"]
+    assert "ZeroDivisionError: not today" in error
+    assert status(tmp_path / "run")["retry"] is True
+
+
+def broken_validation(args: list[str]) -> int | str:
+    from ddp_ssl.evals.validation import Validation
+
+    original, calls = Validation.figures, [0]
+
+    def figures(self: Any, *rest: Any, **more: Any) -> Any:
+        calls[0] += 1
+        if os.environ["RANK"] == "1" and calls[0] == 2:
+            raise ZeroDivisionError("not today")
+        return original(self, *rest, **more)
+
+    Validation.figures = figures  # type: ignore[method-assign]
+    try:
+        return train(args)
+    finally:
+        Validation.figures = original  # type: ignore[method-assign]
+
+
+def test_a_nan_on_one_rank_stops_all_together(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+    """Only rank 1's features are poisoned; with local norms, only its own loss at first."""
+    more = ("model.batch_norm=local", "log.every_steps=1")
+    codes = ranks.launch(nan_on_one_rank, 3, arguments(photos, tmp_path / "run", *more))
+    assert codes == [1, 1, 1]
+    assert "at step 5 (epoch 2)" in status(tmp_path / "run")["error"]
+    assert status(tmp_path / "run")["retry"] is False
+    for found in checkpoint.find(tmp_path / "run"):
+        assert found.step < 5
+
+
+def nan_on_one_rank(args: list[str]) -> int | str:
+    from ddp_ssl.data.loader import TrainLoader
+
+    original, seen = TrainLoader.__next__, [0]
+
+    def poisoned(self: Any) -> Any:
+        batch = original(self)
+        seen[0] += len(self.views) > 1  # neither the warm-up's nor alpha's
+        if os.environ["RANK"] == "1" and seen[0] == 5:
+            batch.views[0] = batch.views[0] * float("nan")
+        return batch
+
+    TrainLoader.__next__ = poisoned  # type: ignore[method-assign]
+    try:
+        return train(args)
+    finally:
+        TrainLoader.__next__ = original  # type: ignore[method-assign]
+
+
+def test_the_slow_rank_is_named(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+    args = arguments(photos, tmp_path / "run", "log.every_steps=1", "eval.every=0")
+    assert ranks.launch(slow_rank, 3, args) == [0, 0, 0]
+    text = (tmp_path / "run/train.log").read_text()
+    assert text.count(f"rank 2 ({socket.gethostname()}) is slow: the others wait ") == 1
+    assert "rank 0 (" not in text
+    skews = [row["perf/rank_skew"] for row in metrics(tmp_path / "run") if "perf/rank_skew" in row]
+    assert len(skews) == 9
+    assert sorted(skews)[4] > 0.3
+
+
+def metrics(place: Path) -> list[dict[str, Any]]:
+    return list(log.read_metrics(place / "metrics.jsonl"))
+
+
+def slow_rank(args: list[str]) -> int | str:
+    from ddp_ssl.data.loader import TrainLoader
+
+    original = TrainLoader.__next__
+
+    def slow(self: Any) -> Any:
+        if os.environ["RANK"] == "2":
+            time.sleep(0.5)
+        return original(self)
+
+    TrainLoader.__next__ = slow  # type: ignore[method-assign]
+    try:
+        return train(args)
+    finally:
+        TrainLoader.__next__ = original  # type: ignore[method-assign]
+
+
+# --- resuming ----------------------------------------------------------------------------------
+
+
+def test_tensorboard_has_every_step_once_after_three_restarts(
+    ranks: Ranks, photos: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = arguments(photos, tmp_path / "run", "log.tensorboard=true", "run.resume=auto")
+    for death in (3, 6, 8):
+        assert ranks.launch(train, 2, args, death) == ["killed"] * 2
+    assert ranks.launch(train, 2, args) == [0, 0]
+    assert len(list((tmp_path / "run").glob("events.out.*"))) == 4
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    written = [
+        (row["step"], name)
+        for row in metrics(tmp_path / "run")
+        for name in row
+        if name not in ("step", "epoch")
+    ]
+    assert len(set(written)) == len(written)
+    shown = [(e.step, tag) for tag in events.Tags()["scalars"] for e in events.Scalars(tag)]
+    assert sorted(shown) == sorted(written)
+
+
+def test_changed_code_is_said_on_resume(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+    args = arguments(photos, tmp_path / "run")
+    assert ranks.launch(train, 1, args, 5) == ["killed"]
+    assert ranks.launch(with_other_torch, 1, [*args, "run.resume=auto"]) == [0]
+    text = (tmp_path / "run/train.log").read_text()
+    line = next(x for x in text.splitlines() if "the code has changed" in x)
+    assert f"torch: {torch.__version__.partition('+')[0]} in the checkpoint, 9.9 now" in line
+
+
+def with_other_torch(args: list[str]) -> int | str:
+    original = log.code_version
+    log.code_version = lambda: original() | {"torch": "9.9"}
+    try:
+        return train(args)
+    finally:
+        log.code_version = original
+
+
+def test_all_ranks_load_the_file_that_rank_0_chose(
+    ranks: Ranks, photos: Path, tmp_path: Path
+) -> None:
+    """Rank 1 sees an older state of the folder, as over a network file system's cache."""
+    args = arguments(photos, tmp_path / "run")
+    assert ranks.launch(train, 2, args, 5) == ["killed"] * 2
+    stale = tmp_path / "stale"
+    shutil.copytree(tmp_path / "run", stale)
+    newest = checkpoint.find(tmp_path / "run")[0]
+    state = torch.load(newest.path, weights_only=True)
+    state["best"] = 0.123
+    checkpoint.save(
+        stale, state, step=newest.step, epoch=newest.epoch, identity=newest.identity,
+        world_size=2, keep=2,
+    )  # fmt: skip
+    other = checkpoint.find(stale)[0].path
+    results = ranks.launch(complaint_with_stale, 2, [*args, "run.resume=auto"], str(other))
+    assert [code for code, _ in results] == [2, 2]
+    assert "rank 0 reads" in results[0][1]
+    assert "[rank 1]" in results[0][1]
+
+
+def complaint_with_stale(args: list[str], other: str) -> tuple[int | str, str]:
+    original = checkpoint.load
+
+    def stale(path: Path, *rest: Any, **more: Any) -> Any:
+        return original(Path(other) if os.environ["RANK"] == "1" else path, *rest, **more)
+
+    checkpoint.load = stale
+    try:
+        return complaint(args)
+    finally:
+        checkpoint.load = original
+
+
+def test_a_yaml_with_a_python_tag_is_refused(tmp_path: Path) -> None:
+    path, proof = tmp_path / "evil.yaml", tmp_path / "proof"
+    path.write_text(f"run: {{seed: !!python/object/apply:os.system ['touch {proof}']}}\n")
+    with pytest.raises(ConfigError, match=r"evil\.yaml: not valid YAML: .*python/object/apply"):
+        load([str(path)])
+    with pytest.raises(ConfigError, match="python/object/apply"):
+        load([f"run.seed=!!python/object/apply:os.system ['touch {proof}']"])
+    assert not proof.exists()
+
+
+def test_run_folders_stay_where_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("runs/../../etc", "/data/runs/../x", "../a/../b"):
+        with pytest.raises(ConfigError, match=r"run\.dir: .*leads back up"):
+            folder.claim(config_of(f"run.dir={name}"))
+    assert folder.claim(config_of("run.dir=../elsewhere")).folder == Path("../elsewhere")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "../../tmp/x")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    name = folder.default_name(config_of("model.backbone=hf-hub:timm/resnet18.a1_in1k"))
+    assert Path(name).name == name
+    assert name.startswith("digits-adadim-")
+
+
+# --- stopping ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "STOP"])
+def test_every_request_to_stop_loses_no_step(
+    ranks: Ranks, photos: Path, tmp_path: Path, what: str
+) -> None:
+    args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0", "eval.every=0")
+    (code,) = ranks.launch(stopped_by, 1, args, what, str(tmp_path / "run"))
+    assert code == 0
+    assert status(tmp_path / "run")["state"] == "preempted"
+    stopped = status(tmp_path / "run")["step"]
+    assert 4 <= stopped < 9
+    assert losses(tmp_path / "run") == list(range(1, stopped + 1))
+    assert f"stopped on {what} at step {stopped}" in (tmp_path / "run/train.log").read_text()
+    assert ranks.launch(train, 1, [*args, "run.resume=auto"]) == [0]
+    assert not (tmp_path / "run/STOP").exists()
+    assert ranks.launch(train, 1, [*args, f"run.dir={tmp_path / 'whole'}"]) == [0]
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def stopped_by(args: list[str], what: str, place: str) -> int | str:
+    from ddp_ssl import optim
+
+    original, left = optim.set_learning_rates, [1]
+
+    def asking(*rest: Any) -> float:
+        if rest[3] == 4 and left:
+            left.clear()
+            if what == "STOP":
+                (Path(place) / "STOP").touch()
+                time.sleep(1.1)  # it is looked for once a second
+            else:
+                os.kill(os.getpid(), getattr(signal, what))
+        return original(*rest)
+
+    optim.set_learning_rates = asking
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGUSR2)}
+    try:
+        return train(args)
+    finally:
+        optim.set_learning_rates = original
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# --- stopping in time --------------------------------------------------------------------------
+
+
+def test_deadlines(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+    """A run that may take 4 seconds stops by itself, and the rest follows."""
+    args = arguments(photos, tmp_path / "run", "optim.epochs=400", "eval.every=0")
+    hours = f"run.max_hours={8 / 3600}"
+    assert ranks.launch(train, 2, [*args, hours]) == [0, 0]
+    assert status(tmp_path / "run")["state"] == "preempted"
+    assert "stopped on run.max_hours at step" in (tmp_path / "run/train.log").read_text()
+    assert status(tmp_path / "run")["step"] == losses(tmp_path / "run")[-1] > 0
+
+
+def test_a_slurm_job_stops_before_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deadline(left: float, *settings: str) -> float:
+        stop = StopRequest()
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(stop.started + left)))
+        engine.set_deadlines(config_of(*settings), stop)
+        return stop._deadline - stop.started
+
+    assert deadline(7200) == pytest.approx(7080, abs=2)
+    assert deadline(7200, "run.end_margin_s=600") == pytest.approx(6600, abs=2)
+    assert deadline(100) == pytest.approx(90, abs=2)  # a tenth of what is left
+    assert deadline(7200, "run.max_hours=0.5") == pytest.approx(1800, abs=2)
+    assert deadline(-5) <= 0  # past its end already: stops at the first step
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "Unknown")
+    assert launch.job_end() is None
+
+
+def test_one_keystroke_reaches_a_worker_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    stop = StopRequest()
+    stop._handle(2, None)
+    stop._handle(2, None)  # torchrun passes on what the terminal sent too
+    assert (stop.reason, left) == ("SIGINT", [])
+    stop._interrupted -= 2
+    stop._handle(2, None)
+    assert left == [130]
+
+
+# --- who it was --------------------------------------------------------------------------------
+
+
+def note(beat: int, collectives: int = 7, **more: Any) -> watchdog.Note:
+    return watchdog.Note("n1", beat, 3, collectives, "a step", **more)
+
+
+def test_blame() -> None:
+    before = [note(1), note(1), note(1)]
+    assert watchdog.blame(before, [note(2), note(2), note(2)]) == ([], "")
+    ranks, text = watchdog.blame(before, [note(2), note(1), note(2)])
+    assert ranks == [1]
+    assert text == "rank 1 (n1) died or was stopped; last heard of after step 3"
+    ranks, text = watchdog.blame(before, [note(2), note(2), note(2, 6)])
+    assert ranks == [2]
+    assert text == "rank 2 (n1) hangs after step 3, in: a step"
+    ranks, text = watchdog.blame(before, [note(2, error="OSError: no"), note(1), note(2)])
+    assert ranks == [0]
+    assert text == "rank 0 (n1) failed after step 3: OSError: no"
+    ranks, text = watchdog.blame(before, [note(1), note(1), note(2)])
+    assert ranks == [0, 1]
+    assert text.startswith("rank 0 (n1) and 1 more died")
+
+
+def test_a_hanging_rank_is_found_by_what_it_did_not_reach(ranks: Ranks) -> None:
+    """Rank 1 lives but never comes to the barrier: found, and found by both alike."""
+    (reason, speaks), (same, other_speaks) = ranks.run(hang, 2)
+    assert "rank 1" in reason
+    assert "in: a long nap" in reason
+    assert same == reason
+    assert (speaks, other_speaks) == (True, False)
+
+
+def hang(world: World) -> tuple[str, bool]:
+    watch = watchdog.Watchdog(world, Run(timeout_s=5))
+    watch.at(1, "a step")
+    if world.rank == 1:
+        watch.at(1, "a long nap")
+        time.sleep(3)
+        found = watch.explain()
+        world.barrier()
+    else:
+        found = ("", False)
+
+        def look() -> None:
+            nonlocal found
+            time.sleep(1.2)  # the barrier has been entered
+            found = watch.explain()
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        world.barrier()
+        thread.join()
+    watch.close()
+    world.barrier()
+    return found
+
+
+def test_layout_lines() -> None:
+    lines = launch.layout_lines(["n1 cuda:0 cpus 0-3", "n1 cuda:1 cpus 4-7", "n2 cpu cpus 0"])
+    assert lines == ["n1: rank 0 cuda:0 cpus 0-3, rank 1 cuda:1 cpus 4-7", "n2: rank 2 cpu cpus 0"]
+    assert launch.ranges({0, 1, 2, 5, 7, 8}) == "0-2,5,7-8"
+    assert launch.ranges(()) == ""
