@@ -1,5 +1,6 @@
 # make demo   install into .venv, train AdaDim on handwritten digits with two processes, print the result
 # make test   the test suite                 make check   format, lint, types, tests: what CI runs
+# make test-faults  a real Slurm, killed and hung ranks, full disks: the tests that take long
 # make golden rewrite tests/golden (a diff there needs a line in CHANGELOG.md)
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NPROC ?= 2
 
-.PHONY: demo test check format golden docs clean
+.PHONY: demo test test-faults check format golden docs clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: setup.py constraints.txt
@@ -21,7 +22,10 @@ demo: $(VENV)/.installed
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) -m ddp_ssl.train
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slurm and not faults"
+
+test-faults: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "slurm or faults" -rs
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -36,7 +36,8 @@ setup(
         # DALI is built per CUDA major version and runs without a GPU too.
         "cuda12": ["nvidia-dali-cuda120>=1.50"],
         "cuda13": ["nvidia-dali-cuda130>=1.52"],
-        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+        # lightly: an independent implementation of several losses, for the tests alone.
+        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "lightly==1.6.*"],
     },
     entry_points={"console_scripts": ["ddp-ssl = ddp_ssl.cli:main"]},
     classifiers=[

@@ -14,6 +14,7 @@ import datetime
 import inspect
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -187,19 +188,41 @@ class Whiteboard:
     def __init__(self, token: str, size: int, answer_within_s: float) -> None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         within = datetime.timedelta(seconds=answer_within_s)
-        self._size = size
+        self._size, self._within, self._lost = size, answer_within_s, False
         store = dist.TCPStore(host, port, timeout=within)  # type: ignore[attr-defined]
         self._store = PrefixStore(f"notes {token}", store)
         self._store.set_timeout(within)
 
     def write(self, rank: int, note: str) -> None:
         """Replace this process's note."""
-        self._store.set(str(rank), note)
+        self._ask(lambda: self._store.set(str(rank), note))
 
     def read(self) -> list[str]:
         """The notes of all processes in rank order; each must have written one."""
-        notes = self._store.multi_get([str(rank) for rank in range(self._size)])
+        names = [str(rank) for rank in range(self._size)]
+        notes = self._ask(lambda: self._store.multi_get(names))
         return [note.decode() for note in notes]
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """The store's answer. Its own timeout does not help where the process behind it is stopped:
+        it then waits for the answer to its cancellation."""
+        answer: list[Any] = []
+        failure: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                answer.append(question())
+            except Exception as error:
+                failure.append(error)
+
+        if not self._lost:
+            thread = threading.Thread(target=ask, daemon=True)
+            thread.start()
+            thread.join(self._within)
+        if not answer:
+            self._lost = True
+            raise RuntimeError(f"the rendezvous store does not answer: {failure or 'silence'}")
+        return answer[0]
 
 
 class LateFlag:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -69,8 +69,17 @@ def _width(model: nn.Module, config: Model, sizes: Sequence[int]) -> int:
     return width
 
 
-def projection_head(width: int, widths: Sequence[int], norm: str, bias: bool) -> nn.Sequential:
-    """Linear layers of the given widths with norm and ReLU between them: `[n, width] -> [n, d]`."""
+def projection_head(
+    width: int,
+    widths: Sequence[int],
+    norm: str,
+    bias: bool,
+    last_norm: Literal["none", "batch", "plain"] = "none",
+) -> nn.Sequential:
+    """Linear layers of the given widths with norm and ReLU between them: `[n, width] -> [n, d]`.
+
+    `last_norm`: what follows the last layer: nothing, a batch norm, or one without weight and bias.
+    """
     layers: list[nn.Module] = []
     for index, out in enumerate(widths):
         layers.append(nn.Linear(width, out, bias=bias))
@@ -79,6 +88,8 @@ def projection_head(width: int, widths: Sequence[int], norm: str, bias: bool) ->
                 layers.append(nn.BatchNorm1d(out))
             layers.append(nn.ReLU(inplace=True))
         width = out
+    if last_norm != "none":
+        layers.append(nn.BatchNorm1d(width, affine=last_norm == "batch"))
     return nn.Sequential(*layers)
 
 

@@ -58,6 +58,20 @@ def test_the_embedded_default_serves_every_method(name: str) -> None:
     assert config.data.batch_size % 8 == 0
 
 
+def test_a_method_has_its_own_entry_in_the_embedded_default(tmp_path: Path) -> None:
+    """Above the embedded default, below the command line, and not below a YAML."""
+    resolved = load(["method.name=nnclr"])
+    assert resolved.config.method.queue_size == 1024
+    assert resolved.origins["method.queue_size"] == "embedded default"
+    assert resolved.origins["model.projector"] == "embedded default"
+    assert resolved.config.model.projector == [512, 512, 128]
+    assert load(["method.name=nnclr", "method.queue_size=2048"]).config.method.queue_size == 2048
+    in_file = load([write(tmp_path / "c.yaml", "method: {name: nnclr}")])
+    assert in_file.config.method.queue_size == 65536
+    (views,) = load(["method.name=ressl", "data.views.0.size=16"]).config.data.views
+    assert (views.size, views.recipe, views.scale) == (16, "ressl", (0.4, 1.0))
+
+
 def test_a_key_of_another_method_is_refused_when_the_user_gives_it() -> None:
     with pytest.raises(ConfigError, match=r"method\.alpha_every: unknown key"):
         load(["method.name=vicreg", "method.alpha_every=3"])

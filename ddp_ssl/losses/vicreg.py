@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.losses.common import at_least_float32
+from ddp_ssl.losses.common import at_least_float32, global_rows
 
 
 class VICReg(NamedTuple):
@@ -84,6 +84,57 @@ def vicreg(
         off_diagonal = (squares - var.square().sum(1)) / width
         v = hinge.mean() * (1 if average_variance else 2)
         c = off_diagonal.mean() * 2
+        return VICReg(invariance * s + variance * v + covariance * c, s, v, c)
+
+
+def vicreg_multiview(
+    z: Tensor,
+    invariance: float = 25.0,
+    variance: float = 25.0,
+    covariance: float = 1.0,
+    *,
+    gamma: float = 1.0,
+    eps: float = 1e-12,
+    route: Literal["gather", "moments"] = "gather",
+    comm: Comm = ONE_PROCESS,
+    gathered: Tensor | None = None,
+) -> VICReg:
+    """VICReg of K views against the mean of the others, in O(K), as fastssl defines it.
+
+    `z`: embeddings `[k, n, d]` held here (`[K, N, d]` in one process). Returns scalars in float32
+    or float64, the full values on every process. With O_k the mean of the views other than k:
+
+    invariance  mean over k of the mean squared element of Z_k - O_k
+    variance    mean over k of v(Z_k)/2 + v(O_k)/2, v = 1/d sum_j max(0, gamma - sqrt(Var_j + eps))
+    covariance  mean over k of c(Z_k) + c(O_k), c = 1/d sum of the squared off-diagonal covariances
+
+    `route`: see `global_rows`. Source: Ghosh et al. 2023 (small projectors and multiple views),
+    fastssl, which has no `eps` (a constant feature's gradient is then NaN). Raises `ValueError` for
+    one view or one image.
+    """
+    if z.dim() != 3:
+        raise ValueError(f"vicreg_multiview: expected z of shape [K, N, d], got {list(z.shape)}")
+    with torch.autocast(z.device.type, enabled=False):
+        rows = global_rows(at_least_float32(z), route, comm, gathered)
+        own, images = rows.values, rows.images
+        views, _, width = own.shape
+        if views < 2:
+            raise ValueError(f"vicreg_multiview: needs 2 views or more, got {views}")
+        if images < 2:
+            raise ValueError("vicreg_multiview: the variance needs 2 images or more, got 1")
+        others = (own.sum(0) - own) / (views - 1)
+        s = rows.total((own - others).square().sum()) / (views * images * width)
+        # Of two views, the others are the views themselves, exchanged.
+        every = torch.cat([own, others]) if views > 2 else own
+        centred = every - rows.total(every.sum(1))[:, None] / images
+        if route == "gather":
+            squares = _squared_norm_of_covariance(centred) / (images - 1) ** 2
+        else:
+            outer = rows.total(centred.transpose(1, 2) @ centred)
+            squares = outer.square().sum((1, 2)) / (images - 1) ** 2
+        var = rows.total(centred.square().sum(1)) / (images - 1)
+        v = (gamma - (var + eps).sqrt()).clamp(min=0).mean()
+        c = 2 * ((squares - var.square().sum(1)) / width).mean()
         return VICReg(invariance * s + variance * v + covariance * c, s, v, c)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, MethodConfig
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import ViewLayout, global_batch_norm, stacked_views
-from ddp_ssl.losses.common import at_least_float32
+from ddp_ssl.losses.common import all_views, at_least_float32
 from ddp_ssl.models import build_backbone, projection_head
 
 C = TypeVar("C", bound=MethodConfig)
@@ -68,6 +68,10 @@ class Method(nn.Module, Generic[C]):
     """Backbone and projector, and how views become representations `r` and embeddings `z`."""
 
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
+    projector_last_norm: ClassVar[Literal["none", "batch", "plain"]] = "none"
+    """What follows the projector's last layer: nothing, or a batch norm with or without affine."""
+    predictor: nn.Module
+    """In the methods that have one."""
 
     def __init__(self, config: Config, comm: Comm) -> None:
         super().__init__()
@@ -75,6 +79,8 @@ class Method(nn.Module, Generic[C]):
         self.settings: C = config.method  # type: ignore[assignment]
         model = config.model
         self.num_views = config.num_views
+        largest = max(group.size for group in config.data.views)
+        self.num_large = sum(g.count for g in config.data.views if g.size == largest)
         self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.optim.precision)
         self.separate = model.views_forward == "separate" or (
             model.views_forward == "auto" and config.num_views == 2
@@ -83,7 +89,11 @@ class Method(nn.Module, Generic[C]):
         sizes.add(config.data.val_size or max(sizes))
         self.backbone, self.feature_width = build_backbone(model, sorted(sizes))
         self.projector: nn.Module = projection_head(
-            self.feature_width, model.projector, model.projector_norm, model.projector_bias
+            self.feature_width,
+            model.projector,
+            model.projector_norm,
+            model.projector_bias,
+            self.projector_last_norm,
         )
         self.layout = ViewLayout()
         self._reduce_norm = model.batch_norm == "global"
@@ -122,14 +132,15 @@ class Method(nn.Module, Generic[C]):
         return at_least_float32(r), at_least_float32(self.projector(r))
 
     def encode(
-        self, views: list[Tensor], network: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, views: list[Tensor], network: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    ) -> tuple[Tensor, ...]:
         """All views held here to `r` `[k, n, d_R]` and `z` `[k, n, d]`.
 
-        Views of equal size go through the network (default: backbone and projector) stacked, each
-        normalised by its own statistics or pooled, as `model.views_forward` says.
+        Views of equal size go through the network stacked, each normalised by its own statistics
+        or pooled, as `model.views_forward` says. `network`: another one than backbone and
+        projector, such as `with_predictor`, with any number of outputs `[views * n, width]`.
         """
-        outputs: list[tuple[Tensor, Tensor]] = []
+        outputs: list[tuple[Tensor, ...]] = []
         start, images = 0, views[0].shape[0]
         while start < len(views):
             size = views[start].shape[-1]
@@ -141,17 +152,50 @@ class Method(nn.Module, Generic[C]):
                 stacked_views(self.layout, total, held),
                 torch.autocast(stacked.device.type, self.autocast, self.autocast is not None),
             ):
-                r, z = (network or self._forward)(stacked)
-            outputs.append((r.view(len(group), images, -1), z.view(len(group), images, -1)))
+                parts = (network or self._forward)(stacked)
+            outputs.append(tuple(part.view(len(group), images, -1) for part in parts))
             start += len(group)
-        r, z = (
+        return tuple(
             torch.cat(part) if len(part) > 1 else part[0] for part in zip(*outputs, strict=True)
         )
-        return r, z
 
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
         r = self.backbone(x)
         return r, self.projector(r)
+
+    def with_predictor(self, x: Tensor) -> tuple[Tensor, ...]:
+        """A network for `encode`: `r`, `z` and the predictor's output `p`."""
+        r, z = self._forward(x)
+        return r, z, self.predictor(z)
+
+    @property
+    def held_large(self) -> int:
+        """How many of the views held here are large; they come first."""
+        return self.num_large // self.comm.view_shards
+
+    def all_views(self, x: Tensor) -> Tensor:
+        """All views, in order, of the images held here, from those held here (`losses.common`)."""
+        return all_views(x, self.comm)
+
+    def over_pairs(self, loss: Callable[[int, int], Tensor]) -> Tensor:
+        """Mean of `loss(index, target)` over all pairs of a view and another, large view.
+
+        `index` counts the views held here, `target` all large views. Returns this process's part,
+        whose mean over processes is the mean, given losses that are means over the images.
+        """
+        held = range(self.num_views)[self.comm.views]
+        parts = [
+            loss(index, target)
+            for index, view in enumerate(held)
+            for target in range(self.num_large)
+            if target != view
+        ]
+        return torch.stack(parts).sum() * (self.comm.view_shards / self.num_pairs)
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of pairs of a view and another, large view."""
+        return self.num_large * (self.num_views - 1)
 
 
 def trainable(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Parameter]]:

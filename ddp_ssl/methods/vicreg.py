@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import Config, MethodConfig
+from ddp_ssl.config import Config, MethodConfig, Strength
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import VICReg as Terms
-from ddp_ssl.losses import vicreg
+from ddp_ssl.losses import vicreg, vicreg_multiview
 from ddp_ssl.methods.base import Method, Output
 
 
@@ -23,10 +23,14 @@ class VICRegConfig(MethodConfig):
     """Weight of the mean squared distance between views."""
     variance: float = Field(25.0, ge=0)
     """Weight of the hinge on each dimension's standard deviation."""
-    covariance: float = Field(1.0, ge=0)
-    """Weight of the squared off-diagonal covariances."""
+    covariance: Strength | Literal["auto"] = 1.0
+    """Weight of the squared off-diagonal covariances; `auto`: `invariance` times 3 / width of the
+    embedding, which small projectors need (Ghosh et al. 2023)."""
+    multiview: Literal["pairs", "fastssl"] = "pairs"
+    """More than two views: the mean over all pairs, or each view against the mean of the others,
+    with fastssl's weights (its variance term is half of that of `pairs`)."""
     average_variance: bool = False
-    """Average the hinge over views, as the official code, instead of summing over two."""
+    """`pairs`: average the hinge over views, as the official code, instead of summing over two."""
     route: Literal["gather", "moments"] = "gather"
     """Communicate embeddings, or their first and second moments (size independent of W)."""
 
@@ -48,11 +52,13 @@ def configured_vicreg(
     s: VICRegConfig, z: Tensor, comm: Comm, gathered: Tensor | None = None
 ) -> Terms:
     """The loss with the config's weights; `gathered` is `comm.gather(z)` if it is there already."""
+    covariance = s.invariance * 3 / z.shape[-1] if s.covariance == "auto" else s.covariance
+    weights = (s.invariance, s.variance, covariance)
+    if s.multiview == "fastssl":
+        return vicreg_multiview(z, *weights, route=s.route, comm=comm, gathered=gathered)
     return vicreg(
         z,
-        s.invariance,
-        s.variance,
-        s.covariance,
+        *weights,
         average_variance=s.average_variance,
         route=s.route,
         comm=comm,

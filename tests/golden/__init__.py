@@ -7,6 +7,7 @@ needs a line in CHANGELOG.md that says why the numbers changed.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,37 @@ import torch
 
 from ddp_ssl import optim
 from ddp_ssl.config import builtin_methods
-from ddp_ssl.methods.base import Progress
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.methods.base import Context, Progress
 from tests.helpers import batch_of, config_of, images, method_of
 
 FOLDER = Path(__file__).parent
 STEPS = 20
 SETTINGS = {
     "adadim": ("method.alpha=fixed", "method.alpha_value=0.3", "method.beta_scale=0.1"),
+    "barlow_twins": ("method.off_diagonal=0.0051", "optim.name=lars"),
+    "deepclusterv2": ("method.prototypes=[5, 3, 4]", "optim.name=lars"),
+    "byol": ("optim.name=lars",),
+    "simsiam": ("optim.name=lars",),
+    "mocov3": ("optim.name=lars",),
+    "mocov2plus": ("method.queue_size=31", "optim.name=lars"),
+    "nnclr": ("method.queue_size=31", "optim.name=lars"),
+    "ressl": ("method.queue_size=31", "optim.name=lars"),
+    "dino": (
+        "method.prototypes=9",
+        "method.warmup_teacher_temperature=0.04",
+        "method.teacher_temperature=0.07",
+        "method.warmup_teacher_epochs=9",
+        "method.momentum=0.99",
+        "optim.name=lars",
+    ),
+    "swav": (
+        "method.prototypes=7",
+        "method.epsilon=0.05",
+        "method.queue_size=30",
+        "method.queue_epoch=5",
+        "optim.name=lars",
+    ),
 }
 
 
@@ -31,6 +56,17 @@ def losses(name: str) -> list[dict[str, Any]]:
     method = method_of(config)
     optimizer = optim.build(config.optim, method.parameter_groups())
     rows = []
+
+    def context(epoch: int) -> Context:
+        def batches(count: int, purpose: str) -> Iterator[Batch]:
+            yield from [batch_of(images(1, 12))][:count]
+
+        return Context(
+            method.comm, 0, epoch, STEPS, batches, lambda figures: None, lambda text: None
+        )
+
+    method.on_start(context(0))
+    method.train()
     for step in range(STEPS):
         optim.set_learning_rates(optimizer, config.optim, 12, step, 1)
         torch.manual_seed(step)
@@ -42,6 +78,8 @@ def losses(name: str) -> list[dict[str, Any]]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         method.after_step(progress)
+        method.after_epoch(context(step))  # a step is an epoch here
+        method.train()
         terms = {term: float(torch.as_tensor(value).detach()) for term, value in out.terms.items()}
         rows.append({"step": step, "loss": float(out.loss.detach()), **terms})
     return rows

@@ -1,0 +1,23 @@
+"""BYOL's loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddp_ssl.losses.common import at_least_float32, check_directions, unit_rows
+
+
+def byol(p: Tensor, z: Tensor) -> Tensor:
+    """Mean of 2 - 2 cos(p, z) over the images: BYOL's loss in one direction.
+
+    `p`: predictions `[N, d]`, `z`: the momentum network's embeddings `[N, d]` of another view of
+    the same images; both normalised within, and no gradient flows into `z`. Returns a scalar in
+    float32 or float64. No image sees another one, so its mean over processes is the global loss.
+
+    Source: BYOL (Grill et al. 2020), Eq. 2. The paper adds the two directions, as the method does.
+    """
+    check_directions("byol", p=p, z=z)
+    with torch.autocast(p.device.type, enabled=False):
+        p, z = unit_rows(at_least_float32(p)), unit_rows(at_least_float32(z.detach()))
+        return (2 - 2 * (p * z).sum(1)).mean()

@@ -1,0 +1,54 @@
+"""DINO: the student's distribution over prototypes follows the teacher's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddp_ssl.comm import ONE_PROCESS, Comm
+from ddp_ssl.losses.common import at_least_float32, check_temperature
+
+
+def dino(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    comm: Comm = ONE_PROCESS,
+) -> Tensor:
+    """Cross-entropy between views, the teacher's centred and sharpened.
+
+    `student`: logits `[v, n, P]` of the views and images held here (`[V_s, N, P]` in one process),
+    `teacher`: logits `[V_t, n, P]` of all of the teacher's views of these images, which are the
+    first V_t of the student's; without gradient. `center`: `[P]`. Returns a scalar in float32 or
+    float64 whose mean over processes is the mean over images and over all pairs of a teacher's and
+    another view.
+
+    -sum_p softmax((teacher - center) / teacher_temperature)_p log softmax(student /
+    student_temperature)_p. Source: Caron et al. 2021, Eq. 2 and 3.
+    """
+    if student.dim() != 3 or teacher.dim() != 3 or student.shape[1:] != teacher.shape[1:]:
+        raise ValueError(
+            "dino: expected student [V_s, N, P] and teacher [V_t, N, P], got "
+            f"{list(student.shape)} and {list(teacher.shape)}"
+        )
+    check_temperature(
+        "dino",
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+    )
+    held = range(student.shape[0] * comm.view_shards)[comm.views]
+    pairs = sum(len(teacher) - (view < len(teacher)) for view in held)
+    if pairs == 0:
+        raise ValueError("dino: one view has no other to compare with; needs 2 views or more")
+    with torch.autocast(student.device.type, enabled=False):
+        teacher = at_least_float32(teacher).detach()
+        targets = ((teacher - center) / teacher_temperature).softmax(2)
+        log_p = (at_least_float32(student) / student_temperature).log_softmax(2)
+        total, together = log_p.new_zeros(()), targets.sum(0)
+        for index, view in enumerate(held):
+            # All targets of this view at once: one product in place of V_t.
+            others = together - targets[view] if view < len(targets) else together
+            total = total - (others * log_p[index]).sum()
+        return total / (pairs * student.shape[1])

@@ -1,0 +1,32 @@
+"""Maximum manifold capacity representations over the global batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddp_ssl.comm import ONE_PROCESS, Comm
+from ddp_ssl.losses.common import all_views, at_least_float32, unit_rows
+
+
+def mmcr(z: Tensor, weight: float = 0.0, *, comm: Comm = ONE_PROCESS) -> Tensor:
+    """MMCR for any number of views: a large nuclear norm of the mean embeddings.
+
+    `z`: embeddings `[k, n, d]` held here (`[K, N, d]` in one process), normalised within. Returns a
+    scalar in float32 or float64 whose mean over processes is the global loss.
+
+    -|M|_* + weight * (1/N) sum_i |Z_i|_*, where row i of M `[N, d]` is the mean of image i's
+    normalised views (not normalised again) and Z_i `[K, d]` holds these views. The first term is
+    not divided by N. Source: Yerxa et al. 2023, Eq. 5 and their code, which gathers without
+    gradient and so trains with it divided by the number of processes; here it is the loss's own.
+    Through singular values the gradient is U V^T, finite where they vanish or coincide.
+    """
+    if z.dim() != 3:
+        raise ValueError(f"mmcr: expected z of shape [K, N, d], got {list(z.shape)}")
+    with torch.autocast(z.device.type, enabled=False):
+        z = unit_rows(at_least_float32(z))
+        loss: Tensor = -torch.linalg.svdvals(comm.gather(z).mean(0)).sum()
+        if weight:
+            mine = all_views(z, comm).transpose(0, 1)  # [n, K, d]
+            loss = loss + weight * torch.linalg.svdvals(mine).sum(1).mean()
+        return loss

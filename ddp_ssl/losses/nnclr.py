@@ -1,0 +1,56 @@
+"""NNCLR's loss and its look-up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ddp_ssl.comm import ONE_PROCESS, Comm
+from ddp_ssl.losses.common import (
+    at_least_float32,
+    check_directions,
+    check_queue,
+    check_temperature,
+    unit_rows,
+)
+
+
+def nnclr(
+    nearest: Tensor,
+    p: Tensor,
+    temperature: float,
+    *,
+    comm: Comm = ONE_PROCESS,
+    gathered: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of each image's own prediction among all predictions: NNCLR in one direction.
+
+    `nearest`: the queue's rows nearest to one view `[n, d]`, `p`: predictions `[n, d]` of another
+    view of the same images, both of the images held here and normalised within. `gathered`: the
+    predictions of all images `[N, d]`, with gradient, if the caller has them already. Gradient
+    flows into `p` alone. Returns a scalar in float32 or float64: the mean over the anchors held
+    here, whose mean over processes is the global loss.
+
+    Source: NNCLR (Dwibedi et al. 2021), Eq. 3: the neighbour is the anchor, the predictions are the
+    candidates (lightly adds the anchors of the other direction to them). The paper takes the mean
+    of the two directions, as the method does.
+    """
+    check_directions("nnclr", nearest=nearest, p=p)
+    check_temperature("nnclr", temperature=temperature)
+    with torch.autocast(p.device.type, enabled=False):
+        anchors = unit_rows(at_least_float32(nearest.detach()))
+        if gathered is None:
+            gathered = comm.gather(at_least_float32(p)[None])[comm.view_rank]
+        candidates = unit_rows(gathered)
+        places = torch.arange(len(candidates), device=p.device)[comm.rows(len(anchors))]
+        return cross_entropy(anchors @ candidates.T / temperature, places)
+
+
+@torch.no_grad()
+def nearest_rows(z: Tensor, queue: Tensor) -> Tensor:
+    """For each of `z` `[..., d]` the row of `queue` `[Q, d]` (unit rows) of the largest cosine."""
+    check_queue("nearest_rows", queue, z.shape[-1])
+    with torch.autocast(z.device.type, enabled=False):
+        z = unit_rows(at_least_float32(z))
+        return queue[(z @ queue.to(z.dtype).T).argmax(-1)]

@@ -1,0 +1,24 @@
+"""SimSiam's loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddp_ssl.losses.common import at_least_float32, check_directions, unit_rows
+
+
+def simsiam(p: Tensor, z: Tensor) -> Tensor:
+    """Mean of -cos(p, z) over the images: SimSiam's loss in one direction.
+
+    `p`: predictions `[N, d]`, `z`: embeddings `[N, d]` of another view of the same images; both
+    normalised within, and no gradient flows into `z`. Returns a scalar in float32 or float64. No
+    image sees another one, so its mean over processes is the global loss.
+
+    Source: SimSiam (Chen & He 2021), Eq. 1 and 3. The paper takes the mean of the two directions,
+    as the method does.
+    """
+    check_directions("simsiam", p=p, z=z)
+    with torch.autocast(p.device.type, enabled=False):
+        p, z = unit_rows(at_least_float32(p)), unit_rows(at_least_float32(z.detach()))
+        return -(p * z).sum(1).mean()

@@ -1,0 +1,64 @@
+"""Barlow Twins: Self-Supervised Learning via Redundancy Reduction (Zbontar et al. 2021)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ddp_ssl.config import Config, MethodConfig, Strength
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.losses.barlow_twins import mean_correlations, pair_correlations
+from ddp_ssl.methods.base import Method, Output
+
+
+class BarlowTwinsConfig(MethodConfig):
+    """The features of two views correlate each with itself and with no other."""
+
+    name: str = "barlow_twins"
+    off_diagonal: Strength | Literal["auto"] = 0.0051
+    """Weight of the off-diagonal correlations; `auto`: 3 / width of the embedding, which small
+    projectors need (Ghosh et al. 2023)."""
+    scale: float = Field(0.1, gt=0)
+    """Factor of the loss. Published runs on W processes trained with the gradient divided by W,
+    since their all-reduce is invisible to autograd: 0.1 / W repeats one (solo-learn's: 0.05)."""
+    multiview: Literal["pairs", "fastssl"] = "pairs"
+    """More than two views: the mean over all pairs, or each view against the mean of all. `fastssl`
+    also scales rows to length one and standardises over all views, for two views too."""
+    route: Literal["gather", "moments"] = "gather"
+    """Communicate embeddings, or correlation matrices (size independent of W)."""
+
+    recipe = {  # noqa: RUF012
+        "data": {"views": [{"count": 2, "recipe": "asym"}]},
+        "optim": {"lr": 0.3},
+    }
+    # With 11 steps an epoch and 512 features, more than a batch has images, they only correlate.
+    embedded = {  # noqa: RUF012
+        "method": {"off_diagonal": "auto"},
+        "model": {"projector": [512, 512, 64]},
+        "data": {"batch_size": 64},
+        "optim": {"name": "adam", "lr": 4e-3, "weight_decay": 1e-6},
+    }
+
+    def check(self, config: Config) -> None:
+        """Refuse one image: its variance is undefined."""
+        if config.data.batch_size < 2:
+            raise ValueError(
+                f"data.batch_size: {self.name} needs the variance over 2 images or more, got "
+                f"{config.data.batch_size}"
+            )
+
+
+class BarlowTwins(Method[BarlowTwinsConfig]):
+    """Backbone, projector and the correlations."""
+
+    config_class = BarlowTwinsConfig
+
+    def forward(self, batch: Batch) -> Output:
+        s = self.settings
+        r, z = self.encode(batch.views)
+        weight = 3 / z.shape[-1] if s.off_diagonal == "auto" else s.off_diagonal
+        correlations = mean_correlations if s.multiview == "fastssl" else pair_correlations
+        on, off = correlations(z, route=s.route, comm=self.comm)
+        loss = s.scale * (on + weight * off)
+        return Output(loss, {"on_diagonal": on, "off_diagonal": off}, r, z)

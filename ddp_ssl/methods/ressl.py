@@ -1,0 +1,96 @@
+"""ReSSL: Relational Self-Supervised Learning with Weak Augmentation (Zheng et al. 2021)."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ddp_ssl.comm import Comm
+from ddp_ssl.config import Config
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.losses import ressl
+from ddp_ssl.losses.common import at_least_float32
+from ddp_ssl.methods._momentum import MomentumConfig, MomentumMethod
+from ddp_ssl.methods._queue import Queue, check_queue
+from ddp_ssl.methods.base import Output, Progress
+
+
+class ReSSLConfig(MomentumConfig):
+    """Stand to earlier embeddings as a momentum network's weakly augmented view does."""
+
+    name: str = "ressl"
+    query_temperature: float = Field(0.1, gt=0)
+    """Temperature of the trained network's similarities."""
+    key_temperature: float = Field(0.04, gt=0)
+    """Temperature of the momentum network's: lower, so that its distribution is sharper."""
+    queue_size: int = Field(65536, ge=1)
+    """Earlier embeddings, at least a batch; need not be a multiple of it."""
+
+    recipe = {  # noqa: RUF012
+        "model": {"projector": [4096, 256]},
+        "data": {"views": [{"count": 2, "recipe": "ressl"}]},
+        "optim": {"name": "sgd", "lr": 0.3},
+    }
+    embedded = {  # noqa: RUF012
+        "method": {"queue_size": 1024},
+        "model": {"projector": [512, 128]},
+        "data": {
+            "views": [
+                {"count": 2, "size": 32, "recipe": "ressl", "scale": [0.4, 1.0], "flip_p": 0.0}
+            ]
+        },
+    }
+    small_crops = False
+
+    def check(self, config: Config) -> None:
+        """Refuse a queue smaller than a batch."""
+        check_queue(self.queue_size, config)
+
+
+class ReSSL(MomentumMethod[ReSSLConfig]):
+    """Backbone and projector; a momentum copy; a queue of its embeddings.
+
+    Views 0, 2, … are the strong ones, which the trained network learns from; 1, 3, … the weak ones,
+    which the momentum network gives as targets (the augmentation recipe `ressl` makes them so). The
+    loss is the mean over the pairs of a strong and a weak view; for two views the paper's one
+    direction. View 1's momentum embeddings enter the queue after the step. The queue is
+    replicated: 65,536 x 256 are 64 MiB in float32.
+
+    As in solo-learn both networks see all views. The trained network's weak views have no part in
+    the loss but in batch statistics and the probe.
+    """
+
+    config_class = ReSSLConfig
+
+    def __init__(self, config: Config, comm: Comm) -> None:
+        super().__init__(config, comm)
+        self.queue = Queue(self.settings.queue_size, config.model.projector[-1])
+        self._new: Tensor | None = None
+
+    def forward(self, batch: Batch) -> Output:
+        s = self.settings
+        with torch.no_grad():
+            everyone = self.comm.gather(self.targets(batch.views))
+        self._new = everyone[1:2]
+        r, z = self.encode(batch.views)
+        weak = everyone[1::2, self.comm.rows(z.shape[1])]
+
+        held = range(self.num_views)[self.comm.views]
+        # A process may hold weak views alone; DDP needs a gradient, if only zero, from it too.
+        total = 0 * at_least_float32(z).mean()
+        for index, view in enumerate(held):
+            for key in weak if view % 2 == 0 else ():
+                total = total + ressl(
+                    z[index], key, self.queue.rows[0], s.query_temperature, s.key_temperature
+                )
+        strong = len(range(0, self.num_views, 2))
+        loss = total * (self.comm.view_shards / (strong * len(weak)))
+        return Output(loss, {"relation": loss}, r, z)
+
+    def after_step(self, progress: Progress) -> None:
+        """Move the momentum network; view 1's embeddings enter the queue."""
+        super().after_step(progress)
+        assert self._new is not None
+        self.queue.append(self._new)
+        self._new = None
