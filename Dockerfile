@@ -23,5 +23,8 @@ WORKDIR /opt/ddp_ssl
 COPY setup.py pyproject.toml constraints.txt README.md ./
 COPY ddp_ssl ddp_ssl
 COPY configs configs
+# A C compiler for torch.compile, git for the commit that a run notes.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev git \
+    && rm -rf /var/lib/apt/lists/*
 RUN pip install -c constraints.txt ".[${DALI}]"
 CMD ["python", "-m", "ddp_ssl.train", "--help"]

@@ -103,8 +103,9 @@ def save(
     `state` holds what `weights_only=True` would refuse to load, such as NumPy arrays.
     """
     home = folder / "checkpoints"
-    present, _ = _scan(home)
-    path = _free_name(home, step)
+    with _writing(home):
+        present, _ = _scan(home)
+        path = _free_name(home, step)
     temporary = path.with_name(path.name + TEMPORARY)
     with _writing(path, temporary):
         home.mkdir(parents=True, exist_ok=True)

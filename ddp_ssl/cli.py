@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from ddp_ssl import __version__
@@ -20,6 +21,9 @@ def main() -> int:
     """Dispatch to a command; returns the exit code."""
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
+        # As `python -m` does, so that `method.name=my_module:MyMethod` finds a file lying here.
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
         # Imported when it is needed: `train` catches signals before torch is imported.
         return int(importlib.import_module(f"ddp_ssl.{command}").main(arguments))
     if command == "--version":

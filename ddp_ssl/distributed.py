@@ -186,42 +186,51 @@ class Whiteboard:
     """
 
     def __init__(self, token: str, size: int, answer_within_s: float) -> None:
+        self._token, self._size, self._within = token, size, answer_within_s
+        self._store: Any = None
+        self._asking: threading.Thread | None = None
+        self.outlives_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+    def _connect(self) -> Any:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        within = datetime.timedelta(seconds=answer_within_s)
-        self._size, self._within, self._lost = size, answer_within_s, False
+        within = datetime.timedelta(seconds=self._within)
         store = dist.TCPStore(host, port, timeout=within)  # type: ignore[attr-defined]
-        self._store = PrefixStore(f"notes {token}", store)
-        self._store.set_timeout(within)
+        notes = PrefixStore(f"notes {self._token}", store)
+        notes.set_timeout(within)
+        return notes
 
     def write(self, rank: int, note: str) -> None:
         """Replace this process's note."""
-        self._ask(lambda: self._store.set(str(rank), note))
+        self._ask(lambda store: store.set(str(rank), note))
 
     def read(self) -> list[str]:
         """The notes of all processes in rank order; each must have written one."""
         names = [str(rank) for rank in range(self._size)]
-        notes = self._ask(lambda: self._store.multi_get(names))
+        notes = self._ask(lambda store: store.multi_get(names))
         return [note.decode() for note in notes]
 
-    def _ask(self, question: Callable[[], Any]) -> Any:
-        """The store's answer. Its own timeout does not help where the process behind it is stopped:
-        it then waits for the answer to its cancellation."""
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        """The store's answer, within the time for it.
+
+        The store's own timeout does not help where the process behind it is stopped: it then waits
+        for the answer to its cancellation. A question that is not answered may be in time for the
+        next one; a connection that broke is made anew.
+        """
         answer: list[Any] = []
-        failure: list[Exception] = []
 
         def ask() -> None:
             try:
-                answer.append(question())
-            except Exception as error:
-                failure.append(error)
+                self._store = self._store or self._connect()
+                answer.append(question(self._store))
+            except Exception:  # whatever it is, there is no answer
+                self._store = None
 
-        if not self._lost:
-            thread = threading.Thread(target=ask, daemon=True)
-            thread.start()
-            thread.join(self._within)
+        if self._asking is None or not self._asking.is_alive():
+            self._asking = threading.Thread(target=ask, daemon=True)
+            self._asking.start()
+            self._asking.join(self._within)
         if not answer:
-            self._lost = True
-            raise RuntimeError(f"the rendezvous store does not answer: {failure or 'silence'}")
+            raise RuntimeError("the rendezvous store does not answer")
         return answer[0]
 
 
@@ -545,7 +554,8 @@ class MeshComm(Comm):
         if not int(count):
             return found
         everyones: list[Any] = [None] * self.view_shards
-        _meet(dist.all_gather_object, everyones, found, group=self._view_side)
+        # Not counted: other view groups do not come here, and all counts must agree.
+        dist.all_gather_object(everyones, found, group=self._view_side)
         union: dict[int, str] = {}
         for part in everyones:
             union = part | union

@@ -38,7 +38,7 @@ from ddp_ssl.data.source import Agree, BadImages, UnreadableError
 from ddp_ssl.distributed import LateFlag, World, others_failed, traffic
 from ddp_ssl.evals.probe import Learner
 from ddp_ssl.evals.validation import Validation
-from ddp_ssl.launch import cpu_share, job_end, layout_lines, rank_and_size
+from ddp_ssl.launch import cpu_share, job_end, layout_lines, rank_and_size, restarts
 from ddp_ssl.methods.base import Context, Method, Progress, trainable
 from ddp_ssl.models import export, loading_snippet
 from ddp_ssl.picture import view_grid
@@ -50,7 +50,12 @@ from ddp_ssl.watchdog import Watchdog
 logger = logging.getLogger("ddp_ssl")
 T = TypeVar("T")
 
+LONG_S = 30.0  # a validation worth a checkpoint before it
 SAVE_AGAIN_S = 5.0  # between attempts of a save that cannot wait for a later step
+
+
+class BuildError(ConfigError):
+    """What went wrong while the run was built may not do so again."""
 
 
 @dataclasses.dataclass
@@ -100,7 +105,7 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
     set_deadlines(config, stop)
     watch = Watchdog(world, config.run)
     claimed: list[Path] = []
-    watch.on_end = lambda reason: record_status(claimed, "failed", error=reason, retry=True)
+    watch.on_end = lambda reason: record_end(claimed, reason)
 
     def ended(state: log.State, **fields: Any) -> None:
         if world.is_main:
@@ -113,8 +118,10 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
             try:
                 state = train(job, stop)
             except BadDataError:
-                save(job)  # between two steps, on all processes together
+                with contextlib.suppress(SaveError):
+                    save(job, insist=True)  # between two steps, on all processes together
                 raise
+            world.barrier()  # who is late must not find the others gone
             watch.close()
             if state == "done":
                 finish(job)
@@ -125,7 +132,7 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
             job.recorder.close()
         ended(state, step=job.step, epoch=job.epoch)
     except ConfigError as error:  # raised by all ranks together
-        ended("failed", error=str(error), retry=False)
+        ended("failed", error=str(error), retry=isinstance(error, BuildError))
         watch.close()
         distributed.stop()
         raise
@@ -159,10 +166,10 @@ def explain(error: BaseException, world: World, watch: Watchdog, claimed: list[P
             logger.error("%s", reason, exc_info=error)
         else:
             logger.error("%s", reason)
+        record_status(claimed, "failed", error=reason, retry=True)
     elif speaks:
         logger.error("%s", reason)
-    if speaks:
-        record_status(claimed, "failed", error=reason, retry=True)
+        record_end(claimed, reason)
     watch.close()
 
 
@@ -179,7 +186,9 @@ def set_deadlines(config: Config, stop: StopRequest) -> None:
 def join(config: Config) -> World:
     """The process group; what fails on one rank before there is a group is said by that rank."""
     try:
-        return distributed.start(config.run.device, config.run.timeout_s)
+        # The watchdog keeps the shorter limits, and says who it was; this is behind it.
+        patience = max(config.run.start_timeout_s, config.run.timeout_s) + 60
+        return distributed.start(config.run.device, patience)
     except distributed.Disagreement as error:
         raise ConfigError(str(error)) from None
     except ValueError as error:
@@ -195,6 +204,15 @@ def record_status(claimed: list[Path], state: log.State, **fields: Any) -> None:
             log.write_status(place, state, **fields)
         except OSError as error:
             logger.warning("status.json cannot be written: %s", error)
+
+
+def record_end(claimed: list[Path], reason: str) -> None:
+    """`failed`, unless the process that failed said so itself."""
+    for place in claimed:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if json.loads((place / "status.json").read_text())["state"] != "running":
+                return
+    record_status(claimed, "failed", error=reason, retry=True)
 
 
 # --- the loop ----------------------------------------------------------------------------------
@@ -244,6 +262,8 @@ def train(job: Job, stop: StopRequest) -> log.State:
             stopping = late.exchange(asked or job.loader.failing is not None)
             every = config.checkpoint.every_steps
             last = job.step == (job.epoch + 1) * steps_per_epoch
+            if last:  # what follows takes long
+                stopping = late.settle()
             if stopping:
                 profiler.close()
                 save(job, insist=True)
@@ -253,6 +273,8 @@ def train(job: Job, stop: StopRequest) -> log.State:
             due = every and job.step % every == 0 and not last
             if due or (job.unsaved is not None and logging_step):
                 save(job)
+        if long_validation(job):
+            save(job)
         best = end_of_epoch(job)
         job.epoch += 1
         keep_every = config.checkpoint.keep_every
@@ -286,6 +308,16 @@ def end_of_epoch(job: Job) -> float | None:
         last or bool(config.measure.every and done % config.measure.every == 0),
     )
     return best_score(job, figures)
+
+
+def long_validation(job: Job) -> bool:
+    """Whether a validation is due that took long the last time: a checkpoint comes first."""
+    seconds = job.latest.get("perf/validation_s", 0.0)
+    due = any(
+        every and (job.epoch + 1) % every == 0
+        for every in (job.config.eval.every, job.config.measure.every)
+    )
+    return due and bool(job.world.broadcast_object(seconds > LONG_S))
 
 
 def best_score(job: Job, figures: dict[str, float]) -> float | None:
@@ -368,9 +400,11 @@ def build(resolved: Resolved, world: World, watch: Watchdog, claimed: list[Path]
     torch.backends.cudnn.benchmark = True  # the image sizes never change
     if config.optim.precision == "bf16" and device.type == "cuda":
         together(world, require_bf16)
+    watch.next("finding the data")
     together(world, lambda: datasets.find(config.data))
+    restarted = max(count for (count,) in world.gather_numbers([restarts()])) > 0
     start = world.broadcast_object(
-        together(world, lambda: folder.claim(config) if world.is_main else None)
+        together(world, lambda: folder.claim(config, restarted) if world.is_main else None)
     )
     assert isinstance(start, folder.Start)
     comm = distributed.comm_of(world, config.data.view_shards)
@@ -378,8 +412,11 @@ def build(resolved: Resolved, world: World, watch: Watchdog, claimed: list[Path]
 
     torch.manual_seed(config.run.seed)  # the same weights on every rank
     method = together(world, lambda: make_method(config, comm))
+    watch.next("copying the data to the node")
     together(world, lambda: datasets.stage(config.data))
+    watch.next("reading the data set")
     data = load_data(config, world)
+    watch.next("building the run")
     held = range(config.num_views)[comm.views]
     loader = together(
         world,
@@ -393,7 +430,9 @@ def build(resolved: Resolved, world: World, watch: Watchdog, claimed: list[Path]
     together(world, lambda: initial_weights(learner, config))
     # The folder is created last: whatever is wrong before leaves no trace.
     identity = folder.whole_identity(config, data)
+    watch.next("loading the checkpoint")
     state, path = together(world, lambda: load(identity, start))
+    watch.next("building the run")
     together(world, lambda: folder.create(start.folder) if world.is_main else None)
     claimed.append(start.folder)
     log.setup_logging(start.folder if world.is_main else None, world.rank)
@@ -618,9 +657,17 @@ def write_folder(resolved: Resolved, start: folder.Start, ranks: list[str], step
     (start.folder / "config.yaml").write_text(tree)
     environment = log.environment() | {"world_size": len(ranks), "ranks": ranks}
     (start.folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+    remove_old_stop(start.folder)
     log.write_status(start.folder, "running", step=step)
-    (start.folder / "STOP").unlink(missing_ok=True)
     checkpoint.sweep(start.folder)
+
+
+def remove_old_stop(place: Path) -> None:
+    """The STOP that an earlier start obeyed; one made since then is for this start."""
+    stop, status = place / "STOP", place / "status.json"
+    with contextlib.suppress(FileNotFoundError):
+        if stop.stat().st_mtime <= status.stat().st_mtime:
+            stop.unlink()
 
 
 def context_of(job: Job) -> Context:
@@ -726,6 +773,7 @@ def write_checkpoint(job: Job, ranks: list[Any], owed: Unsaved) -> None:
         "first": job.first,
         "latest": job.latest,
         "metrics_offset": job.recorder.offset(),
+        "of_steps": sorted(job.recorder.of_steps),
         "bad_images": job.recorder.bad_images(),
         "identity": identity,
         "code": job.code,
@@ -766,6 +814,7 @@ def restore(job: Job, state: dict[str, Any], path: Path) -> None:
     job.first, job.latest = dict(state["first"]), dict(state["latest"])
     if job.world.is_main:
         job.recorder.restore_bad(state.get("bad_images", {}))
+    job.recorder.of_steps = set(state.get("of_steps", ()))
     mine = folder.per_rank(state["ranks"], job.world.rank)
     warning = job.loader.load_state(mine["loader"], job.step)
     if warning and job.world.is_main:
@@ -860,22 +909,25 @@ def together(world: World, action: Callable[[], T]) -> T:
     """
     result: T | None = None
     problem: str | None = None
+    lasting = True
     unexpected: Exception | None = None
     try:
         result = action()
     except OSError as error:
+        lasting = False
         problem = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
     except ValueError as error:
         problem = one_line(error)
     except Exception as error:
-        unexpected = error
+        unexpected, lasting = error, False
         problem = one_line(f"{type(error).__name__}: {error}")
-    problems = world.gather_objects(problem) or []
-    failed = next(((r, p) for r, p in enumerate(problems) if p is not None), None)
+    problems = world.gather_objects((problem, lasting)) or []
+    failed = next(((r, *p) for r, p in enumerate(problems) if p[0] is not None), None)
     first = world.broadcast_object(failed)
     if unexpected is not None:
         raise unexpected
     if first is not None:
-        rank, problem = first
-        raise ConfigError(problem + (f" [rank {rank}]" if rank else ""))
+        rank, problem, lasting = first
+        kind = ConfigError if lasting else BuildError
+        raise kind(problem + (f" [rank {rank}]" if rank else ""))
     return cast(T, result)

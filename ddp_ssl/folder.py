@@ -30,13 +30,17 @@ class Start:
     """Of the checkpoint as rank 0 sees it, if its manifest says; every rank must load the same."""
 
 
-def claim(config: Config) -> Start:
+def claim(config: Config, restarted: bool | None = None) -> Start:
     """Choose the folder and the starting point; creates nothing yet. For rank 0 alone.
+
+    `restarted`: whether any process knows of a restart (default: this one); on several nodes
+    torchrun's agents count each for itself.
 
     Raises `ConfigError` for a folder in use and for a checkpoint of another experiment.
     """
     resume = config.run.resume
-    if restarts() and (resume == "never" or _has_own_checkpoint(config)):
+    restarted = bool(restarts()) if restarted is None else restarted
+    if restarted and (resume == "never" or _has_own_checkpoint(config)):
         resume = "auto"  # also where the first start continued from elsewhere
     source = None if resume in ("never", "auto") else Path(resume)
     if source is not None and not source.exists():

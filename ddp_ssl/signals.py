@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -24,7 +25,6 @@ class StopRequest:
     def __init__(self) -> None:
         self.started = time.time()
         self.reason: str | None = None
-        self._interrupted = 0.0
         self._deadline = float("inf")
         self._deadline_name = ""
         self._last_look = 0.0
@@ -33,14 +33,10 @@ class StopRequest:
         """Catch SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C; a second Ctrl-C ends at once."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
             signal.signal(number, self._handle)
+        keyboard.listen()
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            now = time.monotonic()
-            if self._interrupted and now - self._interrupted > ONE_KEYSTROKE_S:
-                os._exit(130)
-            self._interrupted = self._interrupted or now
         self.reason = self.reason or signal.Signals(number).name
 
     def at(self, deadline: float, name: str) -> None:
@@ -54,9 +50,44 @@ class StopRequest:
             self.reason = self._deadline_name
         if stop_file and self.reason is None and time.monotonic() - self._last_look > 1:
             self._last_look = time.monotonic()
-            if stop_file.exists():
+            if os.path.exists(stop_file):  # False where a mount fails, which Path would raise
                 self.reason = stop_file.name
         return self.reason is not None
+
+
+class Keyboard:
+    """Ends the process at a second Ctrl-C, also while it waits in a collective.
+
+    Python runs its handlers between two instructions of the main thread, which may be far from any;
+    the number of a signal is written to a file at once, and read here by a thread of its own.
+    """
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._write: int | None = None
+
+    def listen(self) -> None:
+        """Begin, or begin anew: what was pressed before does not count."""
+        self._first = None
+        if self._write is None:
+            read, self._write = os.pipe()
+            os.set_blocking(self._write, False)
+            threading.Thread(target=self._hear, args=[read], name="keyboard", daemon=True).start()
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+
+    def _hear(self, read: int) -> None:
+        while number := os.read(read, 1):
+            if number[0] == signal.SIGINT:
+                self.pressed(time.monotonic())
+
+    def pressed(self, now: float) -> None:
+        """Ctrl-C at this time, in seconds of any clock."""
+        if self._first is not None and now - self._first > ONE_KEYSTROKE_S:
+            os._exit(130)
+        self._first = now if self._first is None else self._first
+
+
+keyboard = Keyboard()
 
 
 def stop_with_parent() -> None:

@@ -6,6 +6,7 @@ request (status.json says which), 1 failed, 2 the config or the data cannot be u
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from ddp_ssl.config import Config, ConfigError, check_world_size, load, reference
 from ddp_ssl.launch import rank_and_size
 from ddp_ssl.signals import StopRequest, stop_with_parent
+
+LEAVE_WITHIN_S = 120
 
 USAGE = """usage: torchrun --nproc_per_node N -m ddp_ssl.train [CONFIG.yaml] [key=value ...]
        python -m ddp_ssl.train [CONFIG.yaml] [key=value ...]
@@ -72,4 +75,9 @@ def _docstring(config: Config, section: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+    finally:
+        # A collective that hangs, or a device, can block the interpreter's end.
+        faulthandler.dump_traceback_later(LEAVE_WITHIN_S, exit=True)
+    sys.exit(code)

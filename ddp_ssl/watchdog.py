@@ -58,10 +58,10 @@ class Watchdog:
         self._first_step: int | None = None
         self._seen: dict[int, tuple[int, float]] = {}  # rank: its last beat, and when it changed
         self._closed = threading.Event()
-        self._writing = threading.Lock()
+        self._lock = threading.Lock()
         self._board: Whiteboard | None = world.whiteboard(max(5.0, 5 * self.period))
         if self._board is not None:
-            self._write()
+            self._beat()
             world.barrier()  # everyone's first note is there
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -75,8 +75,12 @@ class Watchdog:
         """
         self._first_step = step if self._first_step is None else self._first_step
         self._note.step, self._note.doing = step, doing
+        self._since = time.monotonic()  # before the limit: the thread may look in between
         self._limit = self.short if step > self._first_step else self.long
-        self._since = time.monotonic()
+
+    def next(self, doing: str) -> None:
+        """Progress while the run is built: this is next, and may take `run.start_timeout_s`."""
+        self._note.doing, self._since = doing, time.monotonic()
 
     @contextlib.contextmanager
     def during(self, doing: str) -> Iterator[None]:
@@ -86,13 +90,15 @@ class Watchdog:
         try:
             yield
         finally:
-            self._note.doing, self._limit = before
             self._since = time.monotonic()
+            self._note.doing, self._limit = before
 
     def failed(self, error: str) -> None:
         """Tell the others why this process leaves."""
         self._note.error = error
-        self._write()
+        self._beat()
+        if self._board is not None and self.world.is_main and not self._board.outlives_rank_0:
+            time.sleep(2 * SILENT * self.period)  # the others must be able to read it
 
     def close(self) -> None:
         """Watch no longer."""
@@ -104,54 +110,73 @@ class Watchdog:
         """Why the others are not there, and whether it is this process that should say so.
 
         Takes a few periods, in which the notes of the living must grow. Empty if all are there and
-        equally far.
+        equally far, or if it is this process itself that is behind.
         """
-        deadline = time.monotonic() + SILENT * self.period
-        notes: list[Note] = []
-        first: list[Note] = []
-        while not notes or time.monotonic() < deadline:
-            try:
-                notes = self._read()
-            except RuntimeError:
-                return (
-                    "the process that holds the rendezvous cannot be reached (rank 0, or torchrun "
-                    f"on the first node): it, its node or the network died; this is rank "
-                    f"{self.world.rank} after step {self._note.step}",
-                    True,
-                )
-            first = first or notes
-            if any(note.error for note in notes):
-                break
-            time.sleep(self.period / 2)
-        culprits, reason = blame(first, notes)
-        if not culprits:
-            return "", self.world.is_main
+        try:
+            before = self._read()
+            deadline = time.monotonic() + SILENT * self.period
+            while time.monotonic() < deadline and not any(note.error for note in before):
+                time.sleep(self.period)
+                self._beat()  # the thread that does it otherwise may be the one that waits here
+            now = self._read()
+        except RuntimeError:
+            step = self._note.step
+            return (
+                "the process that holds the rendezvous cannot be reached (rank 0, or torchrun on "
+                f"the first node): it, its node or the network died; this is rank "
+                f"{self.world.rank} after step {step}",
+                self.world.rank <= 1,
+            )
+        culprits, reason = blame(before, now, self.world.rank)
+        if self.world.rank in culprits:
+            return "", True
         speaker = min(set(range(self.world.size)) - set(culprits), default=self.world.rank)
         return reason, self.world.rank == speaker
 
     # --- the thread ----------------------------------------------------------------------------
 
     def _watch(self) -> None:
+        last = time.monotonic()
         while not self._closed.wait(self.period):
-            self._note.beat += 1
-            self._write()
-            stuck = time.monotonic() - self._since
-            if stuck > self._limit:
-                reason, speaks = self.explain()
-                reason = reason or f"all processes wait in: {self._note.doing}"
-                self._end(f"no progress for {stuck:.0f} s: {reason}", speaks)
-            elif self.world.rank < 2 and (silent := self._silent()):
-                reason, speaks = self.explain()
-                if reason:
-                    self._end(f"{reason} (noticed after {silent:.0f} s)", speaks)
+            now = time.monotonic()
+            if now - last > 5 * self.period:  # stopped for a while, by a scheduler or a debugger
+                self._since += now - last
+                self._seen.clear()
+            last = now
+            self._beat()
+            if self._stuck():
+                self._end_stuck()
+            elif self.world.rank < 2 and self._silent():
+                self._end_silent()
+            last = time.monotonic()
+
+    def _stuck(self) -> float:
+        """For how long there was no progress here, if that is too long; else 0."""
+        seconds = time.monotonic() - self._since
+        return seconds if seconds > self._limit else 0.0
+
+    def _end_stuck(self) -> None:
+        reason, speaks = self.explain()
+        if seconds := self._stuck():  # still, after the time that it took to explain
+            reason = reason or f"all processes wait, or this one hangs, in: {self._note.doing}"
+            self._end(f"no progress for {seconds:.0f} s: {reason}", speaks)
+
+    def _end_silent(self) -> None:
+        reason, speaks = self.explain()
+        seconds = self._silent()
+        if reason and seconds:
+            self._end(f"{reason} (noticed after {seconds:.0f} s)", speaks)
 
     def _silent(self) -> float:
         """For how long the most silent process has given no sign of life, if that is too long."""
+        now, longest = time.monotonic(), 0.0
         try:
             notes = self._read()
         except RuntimeError:
-            return 0.0  # whoever held the notes is gone; what this process does will fail too
-        now, longest = time.monotonic(), 0.0
+            # Nobody can write either, so nobody's silence counts. If whoever holds the notes is
+            # gone for good, what this process does will fail too.
+            self._seen.clear()
+            return 0.0
         for rank, note in enumerate(notes):
             beat, since = self._seen.get(rank, (-1, now))
             if note.beat != beat:
@@ -174,30 +199,31 @@ class Watchdog:
             handler.flush()
         os._exit(1)
 
-    def _write(self) -> None:
-        self._note.collectives = traffic.calls
-        with self._writing:
-            if self._board is not None:
-                try:
-                    self._board.write(self.world.rank, json.dumps(vars(self._note)))
-                except RuntimeError:
-                    self._board = None
+    def _beat(self) -> None:
+        """A sign of life, if it can be given."""
+        with self._lock:
+            self._note.beat += 1
+            self._note.collectives = traffic.calls
+            text = json.dumps(vars(self._note))
+        if self._board is not None:
+            with contextlib.suppress(RuntimeError):
+                self._board.write(self.world.rank, text)
 
     def _read(self) -> list[Note]:
-        board = self._board
-        if board is None:
-            raise RuntimeError("the notes cannot be reached")
-        return [Note(**json.loads(text)) for text in board.read()]
+        assert self._board is not None
+        return [Note(**json.loads(text)) for text in self._board.read()]
 
 
-def blame(before: list[Note], now: list[Note]) -> tuple[list[int], str]:
+def blame(before: list[Note], now: list[Note], me: int) -> tuple[list[int], str]:
     """The ranks that hold up the others, and what to say; `before` is some periods older.
 
-    Nobody, if all notes grow and all are equally far.
+    Nobody, if all notes grow and all are equally far. Rank `me`, which asks, is alive.
     """
     failed = [rank for rank, note in enumerate(now) if note.error]
     silent = [
-        r for r, (old, new) in enumerate(zip(before, now, strict=True)) if old.beat == new.beat
+        rank
+        for rank, (old, new) in enumerate(zip(before, now, strict=True))
+        if old.beat == new.beat and rank != me
     ]
     fewest = min(note.collectives for note in now)
     behind = [rank for rank, note in enumerate(now) if note.collectives == fewest]

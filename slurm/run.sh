@@ -112,7 +112,7 @@ requeue() {
 # checkpoint the job gives up.
 crashed() {
   local at log=$RUN_DIR/crashes.txt
-  at=$(printf '%s\n' "$RUN_DIR"/checkpoints/step_*.json | sed -n 's/.*step_0*\([0-9]*\).json$/\1/p' | tail -n1)
+  at=$(printf '%s\n' "$RUN_DIR"/checkpoints/step_*.json | sed -n 's/.*step_0*\([0-9][0-9]*\(_[0-9]*\)\{0,1\}\)\.json$/\1/p' | sort -V | tail -n1)
   mkdir -p "$RUN_DIR"
   echo "step=${at:-none} job=$job restart=$restarts srun=$rc" >>"$log"
   if [ "$(tail -n 3 "$log" | cut -d' ' -f1 | uniq -c | tr -d ' ')" = "3step=${at:-none}" ]; then
@@ -189,7 +189,7 @@ fi
 
 python=${PYTHON:-python}
 run=()
-launch=(srun --kill-on-bad-exit=1 --export=ALL "--nodes=$nodes" "--ntasks=$((nodes * tasks))"
+launch=(srun --kill-on-bad-exit=1 --wait=0 --export=ALL "--nodes=$nodes" "--ntasks=$((nodes * tasks))"
   "--ntasks-per-node=$tasks")
 [ "$tasks" -gt "$cpus" ] && launch+=(--overcommit)
 read -ra more <<<"${SRUN_ARGS:-}"

@@ -442,3 +442,43 @@ def test_torchrun_restarts_after_a_kill(
         assert agent.wait(240) == 0, (tmp_path / "output").read_text()
     assert "resumed from" in (tmp_path / "run/train.log").read_text()
     assert rows(tmp_path / "run") == rows(whole[3])
+
+
+STATEFUL = {
+    "deepclusterv2": ("method.prototypes=[5, 3, 4]",),
+    "swav": ("method.prototypes=7", "method.queue_size=17", "method.queue_epoch=0"),
+    "mocov2plus": ("method.queue_size=17",),
+    "dino": ("method.prototypes=9", "method.warmup_teacher_epochs=2"),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_methods_with_state_resume_to_the_last_bit(
+    ranks: Ranks, photos: Path, tmp_path: Path, name: str
+) -> None:
+    """Memory, queues, centre and momentum network through files, in the middle of an epoch."""
+
+    def of(folder: str, *more: str) -> list[str]:
+        settings = (f"method.name={name}", *STATEFUL[name], "optim.epochs=2", "optim.lr=0.1")
+        args = arguments(photos, tmp_path / folder)
+        return [a for a in args if not a.startswith("method.")] + [*settings, *more]
+
+    assert ranks.launch(train, 2, of("whole")) == [0, 0]
+    assert ranks.launch(train, 2, of("run"), 5) == ["killed"] * 2
+    assert ranks.launch(train, 2, of("run", "run.resume=auto")) == [0, 0]
+    assert "resumed from" in (tmp_path / "run/train.log").read_text()
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    ours, theirs = (
+        torch.load(checkpoint.find(tmp_path / f)[0].path, weights_only=True)["model"]
+        for f in ("run", "whole")
+    )
+    assert_same_bits(ours, theirs)
+
+
+def assert_same_bits(ours: Any, theirs: Any) -> None:
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert_same_bits(ours[key], value)
+    else:
+        assert torch.equal(ours, theirs) if torch.is_tensor(theirs) else ours == theirs

@@ -143,7 +143,8 @@ def test_what_srun_is_given(fake: Fake) -> None:
     assert Path(config).is_absolute()
     start = fake.srun.index("/opt/python")
     assert fake.srun[:start] == [
-        "--kill-on-bad-exit=1", "--export=ALL", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4",
+        "--kill-on-bad-exit=1", "--wait=0", "--export=ALL", "--nodes=2", "--ntasks=8",
+        "--ntasks-per-node=4",
     ]  # fmt: skip
     assert fake.srun[start:] == [
         "/opt/python", "-m", "ddp_ssl.train", config, "data.root=/data/image net", "optim.lr=0.1",

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.losses.common import at_least_float32, check_temperature, unit_rows
 
-ROWS = 1 << 16  # whose similarities with the centroids are held at a time
+ROWS = 1 << 14  # whose similarities with the centroids are held at a time
 
 
 def deepclusterv2(
@@ -46,12 +46,15 @@ def spherical_kmeans(
     where it is. Communicates P (d + 1) sums in float64 per iteration.
     """
     for _ in range(iterations):
-        nearest = _nearest(rows, centroids)
         sums = torch.zeros(
             len(centroids), rows.shape[1] + 1, dtype=torch.float64, device=rows.device
         )
-        members = torch.cat([rows.double(), sums.new_ones(len(rows), 1)], 1)
-        sums = comm.sum(sums.index_add_(0, nearest, members))
+        for part in torch.split(rows, ROWS) if len(rows) else ():
+            # Not `index_add_`, whose order of summation on CUDA changes from run to run.
+            nearest = (_nearest(part, centroids),)
+            members = torch.cat([part.double(), sums.new_ones(len(part), 1)], 1)
+            sums.index_put_(nearest, members, accumulate=True)
+        sums = comm.sum(sums)
         moved = unit_rows(sums[:, :-1]).to(centroids.dtype)
         centroids = torch.where(sums[:, -1:] > 0, moved, centroids)
     return centroids, _nearest(rows, centroids)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.losses.common import at_least_float32, unit_rows
+from ddp_ssl.losses.common import at_least_float32, check_temperature, unit_rows
 
 
 def info_nce(
@@ -27,8 +27,7 @@ def info_nce(
     """
     if z.dim() != 3:
         raise ValueError(f"info_nce: expected z of shape [K, N, d], got {list(z.shape)}")
-    if temperature <= 0:
-        raise ValueError(f"info_nce: temperature must be positive, got {temperature}")
+    check_temperature("info_nce", temperature=temperature)
     with torch.autocast(z.device.type, enabled=False):
         # In float32 before it is sent: the cotangents of all ranks are summed on the way back.
         z = at_least_float32(z)

@@ -31,8 +31,9 @@ def moco(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tenso
     check_temperature("moco", temperature=temperature)
     with torch.autocast(query.device.type, enabled=False):
         q, k = unit_rows(at_least_float32(query)), unit_rows(at_least_float32(key.detach()))
+        q = q / temperature  # [N, d], in place of the [N, Q + 1] logits
         positive = (q * k).sum(1, keepdim=True)
-        logits = torch.cat([positive, q @ queue.detach().to(q.dtype).T], 1) / temperature
+        logits = torch.cat([positive, q @ queue.detach().to(q.dtype).T], 1)
         return cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
 
 
@@ -63,4 +64,4 @@ def mocov3(
                 gathered = comm.gather(at_least_float32(key)[None])[comm.view_rank]
             keys = unit_rows(gathered.to(q.dtype))
         places = torch.arange(len(keys), device=q.device)[comm.rows(len(q))]
-        return 2 * temperature * cross_entropy(q @ keys.T / temperature, places)
+        return 2 * temperature * cross_entropy(q / temperature @ keys.T, places)

@@ -44,7 +44,7 @@ def nnclr(
             gathered = comm.gather(at_least_float32(p)[None])[comm.view_rank]
         candidates = unit_rows(gathered)
         places = torch.arange(len(candidates), device=p.device)[comm.rows(len(anchors))]
-        return cross_entropy(anchors @ candidates.T / temperature, places)
+        return cross_entropy(anchors / temperature @ candidates.T, places)
 
 
 @torch.no_grad()

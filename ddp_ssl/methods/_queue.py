@@ -38,7 +38,7 @@ class Queue(nn.Module):
         self.oldest.copy_((self.oldest + new) % size)
 
 
-def check_queue(size: int, config: Config) -> None:
+def check_queue_size(size: int, config: Config) -> None:
     """Raise `ValueError` for a queue that one batch would overrun."""
     batch = config.data.batch_size
     if size < batch:

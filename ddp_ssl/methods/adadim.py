@@ -8,7 +8,6 @@ fills its space is made uniform.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any, Literal
 
@@ -128,7 +127,7 @@ class AdaDim(Method[AdaDimConfig]):
         s = self.settings
         ranks, bound = [], 1
         for batch in context.batches(s.alpha_batches, "alpha"):
-            with torch.no_grad(), self._measuring():
+            with torch.no_grad(), self.measuring(s.alpha_mode == "train_stats"):
                 r, z = self.embed(batch.views[0])
             rank, bound = global_effective_rank(
                 z if s.alpha_space == "z" else r, s.alpha_route, s.alpha_center, context.comm
@@ -162,22 +161,6 @@ class AdaDim(Method[AdaDimConfig]):
             f"alpha {self.alpha:.4f}: effective rank {mean:.1f} of {bound} "
             f"over {len(ranks)} global batches{few}"
         )
-
-    @contextlib.contextmanager
-    def _measuring(self) -> Any:
-        """Eval mode, or batch statistics without touching the running averages; then back."""
-        training = self.training
-        if self.settings.alpha_mode == "eval":
-            self.eval()
-        else:
-            self.train()
-        saved = {name: value.clone() for name, value in self.named_buffers()}
-        try:
-            yield
-        finally:
-            for name, value in self.named_buffers():
-                value.copy_(saved[name])
-            self.train(training)
 
     def get_extra_state(self) -> dict[str, Any]:
         """alpha and its history, for the checkpoint."""

@@ -6,22 +6,23 @@ from typing import Literal
 
 from pydantic import Field
 
-from ddp_ssl.config import Config, MethodConfig, Strength
+from ddp_ssl.config import Strength
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses.barlow_twins import mean_correlations, pair_correlations
-from ddp_ssl.methods.base import Method, Output
+from ddp_ssl.methods.base import Method, NeedsVariance, Output
 
 
-class BarlowTwinsConfig(MethodConfig):
+class BarlowTwinsConfig(NeedsVariance):
     """The features of two views correlate each with itself and with no other."""
 
     name: str = "barlow_twins"
     off_diagonal: Strength | Literal["auto"] = 0.0051
     """Weight of the off-diagonal correlations; `auto`: 3 / width of the embedding, which small
     projectors need (Ghosh et al. 2023)."""
-    scale: float = Field(0.1, gt=0)
-    """Factor of the loss. Published runs on W processes trained with the gradient divided by W,
-    since their all-reduce is invisible to autograd: 0.1 / W repeats one (solo-learn's: 0.05)."""
+    scale: float | None = Field(None, gt=0)
+    """Factor of the loss; none: 0.1 for `pairs`, 1 for `fastssl`. Published runs on W processes
+    trained with the gradient divided by W, since their all-reduce is invisible to autograd: 0.1 / W
+    repeats one (solo-learn's: 0.05)."""
     multiview: Literal["pairs", "fastssl"] = "pairs"
     """More than two views: the mean over all pairs, or each view against the mean of all. `fastssl`
     also scales rows to length one and standardises over all views, for two views too."""
@@ -40,14 +41,6 @@ class BarlowTwinsConfig(MethodConfig):
         "optim": {"name": "adam", "lr": 4e-3, "weight_decay": 1e-6},
     }
 
-    def check(self, config: Config) -> None:
-        """Refuse one image: its variance is undefined."""
-        if config.data.batch_size < 2:
-            raise ValueError(
-                f"data.batch_size: {self.name} needs the variance over 2 images or more, got "
-                f"{config.data.batch_size}"
-            )
-
 
 class BarlowTwins(Method[BarlowTwinsConfig]):
     """Backbone, projector and the correlations."""
@@ -60,5 +53,6 @@ class BarlowTwins(Method[BarlowTwinsConfig]):
         weight = 3 / z.shape[-1] if s.off_diagonal == "auto" else s.off_diagonal
         correlations = mean_correlations if s.multiview == "fastssl" else pair_correlations
         on, off = correlations(z, route=s.route, comm=self.comm)
-        loss = s.scale * (on + weight * off)
+        scale = (1.0 if s.multiview == "fastssl" else 0.1) if s.scale is None else s.scale
+        loss = scale * (on + weight * off)
         return Output(loss, {"on_diagonal": on, "off_diagonal": off}, r, z)

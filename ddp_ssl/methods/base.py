@@ -7,6 +7,7 @@ docs/add-a-method.md walks through one.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -22,6 +23,18 @@ from ddp_ssl.losses.common import all_views, at_least_float32
 from ddp_ssl.models import build_backbone, projection_head
 
 C = TypeVar("C", bound=MethodConfig)
+
+
+class NeedsVariance(MethodConfig):
+    """Base of the configs of losses with a variance over the images."""
+
+    def check(self, config: Config) -> None:
+        """Refuse one image: its variance is undefined."""
+        if config.data.batch_size < 2:
+            raise ValueError(
+                f"data.batch_size: {self.name} needs the variance over 2 images or more, got "
+                f"{config.data.batch_size}"
+            )
 
 
 @dataclass
@@ -172,6 +185,22 @@ class Method(nn.Module, Generic[C]):
     def held_large(self) -> int:
         """How many of the views held here are large; they come first."""
         return self.num_large // self.comm.view_shards
+
+    @contextlib.contextmanager
+    def measuring(self, batch_statistics: bool) -> Iterator[None]:
+        """Norm layers by each batch's own statistics, or by their running averages (eval mode).
+
+        Afterwards mode and buffers are what they were.
+        """
+        training = self.training
+        saved = {name: value.clone() for name, value in self.named_buffers()}
+        self.train(batch_statistics)
+        try:
+            yield
+        finally:
+            for name, value in self.named_buffers():
+                value.copy_(saved[name])
+            self.train(training)
 
     def all_views(self, x: Tensor) -> Tensor:
         """All views, in order, of the images held here, from those held here (`losses.common`)."""

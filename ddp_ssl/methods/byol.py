@@ -26,8 +26,10 @@ class BYOLConfig(MomentumConfig):
         "optim": {"lr": 0.5, "weight_decay": 1e-6},
     }
     embedded = {  # noqa: RUF012
-        "method": {"predictor_hidden": 512},
+        "method": {"predictor_hidden": 512, "momentum": 0.9},
         "model": {"projector": [512, 128]},
+        "data": {"batch_size": 32},  # without negatives it takes more steps
+        "optim": {"name": "sgd", "lr": 0.5, "weight_decay": 1e-5},
     }
 
 

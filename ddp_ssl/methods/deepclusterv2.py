@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError, MethodConfig, Size
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.order import hashed
+from ddp_ssl.distributed import stacked_views
 from ddp_ssl.losses import deepclusterv2, spherical_kmeans
 from ddp_ssl.losses.common import at_least_float32, unit_rows
 from ddp_ssl.methods.base import Context, Method, Output
@@ -75,8 +74,8 @@ class DeepClusterV2(Method[DeepClusterV2Config]):
         self.assignments: Tensor | None = None  # [clusterings, images], -1 for none
 
     def forward(self, batch: Batch) -> Output:
+        ids = batch.ids.to(self.centroids(0).device, non_blocking=True)
         r, z = self.encode(batch.views)
-        ids = batch.ids.to(z.device)
         with torch.autocast(z.device.type, enabled=False):
             unit = unit_rows(at_least_float32(z))
             if self.assignments is None:  # only before `on_start`: a loss of zero
@@ -107,16 +106,21 @@ class DeepClusterV2(Method[DeepClusterV2Config]):
     def on_start(self, context: Context) -> None:
         """Fill the memory of every view from one pass over view 0, and cluster."""
         found = []
-        with self._batch_statistics():
+        # With view shards each of them has a crop of its own, which is normalised on its own and
+        # of which the first one counts.
+        apart = stacked_views(self.layout, self.comm.view_shards, self.comm.views)
+        with self.measuring(batch_statistics=True), apart:
             for batch in context.batches(sys.maxsize, "memory"):
                 _, z = self.embed(batch.views[0])
-                found.append(self._gathered(batch.ids.to(z.device), unit_rows(z)[None]))
+                every_id, every_row = self._gathered(batch.ids.to(z.device), unit_rows(z)[None])
+                found.append((every_id, every_row[:1]))
         ids, rows = (
             torch.cat(part, -1 - axis) for axis, part in enumerate(zip(*found, strict=True))
         )
         # Fewer images than a batch were left out, so no id reaches this.
         capacity = len(ids) + len(ids) // len(found)
-        self.memory = Memory(rows.new_zeros(self.remembered, capacity, rows.shape[2]), self.comm)
+        one = rows.new_empty(1, 1, 1)
+        self.memory = Memory(one.expand(self.remembered, capacity, rows.shape[2]), self.comm)
         self.memory.put(ids, rows)
         self._cluster(context, 0)
 
@@ -151,19 +155,6 @@ class DeepClusterV2(Method[DeepClusterV2Config]):
         self.assignments = torch.stack(found)
         used = sum(int((torch.bincount(row + 1)[1:] > 0).sum()) for row in found)
         context.report({"rep/clusters_used": used / sum(self.settings.prototypes)})
-
-    @contextlib.contextmanager
-    def _batch_statistics(self) -> Iterator[None]:
-        """Norm layers by each batch's own statistics, without a trace in the running averages."""
-        training = self.training
-        saved = {name: value.clone() for name, value in self.named_buffers()}
-        self.train()
-        try:
-            yield
-        finally:
-            for name, value in self.named_buffers():
-                value.copy_(saved[name])
-            self.train(training)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Memory and assignments."""
@@ -228,9 +219,11 @@ class Memory:
     @classmethod
     def of(cls, state: dict[str, Any], comm: Comm, device: torch.device) -> Memory:
         """From rank 0's state at any number of processes, or from this process's own."""
-        rows, seen = state["rows"].to(device), state["seen"].to(device)
-        memory = cls(rows.new_zeros(len(rows), len(seen), rows.shape[2]), comm)
+        rows, seen = state["rows"], state["seen"]
+        one = torch.empty(1, 1, 1, dtype=rows.dtype, device=device)
+        memory = cls(one.expand(len(rows), len(seen), rows.shape[2]), comm)
+        # Cut where the checkpoint lies: only this process's part goes to the device.
         part = rows[:, memory.first :: memory.stride] if state["stride"] == 1 else rows
-        memory.rows[:, :-1] = part
+        memory.rows[:, :-1] = part.to(device)
         memory.seen.copy_(seen)
         return memory

@@ -13,7 +13,7 @@ from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import dino
-from ddp_ssl.losses.common import all_views, at_least_float32, unit_rows
+from ddp_ssl.losses.common import at_least_float32, unit_rows
 from ddp_ssl.methods._momentum import MomentumConfig, MomentumMethod, follow, momentum_at
 from ddp_ssl.methods.base import Context, Output, Progress
 
@@ -43,11 +43,12 @@ class DINOConfig(MomentumConfig):
     for small ViTs."""
 
     recipe = {  # noqa: RUF012
-        "model": {"projector": [2048, 2048, 256]},
+        "model": {"projector": [2048, 2048, 256], "projector_norm": "none"},
         "data": {"views": [{"count": 2, "recipe": "asym"}]},
         "optim": {"lr": 0.3, "weight_decay": 1e-6},
     }
-    # Embeddings of digits differ little at first: a warmer teacher is uniform and stays so.
+    # Embeddings of digits differ little at first: a warmer teacher is uniform and stays so. With
+    # batch norm in the head, unlike the recipe.
     embedded = {  # noqa: RUF012
         "method": {
             "prototypes": 256,
@@ -55,7 +56,7 @@ class DINOConfig(MomentumConfig):
             "teacher_temperature": 0.02,
             "warmup_teacher_epochs": 0,
         },
-        "model": {"projector": [512, 512, 64]},
+        "model": {"projector": [512, 512, 64], "projector_norm": "batch"},
         "data": {"batch_size": 64},
         "optim": {"lr": 0.4},
     }
@@ -66,7 +67,7 @@ class DINO(MomentumMethod[DINOConfig]):
 
     The momentum network sees the large views, the trained one all of them, and each predicts every
     large view but itself. `model.projector` is the head up to its bottleneck, with GELU; `embed`
-    returns the bottleneck. For ViTs the paper has no batch norm there: `model.projector_norm=none`.
+    returns the bottleneck. The recipe has no batch norm there, as the paper's ViTs and solo-learn.
     The centre (one number per prototype, replicated) is the running mean of the momentum network's
     outputs over the global batch.
     """
@@ -101,7 +102,7 @@ class DINO(MomentumMethod[DINOConfig]):
         r, z = self.encode(batch.views)
         with torch.autocast(z.device.type, enabled=False):
             with torch.no_grad():
-                teacher = self.momentum["prototypes"](all_views(held, comm))
+                teacher = self.momentum["prototypes"](self.all_views(held))
                 # Linear in the rows, so the mean output is the mean row's output.
                 total = comm.sum(held.sum((0, 1)))
                 mean = total / (self.num_large * held.shape[1] * comm.data_shards)
@@ -132,6 +133,7 @@ class DINO(MomentumMethod[DINOConfig]):
         follow(self.momentum["prototypes"], self.prototypes, keep)
         assert self._newest is not None
         self.center.lerp_(self._newest, 1 - s.center_momentum)
+        self._newest = None
 
     def after_epoch(self, context: Context) -> None:
         """The teacher's temperature of the next epoch."""

@@ -28,7 +28,11 @@ class MMCRConfig(MethodConfig):
 
 
 class MMCR(Method[MMCRConfig]):
-    """Backbone, projector and the nuclear norms."""
+    """Backbone, projector and the nuclear norms.
+
+    On a GPU every step waits for the singular values: `torch.linalg.svdvals` makes the host
+    synchronise.
+    """
 
     config_class = MMCRConfig
 

@@ -14,7 +14,7 @@ from ddp_ssl.config import Config
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import moco
 from ddp_ssl.methods._momentum import MomentumConfig, MomentumMethod
-from ddp_ssl.methods._queue import Queue, check_queue
+from ddp_ssl.methods._queue import Queue, check_queue_size
 from ddp_ssl.methods.base import Output, Progress
 
 
@@ -35,13 +35,15 @@ class MoCoV2PlusConfig(MomentumConfig):
         "eval": {"probe_lr": 0.3},
     }
     embedded = {  # noqa: RUF012
-        "method": {"queue_size": 1024},
+        # Two batches: a longer queue would have most images' own earlier keys as negatives.
+        "method": {"queue_size": 256, "momentum": 0.9},
         "model": {"projector": [512, 128]},
+        "optim": {"name": "lars", "lr": 0.1},
     }
 
     def check(self, config: Config) -> None:
         """Refuse a queue smaller than a batch."""
-        check_queue(self.queue_size, config)
+        check_queue_size(self.queue_size, config)
 
 
 class MoCoV2Plus(MomentumMethod[MoCoV2PlusConfig]):
@@ -59,13 +61,13 @@ class MoCoV2Plus(MomentumMethod[MoCoV2PlusConfig]):
         super().__init__(config, comm)
         width = config.model.projector[-1]
         self.queue = Queue(self.settings.queue_size, width, count=self.num_large)
-        self._keys: Tensor | None = None
+        self._newest: Tensor | None = None
 
     def forward(self, batch: Batch) -> Output:
         with torch.no_grad():
-            self._keys = self.comm.gather(self.targets(batch.views))
+            self._newest = self.comm.gather(self.targets(batch.views))
         r, z = self.encode(batch.views)
-        mine = self._keys[:, self.comm.rows(z.shape[1])]
+        mine = self._newest[:, self.comm.rows(z.shape[1])]
         loss = self.over_pairs(
             lambda index, target: moco(
                 z[index], mine[target], self.queue.rows[target], self.settings.temperature
@@ -76,6 +78,6 @@ class MoCoV2Plus(MomentumMethod[MoCoV2PlusConfig]):
     def after_step(self, progress: Progress) -> None:
         """Move the momentum network; the keys enter their queues."""
         super().after_step(progress)
-        assert self._keys is not None
-        self.queue.append(self._keys)
-        self._keys = None
+        assert self._newest is not None
+        self.queue.append(self._newest)
+        self._newest = None

@@ -35,8 +35,9 @@ class MoCoV3Config(MomentumConfig):
         "eval": {"probe_lr": 0.3},
     }
     embedded = {  # noqa: RUF012
-        "method": {"predictor_hidden": 512},
+        "method": {"predictor_hidden": 512, "momentum": 0.9},
         "model": {"projector": [512, 128]},
+        "optim": {"lr": 1.0},
     }
 
 

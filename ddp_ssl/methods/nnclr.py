@@ -11,7 +11,7 @@ from ddp_ssl.config import Config, MethodConfig
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import nearest_rows, nnclr
 from ddp_ssl.losses.common import at_least_float32
-from ddp_ssl.methods._queue import Queue, check_queue
+from ddp_ssl.methods._queue import Queue, check_queue_size
 from ddp_ssl.methods.base import Method, Output, Progress
 from ddp_ssl.models import projection_head
 
@@ -36,11 +36,12 @@ class NNCLRConfig(MethodConfig):
     embedded = {  # noqa: RUF012
         "method": {"predictor_hidden": 512, "queue_size": 1024},
         "model": {"projector": [512, 512, 128]},
+        "optim": {"lr": 1.0},
     }
 
     def check(self, config: Config) -> None:
         """Refuse a queue smaller than a batch."""
-        check_queue(self.queue_size, config)
+        check_queue_size(self.queue_size, config)
 
 
 class NNCLR(Method[NNCLRConfig]):
@@ -59,14 +60,14 @@ class NNCLR(Method[NNCLRConfig]):
         s, width = self.settings, config.model.projector[-1]
         self.predictor = projection_head(width, [s.predictor_hidden, width], "batch", bias=True)
         self.queue = Queue(s.queue_size, width)
-        self._new: Tensor | None = None
+        self._newest: Tensor | None = None
 
     def forward(self, batch: Batch) -> Output:
         r, z, p = self.encode(batch.views, self.with_predictor)
         large = at_least_float32(z[: self.held_large].detach())
         nearest = self.all_views(nearest_rows(large, self.queue.rows[0]))
         with torch.no_grad():
-            self._new = self.comm.gather(large)[:1]
+            self._newest = self.comm.gather(large[:1])[:1]
         everyone = self.comm.gather(at_least_float32(p))
         views = range(self.num_views)[self.comm.views]
 
@@ -83,6 +84,6 @@ class NNCLR(Method[NNCLRConfig]):
 
     def after_step(self, progress: Progress) -> None:
         """The embeddings of view 0 enter the queue."""
-        assert self._new is not None
-        self.queue.append(self._new)
-        self._new = None
+        assert self._newest is not None
+        self.queue.append(self._newest)
+        self._newest = None

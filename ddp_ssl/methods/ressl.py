@@ -12,7 +12,7 @@ from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import ressl
 from ddp_ssl.losses.common import at_least_float32
 from ddp_ssl.methods._momentum import MomentumConfig, MomentumMethod
-from ddp_ssl.methods._queue import Queue, check_queue
+from ddp_ssl.methods._queue import Queue, check_queue_size
 from ddp_ssl.methods.base import Output, Progress
 
 
@@ -28,24 +28,26 @@ class ReSSLConfig(MomentumConfig):
     """Earlier embeddings, at least a batch; need not be a multiple of it."""
 
     recipe = {  # noqa: RUF012
-        "model": {"projector": [4096, 256]},
+        "model": {"projector": [4096, 256], "projector_norm": "none"},
         "data": {"views": [{"count": 2, "recipe": "ressl"}]},
         "optim": {"name": "sgd", "lr": 0.3},
     }
     embedded = {  # noqa: RUF012
-        "method": {"queue_size": 1024},
-        "model": {"projector": [512, 128]},
+        "method": {"queue_size": 256},
+        "model": {"projector": [512, 128], "projector_norm": "batch"},
+        "optim": {"lr": 0.1},
         "data": {
+            "batch_size": 32,
             "views": [
                 {"count": 2, "size": 32, "recipe": "ressl", "scale": [0.4, 1.0], "flip_p": 0.0}
-            ]
+            ],
         },
     }
     small_crops = False
 
     def check(self, config: Config) -> None:
         """Refuse a queue smaller than a batch."""
-        check_queue(self.queue_size, config)
+        check_queue_size(self.queue_size, config)
 
 
 class ReSSL(MomentumMethod[ReSSLConfig]):
@@ -66,13 +68,13 @@ class ReSSL(MomentumMethod[ReSSLConfig]):
     def __init__(self, config: Config, comm: Comm) -> None:
         super().__init__(config, comm)
         self.queue = Queue(self.settings.queue_size, config.model.projector[-1])
-        self._new: Tensor | None = None
+        self._newest: Tensor | None = None
 
     def forward(self, batch: Batch) -> Output:
         s = self.settings
         with torch.no_grad():
             everyone = self.comm.gather(self.targets(batch.views))
-        self._new = everyone[1:2]
+        self._newest = everyone[1:2]
         r, z = self.encode(batch.views)
         weak = everyone[1::2, self.comm.rows(z.shape[1])]
 
@@ -91,6 +93,6 @@ class ReSSL(MomentumMethod[ReSSLConfig]):
     def after_step(self, progress: Progress) -> None:
         """Move the momentum network; view 1's embeddings enter the queue."""
         super().after_step(progress)
-        assert self._new is not None
-        self.queue.append(self._new)
-        self._new = None
+        assert self._newest is not None
+        self.queue.append(self._newest)
+        self._newest = None

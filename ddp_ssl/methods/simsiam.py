@@ -28,7 +28,8 @@ class SimSiamConfig(MethodConfig):
         "optim": {"name": "sgd", "lr": 0.5, "weight_decay": 1e-5},
     }
     embedded = {  # noqa: RUF012
-        "method": {"predictor_hidden": 128},
+        "data": {"batch_size": 32},  # without negatives it takes more steps
+        "optim": {"lr": 0.5},
     }
 
 

@@ -12,8 +12,8 @@ from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, MethodConfig
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import sinkhorn, swav
-from ddp_ssl.losses.common import all_views, at_least_float32, unit_rows
-from ddp_ssl.methods._queue import Queue, check_queue
+from ddp_ssl.losses.common import at_least_float32, unit_rows
+from ddp_ssl.methods._queue import Queue, check_queue_size
 from ddp_ssl.methods.base import Method, Output, Progress
 
 
@@ -61,7 +61,7 @@ class SwAVConfig(MethodConfig):
     def check(self, config: Config) -> None:
         """Refuse a queue that one batch would overrun."""
         if self.queue_size:
-            check_queue(self.queue_size, config)
+            check_queue_size(self.queue_size, config)
 
 
 class SwAV(Method[SwAVConfig]):
@@ -93,7 +93,7 @@ class SwAV(Method[SwAVConfig]):
             unit = unit_rows(at_least_float32(z))
             scores = unit @ self.prototypes.T  # [k, n, P]
         large = unit[: self.held_large].detach()
-        assignments = all_views(self._assign(large, scores.detach()), self.comm)
+        assignments = self.all_views(self._assign(large, scores.detach()))
         loss = self.over_pairs(
             lambda view, target: swav(scores[view], assignments[target], s.temperature)
         )
@@ -125,6 +125,7 @@ class SwAV(Method[SwAVConfig]):
             assert self._newest is not None
             self.queue.append(self._newest)
             self.queued += self._newest.shape[1]
+        self._newest = None
 
     def get_extra_state(self) -> dict[str, Any]:
         """How far the queue is filled."""

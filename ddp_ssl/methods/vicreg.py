@@ -8,14 +8,14 @@ from pydantic import Field
 from torch import Tensor
 
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import Config, MethodConfig, Strength
+from ddp_ssl.config import Strength
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import VICReg as Terms
 from ddp_ssl.losses import vicreg, vicreg_multiview
-from ddp_ssl.methods.base import Method, Output
+from ddp_ssl.methods.base import Method, NeedsVariance, Output
 
 
-class VICRegConfig(MethodConfig):
+class VICRegConfig(NeedsVariance):
     """Pull views together, keep every dimension's spread, decorrelate the dimensions."""
 
     name: str = "vicreg"
@@ -38,14 +38,6 @@ class VICRegConfig(MethodConfig):
         "data": {"views": [{"count": 2, "recipe": "vic"}]},
         "optim": {"lr": 0.3},
     }
-
-    def check(self, config: Config) -> None:
-        """Refuse one image: its variance is undefined."""
-        if config.data.batch_size < 2:
-            raise ValueError(
-                f"data.batch_size: {self.name} needs the variance over 2 images or more, got "
-                f"{config.data.batch_size}"
-            )
 
 
 def configured_vicreg(

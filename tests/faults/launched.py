@@ -93,6 +93,7 @@ def ranks_alone(
     arguments: list[str],
     outputs: Path,
     prefix: Callable[[int], list[str]] = lambda rank: [],
+    module: tuple[str, ...] = TRAIN,
     **environment: str,
 ) -> Iterator[list[Launched]]:
     """One process per rank and no launcher that would end the others, as srun without -K."""
@@ -104,7 +105,7 @@ def ranks_alone(
                 "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             } | environment  # fmt: skip
-            command = [*prefix(rank), sys.executable, *TRAIN, *arguments]
+            command = [*prefix(rank), sys.executable, *module, *arguments]
             runs.append(Launched(command, outputs / f"rank{rank}.out", **variables))
         yield runs
     finally:

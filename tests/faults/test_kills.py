@@ -103,7 +103,9 @@ def test_ten_kills_of_rank_0_while_it_saves(photos: Path, tmp_path: Path) -> Non
             until(
                 lambda before=before: len(set(run.workers().values()) - set(before.values())) == 2
             )
-            until(lambda: "resumed from" in (folder / "train.log").read_text())
+            resumed = kill + 1
+            log = folder / "train.log"
+            until(lambda n=resumed, log=log: log.read_text().count("resumed from") >= n)
         until(lambda: status(folder)["state"] == "running" and run.going())
         os.kill(run.process.pid, signal.SIGTERM)  # ten were enough; stop in order
         run.wait()
@@ -169,6 +171,41 @@ def test_without_a_launcher_the_others_end_themselves(
     assert status(folder)["state"] == "failed"
     assert status(folder)["retry"] is True
     assert "after step" in status(folder)["error"]
+
+
+def test_a_rank_that_hangs_alive_is_named_by_all(photos: Path, tmp_path: Path) -> None:
+    """It gives signs of life; what it did not reach tells."""
+    folder = tmp_path / "run"
+    args = long_run(photos, folder, run__timeout_s=8, optim__epochs=2000, data__prefetch=1)
+    module = ("-m", "tests.faults.hanging", "2", "20")
+    with ranks_alone(3, free_port(), args, tmp_path, module=module) as runs:
+        codes = [run.wait() for run in runs]
+    assert codes == [1, 1, 1]
+    host = socket.gethostname()
+    said = f"rank 2 ({host}) hangs after step 19, in: waiting for data"
+    texts = [run.text() for run in runs]
+    assert sum(said in text for text in texts) == 1, texts
+    assert said in status(folder)["error"]
+    assert status(folder)["retry"] is True
+
+
+def test_a_pause_of_the_process_that_holds_the_notes_ends_nothing(
+    photos: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    args = long_run(photos, folder, run__timeout_s=10, optim__epochs=2000)
+    with ranks_alone(2, free_port(), args, tmp_path) as runs:
+        until(lambda: last_step(folder) >= 10 and all(run.going() for run in runs))
+        runs[0].process.send_signal(signal.SIGSTOP)
+        time.sleep(7)
+        runs[0].process.send_signal(signal.SIGCONT)
+        paused = last_step(folder)
+        time.sleep(20)
+        assert all(run.going() for run in runs)
+        assert last_step(folder) > paused
+        runs[1].process.send_signal(signal.SIGTERM)
+        assert [run.wait(60) for run in runs] == [0, 0]
+    assert status(folder)["state"] == "preempted"
 
 
 @pytest.fixture

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from ddp_ssl.comm import Comm
 from ddp_ssl.config import ConfigError, builtin_methods
+from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import MeshComm, World, comm_of
 from ddp_ssl.methods.base import Context
 from tests.helpers import (
@@ -48,6 +51,7 @@ CASES = {
     "ressl": ("method.name=ressl", "method.queue_size=31"),
     "mmcr": ("method.name=mmcr", "method.weight=0.3"),
     "swav": ("method.name=swav", "method.prototypes=7"),
+    "deepclusterv2": ("method.name=deepclusterv2", "method.prototypes=[5, 3, 4]"),
     "dino": ("method.name=dino", "method.prototypes=9", "method.norm_last_layer=false"),
     "adadim": ADADIM,
     "adadim cov": (*ADADIM, "method.mi_form=cov", "model.projector=[24, 16]"),
@@ -55,11 +59,27 @@ CASES = {
 }
 
 
+# More clusterings than views, so that every large view is remembered.
+FOR_TWELVE_IMAGES = {"deepclusterv2": ("method.prototypes=[5, 3, 4, 6, 2]",)}
+
+
+def starting(comm: Comm, views: int) -> Context:
+    """Before the first step. Each view shard sees a crop of its own, as from its own pipeline."""
+
+    def batches(count: int, purpose: str) -> Iterator[Batch]:
+        crop = images(views, 12)[comm.view_rank][None, comm.rows(12 // comm.data_shards)]
+        ids = torch.arange(12)[comm.rows(12 // comm.data_shards)]
+        yield Batch(list(crop), ids, ids % 3)
+
+    return Context(comm, 0, 0, 4, batches, lambda figures: None, lambda text: None)
+
+
 def step(world: World, view_shards: int, views: int, settings: tuple[str, ...]) -> Any:
     comm = MeshComm(world, view_shards) if world.size > 1 else comm_of(world)
     config = config_of(f"data.views.0.count={views}", *settings)
     method = method_of(config, comm)
     module = DDP(method, broadcast_buffers=False) if world.size > 1 else method
+    method.on_start(starting(comm, views))
     out = module(batch_of(images(views, 12), comm))
     out.loss.backward()
     gradients = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
@@ -69,6 +89,7 @@ def step(world: World, view_shards: int, views: int, settings: tuple[str, ...]) 
 
 def compare(ranks: Ranks, sizes: Any, views: int, settings: tuple[str, ...]) -> None:
     ((loss, terms, gradients, buffers),) = ranks.run(step, 1, 1, views, settings)
+    assert max(float(gradient.norm()) for gradient in gradients.values()) > 1e-6
     for size, view_shards in sizes:
         results = ranks.run(step, size, view_shards, views, settings)
         assert sum(r[0] for r in results) / size == pytest.approx(loss, rel=1e-10)
@@ -93,7 +114,27 @@ def test_a_step_is_the_same_at_any_world_size(ranks: Ranks, case: str) -> None:
 @pytest.mark.parametrize("name", builtin_methods())
 def test_views_may_be_spread_over_processes(ranks: Ranks, name: str, forward: str) -> None:
     settings = (f"method.name={name}", f"model.views_forward={forward}")
+    settings += FOR_TWELVE_IMAGES.get(name, ())
     compare(ranks, [(4, 1), (4, 2), (4, 4)], 4, settings)
+
+
+def test_the_memory_of_every_view_starts_from_view_zero(ranks: Ranks) -> None:
+    """With more large views than shards, and where each shard has another crop."""
+    settings = ("method.name=deepclusterv2", *FOR_TWELVE_IMAGES["deepclusterv2"])
+    ((_, whole),) = ranks.run(first_memory, 1, 1, settings)
+    assert whole.shape[0] == 4
+    assert all(torch.equal(rows, whole[0]) for rows in whole)
+    for view_shards in (1, 2, 4):
+        (rank, rows), *_ = ranks.run(first_memory, 4, view_shards, settings)
+        assert rank == 0
+        assert relative(rows, whole) < 1e-10
+
+
+def first_memory(world: World, view_shards: int, settings: tuple[str, ...]) -> Any:
+    comm = MeshComm(world, view_shards) if world.size > 1 else comm_of(world)
+    method = method_of(config_of("data.views.0.count=4", *settings), comm)
+    method.on_start(starting(comm, 4))
+    return comm.rank, method.get_extra_state()["rows"]
 
 
 def test_separate_and_stacked_are_different_gradients(ranks: Ranks) -> None:
