@@ -57,6 +57,7 @@ class Watchdog:
         self._limit, self._since = self.long, time.monotonic()
         self._first_step: int | None = None
         self._seen: dict[int, tuple[int, float]] = {}  # rank: its last beat, and when it changed
+        self._mute_since: float | None = None  # since when the notes cannot be read
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._board: Whiteboard | None = world.whiteboard(max(5.0, 5 * self.period))
@@ -173,10 +174,15 @@ class Watchdog:
         try:
             notes = self._read()
         except RuntimeError:
-            # Nobody can write either, so nobody's silence counts. If whoever holds the notes is
-            # gone for good, what this process does will fail too.
+            # Nobody can write either, so nobody's silence counts, but that of rank 0 where it holds
+            # the notes: the others may be waiting for it in something long.
             self._seen.clear()
-            return 0.0
+            assert self._board is not None
+            if self._board.outlives_rank_0 or self.world.is_main:
+                return 0.0
+            self._mute_since = self._mute_since or now
+            return now - self._mute_since if now - self._mute_since > self.short else 0.0
+        self._mute_since = None
         for rank, note in enumerate(notes):
             beat, since = self._seen.get(rank, (-1, now))
             if note.beat != beat:
