@@ -628,7 +628,7 @@ def describe(job: Job, threads: int, ranks: list[str]) -> None:
     """Who runs on what, once, on rank 0; and the config as text."""
     config, data, total = job.config, job.data, job.config.optim
     val = 0 if data.val is None else len(data.val)
-    network = sum(p.numel() for p in job.method.parameters())
+    network = sum(p.numel() for p in job.method.parameters() if p.requires_grad)
     job.recorder.tell(
         f"{config.method.name} on {data.name}: {len(data.train)} images in "
         f"{data.num_classes or 'no'} classes, {val} for validation; {config.data.batch_size} "

@@ -158,6 +158,8 @@ class Watchdog:
 
     def _end_stuck(self) -> None:
         reason, speaks = self.explain()
+        if not reason:
+            time.sleep(2 * SILENT * self.period)  # if it is this process, the others say it better
         if seconds := self._stuck():  # still, after the time that it took to explain
             reason = reason or f"all processes wait, or this one hangs, in: {self._note.doing}"
             self._end(f"no progress for {seconds:.0f} s: {reason}", speaks)

@@ -35,7 +35,7 @@ class MoCoV2PlusConfig(MomentumConfig):
         "eval": {"probe_lr": 0.3},
     }
     embedded = {  # noqa: RUF012
-        # Two batches: a longer queue would have most images' own earlier keys as negatives.
+        # Two batches: a longer queue would hold most images' own earlier keys.
         "method": {"queue_size": 256, "momentum": 0.9},
         "model": {"projector": [512, 128]},
         "optim": {"name": "lars", "lr": 0.1},
