@@ -402,11 +402,7 @@ def build(resolved: Resolved, world: World, watch: Watchdog, claimed: list[Path]
         together(world, require_bf16)
     watch.next("finding the data")
     together(world, lambda: datasets.find(config.data))
-    restarted = max(count for (count,) in world.gather_numbers([restarts()])) > 0
-    start = world.broadcast_object(
-        together(world, lambda: folder.claim(config, restarted) if world.is_main else None)
-    )
-    assert isinstance(start, folder.Start)
+    start = claim_folder(config, world)
     comm = distributed.comm_of(world, config.data.view_shards)
     bad = BadImages()
 
@@ -441,32 +437,16 @@ def build(resolved: Resolved, world: World, watch: Watchdog, claimed: list[Path]
         if data.val is not None and len(data.val)
         else None
     )
-    learner.to(device)
-    if config.model.channels_last:
-        learner.to(memory_format=torch.channels_last)
-    if config.model.compile:
-        method.backbone.compile()
-    module = distributed.data_parallel(learner, world)
+    module = on_device(learner, config, world)
     optimizer = optim.build(config.optim, parameter_groups(learner, config))
     scaler = torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16")
     if world.size > 1:
         warm_up(module, learner, config, comm, device)
-    offset = state["metrics_offset"] if state and start.same_folder else 0
     ranks = distributed.layout(world)
-    writer = None
-    resumed = state["step"] if state and start.same_folder else None
-
-    def open_writer() -> log.MetricsWriter | None:
-        if not world.is_main:
-            return None
-        write_folder(resolved, start, ranks, resumed or 0)
-        opened = log.MetricsWriter(
-            start.folder, tensorboard=config.log.tensorboard, resumed_step=resumed, offset=offset
-        )
-        opened.text("config", f"```yaml\n{resolved.to_yaml()}```", resumed or 0)
-        return opened
-
-    writer = together(world, open_writer)
+    continued = state if start.same_folder else None
+    writer = together(
+        world, lambda: open_folder(resolved, start, ranks, continued) if world.is_main else None
+    )
     parts = (max(data.train, data.labelled or data.train, key=len), data.val)
     images = sum(len(part) for part in parts if part is not None)
     recorder = Recorder(
@@ -485,6 +465,43 @@ def build(resolved: Resolved, world: World, watch: Watchdog, claimed: list[Path]
     else:
         begin(job)
     return job
+
+
+def claim_folder(config: Config, world: World) -> folder.Start:
+    """The run folder and the starting point that rank 0 chose."""
+    # On several nodes torchrun's agents count restarts each for itself.
+    restarted = max(count for (count,) in world.gather_numbers([restarts()])) > 0
+    start = world.broadcast_object(
+        together(world, lambda: folder.claim(config, restarted) if world.is_main else None)
+    )
+    assert isinstance(start, folder.Start)
+    return start
+
+
+def on_device(learner: Learner, config: Config, world: World) -> nn.Module:
+    """The learner on its device, in its memory format, under DDP."""
+    learner.to(world.device)
+    if config.model.channels_last:
+        learner.to(memory_format=torch.channels_last)
+    if config.model.compile:
+        learner.method.backbone.compile()
+    return distributed.data_parallel(learner, world)
+
+
+def open_folder(
+    resolved: Resolved, start: folder.Start, ranks: list[str], continued: dict[str, Any] | None
+) -> log.MetricsWriter:
+    """Who runs what, in the folder; and its metrics, going on where `continued` was saved."""
+    step = None if continued is None else continued["step"]
+    write_folder(resolved, start, ranks, step or 0)
+    writer = log.MetricsWriter(
+        start.folder,
+        tensorboard=resolved.config.log.tensorboard,
+        resumed_step=step,
+        offset=0 if continued is None else continued["metrics_offset"],
+    )
+    writer.text("config", f"```yaml\n{resolved.to_yaml()}```", step or 0)
+    return writer
 
 
 def make_method(config: Config, comm: Any) -> Method[Any]:

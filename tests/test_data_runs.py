@@ -6,6 +6,7 @@ import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -101,11 +102,8 @@ def diverge(args: list[str]) -> int | str:
             batch.ids[0] += 1
         return batch
 
-    TrainLoader.__next__ = changed  # type: ignore[method-assign]
-    try:
+    with patch.object(TrainLoader, "__next__", changed):
         return train(args)
-    finally:
-        TrainLoader.__next__ = original  # type: ignore[method-assign]
 
 
 def test_a_view_group_that_diverges_stops(ranks: Ranks, photos: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -79,11 +81,8 @@ def train_with(args: list[str], at: dict[int, str], place: str) -> int | str:
             ACTIONS[left.pop(step)](Path(place))
         return original(step, *rest, **more)
 
-    optim.learning_rate = watched
-    try:
+    with patch.object(optim, "learning_rate", watched):
         return train(args)
-    finally:
-        optim.learning_rate = original
 
 
 @pytest.mark.parametrize(("break_it", "mend_it"), [("fill", "free"), ("read only", "writable")])
@@ -106,6 +105,49 @@ def test_a_failing_save_warns_and_is_made_up_for(
     assert rows(place) == rows(whole)
     assert checkpoint.find(place)[0].step == 9
     (small_disk / "ballast").unlink(missing_ok=True)
+
+
+def test_a_stale_mount_is_waited_out(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+    """Everything that looks at the run folder fails for four steps, the STOP file's place too."""
+    place = tmp_path / "run"
+    args = arguments(photos, place, "checkpoint.every_steps=1", "log.every_steps=1")
+    assert ranks.launch(train_on_a_stale_mount, 2, args, str(place)) == [0, 0]
+    text = (place / "train.log").read_text()
+    assert "not saved (4 of 10 failures that end the run), going on: " in text
+    assert "Stale file handle" in text
+    whole = tmp_path / "whole"
+    assert ranks.launch(train, 2, [*args, f"run.dir={whole}"]) == [0, 0]
+    assert rows(place) == rows(whole)
+    assert checkpoint.find(place)[0].step == 9
+
+
+def train_on_a_stale_mount(args: list[str], place: str) -> int | str:
+    from ddp_ssl import optim
+
+    rate, step_now = optim.learning_rate, [0]
+
+    def watched(step: int, *rest: Any, **more: Any) -> float:
+        step_now[0] = step
+        return rate(step, *rest, **more)
+
+    def failing(function: Any) -> Any:
+        def call(path: Any = ".", *rest: Any, **more: Any) -> Any:
+            named = isinstance(path, str | Path) and str(path).startswith(place)
+            if named and os.environ["RANK"] == "0" and 3 <= step_now[0] < 7:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            return function(path, *rest, **more)
+
+        return call
+
+    with (
+        patch.object(optim, "learning_rate", watched),
+        patch.object(os, "stat", failing(os.stat)),
+        patch.object(os, "scandir", failing(os.scandir)),
+        patch.object(os, "mkdir", failing(os.mkdir)),
+        patch.object(os, "replace", failing(os.replace)),
+        patch("builtins.open", failing(open)),
+    ):
+        return train(args)
 
 
 def test_too_many_failing_saves_end_the_run_and_keep_the_good_one(
@@ -136,7 +178,7 @@ def test_a_stop_insists_on_its_checkpoint(ranks: Ranks, photos: Path, tmp_path: 
 def stopped_with_failing_saves(args: list[str]) -> int | str:
     from ddp_ssl import optim
 
-    original, save, pause = optim.learning_rate, checkpoint.save, engine.SAVE_AGAIN_S
+    original, save = optim.learning_rate, checkpoint.save
     left = [2]
 
     def stopping(step: int, *rest: Any, **more: Any) -> float:
@@ -150,11 +192,12 @@ def stopped_with_failing_saves(args: list[str]) -> int | str:
             raise checkpoint.CheckpointError("step_1.pt: Stale file handle")
         return save(*args, **more)
 
-    optim.learning_rate, checkpoint.save, engine.SAVE_AGAIN_S = stopping, failing, 0.01
-    try:
+    with (
+        patch.object(optim, "learning_rate", stopping),
+        patch.object(checkpoint, "save", failing),
+        patch.object(engine, "SAVE_AGAIN_S", 0.01),
+    ):
         return train(args)
-    finally:
-        optim.learning_rate, checkpoint.save, engine.SAVE_AGAIN_S = original, save, pause
 
 
 # --- one rank alone ----------------------------------------------------------------------------
@@ -182,11 +225,8 @@ def broken_validation(args: list[str]) -> int | str:
             raise ZeroDivisionError("not today")
         return original(self, *rest, **more)
 
-    Validation.figures = figures  # type: ignore[method-assign]
-    try:
+    with patch.object(Validation, "figures", figures):
         return train(args)
-    finally:
-        Validation.figures = original  # type: ignore[method-assign]
 
 
 def test_a_nan_on_one_rank_stops_all_together(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
@@ -212,11 +252,8 @@ def nan_on_one_rank(args: list[str]) -> int | str:
             batch.views[0] = batch.views[0] * float("nan")
         return batch
 
-    TrainLoader.__next__ = poisoned  # type: ignore[method-assign]
-    try:
+    with patch.object(TrainLoader, "__next__", poisoned):
         return train(args)
-    finally:
-        TrainLoader.__next__ = original  # type: ignore[method-assign]
 
 
 def test_the_slow_rank_is_named(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
@@ -244,11 +281,8 @@ def slow_rank(args: list[str]) -> int | str:
             time.sleep(0.5)
         return original(self)
 
-    TrainLoader.__next__ = slow  # type: ignore[method-assign]
-    try:
+    with patch.object(TrainLoader, "__next__", slow):
         return train(args)
-    finally:
-        TrainLoader.__next__ = original  # type: ignore[method-assign]
 
 
 # --- resuming ----------------------------------------------------------------------------------
@@ -287,12 +321,8 @@ def test_changed_code_is_said_on_resume(ranks: Ranks, photos: Path, tmp_path: Pa
 
 
 def with_other_torch(args: list[str]) -> int | str:
-    original = log.code_version
-    log.code_version = lambda: original() | {"torch": "9.9"}
-    try:
+    with patch.object(log, "code_version", return_value=log.code_version() | {"torch": "9.9"}):
         return train(args)
-    finally:
-        log.code_version = original
 
 
 def test_all_ranks_load_the_file_that_rank_0_chose(
@@ -323,11 +353,8 @@ def complaint_with_stale(args: list[str], other: str) -> tuple[int | str, str]:
     def stale(path: Path, *rest: Any, **more: Any) -> Any:
         return original(Path(other) if os.environ["RANK"] == "1" else path, *rest, **more)
 
-    checkpoint.load = stale
-    try:
+    with patch.object(checkpoint, "load", stale):
         return complaint(args)
-    finally:
-        checkpoint.load = original
 
 
 def test_a_yaml_with_a_python_tag_is_refused(tmp_path: Path) -> None:
@@ -420,11 +447,8 @@ def stopped_in_the_last_step(args: list[str]) -> int | str:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*rest)
 
-    optim.set_learning_rates = asking
-    try:
+    with patch.object(optim, "set_learning_rates", asking):
         return train(args)
-    finally:
-        optim.set_learning_rates = original
 
 
 def test_a_stop_made_before_the_start_counts_and_an_obeyed_one_does_not(
@@ -454,11 +478,8 @@ def saving_slowly(args: list[str]) -> int | str:
         time.sleep(6)
         return save(*args, **more)
 
-    checkpoint.save = slow
-    try:
+    with patch.object(checkpoint, "save", slow):
         return train(args)
-    finally:
-        checkpoint.save = save
 
 
 def test_what_goes_wrong_while_building_may_be_tried_again(
@@ -480,11 +501,8 @@ def broken_restore(args: list[str]) -> int | str:
             raise RuntimeError("CUDA error: uncorrectable ECC error")
         original(*rest)
 
-    engine.restore = broken
-    try:
+    with patch.object(engine, "restore", broken):
         return train(args)
-    finally:
-        engine.restore = original
 
 
 # --- stopping in time --------------------------------------------------------------------------

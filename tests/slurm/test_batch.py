@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,12 +84,37 @@ def interrupt_and_compare(
 
 
 @on_cgroup
+def test_the_doctor_under_srun(slurm: Cluster, images: Path, tmp_path: Path) -> None:
+    """Two nodes, one task each: all ranks answer, and what Slurm is like is judged."""
+    text = slurm.run(
+        "srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "ddp_ssl.doctor",
+        "data.name=folder", f"data.root={images}/train", "data.batch_size=12", "run.device=cpu",
+        f"run.dir={tmp_path / 'run'}", MASTER_ADDR="127.0.0.1", MASTER_PORT="29871",
+    )  # fmt: skip
+    lines = {line.split()[1]: line for line in text.splitlines() if line[:4] in ("ok  ", "warn")}
+    assert "2 process(es)" in text
+    assert "all 2 answer" in lines["processes"]
+    assert "sums right" in lines["all-reduce"]
+    assert "proctrack/cgroup" in text
+    assert text.splitlines()[-1].endswith("0 fail")
+
+
+def by_signal(slurm: Cluster, job: str) -> None:
+    slurm.run("scancel", "--signal=USR2", job)
+    time.sleep(1)
+
+
+def by_requeue(slurm: Cluster, job: str, place: Path) -> None:
+    slurm.run("scontrol", "requeue", job)
+    until(lambda: "asking the run to save" in output(place))
+
+
+@on_cgroup
 def test_scancel_signal(
     slurm: Cluster, tmp_path: Path, images: Path, whole: tuple[Path, str]
 ) -> None:
     def how(job: str, folder: Path) -> None:
-        slurm.run("scancel", "--signal=USR2", job)
-        time.sleep(1)
+        by_signal(slurm, job)
 
     text = interrupt_and_compare(slurm, tmp_path, images, whole[0], how)
     assert "requeued" in text
@@ -101,8 +127,7 @@ def test_scancel_signal_under_torchrun(
     """The ranks never see the signal where Slurm signals direct children only."""
 
     def how(job: str, folder: Path) -> None:
-        slurm.run("scancel", "--signal=USR2", job)
-        time.sleep(1)
+        by_signal(slurm, job)
 
     interrupt_and_compare(slurm, tmp_path, images, whole[0], how, LAUNCHER="torchrun")
 
@@ -114,8 +139,7 @@ def test_requeue_by_scontrol(
     """Four processes; and the launchers give the same numbers."""
 
     def how(job: str, folder: Path) -> None:
-        slurm.run("scontrol", "requeue", job)
-        until(lambda: "asking the run to save" in output(tmp_path))
+        by_requeue(slurm, job, tmp_path)
 
     text = interrupt_and_compare(slurm, tmp_path, images, whole4[0], how, *TWO_EACH)
     assert "Slurm has requeued the job by itself" in text
@@ -125,8 +149,7 @@ def test_requeue_by_scontrol_under_torchrun(
     slurm: Cluster, tmp_path: Path, images: Path, whole: tuple[Path, str]
 ) -> None:
     def how(job: str, folder: Path) -> None:
-        slurm.run("scontrol", "requeue", job)
-        until(lambda: "asking the run to save" in output(tmp_path))
+        by_requeue(slurm, job, tmp_path)
 
     interrupt_and_compare(slurm, tmp_path, images, whole[0], how, LAUNCHER="torchrun")
 
