@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.losses.common import Rows, at_least_float32, global_rows, unit_rows
-
-Route = Literal["gather", "moments"]
+from ddp_ssl.losses.common import Route, Rows, at_least_float32, rows_of, unit_rows
 
 
 class Correlation(NamedTuple):
@@ -26,7 +24,7 @@ def barlow_twins(
     off_diagonal: float = 0.0051,
     scale: float = 0.1,
     *,
-    route: Route = "gather",
+    route: Route = "auto",
     eps: float = 1e-5,
     comm: Comm = ONE_PROCESS,
 ) -> Tensor:
@@ -42,7 +40,7 @@ def barlow_twins(
     The published recipe was tuned with the gradient divided by the number of processes W: its code
     all-reduces C in place, which autograd does not see. Here the gradient is the loss's own, at any
     W. `scale / W` (0.05 for solo-learn's two GPUs) gives the published training. `route`: see
-    `global_rows`. Raises `ValueError` for one view or one image.
+    `losses.common.gathers`. Raises `ValueError` for one view or one image.
     """
     terms = pair_correlations(z, route=route, eps=eps, comm=comm)
     return scale * (terms.on_diagonal + off_diagonal * terms.off_diagonal)
@@ -53,7 +51,7 @@ def barlow_twins_multiview(
     off_diagonal: float,
     *,
     l2_first: bool = True,
-    route: Route = "gather",
+    route: Route = "auto",
     eps: float = 1e-12,
     comm: Comm = ONE_PROCESS,
 ) -> Tensor:
@@ -77,12 +75,12 @@ def barlow_twins_multiview(
 
 
 def pair_correlations(
-    z: Tensor, *, route: Route = "gather", eps: float = 1e-5, comm: Comm = ONE_PROCESS
+    z: Tensor, *, route: Route = "auto", eps: float = 1e-5, comm: Comm = ONE_PROCESS
 ) -> Correlation:
     """The two terms of `barlow_twins`, unweighted."""
     _check("barlow_twins", z, comm)
     with torch.autocast(z.device.type, enabled=False):
-        rows = global_rows(at_least_float32(z), route, comm)
+        rows = rows_of(at_least_float32(z), route, comm)
         mean = rows.total(rows.values.sum(1)) / rows.images  # [K, d]
         centred = rows.values - mean[:, None]
         variance = rows.total(centred.square().sum(1)) / rows.images
@@ -96,7 +94,7 @@ def mean_correlations(
     z: Tensor,
     *,
     l2_first: bool = True,
-    route: Route = "gather",
+    route: Route = "auto",
     eps: float = 1e-12,
     comm: Comm = ONE_PROCESS,
 ) -> Correlation:
@@ -104,7 +102,7 @@ def mean_correlations(
     _check("barlow_twins_multiview", z, comm)
     with torch.autocast(z.device.type, enabled=False):
         z = at_least_float32(z)
-        rows = global_rows(unit_rows(z) if l2_first else z, route, comm)
+        rows = rows_of(unit_rows(z) if l2_first else z, route, comm)
         views = rows.values.shape[0]
         count = views * rows.images
         centred = rows.values - rows.total(rows.values.sum((0, 1))) / count
@@ -121,11 +119,7 @@ def mean_correlations(
 def _correlation(rows: Rows, a: Tensor, b: Tensor) -> Correlation:
     """Both terms of C = A^T B / N for `a` and `b` `[m, d]` that belong to `rows`."""
     diagonal = rows.mean(a * b)
-    if a.shape[0] == rows.images < a.shape[1]:
-        # |A^T B|^2 through the smaller matrices of all pairs of images.
-        squares = ((a @ a.T) * (b @ b.T)).sum() / rows.images**2
-    else:
-        squares = (rows.product(a, b) / rows.images).square().sum()
+    squares = rows.squared_product(a, b) / rows.images**2
     return Correlation((diagonal - 1).square().sum(), squares - diagonal.square().sum())
 
 

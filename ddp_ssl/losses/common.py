@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddp_ssl.comm import Comm
+from ddp_ssl.losses.pairs import gram_product
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -45,40 +45,59 @@ def check_temperature(loss: str, **temperatures: float) -> None:
             raise ValueError(f"{loss}: {name} must be positive, got {value}")
 
 
+Route = Literal["auto", "gather", "moments"]
+
+
+def gathers(route: Route, images: int, width: int) -> bool:
+    """Whether second moments of `images` rows of `width` go through products of all pairs of rows.
+
+    `gather` communicates the rows (N d numbers) and computes n N d products on each process, its
+    own rows against all; `moments` communicates and sums d x d matrices (d^2 numbers, n d^2
+    products). Both are exact; `auto` takes the smaller.
+    """
+    return images < width if route == "auto" else route == "gather"
+
+
 @dataclass(frozen=True)
 class Rows:
-    """Views of images whose sums over all images every process can form.
+    """Views of images held here, and sums over all images.
 
-    `values` `[K, m, ...]`: the views of all N images, or of the images held here; `total` turns a
-    sum over these m images into the sum over all `images`, on every process.
+    `values` `[K, n, ...]`: all views of the images held here; `total` turns a sum over these images
+    into the sum over all `images`, on every process.
     """
 
     values: Tensor
     images: int
-    total: Callable[[Tensor], Tensor]
+    route: Route
+    comm: Comm
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum over all images, from the sum over those held here."""
+        # The members of a view group hold the same images, so each counts for its part.
+        return self.comm.sum(x / self.comm.view_shards)
 
     def mean(self, x: Tensor) -> Tensor:
-        """Mean over all images of `x` `[m, ...]`, which belongs to these rows."""
+        """Mean over all images of `x` `[n, ...]`, which belongs to these rows."""
         return self.total(x.sum(0)) / self.images
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """`A^T B` over all images, for `a` `[m, p]` and `b` `[m, q]` that belong to these rows."""
-        return self.total(a.T @ b)
+    def squared_product(self, a: Tensor, b: Tensor) -> Tensor:
+        """|A^T B|_F^2 over all images, for `a` `[n, p]`, `b` `[n, q]` that belong to these rows."""
+        if not gathers(self.route, self.images, min(a.shape[1], b.shape[1])):
+            return self.total(a.T @ b).square().sum()
+        every_a = self._gather(a)
+        every_b = every_a if a is b else self._gather(b)
+        mine = slice(self.comm.view_rank, None, self.comm.view_shards)
+        part_a = a[mine]
+        part_b = part_a if a is b else b[mine]
+        return self.comm.sum(gram_product(part_a, part_b, every_a, every_b))
+
+    def _gather(self, x: Tensor) -> Tensor:
+        return self.comm.gather(x.detach()[None])[self.comm.view_rank]
 
 
-def global_rows(
-    z: Tensor, route: Literal["gather", "moments"], comm: Comm, gathered: Tensor | None = None
-) -> Rows:
-    """The rows behind a loss made of sums over the global batch; `z` `[k, n, ...]` as held here.
-
-    `gather` communicates the embeddings (N d numbers), `moments` whatever sums are formed (d^2 for
-    a correlation, however many processes there are); gradients flow through both.
-    """
-    images = z.shape[1] * comm.data_shards
-    if route == "gather":
-        return Rows(comm.gather(z) if gathered is None else gathered.to(z.dtype), images, _same)
-    # The members of a view group hold the same images, so each counts for its part.
-    return Rows(all_views(z, comm), images, lambda x: comm.sum(x / comm.view_shards))
+def rows_of(z: Tensor, route: Route, comm: Comm) -> Rows:
+    """The rows behind a loss made of sums over the global batch; `z` `[k, n, ...]` as held here."""
+    return Rows(all_views(z, comm), z.shape[1] * comm.data_shards, route, comm)
 
 
 def all_views(x: Tensor, comm: Comm) -> Tensor:
@@ -91,7 +110,3 @@ def all_views(x: Tensor, comm: Comm) -> Tensor:
     whole = x.new_zeros(x.shape[0] * comm.view_shards, *x.shape[1:])
     whole[comm.views] = x
     return comm.view_sum(whole)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x

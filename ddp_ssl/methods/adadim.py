@@ -88,7 +88,7 @@ class AdaDim(Method[AdaDimConfig]):
     def forward(self, batch: Batch) -> Output:
         s = self.settings
         r, z = self.encode(batch.views)
-        gathered = self.comm.gather(at_least_float32(z)) if s.route == "gather" else None
+        gathered = self.comm.gather(at_least_float32(z.detach()))  # once, for all terms
         # A term of weight zero is still logged, but costs no backward.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha > 0):
             nce = info_nce(z, s.temperature, self.comm, gathered)

@@ -9,7 +9,7 @@ from pydantic import Field
 from ddp_ssl.config import Strength
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses.barlow_twins import mean_correlations, pair_correlations
-from ddp_ssl.methods.base import Method, NeedsVariance, Output
+from ddp_ssl.methods.base import MILD_DIGITS, Method, NeedsVariance, Output
 
 
 class BarlowTwinsConfig(NeedsVariance):
@@ -26,8 +26,9 @@ class BarlowTwinsConfig(NeedsVariance):
     multiview: Literal["pairs", "fastssl"] = "pairs"
     """More than two views: the mean over all pairs, or each view against the mean of all. `fastssl`
     also scales rows to length one and standardises over all views, for two views too."""
-    route: Literal["gather", "moments"] = "gather"
-    """Communicate embeddings, or correlation matrices (size independent of W)."""
+    route: Literal["auto", "gather", "moments"] = "auto"
+    """Correlations from products of all pairs of images (`gather`) or all-reduced (`moments`):
+    equal; `auto` takes the cheaper, `gather` where images are fewer than dimensions."""
 
     recipe = {  # noqa: RUF012
         "data": {"views": [{"count": 2, "recipe": "asym"}]},
@@ -37,7 +38,10 @@ class BarlowTwinsConfig(NeedsVariance):
     embedded = {  # noqa: RUF012
         "method": {"off_diagonal": "auto"},
         "model": {"projector": [512, 512, 64]},
-        "data": {"batch_size": 64},
+        "data": {
+            "batch_size": 64,
+            "views": MILD_DIGITS,
+        },
         "optim": {"name": "adam", "lr": 4e-3, "weight_decay": 1e-6},
     }
 

@@ -35,10 +35,11 @@ class MoCoV2PlusConfig(MomentumConfig):
         "eval": {"probe_lr": 0.3},
     }
     embedded = {  # noqa: RUF012
-        # Two batches: a longer queue would hold most images' own earlier keys.
-        "method": {"queue_size": 256, "momentum": 0.9},
-        "model": {"projector": [512, 128]},
-        "optim": {"name": "lars", "lr": 0.1},
+        # A longer queue would hold most images' own earlier keys.
+        "method": {"queue_size": 256},
+        "model": {"projector": [512, 128], "projector_norm": "batch"},
+        "data": {"batch_size": 32},
+        "optim": {"lr": 0.1},
     }
 
     def check(self, config: Config) -> None:

@@ -31,8 +31,9 @@ class VICRegConfig(NeedsVariance):
     with fastssl's weights (its variance term is half of that of `pairs`)."""
     average_variance: bool = False
     """`pairs`: average the hinge over views, as the official code, instead of summing over two."""
-    route: Literal["gather", "moments"] = "gather"
-    """Communicate embeddings, or their first and second moments (size independent of W)."""
+    route: Literal["auto", "gather", "moments"] = "auto"
+    """Covariances from products of all pairs of images (`gather`) or all-reduced (`moments`):
+    equal; `auto` takes the cheaper, `gather` where images are fewer than dimensions."""
 
     recipe = {  # noqa: RUF012
         "data": {"views": [{"count": 2, "recipe": "vic"}]},
@@ -47,7 +48,7 @@ def configured_vicreg(
     covariance = s.invariance * 3 / z.shape[-1] if s.covariance == "auto" else s.covariance
     weights = (s.invariance, s.variance, covariance)
     if s.multiview == "fastssl":
-        return vicreg_multiview(z, *weights, route=s.route, comm=comm, gathered=gathered)
+        return vicreg_multiview(z, *weights, route=s.route, comm=comm)
     return vicreg(
         z,
         *weights,

@@ -1,0 +1,141 @@
+"""Sums over pairs in many blocks: equal to one block, on one process and on several."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddp_ssl.comm import ONE_PROCESS, Comm
+from ddp_ssl.distributed import MeshComm, World
+from ddp_ssl.losses import (
+    barlow_twins,
+    barlow_twins_multiview,
+    info_nce,
+    mutual_information,
+    pairs,
+    vicreg,
+    vicreg_multiview,
+)
+from tests.helpers import relative
+from tests.losses.test_losses import some
+from tests.ranks import Ranks
+
+
+def losses(z: Tensor, r: Tensor, comm: Comm = ONE_PROCESS, route: Any = "gather") -> list[Tensor]:
+    return [
+        info_nce(z, 0.2, comm),
+        info_nce(z, 0.01, comm),
+        mutual_information(r, z, comm=comm),
+        vicreg(z, comm=comm, route=route).loss,
+        vicreg_multiview(z, comm=comm, route=route).loss,
+        barlow_twins(z, comm=comm, route=route),
+        barlow_twins_multiview(z, 0.02, comm=comm, route=route),
+    ]
+
+
+def values_and_gradients(
+    z: Tensor, r: Tensor, comm: Comm = ONE_PROCESS, route: Any = "gather"
+) -> tuple[list[float], list[tuple[Tensor | None, ...]]]:
+    z, r = z.clone().requires_grad_(), r.clone().requires_grad_()
+    found = losses(z, r, comm, route)
+    gradients = [torch.autograd.grad(loss, (z, r), allow_unused=True) for loss in found]
+    return [float(loss.detach()) for loss in found], gradients
+
+
+def test_blocks_cover_the_rows_once() -> None:
+    with patch.object(pairs, "BLOCK", 20):
+        parts = list(pairs.blocks(11, 6))
+        assert [i for part in parts for i in range(11)[part]] == list(range(11))
+        assert all(len(range(11)[part]) * 6 <= 20 for part in parts)
+        assert len(list(pairs.blocks(3, 100))) == 3  # a row at least
+    assert list(pairs.blocks(2048, 2048)) == [slice(0, 2048)]
+
+
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("block", [1, 50])
+def test_many_blocks_are_one(views: int, block: int) -> None:
+    z, r = some(views, 13, 6), some(views, 13, 5, seed=1)
+    values, gradients = values_and_gradients(z, r)
+    with patch.object(pairs, "BLOCK", block):
+        blocked = values_and_gradients(z, r)
+    assert blocked[0] == pytest.approx(values, rel=1e-12)
+    for ours, whole in zip(blocked[1], gradients, strict=True):
+        assert all(
+            relative(a, b) < 1e-11 for a, b in zip(ours, whole, strict=True) if b is not None
+        )
+
+
+def blocked_over_processes(world: World, view_shards: int, route: str) -> Any:
+    comm = MeshComm(world, view_shards)
+    n = 12 // comm.data_shards
+    z = some(4, 12, 10)[comm.views, comm.rows(n)]
+    r = some(4, 12, 6, seed=1)[comm.views, comm.rows(n)]
+    with patch.object(pairs, "BLOCK", 30):
+        return values_and_gradients(z, r, comm, route)
+
+
+@pytest.mark.parametrize(("size", "view_shards"), [(2, 1), (3, 1), (4, 2)])
+@pytest.mark.parametrize("route", ["auto", "gather"])
+def test_many_blocks_over_processes(ranks: Ranks, size: int, view_shards: int, route: str) -> None:
+    z, r = some(4, 12, 10), some(4, 12, 6, seed=1)
+    values, gradients = values_and_gradients(z, r)
+    results = ranks.run(blocked_over_processes, size, view_shards, route)
+    n = 12 // (size // view_shards)
+    for index, value in enumerate(values):
+        assert sum(found[index] for found, _ in results) / size == pytest.approx(value, rel=1e-11)
+        for part, whole in enumerate(gradients[index]):
+            for rank in range(size if whole is not None else 0):
+                mine = results[rank][1][index][part] / size  # as DDP averages
+                place = slice(rank // view_shards * n, (rank // view_shards + 1) * n)
+                held = whole[rank % view_shards :: view_shards, place]
+                assert relative(mine, held) < 1e-9, (index, part, rank)
+
+
+def unequal_weights(world: World) -> Any:
+    """Each process weighs the loss by its own number."""
+    comm = MeshComm(world)
+    z = some(2, 12, 10)[:, comm.rows(6)].clone().requires_grad_()
+    found = [info_nce(z, 0.2, comm), barlow_twins(z, comm=comm, route="gather")]
+    return [torch.autograd.grad(loss * (1 + 2 * world.rank), z)[0] for loss in found]
+
+
+def test_processes_may_weigh_a_loss_differently(ranks: Ranks) -> None:
+    """l_r = w_r L: the sum of the cotangents is what each row gets."""
+    z = some(2, 12, 10).requires_grad_()
+    results = ranks.run(unequal_weights, 2)
+    for index, loss in enumerate([info_nce(z, 0.2), barlow_twins(z, route="gather")]):
+        (whole,) = torch.autograd.grad(loss, z)
+        for rank in range(2):
+            assert relative(results[rank][index], 4 * whole[:, 6 * rank : 6 * rank + 6]) < 1e-10
+
+
+def test_no_temporary_beyond_a_block() -> None:
+    """The largest tensor that any operator makes, in elements."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for item in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(item, Tensor):
+                    largest = max(largest, item.numel())
+            return out
+
+    z, r = some(2, 200, 3), some(2, 200, 4, seed=1)
+    z.requires_grad_(), r.requires_grad_()
+    with patch.object(pairs, "BLOCK", 4000), Watch():
+        total = sum(losses(z, r), start=z.new_zeros(()))
+        total.backward()  # type: ignore[union-attr]
+    assert largest == 4000
+
+
+def test_the_temperature_has_a_floor() -> None:
+    with pytest.raises(ValueError, match=r"1/350 or more, got 0\.001"):
+        info_nce(some(2, 4, 3), 0.001)

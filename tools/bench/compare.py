@@ -1,0 +1,98 @@
+"""What the benchmarks share: contestants in turn within one process, and honest tables."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+Work = Callable[[], object]
+
+
+def seconds(work: Work, device: torch.device) -> float:
+    """Time of one call: of this process's processors on a CPU, by the device's clock on a GPU."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(start.elapsed_time(end)) / 1e3
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
+
+
+def in_turn(
+    contestants: Mapping[str, Work], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Milliseconds of each, `repeats` rounds; the first to go changes, one round warms up."""
+    names = list(contestants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeats + 1):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            value = 1e3 * seconds(contestants[name], device)
+            if turn:
+                times[name].append(value)
+    return times
+
+
+def peak_mib(work: Work, device: torch.device) -> float:
+    """Most memory in use at once during one call, beyond what was in use before, in MiB."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return float(torch.cuda.max_memory_allocated(device) - before) / 2**20
+    activity = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activity, profile_memory=True) as profile:
+        work()
+    used = peak = 0
+    assert profile.profiler is not None
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            used += event.nbytes()
+            peak = max(peak, used)
+    return peak / 2**20
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """`median (min to max)`."""
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def verdict(ours: list[float], theirs: list[float]) -> str:
+    """How many times longer the other takes; no verdict where the two ranges overlap."""
+    ratio = statistics.median(theirs) / statistics.median(ours)
+    overlap = min(theirs) <= max(ours) and min(ours) <= max(theirs)
+    return f"{ratio:.2f}" + (" (ranges overlap: undecided)" if overlap else "")
+
+
+def table(
+    times: Mapping[str, list[float]], memory: Mapping[str, float], unit: str, ours: str
+) -> str:
+    """Markdown: a line per contestant, each against `ours`."""
+    lines = [
+        f"| | {unit}, median (range) | times ours | peak MiB | times ours |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, values in times.items():
+        ratio = "1" if name == ours else verdict(times[ours], values)
+        share = f"{memory[name] / memory[ours]:.1f}"
+        lines.append(f"| {name} | {spread(values)} | {ratio} | {memory[name]:.0f} | {share} |")
+    return "\n".join(lines)
+
+
+def device_line(device: torch.device) -> str:
+    """What it ran on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
