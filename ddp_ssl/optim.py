@@ -33,7 +33,8 @@ class LARS(torch.optim.Optimizer):
     norms) are neither adapted nor decayed: d = g; with `bound_1d` their buf is scaled down so that
     a step moves no element by more than that. Without it nothing bounds them as the trust ratio
     bounds a matrix: a steep gradient moves the norms' scales far in one step, which makes the next
-    gradient steeper, and in a few steps all is NaN. Parameters without gradient are skipped.
+    gradient steeper, and in a few steps all is NaN. Parameters without gradient are skipped. A step
+    uses up the gradients.
 
     `params` and per-group options as in any torch optimiser, (name, parameter) pairs included.
     """
@@ -74,12 +75,11 @@ class LARS(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             ready = [p for p in group["params"] if p.grad is not None]
-            flat = [p for p in ready if is_one_dimensional(p)]
-            deep = [p for p in ready if not is_one_dimensional(p)]
-            if flat:
-                self._move(group, flat, _gradients(flat), group["bound_1d"])
-            if deep:
-                self._move(group, deep, _adapted_directions(group, deep))
+            for params in _together([p for p in ready if is_one_dimensional(p)]):
+                self._move(group, params, _gradients(params), bound=group["bound_1d"])
+            for params in _together([p for p in ready if not is_one_dimensional(p)]):
+                gradients = _gradients(params)
+                self._move(group, params, gradients, _trust_ratios(group, params, gradients))
         return loss
 
     def _move(
@@ -87,9 +87,10 @@ class LARS(torch.optim.Optimizer):
         group: dict[str, Any],
         params: list[Tensor],
         directions: list[Tensor],
+        ratios: Tensor | None = None,
         bound: float | None = None,
     ) -> None:
-        """Momentum and step; with `bound`, no element moves by more than that."""
+        """Momentum and step; directions times `ratios`; with `bound`, no element moves further."""
         buffers = []
         for p in params:
             state = self.state[p]
@@ -97,41 +98,67 @@ class LARS(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(p)
             buffers.append(state["momentum_buffer"])
         torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, directions)
+        if ratios is None:
+            torch._foreach_add_(buffers, directions)
+        else:
+            torch._foreach_addcmul_(buffers, directions, _alike(ratios, directions))
         if bound is not None and group["lr"] > 0:
             largest = group["lr"] * torch.stack(torch._foreach_norm(buffers, math.inf))
-            q = (bound / largest.clamp(min=1e-30)).clamp(max=1)
-            torch._foreach_mul_(buffers, list(q.unbind()))
+            scale = (bound / largest.clamp(min=1e-30)).clamp(max=1)
+            torch._foreach_mul_(buffers, _alike(scale, buffers))
         torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
-def _adapted_directions(group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-    """d = q (g + w p) as in `LARS`; norms stay on the device, so zeros are handled by `where`."""
+def _trust_ratios(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> Tensor:
+    """q as in `LARS`, `[len(params)]`; leaves g + w p in the gradients.
+
+    Norms stay on the device, so zeros are handled by `where`.
+    """
     decay, lr = group["weight_decay"], group["lr"]
-    gradients = _gradients(params)
     p_norm = torch.stack(torch._foreach_norm(params))
     one = torch.ones_like(p_norm)
     if group["variant"] == "solo":
         g_norm = torch.stack(torch._foreach_norm(gradients))
-        adapted = (p_norm != 0) & (g_norm != 0)
         q = group["eta"] * p_norm / (g_norm + decay * p_norm + group["eps"])
         if group["clip"]:
             # As lr -> 0 the quotient is infinite, and bounded by 1.
             q = (q / lr).clamp(max=1) if lr > 0 else one
-        directions = _decayed(gradients, params, decay * adapted.to(one.dtype))
+        q = torch.where(p_norm == 0, one, q)
+        q = torch.where(g_norm == 0, 0 * one, q)  # and so no decay
+        torch._foreach_add_(gradients, params, alpha=decay)
     else:
-        directions = _decayed(gradients, params, decay * one)
-        d_norm = torch.stack(torch._foreach_norm(directions))
+        torch._foreach_add_(gradients, params, alpha=decay)
+        d_norm = torch.stack(torch._foreach_norm(gradients))
         adapted = (p_norm != 0) & (d_norm != 0)
-        q = group["eta"] * p_norm / torch.where(adapted, d_norm, one)
-    return list(torch._foreach_mul(directions, torch.where(adapted, q, one).unbind()))
+        q = torch.where(adapted, group["eta"] * p_norm / torch.where(adapted, d_norm, one), one)
+    return q
 
 
-def _decayed(gradients: list[Tensor], params: list[Tensor], decays: Tensor) -> list[Tensor]:
-    """g + w p, with one w `[len(params)]` per tensor."""
-    decayed = list(torch._foreach_mul(params, decays.unbind()))
-    torch._foreach_add_(decayed, gradients)
-    return decayed
+def _alike(factors: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Of `factors` `[len(tensors)]` one for each tensor, as the foreach functions want it."""
+    if factors.device.type == "cpu":
+        return list(factors.unbind())
+    # One kernel for all tensors takes only what has the tensors' own shapes and strides.
+    sizes = [t.numel() for t in tensors]
+    counts = torch.tensor(sizes).to(factors.device, non_blocking=True)
+    every = torch.split(factors.repeat_interleave(counts, output_size=sum(sizes)), sizes)
+    return [e.as_strided(t.shape, t.stride()) for e, t in zip(every, tensors, strict=True)]
+
+
+CACHED = 2**18
+
+
+def _together(params: list[Tensor]) -> list[list[Tensor]]:
+    """What is stepped at once: on a GPU all, on a CPU so few that they stay in the caches."""
+    groups: list[list[Tensor]] = []
+    room = 0
+    for p in params:
+        if not groups or (p.device.type == "cpu" and p.numel() > room):
+            groups.append([])
+            room = CACHED
+        groups[-1].append(p)
+        room -= p.numel()
+    return groups
 
 
 def _gradients(params: list[Tensor]) -> list[Tensor]:

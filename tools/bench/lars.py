@@ -1,0 +1,102 @@
+"""A step of LARS beside lightly's LARS and torch's SGD, on a ResNet-50's parameters.
+
+    python tools/bench/lars.py [--repeats 15] [--device cpu] [--threads 2] [--model resnet50]
+
+Gradients are random and stay. Also printed: operators that a step launches, and how often it asks
+the device for a value (`item`, `bool`), which on a GPU stalls the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from ddp_ssl.optim import LARS, is_one_dimensional
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compare import device_line, in_turn, spread, verdict
+
+OURS = "ddp_ssl LARS"
+SYNCHRONISING = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero")
+
+
+def with_gradients(model: nn.Module) -> list[nn.Parameter]:
+    """Its own copies of the parameters, with random gradients."""
+    copies = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
+    for p in copies:
+        p.grad = torch.randn_like(p) * 0.01
+    return copies
+
+
+def groups(parameters: list[nn.Parameter]) -> list[dict[str, object]]:
+    """1-D parameters apart and without weight decay, as a run has them."""
+    deep = [p for p in parameters if not is_one_dimensional(p)]
+    flat = [p for p in parameters if is_one_dimensional(p)]
+    return [{"params": deep, "weight_decay": 1e-4}, {"params": flat, "weight_decay": 0.0}]
+
+
+def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """All contestants, each with parameters of its own."""
+    from lightly.utils.lars import LARS as Lightly
+
+    def sgd(**how: bool) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups(with_gradients(model)), 1e-4, momentum=0.9, **how)
+
+    return {
+        OURS: LARS(groups(with_gradients(model)), 1e-4, bound_1d=0.5),
+        "SGD, foreach": sgd(foreach=True),
+        "SGD, fused": sgd(fused=True),
+        "lightly LARS": Lightly(groups(with_gradients(model)), 1e-4, momentum=0.9),
+    }
+
+
+def counted(work: Callable[[], object]) -> tuple[int, int]:
+    """Operators that one call launches itself, and how many of all wait for the device."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    assert profile.profiler is not None
+    events = profile.events() or []
+    names = Counter(event.name for event in events)
+    top = sum(e.name.startswith("aten::") and not _inside(e) for e in events)
+    return top, sum(names[name] for name in SYNCHRONISING[1:])
+
+
+def _inside(event: torch.autograd.profiler_util.FunctionEvent) -> bool:
+    parent = event.cpu_parent
+    return parent is not None and parent.name.startswith("aten::")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default="resnet50")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    model = timm.create_model(options.model, num_classes=0).to(device)
+    work = {name: optimizer.step for name, optimizer in optimizers(model).items()}
+    times = in_turn(work, options.repeats, device)
+    unit = "ms" if device.type == "cuda" else "CPU-ms"
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{device_line(device)}; {options.model}, {size:.1f} M parameters\n")
+    print(f"| | {unit}, median (range) | times ours | operators | waits for the device |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, values in times.items():
+        ratio = "1" if name == OURS else verdict(times[OURS], values)
+        operators, waits = counted(work[name])
+        print(f"| {name} | {spread(values)} | {ratio} | {operators} | {waits} |")
+
+
+if __name__ == "__main__":
+    main()
