@@ -15,7 +15,7 @@ NPROC ?= 2
 $(VENV)/.installed: setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned set into $(VENV) (about 7 GB, a few minutes)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(DALI),dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(DALI),dev,plots,onnx]'
 	@touch $@
 
 demo: $(VENV)/.installed

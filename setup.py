@@ -31,11 +31,16 @@ setup(
         "tensorboard>=2.16",
         "submitit>=1.5",
         "scikit-learn>=1.4",  # the handwritten digits of the embedded default
+        "scipy>=1.11",  # intervals of accuracies
+        "torchmetrics>=1.4",
+        "safetensors>=0.4",
     ],
     extras_require={
         # DALI is built per CUDA major version and runs without a GPU too.
         "cuda12": ["nvidia-dali-cuda120>=1.50"],
         "cuda13": ["nvidia-dali-cuda130>=1.52"],
+        "plots": ["matplotlib>=3.9"],
+        "onnx": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
         # lightly: an independent implementation of several losses, for the tests alone.
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "lightly==1.6.*"],
     },

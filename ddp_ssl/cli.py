@@ -12,6 +12,9 @@ from ddp_ssl import __version__
 COMMANDS = {
     "train": "pretrain, here and now; the processes are torchrun's or srun's, if any",
     "submit": "the same as a Slurm job, or an array of jobs, through submitit",
+    "evaluate": "linear probe, k-NN, fine-tuning, and how a run's figures moved",
+    "export": "a run's backbone for timm, torchvision, safetensors or ONNX, with a model card",
+    "embed": "features of a data set as NPZ, and for TensorBoard's embedding projector",
     "doctor": "check the machine, the data and the cluster before a long run",
 }
 USAGE = "usage: ddp-ssl COMMAND [CONFIG.yaml] [key=value ...]"

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
@@ -30,6 +30,7 @@ Below1 = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Size = Annotated[int, Field(ge=1)]
 Channels = tuple[float, float, float]
+S = TypeVar("S", bound="Section")
 
 NORMALISATION: dict[str, tuple[Channels, Channels]] = {
     "digits": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
@@ -318,12 +319,24 @@ class Eval(Section):
 
 
 class Measure(Section):
-    """Rank and mutual information of the validation split, for every method."""
+    """Spectrum, mutual information and uniformity of the validation split, for every method."""
 
     every: int = Field(10, ge=0)
     """Epochs between measurements; 0 measures only at the start and at the end."""
     max_images: int = Field(10_000, ge=2)
     """Validation images used at most."""
+    views: int = Field(0, ge=0)
+    """Also draw this many training views of validation images, for alignment and LiDAR: 2 or more;
+    0: neither is measured. Each costs a pass over `view_images`."""
+    view_images: int = Field(1000, ge=2)
+    """Images whose views are drawn, at most; a seeded subset of those measured."""
+
+    @field_validator("views")
+    @classmethod
+    def _none_or_two(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("one view cannot be compared; 0 or 2 and more are accepted")
+        return value
 
 
 class Checkpoint(Section):
@@ -390,8 +403,6 @@ class Config(Section):
         """K, the number of views of one image."""
         return sum(group.count for group in self.data.views)
 
-
-SECTIONS = ", ".join(Config.model_fields)
 
 # What `ddp_ssl.train` runs when no YAML is given: AdaDim on 1,797 handwritten digits.
 EMBEDDED_DEFAULT: dict[str, Any] = {
@@ -525,11 +536,7 @@ def load(arguments: Sequence[str]) -> Resolved:
         layers.append(("command line", _tree_of(overrides, layers)))
 
     merged, origins = _merge(layers)
-    for section in merged:
-        if section not in Config.model_fields:
-            where = _where(section, origins)
-            hint = _suggest(str(section), Config.model_fields) or f"; sections are {SECTIONS}"
-            raise ConfigError(f"{section}: unknown section{where}{hint}")
+    _check_sections(merged, Config, origins)
     method = merged.get("method", {})
     if not isinstance(method, dict):
         raise ConfigError(f"method: expected keys such as `name:`, got {_flow(method)}")
@@ -555,6 +562,25 @@ def load(arguments: Sequence[str]) -> Resolved:
     except ValueError as error:
         raise ConfigError(_one_line(error)) from None
     return Resolved(config, origins)
+
+
+def load_as(
+    schema: type[S], arguments: Sequence[str], below: Sequence[tuple[str, dict[str, Any]]] = ()
+) -> tuple[S, dict[str, str]]:
+    """Resolve `[CONFIG.yaml] [key=value ...]` into another tree of sections than a run's.
+
+    `below`: layers (origin, tree) under the YAML, the first the lowest. Returns the tree and where
+    each value that is no default came from. Raises `ConfigError`.
+    """
+    path, overrides = _split(arguments)
+    layers = list(below)
+    if path is not None:
+        layers.append((str(path), read_yaml(path)))
+    if overrides:
+        layers.append(("command line", _tree_of(overrides, layers, schema)))
+    merged, origins = _merge(layers)
+    _check_sections(merged, schema, origins)
+    return _validate(merged, schema, origins), origins
 
 
 def builtin_methods() -> list[str]:
@@ -632,7 +658,11 @@ def _divisors(*numbers: int) -> str:
 
 def reference(method: type[MethodConfig] | None = None) -> Iterator[tuple[str, str, str, str]]:
     """Rows (key, type, default, description) of the whole schema."""
-    tree = _with_method(method) if method else Config
+    return reference_of(_with_method(method) if method else Config)
+
+
+def reference_of(tree: type[Section]) -> Iterator[tuple[str, str, str, str]]:
+    """Rows (key, type, default, description) of a tree of sections."""
     for section, field in tree.model_fields.items():
         assert isinstance(field.annotation, type)
         yield from describe_fields(section, field.annotation)
@@ -662,7 +692,7 @@ def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     path: Path | None = None
     overrides: list[str] = []
     for argument in arguments:
-        if "=" in argument:
+        if "=" in argument and not Path(argument).is_file():  # a sweep's folders are seed=0, ...
             overrides.append(argument)
         elif argument.startswith("-"):
             raise ConfigError(
@@ -692,7 +722,11 @@ def _for_method(demo: dict[str, Any], method: type[MethodConfig]) -> dict[str, A
     return {**demo, "method": known}
 
 
-def _tree_of(overrides: Sequence[str], layers: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+def _tree_of(
+    overrides: Sequence[str],
+    layers: list[tuple[str, dict[str, Any]]],
+    schema: type[Section] = Config,
+) -> dict[str, Any]:
     """`["optim.lr=0.1", "data.views.0.size=96"]` as a nested dict; list items start from below."""
     below, _ = _merge(layers)
     tree: dict[str, Any] = {}
@@ -704,11 +738,12 @@ def _tree_of(overrides: Sequence[str], layers: list[tuple[str, dict[str, Any]]])
             raise ConfigError(f"{dotted}: not a YAML value: {_one_line(error)}") from None
         parts = dotted.split(".")
         if len(parts) < 2 or not all(parts):
-            same = [k for k in _known_keys(MethodConfig) if k.rpartition(".")[2] == dotted]
-            hint = f"did you mean {' or '.join(same)}?" if same else f"sections are {SECTIONS}"
+            same = [k for k in _known_keys(schema) if k.rpartition(".")[2] == dotted]
+            sections = ", ".join(schema.model_fields)
+            hint = f"did you mean {' or '.join(same)}?" if same else f"sections are {sections}"
             raise ConfigError(f"{dotted}: expected section.key=value; {hint}")
         if len(parts) > 2 and parts[2].isdigit():
-            value = _set_item(tree, below, parts, value)
+            value = _set_item(tree, below, parts, value, schema)
             parts = parts[:2]
         node = tree
         for part in parts[:-1]:
@@ -719,12 +754,18 @@ def _tree_of(overrides: Sequence[str], layers: list[tuple[str, dict[str, Any]]])
     return tree
 
 
-def _set_item(tree: dict[str, Any], below: dict[str, Any], parts: list[str], value: Any) -> Any:
+def _set_item(
+    tree: dict[str, Any],
+    below: dict[str, Any],
+    parts: list[str],
+    value: Any,
+    schema: type[Section],
+) -> Any:
     """The list at `parts[:2]` with the item (or the item's key) that `parts` names replaced."""
     section, key, index, *rest = parts
     default: Any = None
-    if section in Config.model_fields:
-        kind = Config.model_fields[section].annotation
+    if section in schema.model_fields:
+        kind = schema.model_fields[section].annotation
         assert isinstance(kind, type)
         if key in kind.model_fields:
             default = kind().model_dump(mode="json", exclude_none=True).get(key)
@@ -753,6 +794,17 @@ def _merge(layers: Sequence[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any]
     return merged, origins
 
 
+def _check_sections(
+    tree: Mapping[str, Any], schema: type[Section], origins: Mapping[str, str]
+) -> None:
+    """Raise `ConfigError` for a section that the schema does not have."""
+    for section in tree:
+        if section not in schema.model_fields:
+            sections = ", ".join(schema.model_fields)
+            hint = _suggest(str(section), schema.model_fields) or f"; sections are {sections}"
+            raise ConfigError(f"{section}: unknown section{_where(section, origins)}{hint}")
+
+
 def _check_method_name(name: str) -> None:
     names = builtin_methods()
     if ":" not in name and name not in names:
@@ -773,7 +825,7 @@ def _with_method(method: type[MethodConfig]) -> type[Config]:
     return Typed
 
 
-def _validate(tree: dict[str, Any], schema: type[Config], origins: Mapping[str, str]) -> Config:
+def _validate(tree: dict[str, Any], schema: type[S], origins: Mapping[str, str]) -> S:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
@@ -782,13 +834,11 @@ def _validate(tree: dict[str, Any], schema: type[Config], origins: Mapping[str, 
     raise ConfigError(problems[0] + more)
 
 
-def _problem(error: dict[str, Any], schema: type[Config], origins: Mapping[str, str]) -> str:
+def _problem(error: dict[str, Any], schema: type[Section], origins: Mapping[str, str]) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        kind = schema.model_fields["method"].annotation
-        assert isinstance(kind, type)
-        return _unknown(location[-1], key, _known_keys(kind), origins)
+        return _unknown(location[-1], key, _known_keys(schema), origins)
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     got = "" if error["type"] in ("value_error", "missing") else f", got {_flow(error['input'])}"
@@ -808,10 +858,10 @@ def _unknown(last: str, key: str, known: Sequence[str], origins: Mapping[str, st
     return f"{key}: unknown key{_where(key, origins)}{hint}"
 
 
-def _known_keys(method: type[MethodConfig]) -> list[str]:
+def _known_keys(schema: type[Section]) -> list[str]:
     keys: list[str] = []
-    for section, field in Config.model_fields.items():
-        kind = method if section == "method" else field.annotation
+    for section, field in schema.model_fields.items():
+        kind = field.annotation
         assert isinstance(kind, type)
         keys += [f"{section}.{key}" for key in kind.model_fields]
     keys += [f"data.views.0.{key}" for key in ViewGroup.model_fields]

@@ -338,6 +338,10 @@ def evaluate(job: Job, accuracy: bool, measure: bool) -> dict[str, float]:
     with job.watch.during("validation"):
         figures = job.validation.figures(job.method, job.learner.probe, accuracy, measure)
     figures["perf/validation_s"] = time.perf_counter() - start
+    if measure:
+        figures["perf/measure_s"] = job.validation.measure_s
+        for space, shares in job.validation.spectra.items():
+            job.recorder.spectrum(job.step, space, shares)
     job.first = job.first or figures
     job.latest |= figures
     job.recorder.row(job.step, figures)

@@ -85,6 +85,10 @@ class MetricsWriter:
         """A picture `[H, W, 3]` of bytes, in TensorBoard only."""
         self._send("add_image", tag, image, step, dataformats="HWC")
 
+    def histogram(self, tag: str, values: npt.NDArray[np.float64], step: int) -> None:
+        """The distribution of `values` `[m]`, in TensorBoard only."""
+        self._send("add_histogram", tag, values, step)
+
     def text(self, tag: str, text: str, step: int) -> None:
         """Markdown, in TensorBoard only."""
         self._send("add_text", tag, text, step)

@@ -93,20 +93,52 @@ def projection_head(
     return nn.Sequential(*layers)
 
 
-def loading_snippet(config: Model, weights: str) -> str:
-    """Python that loads an exported backbone with timm and torch alone."""
-    arguments = "".join(f", {key}={value!r}" for key, value in config.backbone_args.items())
-    lines = [
-        "import timm, torch",
-        f"model = timm.create_model({config.backbone!r}, num_classes=0{arguments})",
-    ]
+def architecture(config: Model) -> Model:
+    """The same network without weights of somebody else's, which timm would fetch."""
+    arguments = {k: v for k, v in config.backbone_args.items() if not k.startswith("pretrained")}
+    return config.model_copy(update={"backbone_args": arguments})
+
+
+def loading_snippet(
+    config: Model,
+    weights: str,
+    form: Literal["timm", "torchvision", "safetensors", "onnx"] = "timm",
+) -> str:
+    """Python that loads an exported backbone without this package.
+
+    `form`: see `ddp_ssl.export`; `timm` is also the `backbone.pt` of a run folder.
+    """
+    if form == "onnx":
+        return (
+            "import onnxruntime\n"
+            f"session = onnxruntime.InferenceSession({weights!r})\n"
+            'features = lambda images: session.run(["features"], {"images": images})[0]'
+        )
+    if form == "torchvision":
+        name = config.backbone.partition(".")[0]
+        lines = [
+            "import torch, torchvision",
+            f"model = torchvision.models.{name}()",
+            "model.fc = torch.nn.Identity()",
+        ]
+    else:
+        config = architecture(config)
+        arguments = "".join(f", {key}={value!r}" for key, value in config.backbone_args.items())
+        lines = [
+            "import timm, torch",
+            f"model = timm.create_model({config.backbone!r}, num_classes=0{arguments})",
+        ]
     if config.stem == "small":
         lines += [
             "model.conv1 = torch.nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)",
             "model.maxpool = torch.nn.Identity()",
         ]
-    lines.append(f"model.load_state_dict(torch.load({weights!r}, weights_only=True))")
-    return "\n".join(lines)
+    if form == "safetensors":
+        lines.insert(1, "from safetensors.torch import load_file")
+        lines.append(f"model.load_state_dict(load_file({weights!r}))")
+    else:
+        lines.append(f"model.load_state_dict(torch.load({weights!r}, weights_only=True))")
+    return "\n".join([*lines, "model.eval()"])
 
 
 def export(backbone: nn.Module) -> dict[str, torch.Tensor]:

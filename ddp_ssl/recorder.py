@@ -269,6 +269,12 @@ class Recorder:
         if self.writer is not None:
             self.writer.image(name, image, 0)
 
+    def spectrum(self, step: int, space: str, shares: Tensor) -> None:
+        """TensorBoard's histogram of the eigenvalues' shares, as log10: most are tiny."""
+        if self.writer is not None and shares.numel() and shares.isfinite().all():
+            powers = shares.clamp(min=1e-12).log10().cpu().numpy()
+            self.writer.histogram(f"rep/spectrum_{space}", powers, step)
+
     def offset(self) -> int:
         """Bytes of `metrics.jsonl` so far, safely on disk."""
         return self.writer.offset() if self.writer is not None else 0

@@ -260,3 +260,10 @@ def test_every_key_is_documented_and_the_reference_is_up_to_date() -> None:
         check=True,
     ).stdout
     assert page == (ROOT / "docs/config.md").read_text(), "run `make docs`"
+
+
+def test_a_file_with_an_equals_sign_in_its_path_is_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / "seed=3"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("run: {seed: 3}\ndata: {name: digits}\n")
+    assert load([str(folder / "config.yaml")]).config.run.seed == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddp_ssl import metrics
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import Config
-from ddp_ssl.data.augment import Decoding, PixelFormat
+from ddp_ssl.config import Config, ConfigError
+from ddp_ssl.data.augment import Decoding, PixelFormat, views_of
 from ddp_ssl.data.datasets import Dataset, Split
-from ddp_ssl.data.loader import EvalLoader
+from ddp_ssl.data.loader import EvalLoader, TrainLoader
+from ddp_ssl.data.order import hashed
 from ddp_ssl.data.source import BadImages
 from ddp_ssl.evals.knn import knn_predict
 from ddp_ssl.methods.base import Method
-from ddp_ssl.metrics.effective_rank import rank_of_gram
-from ddp_ssl.metrics.mutual_information import blocked_mutual_information
 
 Ids = npt.NDArray[np.int64]
 Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -69,6 +71,15 @@ class Validation:
         bank = 0 if self.bank is None else len(self.bank)
         self.bank_ids = _some(bank, config.eval.knn_bank, chooser)
         self.measured_ids = _some(len(data.val), config.measure.max_images, chooser)
+        drawn = min(config.measure.view_images, len(self.measured_ids))
+        if config.measure.views and drawn < max(2, comm.world_size):
+            raise ConfigError(
+                f"measure.views: the views of {drawn} validation images cannot be compared by "
+                f"{comm.world_size} process(es), which need two images or more and one each; 0 is "
+                "accepted"
+            )
+        self.measure_s = 0.0  # what the last measurement took, without the pass over the split
+        self.spectra: dict[str, Tensor] = {}  # of the last one: shares of the eigenvalues
 
     def figures(
         self, method: Method[Any], probe: nn.Module | None, evaluate: bool, measure: bool
@@ -83,8 +94,12 @@ class Validation:
             figures |= self._accuracies(method, probe, val)
         if measure:
             keep = torch.isin(val.ids, torch.from_numpy(self.measured_ids).to(val.ids.device))
+            start = time.perf_counter()
             if keep.any():  # not where all images are bad
                 figures |= self._representation(val.r[keep], val.z[keep])
+            if self.config.measure.views:
+                figures |= self._compare_views(method.embed)
+            self.measure_s = time.perf_counter() - start
         method.train(training)
         return figures
 
@@ -165,18 +180,86 @@ class Validation:
         return float(self.comm.sum(correct)) / len(val)
 
     def _representation(self, r: Tensor, z: Tensor) -> dict[str, float]:
+        """Figures of `r` `[m, d_R]` and `z` `[m, d]`, whole on every process; `docs/metrics.md`."""
+        pairs = metrics.pair_means(r, z, self.comm)
         figures = {
-            "rep/mutual_information": blocked_mutual_information(r, z, self.comm),
+            "rep/mutual_information": pairs.mutual_information,
             "rep/embedding_std": float(F.normalize(z, dim=1).std(0).mean()),
         }
-        for name, x in (("r", r), ("z", z)):
-            rank = 0.0
-            if self.comm.rank == 0:
-                x = x.double()
-                gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
-                rank = float(rank_of_gram(gram, min(x.shape)))
-            figures[f"rep/effective_rank_{name}"] = self.comm.broadcast(rank)
+        if r.shape[1] == z.shape[1]:
+            figures["rep/mutual_information_cov"] = metrics.mutual_information(
+                r, z, "cov", self.comm
+            )
+        entropies = {"r": pairs.renyi_entropy_r, "z": pairs.renyi_entropy_z}
+        potentials = {"r": pairs.uniformity_r, "z": pairs.uniformity_z}
+        for owner, (name, x) in enumerate({"r": r, "z": z}.items()):
+            spectrum = metrics.Spectrum.of(x, comm=self.comm, owner=2 * owner)
+            centred = metrics.Spectrum.of(x, center=True, comm=self.comm, owner=2 * owner + 1)
+            self.spectra[name] = spectrum.shares
+            found = {
+                "effective_rank": float(metrics.effective_rank(spectrum)),
+                "rankme": metrics.rankme(spectrum),
+                "von_neumann_entropy": metrics.von_neumann_entropy(spectrum),
+                "renyi_entropy": entropies[name],
+                "eigenvalue_count": metrics.eigenvalue_count(spectrum),
+                "eigenvalue_count_centred": metrics.eigenvalue_count(centred),
+                "cev": metrics.cumulative_explained_variance(spectrum),
+                "cev_centred": metrics.cumulative_explained_variance(centred),
+            }
+            if len(x) > 1:
+                found["uniformity"] = potentials[name]
+            with contextlib.suppress(ValueError):  # too few dimensions left for a line
+                found["alpha_req"], found["alpha_req_r2"] = metrics.alpha_req(centred)
+            figures |= {f"rep/{metric}_{name}": value for metric, value in found.items()}
         return figures
+
+    def _compare_views(self, embed: Embed) -> dict[str, float]:
+        """Alignment and LiDAR of `measure.views` random views of validation images."""
+        r, z = self._extract_views(embed)
+        figures = {}
+        for name, x in (("r", r), ("z", z)):
+            figures[f"rep/alignment_{name}"] = metrics.alignment(x, self.comm)
+            figures[f"rep/lidar_{name}"] = metrics.lidar(x, self.comm)
+        return figures
+
+    @torch.no_grad()
+    def _extract_views(self, embed: Embed) -> tuple[Tensor, Tensor]:
+        """`r` `[q, n, d_R]` and `z` `[q, n, d]` of this process's share of the images.
+
+        The views are the run's large ones in turn. Images and views are the same at each
+        measurement; the views depend on the number of processes, as in training.
+        """
+        data, settings, shares = self.config.data, self.config.measure, self.comm.world_size
+        images = min(settings.view_images, len(self.measured_ids))
+        large = [v for v in views_of(data.views) if v.size == max(g.size for g in data.views)]
+        rounds = -(-images // (self.config.eval.batch_size * shares))
+        split = self.val.subset(self.measured_ids)
+        loader = TrainLoader(
+            split,
+            [large[k % len(large)] for k in range(settings.views)],
+            # As few are left out as can be shared evenly.
+            global_batch=images // (rounds * shares) * shares,
+            shard=self.comm.rank,
+            num_shards=shares,
+            seed=hashed(self.config.run.seed, "measured views"),
+            salt=self.comm.rank,
+            color_jitter=data.color_jitter,
+            form=PixelFormat(*data.normalisation),
+            decoding=Decoding(data.hw_decoder_load, data.preallocate),
+            threads=data.threads,
+            prefetch=data.prefetch,
+            read_threads=data.read_threads,
+            device=self.device,
+            bad=self.bad,
+        )
+        parts: list[tuple[Tensor, Tensor]] = []
+        for _ in range(rounds):
+            outputs = [embed(view) for view in next(loader).views]
+            r, z = (torch.stack(part) for part in zip(*outputs, strict=True))
+            parts.append((r, z))
+        loader.close()
+        all_r, all_z = zip(*parts, strict=True)
+        return torch.cat(all_r, 1), torch.cat(all_z, 1)
 
 
 def _some(total: int, at_most: int, chooser: np.random.Generator) -> Ids:

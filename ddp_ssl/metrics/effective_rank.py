@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
+from ddp_ssl.metrics.spectrum import Spectrum
 
 
-def effective_rank(x: Tensor) -> Tensor:
+def effective_rank(x: Tensor | Spectrum) -> Tensor:
     """Effective rank of `x` `[M, d]`: a float64 scalar in [1, rank], 0 for a zero matrix.
 
     exp of the entropy of the singular values divided by their sum. Not centred, no epsilon.
     Source: Roy & Vetterli 2007; AdaDim A.3.
     """
+    if isinstance(x, Spectrum):
+        finite = x.eigenvalues.isfinite().all()
+        return torch.where(finite, rank_of_spectrum(x.singular_values), torch.nan)
     if x.dim() != 2 or x.numel() == 0:
         raise ValueError(f"effective_rank: expected a matrix [M, d], got {list(x.shape)}")
     return rank_of_spectrum(torch.linalg.svdvals(x.detach().double()))

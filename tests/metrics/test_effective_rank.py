@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ddp_ssl.distributed import MeshComm, World, comm_of
-from ddp_ssl.metrics import effective_rank
+from ddp_ssl.metrics import effective_rank, mutual_information
 from ddp_ssl.metrics.effective_rank import global_effective_rank, rank_of_gram
-from ddp_ssl.metrics.mutual_information import blocked_mutual_information
 from tests.losses import oracles
 from tests.ranks import Ranks
 
@@ -89,7 +88,7 @@ def test_routes_and_processes_agree(ranks: Ranks, shape: tuple[int, int], center
 
 def blocked(world: World) -> float:
     r, z = embeddings(30, 7), embeddings(30, 5) - 0.4
-    return blocked_mutual_information(r, z, comm_of(world), chunk=4)
+    return mutual_information(r, z, comm=comm_of(world), chunk=4)
 
 
 def test_blocked_mutual_information(ranks: Ranks) -> None:

@@ -1,0 +1,380 @@
+"""Features of a data set: `ddp-ssl embed RUN [--data NAME] --out FILE.npz [key=value ...]`.
+
+Alone, or under torchrun or srun with the images shared by the processes. `--projector DIR` writes
+the same for TensorBoard's embedding projector. docs/export.md says what is in the files.
+
+Exit codes: 0 done, 1 failed, 2 the weights, the settings or the data cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+
+from ddp_ssl import distributed, log
+from ddp_ssl.config import Config, ConfigError
+from ddp_ssl.data import datasets
+from ddp_ssl.data.datasets import Dataset, Split
+from ddp_ssl.distributed import World
+from ddp_ssl.engine import load_data, together
+from ddp_ssl.evals.features import Block, Extractor, gather_rows
+from ddp_ssl.evals.pretrained import Pretrained, load_pretrained
+from ddp_ssl.evals.settings import EvaluateConfig, Source, find_source, load_settings
+from ddp_ssl.export import Parser
+from ddp_ssl.launch import cpu_share, rank_and_size
+from ddp_ssl.signals import stop_with_parent
+
+logger = logging.getLogger("ddp_ssl")
+Array = npt.NDArray[Any]
+
+THUMBNAIL = 32  # pixels; a projector's sprite has 8192 x 8192 at most
+MOST_POINTS = (8192 // THUMBNAIL) ** 2
+CHUNK = 8192  # rows of each process that are gathered at a time
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for, besides the settings."""
+
+    split: str
+    embeddings: bool
+    out: Path | None
+    projector: Path | None
+    points: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    stop_with_parent()
+    rank, _ = rank_and_size()
+    try:
+        return run(*_parse(sys.argv[1:] if arguments is None else arguments))
+    except ConfigError as error:
+        if rank == 0:
+            print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # the launcher ends all ranks at the first exit; rank 0 must have spoken
+        return 2
+
+
+def _parse(arguments: Sequence[str]) -> tuple[Source, EvaluateConfig, Wanted]:
+    parser = Parser(
+        prog="ddp-ssl embed",
+        description="Features of a data set, from a run or from anybody's weights.",
+        epilog="key=value: those of `python -m ddp_ssl.evaluate`, such as data.root=FOLDER, "
+        "eval.batch_size=64, run.device=cpu, or model.backbone=resnet50 for a file of weights.",
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="RUN, RUN:best, RUN:last, a file of weights or timm:NAME")
+    add("settings", nargs="*", metavar="key=value", help="see below")
+    add("--data", metavar="NAME", help="data set; the run's own if not given")
+    add("--split", choices=["train", "val"], default="val", help="val if not given")
+    add("--out", type=Path, metavar="FILE.npz", help="features, labels, ids and class names")
+    add("--embeddings", action="store_true", help="also z, the projection head's output")
+    add("--projector", type=Path, metavar="DIR", help="for TensorBoard; a new or empty folder")
+    add("--points", type=int, default=5000, help="images in the projector at most (5000)")
+    options = parser.parse_intermixed_args(arguments)
+    _check(parser, options)
+    if any("=" not in word and not word.endswith((".yaml", ".yml")) for word in options.settings):
+        word = next(w for w in options.settings if "=" not in w)
+        parser.error(f"{word}: unknown word; what comes after SOURCE is key=value")
+    source = find_source(options.source)
+    name = [f"data.name={options.data}"] if options.data else []
+    settings, _ = load_settings(source, [*options.settings, *name])
+    o = options
+    return source, settings, Wanted(o.split, o.embeddings, o.out, o.projector, o.points)
+
+
+def _check(parser: Parser, options: argparse.Namespace) -> None:
+    """Raise `ConfigError` for what cannot be written."""
+    if options.out is None and options.projector is None:
+        parser.error("nowhere to write to: --out FILE.npz or --projector DIR is needed")
+    if options.out is not None and options.out.suffix != ".npz":
+        parser.error(f"--out: {options.out} does not end in .npz")
+    if not 2 <= options.points <= MOST_POINTS:
+        parser.error(f"--points: {options.points} given; 2 to {MOST_POINTS} are accepted")
+    folder = options.projector
+    if folder is not None and folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        parser.error(f"--projector: {folder} is not empty; a new or empty folder is accepted")
+
+
+# --- on all processes ----------------------------------------------------------------------------
+
+
+def run(source: Source, settings: EvaluateConfig, wanted: Wanted) -> int:
+    """The whole command; returns the exit code. Raises `ConfigError`."""
+    try:
+        world = distributed.start(settings.run.device, settings.run.timeout_s)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    log.setup_logging(None, world.rank)
+    torch.set_num_threads(settings.run.threads or cpu_share())
+    try:
+        embed(source, settings, wanted, world)
+    finally:
+        distributed.stop()
+    return 0
+
+
+def embed(source: Source, settings: EvaluateConfig, wanted: Wanted, world: World) -> None:
+    """Extract on all processes, write on rank 0."""
+    tell = logger.info if world.is_main else _silent
+    together(world, lambda: datasets.find(settings.data))
+    size = settings.image_size
+    pretrained = together(
+        world, lambda: load_pretrained(source, settings.model, [size], seed=settings.run.seed)
+    )
+    network = together(world, lambda: Network(pretrained, wanted.embeddings))
+    tell(pretrained.description)
+    together(world, lambda: datasets.stage(settings.data))
+    data = load_data(cast(Config, settings), world)  # which reads `data` and `run.seed`
+    split = together(world, lambda: _split(data, wanted.split))
+    together(world, lambda: _make_room(wanted) if world.is_main else None)
+
+    comm = distributed.comm_of(world)
+    widths = network.widths(size)
+    extractor = Extractor(
+        network.to(world.device), sum(widths), settings, comm, world.device, tell=tell
+    )
+    features, ids = _all(extractor, split, f"{wanted.split} images of {data.name}", world)
+    if not len(ids):
+        raise ConfigError(f"data.name: none of the {len(split)} {wanted.split} images can be read")
+    parts = dict(zip(("r", "z"), np.split(features, np.cumsum(widths)[:-1], 1), strict=False))
+    about = _about(pretrained, settings, data, wanted.split, split)
+
+    def write() -> None:
+        if world.is_main and wanted.out is not None:
+            write_npz(wanted.out, parts, split.labels[ids], ids, data.class_names, about)
+            shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in parts.items())
+            print(f"{wanted.out}: {shapes}, labels, ids, class_names")
+
+    together(world, write)
+    if wanted.projector is not None:
+        project(wanted.projector, wanted.points, parts, ids, data, split, settings, world)
+
+
+def project(
+    folder: Path,
+    points: int,
+    parts: dict[str, Array],
+    ids: Array,
+    data: Dataset,
+    split: Split,
+    settings: EvaluateConfig,
+    world: World,
+) -> None:
+    """Make thumbnails on all processes; write the projector's files on rank 0."""
+    shown = _some(ids, points, settings.run.seed)
+    extractor = Extractor(
+        Thumbnails(settings).to(world.device),
+        3 * THUMBNAIL**2,
+        settings,
+        distributed.comm_of(world),
+        world.device,
+    )
+    pictures, at = _all(extractor, split.subset(shown), "thumbnails", world)
+    shown = shown[at]
+
+    def write() -> None:
+        if not world.is_main:
+            return
+        rows = np.searchsorted(ids, shown)
+        write_projector(
+            folder,
+            {name: x[rows] for name, x in parts.items()},
+            [_class(data.class_names, label) for label in split.labels[shown].tolist()],
+            shown,
+            torch.from_numpy(pictures).view(-1, 3, THUMBNAIL, THUMBNAIL),
+        )
+        print(
+            f"{folder}: {len(shown)} of {len(ids)} images; tensorboard --logdir {folder}, then "
+            "Projector"
+        )
+
+    together(world, write)
+
+
+def _all(extractor: Extractor, split: Split, what: str, world: World) -> tuple[Array, Array]:
+    """Features `[m, d]`, on rank 0, and ids `[m]` of the images that can be read, in their order.
+
+    Images without a label too. Gathered some rows at a time, so that no device and no other process
+    ever holds them all.
+    """
+    # The extractor leaves out what has no label; here every image has one.
+    alike = replace(split, labels=np.zeros_like(split.labels))
+    block: Block = together(world, lambda: extractor.features(alike, what=what))
+    comm, device = extractor.comm, world.device
+    ids = gather_rows(block.ids, comm, device).sort().values.numpy()
+    features = np.empty((len(ids) if world.is_main else 0, extractor.width), np.float32)
+    most = int(comm.gather(torch.tensor([[len(block)]], device=device)).max())
+    for start in range(0, most, CHUNK):
+        rows = slice(start, start + CHUNK)
+        part, at = (gather_rows(x[rows], comm, device) for x in (block.features, block.ids))
+        if world.is_main:
+            features[np.searchsorted(ids, at.numpy())] = part.numpy()
+    bad = world.gather_objects(extractor.bad.known)
+    for where, reason in {k: v for known in bad or [] for k, v in known.items()}.items():
+        logger.warning("left out: %s: %s", where, reason)
+    return features, ids
+
+
+class Network(nn.Module):
+    """Images `[n, 3, S, S]` to `r`, and `z` if wanted, side by side in one matrix."""
+
+    def __init__(self, pretrained: Pretrained, embeddings: bool) -> None:
+        super().__init__()
+        self.method = pretrained.method if embeddings else None
+        if embeddings and self.method is None:
+            raise ValueError(
+                "--embeddings: these weights have no projection head; a run's checkpoint has one"
+            )
+        self.backbone = pretrained.backbone
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """`r` `[n, d_R]` and, if wanted, `z` `[n, d]`."""
+        if self.method is None:
+            return [self.backbone(x).flatten(1).float()]
+        return [part.flatten(1) for part in self.method.embed(x)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What `parts` gives, as one matrix."""
+        return torch.cat(self.parts(x), 1)
+
+    @torch.no_grad()
+    def widths(self, size: int) -> list[int]:
+        """Widths of the parts, from what comes out."""
+        self.eval()
+        return [part.shape[1] for part in self.parts(torch.zeros(1, 3, size, size))]
+
+
+class Thumbnails(nn.Module):
+    """Normalised images `[n, 3, S, S]` to small ones with values in [0, 1], one a row."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, settings: EvaluateConfig) -> None:
+        super().__init__()
+        for name, values in zip(("mean", "std"), settings.data.normalisation, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Averaged down, or enlarged without smoothing."""
+        x = (x * self.std + self.mean).clamp(0, 1)
+        mode = "area" if x.shape[-1] > THUMBNAIL else "nearest"
+        return F.interpolate(x, size=(THUMBNAIL, THUMBNAIL), mode=mode).flatten(1)
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write_npz(
+    path: Path,
+    parts: dict[str, Array],
+    labels: Array,
+    ids: Array,
+    class_names: Sequence[str],
+    about: dict[str, Any],
+) -> None:
+    """`r` and `z` float32 `[m, d]`, `labels` and `ids` int64 `[m]`, `class_names`, `about` (JSON).
+
+    Loads with `np.load(path)`, without pickles. Never half a file: it is renamed into place.
+    """
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    names = np.array(class_names, dtype=np.str_)
+    try:
+        np.savez(
+            temporary, allow_pickle=False, labels=labels, ids=ids, class_names=names,
+            about=np.array(json.dumps(about)), **parts,
+        )  # fmt: skip
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_projector(
+    folder: Path, parts: dict[str, Array], classes: Sequence[str], ids: Array, pictures: Tensor
+) -> None:
+    """What TensorBoard's embedding projector reads: tensors, metadata, a sprite of thumbnails."""
+    metadata = [[" ".join(name.split()), str(i)] for name, i in zip(classes, ids, strict=True)]
+    with SummaryWriter(folder) as writer:
+        for name, values in parts.items():
+            # It prints where a folder exists already, of which nobody need know.
+            with contextlib.redirect_stdout(io.StringIO()):
+                writer.add_embedding(
+                    values, metadata, pictures, tag=name, metadata_header=["class", "id"]
+                )
+
+
+def _about(
+    pretrained: Pretrained, settings: EvaluateConfig, data: Dataset, name: str, split: Split
+) -> dict[str, Any]:
+    """Where the features come from."""
+    mean, std = settings.data.normalisation
+    return {
+        "weights": pretrained.description,
+        "weights_sha256": pretrained.digest,
+        "step": pretrained.step,
+        "epoch": pretrained.epoch,
+        "data": data.name,
+        "split": name,
+        "images": len(split),
+        "images_digest": split.digest[:12],
+        "image_size": settings.image_size,
+        "mean": mean,
+        "std": std,
+        "code": log.code_version(),
+    }
+
+
+def _split(data: Dataset, name: str) -> Split:
+    split = data.train if name == "train" else data.val
+    if split is None or not len(split):
+        raise ValueError(f"--split: {data.name} has no images for validation; train is accepted")
+    return split
+
+
+def _make_room(wanted: Wanted) -> None:
+    """The folders, before the work is done rather than after it."""
+    for key, folder in (("out", wanted.out and wanted.out.parent), ("projector", wanted.projector)):
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"--{key}: {folder} cannot be created: {error.strerror}") from None
+
+
+def _some(ids: Array, at_most: int, seed: int) -> Array:
+    """Sorted ids of all images, or of a seeded subset."""
+    if len(ids) <= at_most:
+        return ids
+    return np.sort(np.random.default_rng(seed).choice(ids, at_most, replace=False))
+
+
+def _class(names: Sequence[str], label: int) -> str:
+    return names[label] if 0 <= label < len(names) else "unlabelled"
+
+
+def _silent(line: str) -> None:
+    """Other ranks say nothing."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

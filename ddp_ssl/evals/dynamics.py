@@ -1,0 +1,299 @@
+"""The figures of a validation pass for every checkpoint of a run: how a representation came about.
+
+Writes into the run folder `dynamics.jsonl`, one line per checkpoint as soon as it is measured, and
+at the end `evaluate/dynamics.md` and `evaluate/dynamics.json`. What is measured already, with the
+same settings, is kept: an interrupted measurement goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddp_ssl import checkpoint, distributed, engine
+from ddp_ssl.checkpoint import Found
+from ddp_ssl.comm import Comm
+from ddp_ssl.config import Config, ConfigError
+from ddp_ssl.data import datasets
+from ddp_ssl.data.datasets import Dataset
+from ddp_ssl.data.source import BadImages
+from ddp_ssl.distributed import World
+from ddp_ssl.evals.probe import Learner
+from ddp_ssl.evals.settings import EvaluateConfig, config_of_run
+from ddp_ssl.evals.validation import Validation
+
+logger = logging.getLogger("ddp_ssl")
+
+FILE = "dynamics.jsonl"
+
+# The table's columns and their digits; all figures are in the JSON files.
+COLUMNS = {
+    "eval/knn_top1": ("k-NN", 3),
+    "eval/probe_top1": ("probe", 3),
+    "rep/effective_rank_r": ("rank R", 1),
+    "rep/effective_rank_z": ("rank Z", 1),
+    "rep/mutual_information": ("I(R;Z)", 4),
+    "rep/alpha_req_r": ("α-ReQ R", 2),
+    "rep/eigenvalue_count_r": ("count R", 0),
+    "rep/eigenvalue_count_z": ("count Z", 0),
+    "rep/cev_r": ("CEV R", 3),
+    "rep/cev_z": ("CEV Z", 3),
+    "rep/uniformity_r": ("unif. R", 2),
+    "rep/uniformity_z": ("unif. Z", 2),
+    "rep/alignment_z": ("align. Z", 3),
+    "rep/lidar_r": ("LiDAR R", 1),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one checkpoint."""
+
+    step: int
+    epoch: int
+    checkpoint: str
+    sha256: str
+    settings: str
+    """Short hash of everything but the weights that the figures depend on."""
+    figures: dict[str, float]
+
+    def to_json(self) -> str:
+        """One line; NaN and infinities as the strings that `float` reads."""
+        figures = {n: v if math.isfinite(v) else str(v) for n, v in self.figures.items()}
+        return json.dumps({**vars(self), "figures": figures}, allow_nan=False) + "\n"
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a `dynamics.jsonl`, in order of steps; none if there is no such file.
+
+    A line that was not written to its end is left out.
+    """
+    rows = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            fields = json.loads(line) if line.endswith(b"\n") else {}
+            figures = {name: float(value) for name, value in fields.pop("figures").items()}
+            rows.append(Row(**fields, figures=figures))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            continue
+    return sorted(rows, key=lambda row: row.step)
+
+
+def run(settings: EvaluateConfig, source: Path, world: World) -> int:
+    """Measure every checkpoint of the run folder `source`, on all processes together.
+
+    `settings.data`, `eval` and `measure` take the place of the run's own. Returns the exit code: 1
+    if a checkpoint could not be loaded. Raises `ConfigError`, on all processes, for what cannot be
+    measured.
+    """
+    config = config_of_run(source).model_copy(
+        update={"data": settings.data, "eval": settings.eval, "measure": settings.measure}
+    )
+    return measure(config, source, Path(settings.run.dir or source), world)
+
+
+def measure(config: Config, home: Path, out: Path, world: World) -> int:
+    """The same with the run's whole config; the results go to the folder `out`."""
+    found, best = world.broadcast_object(chosen(home) if world.is_main else None)
+    if not found:
+        raise ConfigError(f"{home / 'checkpoints'}: no checkpoint; a run that saved one is needed")
+    engine.together(world, lambda: datasets.find(config.data))
+    engine.together(world, lambda: datasets.stage(config.data))
+    data = engine.load_data(config, world)
+    if data.val is None or not len(data.val):
+        raise ConfigError(f"data.name: {config.data.name} has no images for validation here")
+    comm = distributed.comm_of(world)
+    validation = Validation(data, config, comm, world.device, BadImages())
+    models = Models(config, comm, world)
+    key = fingerprint(config, data, world.size)
+    rows = world.broadcast_object(kept(out / FILE, key, found) if world.is_main else None)
+    if world.is_main:
+        said = f"; {len(rows)} are measured already" if rows else ""
+        more = "" if config.measure.views else "; measure.views=10 adds alignment and LiDAR"
+        logger.info("%s: checkpoints at %d steps%s%s", home, len(found), said, more)
+    failures = 0
+    for number, one in enumerate(found, 1):
+        if one.sha256 in rows:
+            continue
+        start = time.perf_counter()
+        try:
+            learner = models.load(one)
+        except ConfigError as error:  # on all processes together
+            failures += 1
+            if world.is_main:
+                logger.error("left out: %s", error)
+            continue
+        row = Row(
+            one.step, one.epoch, one.path.name, one.sha256, key,
+            measured(validation, learner, data),
+        )  # fmt: skip
+        rows[row.sha256] = row
+        if world.is_main:
+            append(out / FILE, row)
+            seconds = time.perf_counter() - start
+            logger.info("%d/%d %s (%.0f s)", number, len(found), brief(row), seconds)
+    if world.is_main and rows:
+        ordered = sorted(rows.values(), key=lambda row: row.step)
+        write(out, ordered, best)
+        place = out / "evaluate" / "dynamics.md"
+        logger.info("\n%s\n\nin %s; all figures in %s", table(ordered, best), place, out / FILE)
+    world.barrier()
+    return int(failures > 0)
+
+
+class Models:
+    """One network that takes the weights of one checkpoint after the other."""
+
+    def __init__(self, config: Config, comm: Comm, world: World) -> None:
+        self.config, self.comm, self.world = config, comm, world
+        self.learner: Learner | None = None
+
+    def load(self, found: Found) -> Learner:
+        """Method and probe as they were; raises `ConfigError` on all processes together."""
+        return engine.together(self.world, lambda: self._load(found))
+
+    def _load(self, found: Found) -> Learner:
+        weights: Mapping[str, Any] = checkpoint.load(found.path, sha256=found.sha256)["model"]
+        if self.learner is None:
+            probe = weights.get("probe.weight")
+            method = engine.make_method(self.config, self.comm)
+            self.learner = Learner(method, 0 if probe is None else len(probe))
+            self.learner.to(self.world.device)
+            if self.config.model.channels_last:
+                self.learner.to(memory_format=torch.channels_last)
+        try:
+            self.learner.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = engine.one_line(error)[:160]
+            raise ValueError(f"{found.path} does not fit the run's config.yaml: {reason}") from None
+        self.learner.eval()
+        return self.learner
+
+
+def chosen(home: Path) -> tuple[list[Found], str | None]:
+    """The checkpoints on the way to the newest one, in order of steps; the SHA-256 of the best.
+
+    A run that went back to an older step leaves later ones behind, which are not its own any more.
+    """
+    found = checkpoint.find(home)  # the last saved first
+    best: Found | None = None
+    with contextlib.suppress(OSError, ValueError):
+        best = Found.read(home / "checkpoints" / "best.json")
+    if best is not None and best.sha256 not in [one.sha256 for one in found]:
+        found = sorted([*found, best], key=lambda f: f.serial, reverse=True)
+    way: list[Found] = []
+    for one in found:
+        if not way or one.step < way[-1].step:
+            way.append(one)
+    return way[::-1], None if best is None else best.sha256
+
+
+def fingerprint(config: Config, data: Dataset, world_size: int) -> str:
+    """Short hash of everything but the weights that the figures depend on."""
+    assert data.val is not None
+    evaluation = config.eval.model_dump(include={"knn", "knn_k", "knn_temperature", "knn_bank"})
+    parts: list[Any] = [
+        evaluation,
+        config.measure.model_dump(exclude={"every"}),
+        [None if split is None else split.digest for split in (data.labelled, data.val)],
+        [config.data.val_size, config.data.val_resize, config.data.normalisation],
+        config.run.seed,
+    ]
+    if config.measure.views:  # drawn by each process for itself
+        parts += [config.data.model_dump(include={"views", "color_jitter"}), world_size]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def kept(path: Path, key: str, found: list[Found]) -> dict[str, Row]:
+    """What an earlier call measured of these checkpoints in the same way, by SHA-256.
+
+    The file is left with these rows alone; if there were others, it is kept as `*.old`. On rank 0.
+    """
+    before = read(path)
+    wanted = {one.sha256 for one in found}
+    rows = {row.sha256: row for row in before if row.settings == key and row.sha256 in wanted}
+    if len(rows) < len(before):
+        old = path.with_name(path.name + ".old")
+        os.replace(path, old)
+        logger.info(
+            "%s: %d of %d rows are of other settings or of checkpoints that are gone; kept in %s",
+            path, len(before) - len(rows), len(before), old.name,
+        )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, "".join(row.to_json() for row in rows.values()))
+    return rows
+
+
+def measured(validation: Validation, learner: Learner, data: Dataset) -> dict[str, float]:
+    """All figures of the weights in `learner`; the probe's only on the classes it learned."""
+    probe = learner.probe
+    if probe is not None and probe.out_features != data.num_classes:
+        probe = None
+    figures = validation.figures(learner.method, probe, True, True)
+    figures["perf/measure_s"] = validation.measure_s
+    return {name: float(value) for name, value in figures.items()}
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a line, on disk when this returns."""
+    with open(path, "a") as file:
+        file.write(row.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write(out: Path, rows: list[Row], best: str | None) -> None:
+    """The table and all figures, under `evaluate/`."""
+    (out / "evaluate").mkdir(exist_ok=True)
+    replace(out / "evaluate" / "dynamics.md", table(rows, best) + "\n")
+    found = [{**json.loads(row.to_json()), "best": row.sha256 == best} for row in rows]
+    replace(out / "evaluate" / "dynamics.json", json.dumps(found, indent=1) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a small file atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def brief(row: Row) -> str:
+    """The first columns, for a line of progress."""
+    shown = [
+        f"{label} {row.figures[name]:.{digits}f}"
+        for name, (label, digits) in list(COLUMNS.items())[:5]
+        if name in row.figures
+    ]
+    return f"step {row.step}: {'  '.join(shown)}"
+
+
+def table(rows: list[Row], best: str | None = None) -> str:
+    """Markdown: a line per checkpoint, those columns that any of them has; * is `best`."""
+    columns = {n: c for n, c in COLUMNS.items() if any(n in row.figures for row in rows)}
+    head = ["step", "epoch", *(label for label, _ in columns.values())]
+    cells = [head]
+    for row in rows:
+        values = [
+            f"{row.figures[name]:.{digits}f}" if name in row.figures else "–"
+            for name, (_, digits) in columns.items()
+        ]
+        cells.append([f"{row.step}{' *' if row.sha256 == best else ''}", str(row.epoch), *values])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    lines = [
+        "| " + " | ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
+    note = ["", "\\* the best checkpoint"] if best in {row.sha256 for row in rows} else []
+    return "\n".join(lines + note)

@@ -1,0 +1,305 @@
+"""Features of all images of a split: each process its share, from disk where they were made before.
+
+A process holds a contiguous part of the split, so that what is kept serves any number of processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ddp_ssl.comm import Comm
+from ddp_ssl.data.augment import Decoding, PixelFormat, View, views_of
+from ddp_ssl.data.datasets import Split
+from ddp_ssl.data.loader import EvalLoader, default_resize
+from ddp_ssl.data.order import hashed
+from ddp_ssl.data.source import BadImages, EvalSource
+from ddp_ssl.evals.settings import EvaluateConfig
+from ddp_ssl.launch import cpu_share
+
+logger = logging.getLogger("ddp_ssl")
+Ids = npt.NDArray[np.int64]
+Tell = Callable[[str], None]
+
+EVERY_S = 10.0  # between progress lines where they are not rewritten in place
+CHUNKS = (128, 4096)  # fewest and most images that are augmented from one seed
+
+
+@dataclass
+class Block:
+    """This process's part of a split: features `[m, d]` float32 on the CPU, labels and ids `[m]`.
+
+    Ids are sorted and those of rank r are all before those of rank r + 1. Images without a label
+    and images that cannot be read are left out.
+    """
+
+    features: Tensor
+    labels: Tensor
+    ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def where(self, mask: Tensor) -> Block:
+        """The images of a boolean mask `[m]`."""
+        return Block(self.features[mask], self.labels[mask], self.ids[mask])
+
+
+class Ticker:
+    """A progress line now and then: one that is rewritten in a terminal, else every ten seconds."""
+
+    def __init__(self, what: str, total: int, speaks: bool) -> None:
+        self.what, self.total, self.speaks = what, total, speaks
+        self.start = self.said = time.perf_counter()
+        self.in_place = os.isatty(2)
+
+    def at(self, done: int, more: str = "") -> None:
+        """Say how far it is, if it is time to."""
+        now = time.perf_counter()
+        if not self.speaks or now - self.said < (0.2 if self.in_place else EVERY_S):
+            return
+        self.said = now
+        left = (now - self.start) * (self.total - done) / max(done, 1)
+        logger.info(
+            "%s: %d of %d%s, %.0f s left", self.what, done, self.total, more, left,
+            extra={"progress": True},
+        )  # fmt: skip
+
+
+def patch_view(settings: EvaluateConfig) -> View:
+    """How a patch is augmented: as view 0 of `data.views`, at the size that is evaluated."""
+    return replace(views_of(settings.data.views)[0], size=settings.image_size)
+
+
+def crop_view(settings: EvaluateConfig) -> View:
+    """A random crop and flip as in view 0 of `data.views`, its colours left alone."""
+    return replace(patch_view(settings), jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
+
+
+class Extractor:
+    """Makes features with a backbone `[n, 3, S, S] -> [n, d]`, in float32 and eval mode.
+
+    `cache`: the folder for features that are kept, None for none; `digest` names the weights.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        width: int,
+        settings: EvaluateConfig,
+        comm: Comm,
+        device: torch.device,
+        *,
+        digest: str = "",
+        cache: Path | None = None,
+        bad: BadImages | None = None,
+        tell: Tell = lambda line: None,
+    ) -> None:
+        self.backbone, self.width, self.settings = backbone.eval(), width, settings
+        self.comm, self.device, self.tell = comm, device, tell
+        self.digest, self.cache = digest, cache
+        self.bad = BadImages() if bad is None else bad
+
+    def features(self, split: Split, patches: int = 1, what: str = "images") -> Block:
+        """This process's part of `split`, averaged over `patches` views: a central crop, the others
+        random. The same at any number of processes."""
+        chunk = min(max(-(-len(split) // 64), CHUNKS[0]), CHUNKS[1])
+        chunks = range(-(-len(split) // chunk))
+        mine = chunks[_part(len(chunks), self.comm.rank, self.comm.world_size)]
+        first, end = mine.start * chunk, min(mine.stop * chunk, len(split))
+        home = self._home(split, patches)
+        block = None if home is None else _kept(home, first, end)
+        if block is not None:
+            self.tell(f"features of {len(split)} {what}: taken from {home}")
+        else:
+            block = self._make(split, patches, first, end, chunk, what)
+            if home is not None and first < end:
+                self._keep(home, first, end, block)
+        labels = torch.from_numpy(split.labels[block.ids.numpy()])
+        block = Block(block.features, labels, block.ids)
+        return block if bool((labels >= 0).all()) else block.where(labels >= 0)
+
+    def _make(
+        self, split: Split, patches: int, first: int, end: int, chunk: int, what: str
+    ) -> Block:
+        ticker = Ticker(
+            f"features of {what} (rank 0's share)", (end - first) * patches, self.comm.rank == 0
+        )
+        start, done = time.perf_counter(), 0
+        sums = torch.zeros(end - first, self.width)
+        counts = torch.zeros(end - first, dtype=torch.long)
+        for views, ids in self._views(split, patches, first, end, chunk):
+            real = ids >= 0
+            at = ids[real] - first
+            for view in views:
+                sums[at] += self.embed(view).cpu()[real]
+                counts[at] += 1
+            done += len(views) * int(real.sum())
+            ticker.at(done)
+        seconds = time.perf_counter() - start
+        views_text = "" if patches == 1 else f", {patches} patches each"
+        self.tell(f"features of {len(split)} {what}{views_text}: {seconds:.1f} s")
+        sums /= patches
+        usable = counts == patches
+        ids = usable.nonzero().flatten() + first
+        return Block(sums if bool(usable.all()) else sums[usable], torch.zeros_like(ids), ids)
+
+    def _views(
+        self, split: Split, patches: int, first: int, end: int, chunk: int
+    ) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Views of images `[n, 3, S, S]` and ids `[n]`, -1 for what is none of them."""
+        if first == end:
+            return
+        for batch in self._loader(EvalLoader, split, np.arange(first, end)):
+            yield batch.views, batch.ids.cpu()
+        for begin in range(first, end, chunk) if patches > 1 else ():
+            # The draws depend on the chunk and not on which process makes it.
+            loader = self._loader(PatchLoader, split, np.arange(begin, min(begin + chunk, end)))
+            loader.views = [patch_view(self.settings)] * (patches - 1)
+            loader.color_jitter = self.settings.data.color_jitter
+            loader.seed = hashed(self.settings.run.seed, "patches", begin)
+            for batch in loader:
+                yield list(batch.views[0].unflatten(2, (patches - 1, -1)).unbind(2)), batch.ids
+
+    def _loader(self, kind: type[EvalLoader], split: Split, ids: Ids) -> Any:
+        data = self.settings.data
+        return kind(
+            split,
+            ids,
+            batch_size=min(self.settings.eval.batch_size, len(ids)),
+            shard=0,
+            num_shards=1,
+            val_resize=data.val_resize,
+            val_size=self.settings.image_size,
+            form=PixelFormat(*data.normalisation),
+            decoding=Decoding(data.hw_decoder_load, data.preallocate),
+            threads=data.threads,
+            prefetch=data.prefetch,
+            read_threads=data.read_threads,
+            device=self.device,
+            bad=self.bad,
+        )
+
+    @torch.no_grad()
+    def embed(self, view: Tensor) -> Tensor:
+        """Images `[n, 3, S, S]` to features `[n, d]` float32 on the device."""
+        view = view.to(self.device, torch.float32)
+        if self.settings.model.channels_last:
+            view = view.contiguous(memory_format=torch.channels_last)
+        out: Tensor = self.backbone(view)
+        return out.flatten(1).float()
+
+    # --- on disk ---------------------------------------------------------------------------------
+
+    def _home(self, split: Split, patches: int) -> Path | None:
+        """The folder of these features; None where they are too few to be kept."""
+        size = 4 * len(split) * self.width * patches
+        if self.cache is None or size < self.settings.run.cache_mb * 2**20:
+            return None
+        data, side = self.settings.data, self.settings.image_size
+        key: list[Any] = [self.digest, split.digest, side, data.val_resize or default_resize(side)]
+        key += [data.normalisation, patches]
+        if patches > 1:
+            key += [patch_view(self.settings), data.color_jitter, self.settings.run.seed]
+            key += [self.device.type, self.settings.eval.batch_size]
+        return self.cache / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+    def _keep(self, home: Path, first: int, end: int, block: Block) -> None:
+        """Write a part; what cannot be written is only said."""
+        path = home / f"{first:09d}-{end:09d}.safetensors"
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            save_file({"features": block.features.contiguous(), "ids": block.ids}, temporary)
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            logger.warning("features are not kept: %s: %s", path, " ".join(str(error).split()))
+
+
+class PatchLoader(EvalLoader):
+    """Random views of each image, one above the other: `[n, 3, V * S, S]` as a batch's one view."""
+
+    views: list[View]
+    color_jitter: str
+    seed: int
+
+    def _build(self, source: EvalSource, first: int) -> Any:
+        iterator = self._pipeline.train_iterator(
+            functools.partial(  # DALI would rewrite a function of its own here, and what it calls
+                self._pipeline.read,
+                lambda info: self._fetch(source, first + info.iteration),
+                self.split.images is None,
+                self.decoding,
+            ),
+            self.views,
+            range(len(self.views)),
+            color_jitter=self.color_jitter,
+            form=self.form,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            threads=self.threads or cpu_share(),
+            prefetch=self.prefetch,
+            device_id=None if self.device.type == "cpu" else torch.cuda.current_device(),
+        )
+        return _stacked(iterator, len(self.views))
+
+
+def _stacked(iterator: Any, views: int) -> Iterator[list[dict[str, Tensor]]]:
+    for (out,) in iterator:
+        tall = torch.cat([out[f"view{i}"] for i in range(views)], 1)
+        yield [{"view0": tall, "ids": out["ids"]}]
+
+
+def _kept(home: Path, first: int, end: int) -> Block | None:
+    """Images `first` to `end` from the parts that some processes wrote; None if one is missing."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    reached = first
+    for path in sorted(home.glob("*.safetensors")):
+        found = re.fullmatch(r"(\d+)-(\d+)\.safetensors", path.name)
+        if not found or not int(found[1]) <= reached < min(int(found[2]), end):
+            continue
+        try:
+            with safe_open(path, "pt") as file:
+                ids = file.get_tensor("ids")
+                low, high = torch.searchsorted(ids, torch.tensor([reached, end])).tolist()
+                parts.append((file.get_slice("features")[low:high], ids[low:high]))
+        except (OSError, SafetensorError) as error:
+            logger.warning("%s cannot be read, made anew: %s", path, error)
+            return None
+        reached = min(int(found[2]), end)
+    if reached < end or not parts:
+        return None
+    features, ids = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Block(features, torch.zeros_like(ids), ids)
+
+
+def _part(total: int, rank: int, size: int) -> slice:
+    """The contiguous part of `total` things that a rank takes."""
+    return slice(rank * total // size, (rank + 1) * total // size)
+
+
+def gather_rows(x: Tensor, comm: Comm, device: torch.device) -> Tensor:
+    """Rows `[m_r, ...]` of all processes, `[sum m_r, ...]` in rank order, on the CPU."""
+    if comm.world_size == 1:
+        return x
+    counts = comm.gather(torch.tensor([[len(x)]], device=device))[0].tolist()
+    padded = torch.zeros((1, max(counts), *x.shape[1:]), dtype=x.dtype, device=device)
+    padded[0, : len(x)] = x.to(device)
+    rows = comm.gather(padded)[0].view(comm.world_size, *padded.shape[1:]).cpu()
+    return torch.cat([rows[rank, :count] for rank, count in enumerate(counts)])

@@ -1,0 +1,271 @@
+"""Linear classifiers on frozen features: several learning rates in one pass, over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddp_ssl.comm import Comm
+from ddp_ssl.data import selection
+from ddp_ssl.data.augment import Decoding, PixelFormat
+from ddp_ssl.data.datasets import Split
+from ddp_ssl.data.loader import TrainLoader
+from ddp_ssl.data.order import hashed, permutation
+from ddp_ssl.evals.accuracy import Accuracy, Tally
+from ddp_ssl.evals.features import Block, Extractor, Ticker, crop_view, gather_rows
+from ddp_ssl.evals.settings import EvaluateConfig, Protocol, protocol_of
+from ddp_ssl.optim import learning_rate
+
+ROWS = 8192  # that are classified at a time
+
+# This process's features, labels and ids of a step, of which it may have none.
+Step = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """Accuracies of one seed, a value per learning rate in their order."""
+
+    seed: int
+    test: list[Accuracy]
+    held_out: list[float] | None
+    """Top-1 on the images held out, of classifiers that were trained without them."""
+    finite: list[bool]
+    """Whether the training went well; where it diverged the accuracy says nothing."""
+
+
+def evaluate_linear(
+    extractor: Extractor, train: Split, val: Split, classes: int
+) -> tuple[Protocol, list[LinearResult], int | None]:
+    """Train and test with every seed and rate: the protocol, a result per seed, and the index of
+    the rate that is best on held-out training images (None where none is chosen).
+
+    For all processes together.
+    """
+    settings, comm = extractor.settings, extractor.comm
+    protocol = protocol_of(settings.linear)
+    test = extractor.features(val, protocol.patches, f"{settings.data.name} test images")
+    choosing = len(protocol.lrs) > 1 and settings.linear.held_out > 0
+    held: selection.Mask = np.zeros(len(train), np.bool_)
+    if choosing:
+        held = selection.held_out(train.labels, settings.linear.held_out)
+    if settings.linear.augment:
+        protocol = replace(protocol, batch_size=fitting_batch(protocol, len(train), comm))
+        kept = train.subset(np.flatnonzero(held))
+        probe_block = extractor.features(kept, protocol.patches, "held-out") if choosing else None
+    else:
+        block = extractor.features(train, protocol.patches, f"{settings.data.name} training images")
+        probe_block = block.where(torch.from_numpy(held)[block.ids]) if choosing else None
+    results = []
+    for seed in settings.linear.seeds:
+        steps: CachedSteps | AugmentedSteps
+        if settings.linear.augment:
+            steps = AugmentedSteps(extractor, train, protocol, seed)
+        else:
+            steps = CachedSteps(block, protocol.batch_size, seed, comm, extractor.device)
+        mask = torch.from_numpy(held) if choosing else None
+        heads, finite = train_heads(steps, protocol, seed, extractor.width, classes, mask)
+        steps.close()
+        rates = len(protocol.lrs)
+        accuracies = [score(head, test, classes, comm, extractor.device) for head in heads[:rates]]
+        held_out = None
+        if probe_block is not None:
+            scores = [score(h, probe_block, classes, comm, extractor.device) for h in heads[rates:]]
+            held_out = [s.top1 if ok else 0.0 for s, ok in zip(scores, finite[rates:], strict=True)]
+        results.append(LinearResult(seed, accuracies, held_out, finite[:rates]))
+    return protocol, results, _chosen(results) if choosing else None
+
+
+def _chosen(results: Sequence[LinearResult]) -> int:
+    """The rate with the best mean accuracy on held-out images; the first of equals."""
+    means = np.mean([result.held_out or [] for result in results], axis=0)
+    return int(means.argmax())
+
+
+def fitting_batch(protocol: Protocol, images: int, comm: Comm) -> int:
+    """A batch that splits evenly over the processes and that there are images for."""
+    size = comm.world_size
+    batch = min(protocol.batch_size, images) // size * size
+    if batch == 0:
+        raise ValueError(f"{images} training images are too few for {size} processes")
+    return batch
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+class CachedSteps:
+    """Batches of features that lie ready, in one order at any number of processes."""
+
+    def __init__(
+        self, block: Block, batch_size: int, seed: int, comm: Comm, device: torch.device
+    ) -> None:
+        self.comm, self.device, self.seed, self.batch_size = comm, device, seed, batch_size
+        everyones = gather_rows(block.ids, comm, device)
+        if not len(everyones):
+            raise ValueError("data.root: no training image with a label can be read")
+        self.images = len(everyones)
+        self.first = int((everyones < block.ids[0]).sum()) if len(block) else 0
+        self.block = block
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+            if block.features.nbytes < free / 2:
+                self.block = Block(*(x.to(device) for x in vars(block).values()))
+        self.per_epoch = -(-self.images // batch_size)
+
+    def epoch(self, number: int) -> Iterator[Step]:
+        """All batches of an epoch; the last one may be smaller."""
+        order = torch.from_numpy(permutation(self.seed, number, self.images))
+        for rows in order.split(self.batch_size):  # type: ignore[no-untyped-call]
+            mine = rows[(rows >= self.first) & (rows < self.first + len(self.block))] - self.first
+            mine = mine.to(self.block.ids.device)
+            step = self.block.features[mine], self.block.labels[mine], self.block.ids[mine]
+            yield step[0].to(self.device), step[1].to(self.device), step[2].cpu()
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+class AugmentedSteps:
+    """Batches of random crops and flips, through the frozen backbone."""
+
+    def __init__(self, extractor: Extractor, train: Split, protocol: Protocol, seed: int) -> None:
+        self.extractor, self.device, self.comm = extractor, extractor.device, extractor.comm
+        self.loader = random_crops(
+            extractor.settings, train, protocol.batch_size, seed, self.comm, self.device
+        )
+        self.per_epoch = self.loader.steps_per_epoch
+
+    def epoch(self, number: int) -> Iterator[Step]:
+        """All batches of an epoch, but for what does not fill one."""
+        for _ in range(self.per_epoch):
+            batch = next(self.loader)
+            features = self.extractor.embed(batch.views[0])
+            yield features, batch.labels, batch.ids.cpu()
+
+    def close(self) -> None:
+        """Let go of the pipeline."""
+        self.loader.close()
+
+
+def random_crops(
+    settings: EvaluateConfig,
+    split: Split,
+    batch_size: int,
+    seed: int,
+    comm: Comm,
+    device: torch.device,
+) -> TrainLoader:
+    """Endless batches of `split`, each image cropped and flipped at random."""
+    data = settings.data
+    return TrainLoader(
+        split,
+        [crop_view(settings)],
+        global_batch=batch_size,
+        shard=comm.rank,
+        num_shards=comm.world_size,
+        seed=seed,
+        salt=comm.rank,
+        color_jitter=data.color_jitter,
+        form=PixelFormat(*data.normalisation),
+        threads=data.threads,
+        prefetch=data.prefetch,
+        device=device,
+        decoding=Decoding(data.hw_decoder_load, data.preallocate),
+        read_threads=data.read_threads,
+    )
+
+
+def train_heads(
+    steps: CachedSteps | AugmentedSteps,
+    protocol: Protocol,
+    seed: int,
+    width: int,
+    classes: int,
+    held: Tensor | None = None,
+) -> tuple[list[nn.Linear], list[bool]]:
+    """A classifier per learning rate, and whether each one's weights are finite.
+
+    The loss is the mean over the whole batch, whatever part of it is here. With `held`, a mask over
+    ids, as many classifiers again are trained on the images that are not held out. Each classifier
+    is what it would be alone.
+    """
+    comm, device = steps.comm, steps.device
+    rates = protocol.peaks * (1 if held is None else 2)
+    heads = [_head(width, classes, seed).to(device) for _ in rates]
+    parameters = [p for head in heads for p in head.parameters()]
+    optimizer = _optimizer(heads, rates, protocol)
+    ticker = Ticker(f"linear, seed {seed}, epochs", protocol.epochs, comm.rank == 0)
+    step, total = 0, protocol.epochs * steps.per_epoch
+    for epoch in range(protocol.epochs):
+        for features, labels, ids in steps.epoch(epoch):
+            if protocol.name == "sgd":
+                for group, peak in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = learning_rate(step, total, 0, peak, 0.0, 0.0)
+            uses = [torch.ones_like(labels, dtype=torch.bool)]
+            if held is not None:
+                uses.append(~held[ids].to(device))
+            counts = comm.sum(torch.stack([use.sum() for use in uses])).clamp(min=1)
+            losses = []
+            for i, head in enumerate(heads):
+                which = i // len(protocol.lrs)
+                each = F.cross_entropy(
+                    head(features),
+                    labels,
+                    reduction="none",
+                    label_smoothing=protocol.label_smoothing,
+                )
+                losses.append((each * uses[which]).sum() / counts[which])
+            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            _sum_gradients(parameters, comm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+        ticker.at(epoch + 1)
+    return heads, [all(bool(p.isfinite().all()) for p in head.parameters()) for head in heads]
+
+
+def _head(width: int, classes: int, seed: int) -> nn.Linear:
+    """Small normal weights, no bias at first: the same at every learning rate."""
+    head = nn.Linear(width, classes)
+    generator = torch.Generator().manual_seed(hashed(seed, "linear"))
+    nn.init.normal_(head.weight, std=0.01, generator=generator)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _optimizer(
+    heads: Sequence[nn.Linear], rates: Sequence[float], protocol: Protocol
+) -> torch.optim.Optimizer:
+    groups = [{"params": list(h.parameters()), "lr": r} for h, r in zip(heads, rates, strict=True)]
+    if protocol.name == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, weight_decay=protocol.weight_decay)
+    return torch.optim.Adam(groups, weight_decay=protocol.weight_decay)
+
+
+@torch.no_grad()
+def _sum_gradients(parameters: Sequence[nn.Parameter], comm: Comm) -> None:
+    """Each process's gradients are of its part of the batch: the sum is the batch's."""
+    if comm.world_size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = comm.sum(torch.cat([g.flatten() for g in gradients]))
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):  # type: ignore[no-untyped-call]
+        gradient.copy_(part.view_as(gradient))
+
+
+@torch.no_grad()
+def score(
+    head: nn.Module, block: Block, classes: int, comm: Comm, device: torch.device
+) -> Accuracy:
+    """Accuracies of a classifier on the images of all processes."""
+    tally = Tally(classes)
+    for start in range(0, len(block), ROWS):
+        part = slice(start, start + ROWS)
+        tally.add(head(block.features[part].to(device)), block.labels[part])
+    return tally.accuracy(comm, device)

@@ -1,0 +1,266 @@
+"""A pretrained backbone, from a run or from anybody's file; loading executes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ddp_ssl import checkpoint
+from ddp_ssl.comm import ONE_PROCESS, Comm
+from ddp_ssl.config import Config, Model, load_method
+from ddp_ssl.evals.probe import Learner
+from ddp_ssl.evals.settings import Backbone, Source, config_of_run, find_source
+from ddp_ssl.methods.base import Method
+from ddp_ssl.models import build_backbone
+
+State = Mapping[str, Tensor]
+
+# Of networks that follow another one: second choice where both fit.
+FOLLOWERS = re.compile(r"momentum|teacher|target|ema|encoder_k|key_encoder|_k\.", re.IGNORECASE)
+
+
+@dataclass
+class Pretrained:
+    """A backbone in eval mode on the CPU, `[n, 3, S, S] -> [n, width]`, and where it is from."""
+
+    backbone: nn.Module
+    width: int
+    config: Config | None
+    """The run's, if the weights are a run's."""
+    learner: Learner | None
+    """Method and online probe as in the checkpoint, if the file is a run's checkpoint."""
+    step: int | None
+    epoch: int | None
+    path: Path | None
+    description: str
+    """One line: what was loaded, from where, what was left."""
+
+    @property
+    def method(self) -> Method[Any] | None:
+        """The whole method, if the file is a run's checkpoint."""
+        return None if self.learner is None else self.learner.method
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the backbone's names and weights."""
+        content = hashlib.sha256()
+        for name, value in self.backbone.state_dict().items():
+            content.update(name.encode())
+            content.update(
+                value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            )
+        return content.hexdigest()
+
+
+def load_pretrained(
+    source: Source | str | Path,
+    model: Backbone | None = None,
+    sizes: Sequence[int] = (224,),
+    comm: Comm = ONE_PROCESS,
+    seed: int = 0,
+) -> Pretrained:
+    """The weights that `source` names (`settings.find_source`).
+
+    `model` describes the backbone of a file that belongs to no run. `sizes`: the image sizes that
+    it must take. `seed`: of a timm model's random weights. Raises `ValueError`, one line, for what
+    is not there, not safe to load, or not complete.
+    """
+    source = source if isinstance(source, Source) else find_source(str(source))
+    model = model or Backbone()
+    if source.timm is not None:
+        return _of_timm(source.timm, model, sizes, seed)
+    if source.home is None:
+        assert source.file is not None
+        settings = Model(
+            backbone=model.backbone or "", backbone_args=model.backbone_args, stem=model.stem
+        )
+        return _of_file(source.file, settings, sizes, model.prefix, None)
+    config = config_of_run(source.home)
+    path = source.file
+    if path is None:
+        good = checkpoint.newest_good(source.home)
+        if good is None:
+            raise ValueError(f"no good checkpoint in {source.home / 'checkpoints'}")
+        path = good.path
+    if path.parent.name != "checkpoints":  # exported weights beside the run's config
+        return _of_file(path, config.model, sizes, model.prefix, config)
+    return _of_checkpoint(path, config, comm)
+
+
+# --- a run's checkpoint --------------------------------------------------------------------------
+
+
+def _of_checkpoint(path: Path, config: Config, comm: Comm) -> Pretrained:
+    """Method, probe and backbone as they were."""
+    state = checkpoint.load(path)
+    weights = state.get("model")
+    if not isinstance(weights, dict) or "step" not in state:
+        raise ValueError(f"{path} is no checkpoint of ddp_ssl: it has no model and step")
+    probe = weights.get("probe.weight")
+    with _seeded(0):
+        method = cast(Method[Any], load_method(config.method.name)(config, comm))
+        method.finish()
+        learner = Learner(method, 0 if probe is None else len(probe))
+    try:
+        learner.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path} does not fit the run's config.yaml: {reason}") from None
+    learner.eval()
+    step, epoch = int(state["step"]), int(state["epoch"])
+    return Pretrained(
+        method.backbone, method.feature_width, config, learner, step, epoch, path,
+        f"{config.model.backbone} of {config.method.name}, step {step}, epoch {epoch} ({path})",
+    )  # fmt: skip
+
+
+# --- weights of other code -----------------------------------------------------------------------
+
+
+def _of_timm(name: str, model: Backbone, sizes: Sequence[int], seed: int) -> Pretrained:
+    """Random weights for a plain name, pretrained ones for a name with a tag."""
+    pretrained = "." in name
+    if pretrained and not timm.is_model_pretrained(name):
+        known = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")[:5])
+        raise ValueError(
+            f"timm:{name}: timm has no such weights; accepted: {known or 'a name of timm'}"
+        )
+    arguments = model.backbone_args | ({"pretrained": True} if pretrained else {})
+    settings = Model(backbone=name, backbone_args=arguments, stem=model.stem)
+    with _seeded(seed):
+        try:
+            backbone, width = build_backbone(settings, sizes)
+        except ValueError:
+            raise
+        except Exception as error:  # the hub's client raises its own, and requests', and more
+            reason = " ".join(str(error).split())[:160]
+            raise ValueError(f"timm:{name}: its weights cannot be fetched: {reason}") from None
+    what = "weights as timm gives them" if pretrained else f"random weights of seed {seed}"
+    return Pretrained(
+        backbone.eval(), width, None, None, None, None, None, f"timm's {name}, {what}"
+    )
+
+
+def _of_file(
+    path: Path, model: Model, sizes: Sequence[int], prefix: str | None, config: Config | None
+) -> Pretrained:
+    """The backbone from a state dict, whatever stands before its names."""
+    with _seeded(0):
+        backbone, width = build_backbone(model, sizes)
+    theirs = dict(_tensors(read_weights(path)))
+    if not theirs:
+        raise ValueError(f"{path} holds no tensors; a state dict would be accepted")
+    own = backbone.state_dict()
+    fits = _prefixes(own, theirs)
+    if prefix is None:
+        prefix = fits[0] if fits else ""
+    part = {n.removeprefix(prefix): v for n, v in theirs.items() if n.startswith(prefix)}
+    # Older files have no counters of batches, which eval mode does not use.
+    needed = [name for name in own if not name.endswith("num_batches_tracked")]
+    missing = [name for name in needed if name not in part]
+    misfits = [name for name in needed if name in part and part[name].shape != own[name].shape]
+    if missing or misfits:
+        raise ValueError(_incomplete(path, model, prefix, own, part, missing, misfits, needed))
+    used = {name: part[name] for name in own if name in part}
+    backbone.load_state_dict({**own, **used})
+    others = [f"{p}" for p in fits if p != prefix]
+    ignored = sorted(set(theirs) - {prefix + name for name in used})
+    lines = [f"{model.backbone} from {path}: {len(used)} tensors"]
+    lines += [f"under {prefix!r}"] if prefix else []
+    lines += [f"also complete: {', '.join(map(repr, others))} (model.prefix)"] if others else []
+    counters = len(own) - len(used)
+    lines += [f"missing: {counters} counters of batches"] if counters else ["none missing"]
+    shown = ", ".join(ignored[:3]) + (", ..." if len(ignored) > 3 else "")
+    lines += [f"ignored: {len(ignored)} others ({shown})"] if ignored else ["none ignored"]
+    return Pretrained(backbone.eval(), width, config, None, None, None, path, "; ".join(lines))
+
+
+def read_weights(path: Path) -> Any:
+    """What a `.safetensors` file or one of `torch.save` holds; `ValueError` of one line."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no checkpoint make the unpickler raise anything
+        text = str(error)
+        if forbidden := re.search(r"GLOBAL (\S+)", text):
+            raise ValueError(
+                f"{path} is not loaded: {forbidden[1]} in it could execute code; save its state "
+                "dict alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW) "
+                "where you trust the file"
+            ) from None
+        raise ValueError(
+            f"{path} is no file of weights: {' '.join(text.split())[:120] or type(error).__name__}"
+        ) from None
+
+
+def _tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors of nested dicts under dotted names: `state_dict.backbone.conv1.weight`."""
+    if isinstance(tree, Tensor):
+        yield prefix.removesuffix("."), tree
+    elif isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield from _tensors(value, f"{prefix}{name}.")
+
+
+def _prefixes(own: State, theirs: State) -> list[str]:
+    """The prefixes under which the most of the backbone is found, a follower's last."""
+    counts: dict[str, int] = {}
+    for name, value in theirs.items():
+        head, parts = "", name.split(".")
+        for i in range(len(parts)):
+            head = ".".join(parts[:i]) + ("." if i else "")
+            rest = ".".join(parts[i:])
+            if rest in own and own[rest].shape == value.shape:
+                counts[head] = counts.get(head, 0) + 1
+    most = max(counts.values(), default=0)
+    best = [prefix for prefix, count in counts.items() if count == most]
+    return sorted(best, key=lambda prefix: bool(FOLLOWERS.search(prefix)))
+
+
+def _incomplete(
+    path: Path, model: Model, prefix: str, own: State, part: State, missing: list[str],
+    misfits: list[str], needed: list[str],
+) -> str:  # fmt: skip
+    """Why these weights are not this backbone's, in one line."""
+    where = f" under {prefix!r}" if prefix else ""
+    problems = []
+    if misfits:
+        name = misfits[0]
+        problems.append(
+            f"{len(misfits)} of another shape, the first {name} {list(part[name].shape)}, not "
+            f"{list(own[name].shape)}"
+        )
+    if missing:
+        problems.append(f"{len(missing)} missing, the first {missing[0]}")
+    hint = ""
+    if misfits == ["conv1.weight"]:
+        hint = f"; model.stem={'standard' if model.stem == 'small' else 'small'} may be meant"
+    elif len(missing) == len(needed):
+        hint = f"; its names are such as {next(iter(part), 'none')}; timm's names are accepted"
+    return (
+        f"{path} holds no complete {model.backbone}{where}: of {len(needed)} tensors "
+        f"{' and '.join(problems)}{hint}"
+    )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The same random weights everywhere; the random numbers outside stay as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

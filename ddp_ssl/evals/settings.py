@@ -1,0 +1,344 @@
+"""What is evaluated and how: the schema of `ddp_ssl.evaluate`, and where its values come from.
+
+No torch here: what is wrong is said before torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from ddp_ssl.config import (
+    Config,
+    ConfigError,
+    Data,
+    Eval,
+    Measure,
+    Positive,
+    Section,
+    load,
+    load_as,
+)
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+COMMANDS = ("linear", "knn", "finetune", "dynamics")
+
+
+# --- the schema ----------------------------------------------------------------------------------
+
+
+class EvaluateRun(Section):
+    """Where the results go and what the evaluation runs on."""
+
+    dir: str | None = None
+    """The results go into `evaluate/` of this folder. Unset: the run's own, or
+    `runs/evaluate-SOURCE` for weights without a run."""
+    name: str | None = None
+    """Name of the result files. Unset: COMMAND-DATA-CHECKPOINT."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of a timm model's random weights, of the patches and of subsets."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto` takes the GPUs if there are any (NCCL), else the CPU (gloo)."""
+    threads: int = Field(0, ge=0)
+    """CPU threads per process for torch; 0 shares the machine's cores among its processes."""
+    timeout_s: float = Field(1800, gt=0)
+    """Seconds that a process waits for another one."""
+    cache_mb: float = Field(64, ge=0)
+    """Features larger than this, in MiB over all images of a split, are kept on disk and used again
+    by the next evaluation of the same weights and images; 0 keeps all."""
+
+
+class Backbone(Section):
+    """The encoder whose weights these are; a run knows its own."""
+
+    backbone: str | None = None
+    """Any timm model by name; needed for a file of weights that belongs to no run."""
+    backbone_args: dict[str, Any] = Field({})
+    """More arguments for `timm.create_model`."""
+    stem: Literal["standard", "small"] = "standard"
+    """`small`, for ResNets on small images: first convolution 3x3 with stride 1, no max-pool."""
+    prefix: str | None = None
+    """What stands before the backbone's names in the file, such as `teacher.backbone.`. Unset: the
+    prefix that fits best."""
+    channels_last: bool = True
+    """Memory format of weights and images."""
+
+
+class Linear(Section):
+    """A linear classifier on frozen features; unset values are the protocol's."""
+
+    protocol: Literal["sgd", "adam"] = "sgd"
+    """`sgd`: SGD with momentum and a cosine, one central crop; `adam`: Adam at a constant rate with
+    label smoothing, features averaged over 16 patches."""
+    lr: list[Positive] | None = Field(None, min_length=1)
+    """Learning rates, all tried in one pass. `sgd`: per 256 images (0.1, 0.3, 1, 3); `adam`: as
+    given (0.001)."""
+    epochs: int | None = Field(None, ge=1)
+    """Passes over the training images: 100 (`sgd`), 200 (`adam`)."""
+    batch_size: int | None = Field(None, ge=1)
+    """Images per step over all processes: 256 (`sgd`), 512 (`adam`)."""
+    weight_decay: float | None = Field(None, ge=0)
+    """L2 penalty: 0 (`sgd`), 1e-6 (`adam`)."""
+    label_smoothing: Fraction | None = None
+    """0 (`sgd`), 0.1 (`adam`)."""
+    patches: int | None = Field(None, ge=1)
+    """Views per image whose features are averaged, in training and testing: one central crop, the
+    others augmented as view 0 of `data.views`: 1 (`sgd`), 16 (`adam`)."""
+    augment: bool = False
+    """Train on random crops and flips (scale, ratio and flip of view 0 of `data.views`), which
+    pass through the frozen backbone in every epoch; nothing is cached of the training images."""
+    held_out: Fraction = 0.1
+    """Share of the training images on which the learning rate is chosen, where there are several;
+    0: none is chosen, all are reported."""
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
+    """The training of the classifier is repeated with each."""
+
+    @field_validator("lr", mode="before")
+    @classmethod
+    def _one_rate(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int | float | str) else value
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _one_seed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int) else value
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """`Linear` with every value filled in."""
+
+    name: str
+    lrs: tuple[float, ...]
+    """As given."""
+    epochs: int
+    batch_size: int
+    weight_decay: float
+    label_smoothing: float
+    patches: int
+
+    @property
+    def peaks(self) -> tuple[float, ...]:
+        """The rates of the first step: under SGD `lr * batch_size / 256`."""
+        scale = self.batch_size / 256 if self.name == "sgd" else 1.0
+        return tuple(lr * scale for lr in self.lrs)
+
+
+PROTOCOLS = {
+    "sgd": Protocol("sgd", (0.1, 0.3, 1.0, 3.0), 100, 256, 0.0, 0.0, 1),
+    "adam": Protocol("adam", (1e-3,), 200, 512, 1e-6, 0.1, 16),
+}
+
+
+def protocol_of(linear: Linear) -> Protocol:
+    """The protocol with what is set in its place."""
+    given = {
+        "lrs": None if linear.lr is None else tuple(linear.lr),
+        "epochs": linear.epochs,
+        "batch_size": linear.batch_size,
+        "weight_decay": linear.weight_decay,
+        "label_smoothing": linear.label_smoothing,
+        "patches": linear.patches,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(PROTOCOLS[linear.protocol], **given)  # type: ignore[arg-type]
+
+
+class Knn(Section):
+    """Weighted k-nearest-neighbour vote, the labelled training images as bank."""
+
+    k: list[Annotated[int, Field(ge=1)]] = Field([1, 5, 10, 20, 50, 100, 200], min_length=1)
+    """Numbers of neighbours, all in one pass."""
+    temperature: float = Field(0.07, gt=0)
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+    patches: int = Field(1, ge=1)
+    """Views per image whose features are averaged, as in `linear.patches`."""
+
+    @field_validator("k", mode="before")
+    @classmethod
+    def _one_k(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int) else value
+
+
+class Finetune(Section):
+    """The whole network trained on a share of the labels."""
+
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the labelled training images, of each class the same, one image at least. A smaller
+    share of one seed is part of a larger one."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """`sgd` with momentum 0.9, or `adamw`."""
+    lr: float = Field(0.1, gt=0)
+    """Learning rate of the classifier, per 256 images; warm-up, then a cosine to 0."""
+    backbone_lr: float = Field(0.1, ge=0)
+    """The backbone's learning rate as a multiple of the classifier's; 0 leaves its weights alone
+    (its batch norms still adapt)."""
+    epochs: int = Field(30, ge=1)
+    """Passes over these images."""
+    warmup_epochs: float = Field(1, ge=0)
+    """Epochs of linear warm-up."""
+    batch_size: int = Field(256, ge=1)
+    """Images per step over all processes; at most as many as there are."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Weight decay; under AdamW not on biases and norms."""
+    label_smoothing: Fraction = 0.0
+    """Share of the target that is spread over all classes."""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """Autocast of the network in training; testing is in float32."""
+    seeds: list[Seed] = Field([0], min_length=1)
+    """The training is repeated with each; a seed also chooses the images."""
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _one_seed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int) else value
+
+
+class EvaluateConfig(Section):
+    """A whole evaluation. For a run `data`, `model`, `eval` and `measure` are its own."""
+
+    run: EvaluateRun = EvaluateRun()
+    model: Backbone = Backbone()
+    data: Data = Data()
+    linear: Linear = Linear()
+    knn: Knn = Knn()
+    finetune: Finetune = Finetune()
+    eval: Eval = Eval()
+    measure: Measure = Measure()
+
+    @property
+    def image_size(self) -> int:
+        """Side of the crop that is evaluated."""
+        return self.data.val_size or max(group.size for group in self.data.views)
+
+
+# --- where the weights are -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights come from: a file, of a run or of its own, or a name of timm's."""
+
+    text: str
+    """As the user gave it."""
+    home: Path | None = None
+    """The run folder that the weights belong to."""
+    file: Path | None = None
+    """The file of weights; None for a run's newest good checkpoint and for timm's."""
+    timm: str | None = None
+    """A timm model's name, with a tag for pretrained weights."""
+
+    @property
+    def name(self) -> str:
+        """For a folder's or a file's name."""
+        stem = self.timm or (self.file or self.home or Path(self.text)).stem
+        return "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)
+
+
+def find_source(text: str) -> Source:
+    """What `RUN`, `RUN:best`, `RUN:last`, a file or `timm:NAME` means. Raises `ConfigError`."""
+    accepted = "a run folder, RUN:best, RUN:last, a file of weights or timm:NAME would be accepted"
+    if text.startswith("timm:"):
+        return Source(text, timm=text.removeprefix("timm:"))
+    place, _, which = text.rpartition(":")
+    if place and which in ("best", "last") and not Path(text).exists():
+        path = Path(place)
+    else:
+        path, which = Path(text), "last"
+    if path.is_dir():
+        if not (path / "config.yaml").is_file():
+            raise ConfigError(f"{path}: no run folder (config.yaml is not there); {accepted}")
+        if which == "last":
+            return Source(text, home=path)
+        best = path / "checkpoints" / "best.pt"
+        if not best.is_file():
+            raise ConfigError(
+                f"{text}: {best} does not exist; {place}:last, the newest checkpoint, or another "
+                "file in checkpoints/ would be accepted"
+            )
+        return Source(text, home=path, file=best)
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; {accepted}")
+    if path.suffix in (".yaml", ".yml"):
+        raise ConfigError(f"{path}: the weights come first, then the YAML; {accepted}")
+    folder = path.absolute().parent
+    for home in (folder, folder.parent if folder.name == "checkpoints" else folder):
+        if (home / "config.yaml").is_file():
+            return Source(text, home=home, file=path)
+    return Source(text, file=path)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+# Of a run's data, what says where one data set lies and means nothing for another.
+OF_ONE_DATA_SET = ("root", "files", "val_files", "skip", "stage", "val_resize")
+# What only pretraining uses; its counterpart here.
+OF_PRETRAINING = {
+    "data.batch_size": "linear.batch_size, finetune.batch_size and eval.batch_size are",
+    "data.fraction": "finetune.fraction is; the bank and the classifier take all labels",
+    "data.view_shards": "processes share the images here",
+    "data.reader": "images are read by their place",
+    "data.url": "images are read by their place; data.root is",
+    "data.dtype": "images are float32 here",
+}
+
+
+def load_settings(
+    source: Source, arguments: Sequence[str]
+) -> tuple[EvaluateConfig, Mapping[str, str]]:
+    """Resolve `[CONFIG.yaml] [key=value ...]` over what the run says; and the values' origins.
+
+    Raises `ConfigError`.
+    """
+    run = None if source.home is None else config_of_run(source.home)
+    plain, origins = load_as(EvaluateConfig, arguments)
+    for key, instead in OF_PRETRAINING.items():
+        if key in origins:
+            raise ConfigError(f"{key}: not used in an evaluation; {instead}")
+    if run is None:
+        if source.timm is None and plain.model.backbone is None:
+            raise ConfigError(
+                f"model.backbone: needed for {source.text}, which belongs to no run: the timm "
+                "model whose weights they are, such as model.backbone=resnet50"
+            )
+        if source.timm is not None and plain.model.backbone not in (None, source.timm):
+            raise ConfigError(
+                f"model.backbone: {source.text} names the model already; leave it out"
+            )
+        return plain, origins
+    for key in ("backbone", "backbone_args", "stem"):
+        if f"model.{key}" in origins:
+            raise ConfigError(f"model.{key}: {source.home} says what its model is; leave it out")
+    transfer = "data.name" in origins and plain.data.name != run.data.name
+    return load_as(
+        EvaluateConfig, arguments, [(f"{source.home}/config.yaml", _of_run(run, transfer))]
+    )
+
+
+def config_of_run(home: Path) -> Config:
+    """The run's own config. Raises `ConfigError`."""
+    return load([str(home / "config.yaml")]).config
+
+
+def _of_run(run: Config, transfer: bool) -> dict[str, Any]:
+    """What the run says of data, model and measurements, for the same or another data set.
+
+    The network goes on seeing pixels normalised as in pretraining.
+    """
+    tree = run.model_dump(mode="json", exclude_none=True)
+    data = tree["data"]
+    data |= dict(zip(("mean", "std"), map(list, run.data.normalisation), strict=True))
+    for key in ("reader", "url", "dtype"):
+        data.pop(key, None)
+    if transfer:
+        data = {key: value for key, value in data.items() if key not in OF_ONE_DATA_SET}
+    model = {
+        key: tree["model"][key] for key in ("backbone", "backbone_args", "stem", "channels_last")
+    }
+    return {"data": data, "model": model, "eval": tree["eval"], "measure": tree["measure"]}

@@ -1,0 +1,454 @@
+"""Export a run's backbone: `ddp-ssl export RUN --format timm|torchvision|safetensors|onnx`.
+
+The backbone alone, in a form that others load without this package, and a model card `README.md`
+that says what it is, how it was made, what was measured and how it is loaded. Every export is
+loaded again and its features compared with the checkpoint's. docs/export.md shows each form.
+
+Exit codes: 0 done, 1 the file would not give the checkpoint's features (nothing is written), 2 it
+cannot be made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import io
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+import torchvision
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ddp_ssl import checkpoint, models
+from ddp_ssl.config import Config, ConfigError, Model
+from ddp_ssl.data.loader import default_resize
+from ddp_ssl.evals.settings import config_of_run, find_source
+from ddp_ssl.models import architecture, build_backbone, loading_snippet
+
+Form = Literal["timm", "torchvision", "safetensors", "onnx"]
+Features = Callable[[Tensor], Tensor]
+
+FILES: dict[Form, str] = {
+    "timm": "backbone.pth",
+    "torchvision": "backbone.pth",
+    "safetensors": "backbone.safetensors",
+    "onnx": "backbone.onnx",
+}
+# Same names, same shapes and same computation as timm's.
+TORCHVISION = (
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
+    "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
+)  # fmt: skip
+# Of `model.backbone_args`, what changes training alone.
+ONLY_IN_TRAINING = {"zero_init_last", "drop_rate", "drop_path_rate", "drop_block_rate"}
+TOLERANCE = 1e-4  # relative; another order of summation is far below, a wrong weight far above
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run's backbone in eval mode as plain timm modules, and the checkpoint it is from."""
+
+    backbone: nn.Module
+    width: int
+    config: Config
+    state: dict[str, Any]
+    path: Path
+
+    @property
+    def size(self) -> int:
+        """Side of the images that the run evaluates on."""
+        data = self.config.data
+        return data.val_size or max(group.size for group in data.views)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The settings and the images that make the run what it is."""
+        return dict(self.state["identity"])
+
+    @property
+    def config_hash(self) -> str:
+        """SHA-256 of `identity`, so that two models of the same experiment can be told."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def load_trained(source: str) -> Trained:
+    """The backbone of a run folder's checkpoint; raises `ValueError`, one line."""
+    found = find_source(source)
+    accepted = "a run folder, RUN:best, RUN:last or a file in its checkpoints/ would be accepted"
+    if found.timm is not None or found.home is None:
+        raise ValueError(f"{source}: belongs to no run of ddp_ssl; {accepted}")
+    config = config_of_run(found.home)
+    path = found.file
+    if path is None:
+        good = checkpoint.newest_good(found.home)
+        if good is None:
+            raise ValueError(f"no good checkpoint in {found.home / 'checkpoints'}; {accepted}")
+        path = good.path
+    state = checkpoint.load(path)
+    if not {"model", "step", "identity"} <= state.keys():
+        raise ValueError(f"{path} is no checkpoint of a run; {accepted}")
+    sizes = [config.data.val_size or max(group.size for group in config.data.views)]
+    backbone, width = build_backbone(architecture(config.model), sizes)
+    prefix = "method.backbone."
+    weights = {
+        name.removeprefix(prefix): value
+        for name, value in state["model"].items()
+        if name.startswith(prefix)
+    }
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path} does not fit the run's config.yaml: {reason}") from None
+    return Trained(backbone.eval(), width, config, state, path)
+
+
+# --- the formats ---------------------------------------------------------------------------------
+
+
+def write_timm(trained: Trained, file: Path) -> Features:
+    """A state dict under timm's names, which loads strictly; read back into a fresh model."""
+    torch.save(models.export(trained.backbone), file)
+    return _fresh(trained.config.model, torch.load(file, weights_only=True))
+
+
+def write_safetensors(trained: Trained, file: Path) -> Features:
+    """The same as safetensors, with `about` as its metadata."""
+    weights = {name: value.contiguous() for name, value in models.export(trained.backbone).items()}
+    save_file(weights, file, metadata={"format": "pt", **about(trained)})
+    return _fresh(trained.config.model, load_file(file))
+
+
+def _fresh(config: Model, weights: dict[str, Tensor]) -> Features:
+    backbone, _ = build_backbone(architecture(config), [])
+    backbone.load_state_dict(weights)
+    return backbone.eval()
+
+
+def write_torchvision(trained: Trained, file: Path) -> Features:
+    """A state dict under torchvision's names, complete but for `fc`; refused where they differ."""
+    config = trained.config.model
+    name = config.backbone.partition(".")[0]
+    if name not in TORCHVISION:
+        raise ValueError(
+            f"--format torchvision: torchvision has no {config.backbone} that computes the same; "
+            f"it has {', '.join(TORCHVISION)}; timm, safetensors and onnx take any backbone"
+        )
+    changed = sorted(architecture(config).backbone_args.keys() - ONLY_IN_TRAINING)
+    if changed:
+        raise ValueError(
+            f"--format torchvision: the run's model.backbone_args change {name} ({changed[0]}: "
+            f"{config.backbone_args[changed[0]]}), torchvision's is the standard one; timm, "
+            "safetensors and onnx take any backbone"
+        )
+    torch.save(models.export(trained.backbone), file)
+    model = torchvision.models.get_model(name)
+    model.fc = nn.Identity()
+    if config.stem == "small":
+        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+    model.load_state_dict(torch.load(file, weights_only=True))
+    features: nn.Module = model.eval()
+    return features
+
+
+def write_onnx(trained: Trained, file: Path) -> Features:
+    """An ONNX graph `images` -> `features` of any batch size, at the run's image size."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            onnxruntime: Any = importlib.import_module(package)
+        except ImportError:
+            raise ValueError(
+                f"--format onnx: {package} is not installed; pip install 'ddp_ssl[onnx]'"
+            ) from None
+    images = torch.randn(2, 3, trained.size, trained.size)
+    # The exporter tells its progress on stdout and warns about itself.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                trained.backbone,
+                (images,),
+                input_names=["images"],
+                output_names=["features"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ValueError(
+                f"--format onnx: torch cannot export {trained.config.model.backbone}: {reason}"
+            ) from None
+    assert program is not None
+    program.model.metadata_props.update(about(trained))
+    size = sum(p.numel() * p.element_size() for p in trained.backbone.parameters())
+    program.save(file, external_data=size > 1_900_000_000)  # protobuf ends at 2 GiB
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+
+    def features(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
+
+    return features
+
+
+WRITERS: dict[Form, Callable[[Trained, Path], Features]] = {
+    "timm": write_timm,
+    "torchvision": write_torchvision,
+    "safetensors": write_safetensors,
+    "onnx": write_onnx,
+}
+
+
+class MismatchError(RuntimeError):
+    """What was written does not give the checkpoint's features."""
+
+
+@torch.no_grad()
+def difference(a: Features, b: Features, size: int) -> float:
+    """|a - b| / |b| of the features of five images of noise."""
+    images = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
+    ours, theirs = a(images).flatten(1), b(images).flatten(1)
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
+
+
+def equal(off: float) -> str:
+    """In words, how far features are off."""
+    return (
+        "the checkpoint's to the last bit" if off == 0 else f"within {off:.1e} of the checkpoint's"
+    )
+
+
+# --- the model card ------------------------------------------------------------------------------
+
+
+def about(trained: Trained) -> dict[str, str]:
+    """What a file says of itself: strings, for metadata."""
+    config, state = trained.config, trained.state
+    mean, std = config.data.normalisation
+    return {
+        "architecture": f"timm {config.model.backbone}",
+        "architecture_arguments": json.dumps(architecture(config.model).backbone_args),
+        "stem": config.model.stem,
+        "image_size": str(trained.size),
+        "mean": json.dumps(mean),
+        "std": json.dumps(std),
+        "method": config.method.name,
+        "data": config.data.name,
+        "epoch": str(state["epoch"]),
+        "step": str(state["step"]),
+        "config_hash": trained.config_hash,
+        "made_by": f"ddp_ssl {state.get('code', {}).get('ddp_ssl', '')}".strip(),
+    }
+
+
+FIGURES = {
+    "eval/knn_top1": "k-NN top-1",
+    "eval/probe_top1": "online linear probe, top-1",
+    "rep/effective_rank_r": "effective rank of the features",
+    "rep/effective_rank_z": "effective rank of the embeddings",
+    "rep/mutual_information": "I(R;Z), nats",
+    "rep/embedding_std": "standard deviation of the normalised embeddings",
+    "rep/alpha": "α",
+}
+
+
+def model_card(trained: Trained, form: Form, file: Path, off: float) -> str:
+    """The text of `README.md`."""
+    config, state, model = trained.config, trained.state, trained.config.model
+    arguments = ", ".join(f"{k}={v}" for k, v in architecture(model).backbone_args.items())
+    parameters = sum(p.numel() for p in trained.backbone.parameters())
+    stem = ", first convolution 3x3 with stride 1 and no max-pool" if model.stem == "small" else ""
+    images = {name: digest for name, digest in trained.identity.items() if " images" in name}
+    code = state.get("code", {})
+    rows = {
+        "architecture": f"timm `{model.backbone}`{f' ({arguments})' if arguments else ''}{stem}",
+        "output": f"{trained.width} features; {parameters / 1e6:.2f} M parameters",
+        "pretrained with": f"{config.method.name}, without labels",
+        "data": f"{config.data.name} ({', '.join(f'{k} {v}' for k, v in images.items())})",
+        "training": f"{state['epoch']} of {config.optim.epochs} epochs, {state['step']} steps of "
+        f"{config.data.batch_size} images x {config.num_views} views on {len(state['ranks'])} "
+        f"process{'es' if len(state['ranks']) != 1 else ''}",
+        "config hash": f"`{trained.config_hash[:16]}` (SHA-256 of the settings below)",
+        "checkpoint": f"{trained.path.name}, SHA-256 `{_sha256(trained.path)[:16]}`",
+        "code": ", ".join(f"{name} {version}" for name, version in code.items()),
+        "file": f"{file.name}, {file.stat().st_size / 1e6:.1f} MB, SHA-256 `{_sha256(file)[:16]}`",
+        "checked": f"read back, its features are {equal(off)} (images of noise, CPU)",
+    }
+    latest: dict[str, float] = state.get("latest", {})
+    measured = [(label, latest[name]) for name, label in FIGURES.items() if name in latest]
+    mean, std = config.data.normalisation
+    resize = config.data.val_resize or default_resize(trained.size)
+    lines = [
+        f"# {model.backbone}, {config.method.name} on {config.data.name}",
+        "",
+        *_table("", "", rows.items()),
+        "",
+        "## Measured",
+        "",
+        f"On the run's validation images, at or before step {state['step']}.",
+        "",
+        *(
+            _table("figure", "value", [(label, f"{value:.4g}") for label, value in measured])
+            if measured
+            else ["Nothing was measured: the run had no validation images."]
+        ),
+        "",
+        "k-NN and the probe use labels, the pretraining did not; the probe was trained alongside.",
+        "The figures to compare with others' are those of `python -m ddp_ssl.evaluate`.",
+        "",
+        "## Loading",
+        "",
+        "```python",
+        loading_snippet(model, file.name, form),
+        "```",
+        "",
+        f"Input: float32 `[n, 3, {trained.size}, {trained.size}]`, RGB, pixels in [0, 1], minus",
+        f"{_numbers(mean)}, divided by {_numbers(std)}.",
+        f"The run evaluates on images resized to {resize} pixels (shorter side), central crop.",
+        "",
+        "## How it was made",
+        "",
+        f"`{_command(trained.path)}`",
+        "",
+        "<details><summary>The settings that make the run what it is</summary>",
+        "",
+        "```yaml",
+        *_settings(trained.identity),
+        "```",
+        "",
+        "</details>",
+        "",
+        "## Licence",
+        "",
+        "Weights are made of their training images: who uses or passes them on is bound by the",
+        f"terms of the data set ({config.data.name}), whatever the licence of the code is.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(left: str, right: str, rows: Any) -> list[str]:
+    return [f"| {left} | {right} |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)]
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return f"({', '.join(f'{v:g}' for v in values)})"
+
+
+def _settings(identity: dict[str, str]) -> list[str]:
+    """`section.key: value` as YAML, a key a line; what is no setting is left out."""
+    lines: list[str] = []
+    for name, value in identity.items():
+        section, _, key = name.partition(".")
+        if not key:
+            continue
+        if f"{section}:" not in lines:
+            lines.append(f"{section}:")
+        if name == "data.views":  # most keys of a view are unset
+            views = [{k: v for k, v in g.items() if v is not None} for g in yaml.safe_load(value)]
+            value = yaml.safe_dump(views, default_flow_style=True, sort_keys=False).strip()
+        lines.append(f"  {key}: {value}")
+    return lines
+
+
+def _command(path: Path) -> str:
+    """The command that started the run, as its folder says."""
+    try:
+        home = path.parent.parent
+        command: str = json.loads((home / "environment.json").read_text())["command"]
+        return command
+    except (OSError, ValueError, KeyError):
+        return "ddp-ssl train, with the settings below"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it as a `ConfigError`."""
+        raise ConfigError(f"{message}; --help says what is accepted")
+
+
+def export(source: str, form: Form, out: Path | None) -> tuple[Path, float]:
+    """Write the files; returns the main one and how far its features are off, relatively.
+
+    Raises `ValueError` or `OSError` for what cannot be exported, `MismatchError` for a file that
+    does not give the checkpoint's features. Nothing of it is left then.
+    """
+    trained = load_trained(source)
+    # `RUN/checkpoints/x.pt` lies two below the run.
+    folder = out or trained.path.absolute().parent.parent / "export" / form
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--out: {folder} cannot be created: {error.strerror}; a folder is accepted"
+        ) from None
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as place:
+        file = Path(place) / FILES[form]
+        off = difference(WRITERS[form](trained, file), trained.backbone, trained.size)
+        if not off <= TOLERANCE:
+            raise MismatchError(
+                f"features read back from the {form} file are {off:.1e} off (relative), more than "
+                f"{TOLERANCE:g}: it would not be what the run trained"
+            )
+        (file.parent / "README.md").write_text(model_card(trained, form, file, off))
+        for made in list(file.parent.iterdir()):  # large ONNX graphs have their weights beside them
+            os.replace(made, folder / made.name)
+    return folder / file.name, off
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    parser = Parser(
+        prog="ddp-ssl export",
+        description="Export a run's backbone, with a model card, for use without ddp_ssl.",
+    )
+    parser.add_argument(
+        "source", metavar="RUN", help="a run folder, RUN:best, RUN:last or a checkpoint in it"
+    )
+    parser.add_argument(
+        "--format", choices=list(FILES), required=True, dest="form",
+        help="timm or torchvision: a state dict; safetensors; onnx: a graph for onnxruntime",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="folder; RUN/export/FORMAT if not given")
+    try:
+        options = parser.parse_args(arguments)
+        file, off = export(options.source, options.form, options.out)
+    except (OSError, ValueError, MismatchError) as error:
+        print(f"ddp_ssl: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, MismatchError) else 2
+    print(f"{file}, and README.md beside it; read back, its features are {equal(off)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""A run folder with one checkpoint, made without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ddp_ssl import checkpoint
+from ddp_ssl.config import Resolved, load
+from ddp_ssl.evals.probe import Learner
+from ddp_ssl.models import export
+from tests.helpers import TINY, method_of
+
+DATA = ("data.val_fraction=0.3", "eval.batch_size=16")
+
+
+def make_run(folder: Path, photos: Path, *overrides: str) -> Learner:
+    """A run on `photos` that ended at step 7; the newest checkpoint differs from the best."""
+    data = ("data.name=folder", f"data.root={photos}")
+    resolved: Resolved = load([*TINY, *data, *DATA, *overrides])
+    config = resolved.config
+    learner = Learner(method_of(config, dtype=torch.float32), 4)
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(resolved.to_yaml())
+    (folder / "metrics.jsonl").write_text('{"step": 7, "epoch": 1}\n')
+    for step in (5, 7):
+        torch.nn.init.constant_(learner.probe.bias, step)
+        torch.nn.init.constant_(learner.method.backbone.bn1.bias, step / 10)
+        path = checkpoint.save(
+            folder, {"model": learner.state_dict(), "step": step, "epoch": 1},
+            step=step, epoch=1, identity={}, world_size=1, keep=2,
+        )  # fmt: skip
+        if step == 5:
+            checkpoint.save_best(folder, path)
+    torch.save(export(learner.method.backbone), folder / "backbone.pt")
+    return learner.eval()

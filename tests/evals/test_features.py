@@ -1,0 +1,177 @@
+"""Features: patches averaged, kept on disk, the same at any number of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ddp_ssl.data.datasets import Split
+from ddp_ssl.distributed import World, comm_of
+from ddp_ssl.evals import features as module
+from ddp_ssl.evals.features import Block, Extractor, gather_rows
+from ddp_ssl.evals.settings import EvaluateConfig
+from tests.ranks import Ranks
+
+CPU = torch.device("cpu")
+SIZE = 16
+FLIPPED = {"scale": [1, 1], "ratio": [1, 1], "jitter_p": 0, "gray_p": 0, "blur_p": 0, "flip_p": 1}
+RANDOM = {"scale": [0.3, 1], "blur_p": 0, "solarize_p": 0}
+
+
+def split_of(count: int) -> Split:
+    rng = np.random.default_rng(0)
+    return Split.of_array(
+        rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8), np.arange(count) % 5
+    )
+
+
+def settings_of(view: dict[str, Any], cache_mb: float = 1000, seed: int = 0) -> EvaluateConfig:
+    return EvaluateConfig.model_validate(
+        {
+            "run": {"cache_mb": cache_mb, "seed": seed},
+            "data": {
+                "views": [{"size": SIZE, **view}], "mean": [0.5] * 3, "std": [0.25] * 3,
+                "threads": 1, "read_threads": 2,
+            },
+            "eval": {"batch_size": 7},
+        }
+    )  # fmt: skip
+
+
+class Network(nn.Module):
+    """Not linear, so that the mean of features is not the feature of a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(3 * SIZE * SIZE, 6, generator=g) / 30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1) @ self.weight).tanh()
+
+
+def extractor_of(settings: EvaluateConfig, world: World, **options: Any) -> Extractor:
+    return Extractor(Network(), 6, settings, comm_of(world), CPU, **options)
+
+
+ALONE = World(0, 1, 0, 1, CPU)
+
+
+def pixels(split: Split) -> Tensor:
+    assert split.images is not None
+    return (torch.from_numpy(split.images).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+
+
+def test_patches_are_averaged_as_by_hand() -> None:
+    """Whole images, so that a patch is the image or, here always, its mirror image."""
+    split, network = split_of(40), Network()
+    block = extractor_of(settings_of(FLIPPED), ALONE).features(split, patches=3)
+    x = pixels(split)
+    with torch.no_grad():
+        expected = (network(x) + 2 * network(x.flip(3))) / 3
+        clean = network(x)
+    assert torch.allclose(block.features, expected, atol=1e-4)
+    assert not torch.allclose(block.features, clean, atol=1e-2)
+    assert block.labels.tolist() == split.labels.tolist()
+    assert block.ids.tolist() == list(range(40))
+    one = extractor_of(settings_of(FLIPPED), ALONE).features(split, patches=1)
+    assert torch.allclose(one.features, clean, atol=1e-4)
+
+
+def test_patches_are_random_and_follow_the_seed() -> None:
+    split = split_of(9)
+    same, again, other = (
+        extractor_of(settings_of(RANDOM, seed=seed), ALONE).features(split, patches=2).features
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(same, again)
+    assert not torch.allclose(same, other, atol=1e-3)
+
+
+def extracted(world: World, patches: int, chunk: int) -> tuple[Block, Block]:
+    """This process's part, and everyone's."""
+    module.CHUNKS = (chunk, chunk)
+    block = extractor_of(settings_of(RANDOM), world).features(split_of(50), patches)
+    comm = comm_of(world)
+    return block, Block(*(gather_rows(x, comm, CPU) for x in vars(block).values()))
+
+
+@pytest.mark.parametrize("patches", [1, 3])
+def test_any_number_of_processes_gives_the_same(ranks: Ranks, patches: int) -> None:
+    """Three processes share seven chunks of eight images, the last of two; four share one."""
+    ((expected, _),) = ranks.run(extracted, 1, patches, 8)
+    parts = ranks.run(extracted, 3, patches, 8)
+    assert [len(part) for part, _ in parts] == [16, 16, 18]
+    for _, whole in parts:
+        assert torch.equal(whole.ids, expected.ids)
+        assert torch.equal(whole.labels, expected.labels)
+        assert torch.allclose(whole.features, expected.features, atol=1e-6)
+    assert [len(part) for part, _ in ranks.run(extracted, 4, 1, 64)] == [0, 0, 0, 50]
+
+
+def kept(world: World, folder: Path) -> tuple[Tensor, list[str]]:
+    """All features, and what was said."""
+    module.CHUNKS = (8, 8)
+    said: list[str] = []
+    extractor = extractor_of(
+        settings_of(RANDOM, cache_mb=0), world, digest="weights", cache=folder, tell=said.append
+    )
+    block = extractor.features(split_of(50), 2)
+    return gather_rows(block.features, comm_of(world), CPU), said
+
+
+def test_features_on_disk_serve_any_number_of_processes(ranks: Ranks, tmp_path: Path) -> None:
+    first = ranks.run(kept, 3, tmp_path)
+    assert all("taken from" not in said for _, (said,) in first)
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 3
+    for size in (1, 2, 3):
+        for features, (said,) in ranks.run(kept, size, tmp_path):
+            assert "taken from" in said
+            assert torch.equal(features, first[0][0])
+
+
+def test_features_on_disk_are_of_these_weights_images_and_patches(tmp_path: Path) -> None:
+    def make(split: Split, patches: int, digest: str, **settings: Any) -> str:
+        said: list[str] = []
+        extractor = extractor_of(
+            settings_of(RANDOM, cache_mb=0, **settings), ALONE,
+            digest=digest, cache=tmp_path, tell=said.append,
+        )  # fmt: skip
+        extractor.features(split, patches)
+        return said[0]
+
+    first = split_of(9), 2, "a"
+    assert "taken" not in make(*first)
+    for other in ((split_of(8), 2, "a"), (split_of(9), 3, "a"), (split_of(9), 2, "b")):
+        assert "taken" not in make(*other)
+    assert "taken" not in make(*first, seed=1)
+    assert "taken" in make(*first)
+    for path in tmp_path.glob("*/*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-30])
+    assert "taken" not in make(*first)  # damaged: made anew
+    assert "taken" in make(*first)
+
+
+def test_few_features_are_not_kept(tmp_path: Path) -> None:
+    settings = settings_of(RANDOM, cache_mb=1)
+    extractor_of(settings, ALONE, cache=tmp_path).features(split_of(9))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_image_that_cannot_be_read_is_left_out(photos: Path, tmp_path: Path) -> None:
+    files = sorted(photos.glob("class0/*.jpg"))[:4]
+    names = []
+    for i, file in enumerate(files):
+        (tmp_path / f"{i}.jpg").write_bytes(b"no image" if i == 2 else file.read_bytes())
+        names.append(f"{i}.jpg".encode())
+    split = Split.of_files(str(tmp_path), names, np.array([0, 1, 2, -1]))
+    for patches in (1, 2):
+        extractor = extractor_of(settings_of(RANDOM), ALONE)
+        block = extractor.features(split, patches)
+        assert block.ids.tolist() == [0, 1]  # image 3 has no label
+        assert list(extractor.bad.known) == [str(tmp_path / "2.jpg")]

@@ -1,0 +1,219 @@
+"""Features as files: right ones, in order, the same at any number of processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddp_ssl import embed
+from ddp_ssl.config import NORMALISATION, load
+from ddp_ssl.data import datasets
+from ddp_ssl.data.augment import PixelFormat
+from ddp_ssl.data.loader import EvalLoader
+from ddp_ssl.methods.base import Method
+from tests.ranks import Ranks
+from tests.test_export import run_folder
+
+QUIET = ("run.device=cpu", "run.threads=1")
+
+
+@pytest.fixture(scope="module")
+def run(
+    photos: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Method[Any], datasets.Dataset]:
+    """A run on the 48 photos, 14 of them for validation, and its data."""
+    overrides = [
+        "data.name=folder", f"data.root={photos}", "data.val_fraction=0.3",
+        "data.views=[{size: 24}]", "model.backbone_args={channels: [8, 8, 16, 16]}",
+        "eval.batch_size=4",
+    ]  # fmt: skip
+    place, method = run_folder(tmp_path_factory.mktemp("embed") / "run", *overrides)
+    return place, method, datasets.load(load([str(place / "config.yaml")]).config.data, 0)
+
+
+def launched(*arguments: str) -> int:
+    """Runs in a rank process."""
+    return embed.main(list(arguments))
+
+
+def images_of(split: Any) -> torch.Tensor:
+    """The photos as the evaluation sees them, all at once."""
+    (batch,) = EvalLoader(
+        split, np.arange(len(split)), batch_size=len(split), shard=0, num_shards=1,
+        val_resize=None, val_size=24, form=PixelFormat(*NORMALISATION["imagenet"]), threads=1,
+        prefetch=1, device=torch.device("cpu"),
+    )  # fmt: skip
+    return batch.views[0].clone()
+
+
+def test_the_features_are_the_methods(
+    run: tuple[Path, Method[Any], datasets.Dataset], tmp_path: Path
+) -> None:
+    place, method, data = run
+    out = tmp_path / "new" / "val.npz"
+    assert embed.main([str(place), "--embeddings", "--out", str(out), *QUIET]) == 0
+    assert [p.name for p in out.parent.iterdir()] == ["val.npz"]
+    file = np.load(out)
+    assert sorted(file) == ["about", "class_names", "ids", "labels", "r", "z"]
+    assert file["ids"].tolist() == list(range(14))
+    assert file["labels"].tolist() == data.val.labels.tolist()
+    assert file["class_names"].tolist() == ["class0", "class1", "class2", "class3"]
+    with torch.no_grad():
+        r, z = method.embed(images_of(data.val))
+    assert file["r"].dtype == np.float32
+    assert float(r.std(0).max()) > 0.1
+    np.testing.assert_allclose(file["r"], r, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(file["z"], z, rtol=1e-5, atol=1e-5)
+    about = json.loads(str(file["about"]))
+    assert (about["split"], about["images"], about["step"]) == ("val", 14, 33)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_processes_gives_the_same(
+    size: int,
+    run: tuple[Path, Method[Any], datasets.Dataset],
+    ranks: Ranks,
+    tmp_path: Path,
+) -> None:
+    """34 training images, so shares differ; the others write nothing."""
+    place, _, data = run
+    one, many = tmp_path / "one.npz", tmp_path / "many.npz"
+    arguments = [str(place), "--split", "train", *QUIET, "--out"]
+    assert embed.main([*arguments, str(one)]) == 0
+    assert ranks.launch(launched, size, *arguments, str(many)) == [0] * size
+    expected, found = np.load(one), np.load(many)
+    assert found["ids"].tolist() == list(range(34)) == expected["ids"].tolist()
+    assert (found["labels"] == data.train.labels).all()
+    np.testing.assert_allclose(found["r"], expected["r"], rtol=1e-5, atol=1e-6)
+    assert found["r"].std(0).max() > 0.1
+
+
+def test_rows_are_gathered_in_parts(
+    run: tuple[Path, Method[Any], datasets.Dataset],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place, _, _ = run
+    files = []
+    for chunk in (embed.CHUNK, 5):
+        monkeypatch.setattr(embed, "CHUNK", chunk)
+        files.append(tmp_path / f"{chunk}.npz")
+        assert embed.main([str(place), "--out", str(files[-1]), *QUIET]) == 0
+    a, b = (np.load(file) for file in files)
+    assert (a["r"] == b["r"]).all()
+    assert (a["ids"] == b["ids"]).all()
+
+
+def test_images_without_a_label_and_bad_ones(
+    run: tuple[Path, Method[Any], datasets.Dataset],
+    photos: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in sorted(photos.glob("*/*.jpg"))[:10]:
+        (flat / path.name).write_bytes(path.read_bytes())
+    bad = sorted(flat.iterdir())[3]
+    bad.write_bytes(b"no image")
+    out = tmp_path / "x.npz"
+    arguments = [str(run[0]), "--data", "folder", "--split", "train", "--out", str(out), *QUIET]
+    assert embed.main([*arguments, f"data.root={flat}", "data.val_fraction=0.01"]) == 0
+    file = np.load(out)
+    assert (file["labels"] == -1).all()
+    assert len(file["class_names"]) == 0
+    assert 8 <= len(file["ids"]) == len(file["r"]) <= 9
+    assert 3 not in file["ids"]
+
+
+def test_the_projector_shows_the_right_pictures(
+    run: tuple[Path, Method[Any], datasets.Dataset], tmp_path: Path
+) -> None:
+    place, _, data = run
+    out, folder = tmp_path / "x.npz", tmp_path / "projector"
+    arguments = [str(place), "--projector", str(folder), "--points", "6", "--out", str(out), *QUIET]
+    assert embed.main(arguments) == 0
+    config = (folder / "projector_config.pbtxt").read_text()
+    assert config.count("embeddings {") == 1
+    files = folder / "00000" / "r"
+    header, *lines = (files / "metadata.tsv").read_text().splitlines()
+    assert header == "class\tid"
+    ids = [int(line.split("\t")[1]) for line in lines]
+    assert len(ids) == 6
+    assert ids == sorted(ids)
+    assert [line.split("\t")[0] for line in lines] == [f"class{data.val.labels[i]}" for i in ids]
+    tensors = np.loadtxt(files / "tensors.tsv", delimiter="\t")
+    np.testing.assert_allclose(tensors, np.load(out)["r"][ids], rtol=1e-4, atol=1e-5)
+    sprite = np.asarray(Image.open(files / "sprite.png").convert("RGB")) / 255.0
+    assert sprite.shape == (96, 96, 3)  # three by three of 32 pixels
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    seen = images_of(data.val).permute(0, 2, 3, 1).numpy() * std + mean
+    for position, i in enumerate(ids):
+        row, column = divmod(position, 3)
+        cell = sprite[32 * row : 32 * row + 32, 32 * column : 32 * column + 32]
+        distances = [np.abs(cell.mean((0, 1)) - image.mean((0, 1))).sum() for image in seen]
+        assert int(np.argmin(distances)) == i
+    assert embed.main(arguments) == 2  # the folder is not empty now
+
+
+def test_weights_of_others(
+    run: tuple[Path, Method[Any], datasets.Dataset], photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "x.npz"
+    arguments = ["timm:resnet18", "--data", "folder", f"data.root={photos}", "--out", str(out)]
+    extra = ["data.views=[{size: 32}]", *QUIET]
+    assert embed.main([*arguments, *extra]) == 0
+    assert np.load(out)["r"].shape[1] == 512
+
+
+def test_what_cannot_be_done_is_one_line(
+    run: tuple[Path, Method[Any], datasets.Dataset],
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place = str(run[0])
+    text = tmp_path / "text.txt"
+    text.write_text("x")
+    ruined, taken = tmp_path / "ruined", tmp_path / "taken.npz"
+    ruined.mkdir()
+    taken.mkdir()
+    for i in range(4):
+        (ruined / f"{i}.jpg").write_bytes(b"no image")
+    out = ["--out", str(tmp_path / "x.npz"), *QUIET]
+    folder = ["--data", "folder", f"data.root={photos}"]
+    cases: list[tuple[list[str], str]] = [
+        ([place], "nowhere to write to: --out FILE.npz or --projector DIR is needed"),
+        ([place, "--out", "x.npy"], "--out: x.npy does not end in .npz"),
+        ([place, "--split", "test", *out], "argument --split: invalid choice: 'test'"),
+        ([place, "--points", "1", *out], "--points: 1 given; 2 to 65536 are accepted"),
+        ([place, "--projector", str(text)], f"--projector: {text} is not empty"),
+        ([place, "--projector", str(tmp_path)], f"--projector: {tmp_path} is not empty"),
+        ([place, "more", *out], "more: unknown word; what comes after SOURCE is key=value"),
+        ([place, *out, "optim.lr=1"], "optim"),
+        (["nowhere", *out], "nowhere does not exist"),
+        ([place, *out, "--data", "cifar"], "data.name: unknown data set 'cifar'; did you mean"),
+        ([place, "--out", str(taken), *QUIET], "taken.npz: Is a directory"),
+        (
+            [place, "--data", "folder", f"data.root={ruined}", "--split", "train", *out],
+            "data.name: none of the 3 train images can be read",
+        ),
+        ([place, "--out", f"{text}/x.npz", *QUIET], f"--out: {text} cannot be created"),
+        (
+            ["timm:resnet18", "--embeddings", *folder, *out, "data.views=[{size: 32}]"],
+            "--embeddings: these weights have no projection head",
+        ),
+    ]
+    for arguments, message in cases:
+        assert embed.main(arguments) == 2, arguments
+        err = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert len(err) == 1
+        assert err[0].startswith("ddp_ssl: error: ")
+        assert message in err[0]
+    assert not (tmp_path / "x.npz").exists()

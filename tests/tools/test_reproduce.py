@@ -1,0 +1,604 @@
+"""tools/reproduce.py: every config is valid, runs are kept and resumed, tables are right."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ddp_ssl import config, submit
+from ddp_ssl.config import Config, identity
+from tools import reproduce
+from tools.reproduction import (
+    adadim,
+    configs,
+    cost,
+    graph,
+    multiview,
+    orthogonalisation,
+    results,
+    runs,
+)
+from tools.reproduction.cells import CONFIGS, Cell, Table, _published
+
+TABLES = [t for t in reproduce.EVERYTHING.values() if isinstance(t, Table)]
+
+
+def table(name: str) -> Table:
+    found = reproduce.EVERYTHING[name]
+    assert isinstance(found, Table)
+    return found
+
+
+def cell(name: str, row: str, dataset: str, group: str | None = None) -> Cell:
+    (found,) = (
+        c
+        for c in table(name).cells(dataset)
+        if c.row == row and (group is None or c.group == group)
+    )
+    return found
+
+
+def full(name: str, row: str, dataset: str, group: str | None = None) -> Config:
+    return configs.resolve(cell(name, row, dataset, group), "full", 0).config
+
+
+# --- configs -----------------------------------------------------------------------------------
+
+
+def all_cells() -> Iterator[tuple[str, str, Cell]]:
+    for each in TABLES:
+        for dataset in each.datasets:
+            for made in each.cells(dataset):
+                yield each.name, dataset, made
+
+
+@pytest.mark.parametrize("paper", ["AdaDim", "multi-view"])
+def test_every_config_is_valid_and_its_name_is_of_one_run_alone(paper: str) -> None:
+    keys: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {}
+    found: dict[str, tuple[str, str]] = {}
+    for name, dataset, made in all_cells():
+        if table(name).paper != paper:
+            continue
+        place = dataset, made.run
+        if place in keys:
+            if keys[place] != (made.base, made.overrides):
+                whole = configs.resolve(made, "full", 3).config
+                assert found[repr(sorted(identity(whole).items()))] == place, name
+            continue
+        keys[place] = made.base, made.overrides
+        whole = configs.resolve(made, "full", 3).config
+        assert whole.data.name == dataset
+        assert whole.run.seed == 3
+        assert cost.gpu_hours(cost.outline(made)) == cost.gpu_hours(whole.model_dump())
+        same = found.setdefault(repr(sorted(identity(whole).items())), place)
+        # Two settings agree on MoCo v2+: its own augmentation is the standardised one.
+        assert same == place or "mocov2plus" in made.run, (same, place)
+    assert len(found) > 150 if paper == "AdaDim" else len(found) > 90
+
+
+@pytest.mark.parametrize("each", [t for t in TABLES if t.small], ids=lambda t: t.name)
+def test_small_scale_keeps_the_methods_keys(each: Table) -> None:
+    assert each.small is not None
+    for made in filter(each.small, each.cells(each.datasets[0])):
+        whole = configs.resolve(made, "full", 0).config
+        small = configs.resolve(made, "small", 0).config
+        assert small.data.name == "digits"
+        assert small.optim.epochs == max(whole.optim.epochs // 10, 40)
+        assert small.num_views == whole.num_views
+        ours, theirs = small.method.model_dump(), whole.method.model_dump()
+        if "alpha_every" in theirs:
+            assert theirs.pop("alpha_every") == 20
+            assert ours.pop("alpha_every") == 2
+        assert ours == theirs
+        narrower = 4 if each.paper == "AdaDim" else 1
+        assert small.model.projector == [w // narrower for w in whole.model.projector]
+
+
+def test_the_small_scale_has_the_rows_that_are_promised() -> None:
+    for name, rows in {
+        "table6": 10,
+        "projector": 12,  # 64, 256, 1024 for two losses, fixed and best
+        "views": 4,  # 2 and 4 views for two losses
+    }.items():
+        each = table(name)
+        assert each.small is not None
+        assert sum(map(each.small, each.cells(each.datasets[0]))) == rows
+
+
+@pytest.mark.parametrize(
+    ("folder", "dataset"),
+    [("tiny_imagenet", "tiny_imagenet"), ("cinic10", "cinic10"), ("stl10", "stl10"),
+     ("medmnist", "blood"), ("medmnist", "organs"), ("cifar", "cifar100")],
+)  # fmt: skip
+def test_adadim_on_a_data_set_is_the_recipe_in_its_folder(folder: str, dataset: str) -> None:
+    recipe = config.load([str(CONFIGS / folder / "adadim.yaml"), f"data.name={dataset}"]).config
+    assert identity(full("table15", "AdaDim", dataset)) == identity(recipe)
+
+
+def test_table_6_and_12_are_the_files_as_they_are() -> None:
+    for made in table("table6").cells("cifar100"):
+        of_file = config.load([str(CONFIGS / made.base)]).config
+        assert identity(configs.resolve(made, "full", 0).config) == identity(of_file)
+    for made in table("table12").cells("imagenet100"):
+        assert not made.overrides
+        whole = configs.resolve(made, "full", 0).config
+        assert (whole.model.backbone, whole.optim.epochs) == ("resnet18", 400)
+
+
+def test_the_standardised_setting_is_table_17s() -> None:
+    for made in (*table("table9").cells("cifar10"), *table("table19").cells("cifar10")):
+        whole = configs.resolve(made, "full", 0).config
+        assert whole.data.views[0].recipe == "weak"
+        assert whole.data.batch_size == 256
+        optim = whole.optim
+        assert (optim.name, optim.lr, optim.weight_decay) == ("lars", 0.4, 1e-4)
+        width = 128 if made.row.startswith("SimCLR") else 2048
+        assert whole.model.projector == [2048, 2048, width]
+        assert whole.method.model_dump()["temperature"] == 0.1
+    byol = full("table22", "BYOL", "cifar100")
+    assert (byol.model.projector, byol.optim.lr) == ([4096, 4096, 256], 1.0)
+    assert full("table22", "SimSiam", "cifar100").optim.name == "lars"
+    large = full("table9", "SimCLR", "inat21")
+    assert (large.data.views[0].size, large.model.stem) == (224, "standard")
+
+
+def test_multi_view_runs_are_table_4s() -> None:
+    wide = full("projector", "64", "cifar10", "barlow_twins fixed")
+    assert wide.method.model_dump()["off_diagonal"] == 0.0008  # the best of 8192
+    own = full("projector", "64", "cifar10", "barlow_twins optimal")
+    assert own.method.model_dump()["off_diagonal"] == 0.04
+    assert own.model.projector == [64, 64]
+    assert (own.optim.name, own.optim.lr, own.optim.weight_decay) == ("adam", 1e-3, 1e-6)
+    assert (own.optim.epochs, own.data.batch_size) == (100, 256)
+    widest = [cell("projector", "8192", "cifar10", f"vicreg {k}") for k in ("fixed", "optimal")]
+    assert widest[0].run == widest[1].run
+    assert multiview.coefficient("barlow_twins", "stl10", width=512) == pytest.approx(3 / 512, 1e-3)
+    few = full("samples", "8 views, 256, a quarter", "cifar10", "vicreg")
+    assert (few.num_views, few.data.fraction) == (8, 0.25)
+    assert few.method.model_dump()["invariance"] == 75
+    crops = full("swav", "2 x 64 px + 6 x 32 px", "stl10")
+    assert [(g.count, g.size) for g in crops.data.views] == [(2, 64), (6, 32)]
+    assert crops.data.views[0].hue == 0
+    assert full("longer", "8 views, 256", "cifar10").optim.epochs == 400
+
+
+def test_the_cost_is_what_the_constants_say() -> None:
+    made = full("table12", "SimCLR", "imagenet100").model_dump()
+    by_hand = 126_689 * 400 * 2 * 1.81e9 / (2470 * 4.09e9) / 3600
+    assert cost.gpu_hours(made) == pytest.approx(by_hand)
+    momentum = full("table12", "BYOL", "imagenet100").model_dump()
+    assert cost.gpu_hours(momentum) == pytest.approx(by_hand * 4 / 3)
+
+
+# --- published numbers -------------------------------------------------------------------------
+
+
+def test_every_published_number_stands_in_a_cell() -> None:
+    placed: dict[str, int] = {}
+    for each in TABLES:
+        for dataset in each.datasets:
+            for made in each.cells(dataset):
+                for measure in made.paper:
+                    suffix = {"minutes": "_minutes", "best_epoch": "_epoch"}.get(measure, "")
+                    name = each.name + suffix
+                    placed[name] = placed.get(name, 0) + 1
+    tree = dict(_published())
+    groups = {c.group for d in table("table3").datasets for c in table("table3").cells(d)}
+    assert set(tree.pop("table3")) == groups
+    assert placed == {name: sum(map(len, rows.values())) for name, rows in tree.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "dataset", "group", "measure", "expected"),
+    [
+        ("table6", "alpha and beta adaptive", "cifar100", None, "probe", (72.73, None)),
+        ("table9", "alpha 0.5", "inat21", None, "probe", (24.56, None)),
+        ("table12", "AdaDim", "imagenet100", None, "probe", (80.78, None)),
+        ("table15", "DeepCluster v2", "organc", None, "probe", (74.31, None)),
+        ("projector", "64", "cifar10", "vicreg fixed", "linear", (68.9, 0.2)),
+        ("views", "4 views, 256", "cifar10", "vicreg", "minutes", (39.02, 0.05)),
+        ("longer", "8 views, 256", "cifar10", None, "best_epoch", (140.0, None)),
+    ],
+)
+def test_published_numbers(
+    name: str,
+    row: str,
+    dataset: str,
+    group: str | None,
+    measure: str,
+    expected: tuple[float, float | None],
+) -> None:
+    assert cell(name, row, dataset, group).paper[measure] == expected
+
+
+# --- results of runs ---------------------------------------------------------------------------
+
+
+def pretend(
+    run: runs.Run, probes: list[float], state: str = "done", rank: float = 50, linear: float = 0
+) -> None:
+    """A run folder with an evaluation after every two steps of one second."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "status.json").write_text(json.dumps({"state": state}))
+    rows: list[dict[str, float]] = []
+    for epoch, probe in enumerate(probes, 1):
+        steps = 2 * epoch - 1, 2 * epoch
+        rows += [
+            {"step": steps[0], "epoch": epoch, "train/loss": 1.0},
+            {"step": steps[1], "epoch": epoch, "train/loss": 1.0, "perf/step_ms": 1000.0},
+            {"step": steps[1], "epoch": epoch, "eval/probe_top1": probe,
+             "rep/effective_rank_r": rank, "rep/mutual_information": 10 * probe},
+        ]  # fmt: skip
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (run.folder / "metrics.jsonl").write_text(text)
+    if linear:
+        run.evaluated.parent.mkdir(exist_ok=True)
+        found = {"chosen": 0, "rows": [{"top1_per_seed": [linear]}]}
+        run.evaluated.write_text(json.dumps(found))
+
+
+def test_a_table_has_means_deviations_differences_and_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    each = table("table6")
+    planned = runs.plan(each, "cifar100", "full", 3, tmp_path, [])
+    given = {"alpha 0": (0.7, 0.72, 0.74), "alpha 1": (0.6, 0.62, 0.61), "alpha 0.5": (0.73,) * 3}
+    for run in planned:
+        values = given.get(run.cell.row)
+        if values:
+            pretend(run, [0.5, values[run.seed]])
+    failed = next(run for run in planned if run.cell.row == "alpha linear")
+    pretend(failed, [0.5], state="failed")
+    assert reproduce.main(["table6", "--collect", "--seeds", "3", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    line = next(x for x in text.splitlines() if x.startswith("| alpha 0 "))
+    assert [part.strip() for part in line.split("|")[1:-1]] == [
+        "alpha 0", "3 of 3", "72.00 ± 2.00", "72.14", "−0.14",
+    ]  # fmt: skip
+    line = next(x for x in text.splitlines() if x.startswith("| alpha linear"))
+    assert "0 of 3; 1 failed; 2 not run" in line
+    assert "not run yet" in line
+    assert "Spearman ρ = 1.00 over 3 rows" in text
+    assert "Rows differ more than seeds do" in text
+
+    tree = json.loads((tmp_path / "full" / "table6-cifar100.json").read_text())
+    first = tree["rows"][0]["measures"]["probe"]
+    assert first["mean"] == pytest.approx(72)
+    assert first["sd"] == pytest.approx(statistics.stdev([70, 72, 74]))
+    assert first["difference"] == pytest.approx(-0.14)
+    assert tree["rows"][3]["measures"]["probe"]["mean"] is None
+
+
+def test_time_to_accuracy_is_training_until_the_first_rows_last_accuracy(tmp_path: Path) -> None:
+    each = table("views")
+    planned = runs.plan(each, "cifar10", "full", 1, tmp_path, ["barlow_twins"])
+    slow, fast, never, *_ = planned
+    pretend(slow, [0.5, 0.6, 0.7], linear=0.8)
+    pretend(fast, [0.6, 0.71, 0.7], linear=0.9)
+    pretend(never, [0.1, 0.2, 0.69])
+    rows = results.collect(each, planned)["barlow_twins"]
+    assert rows[0].of("minutes") == [pytest.approx(6 / 60)]
+    assert rows[1].of("minutes") == [pytest.approx(4 / 60)]
+    assert rows[1].of("best") == [pytest.approx(71)]
+    assert rows[1].of("best_epoch") == [2]
+    assert rows[2].of("minutes") == []
+    assert [row.of("linear") for row in rows[:3]] == [[80.0], [90.0], []]
+    assert rows[2].states() == "1 of 1; 1 to evaluate"
+    text = results.markdown(each, "cifar10", "full", {"barlow_twins": rows}, "")
+    assert "not reached" in next(
+        x for x in text.splitlines() if x.startswith(f"| {rows[2].cell.row}")
+    )
+
+
+def test_correlations_are_those_of_numpy(tmp_path: Path) -> None:
+    each = table("table3")
+    planned = runs.plan(each, "cifar100", "full", 1, tmp_path, ["VICReg, 100 epochs"])
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.rand(len(planned), generator=generator, dtype=torch.float64)
+    ranks = 50 + 100 * torch.rand(len(planned), generator=generator, dtype=torch.float64)
+    for run, probe, rank in zip(planned, probes.tolist(), ranks.tolist(), strict=True):
+        pretend(run, [0.1, probe], rank=rank)
+    rows = results.collect(each, planned)["VICReg, 100 epochs"]
+    expected = [
+        torch.corrcoef(torch.stack([probes, other]))[0, 1].abs().item()
+        for other in (ranks, 10 * probes, 10 * probes / ranks)
+    ]
+    assert results.correlations(rows) == pytest.approx(expected)
+    text = results.markdown(each, "cifar100", "full", {"VICReg, 100 epochs": rows}, "")
+    assert "0.772" in text  # the published one, beside ours
+
+
+def test_a_table_replaces_what_stands_between_its_marks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = tmp_path / "results.md"
+    command = ["table6", "--collect", "--out", str(tmp_path), "--into", str(document)]
+    assert reproduce.main(command) == 2
+    assert_one_line(capsys.readouterr().err, "<!-- table6-cifar100: begin -->")
+    document.write_text(
+        "a\n<!-- table6-cifar100: begin -->\nold\n<!-- table6-cifar100: end -->\nb\n"
+    )
+    assert reproduce.main(command) == 0
+    assert reproduce.main(command) == 0
+    text = document.read_text()
+    assert text.startswith("a\n<!-- table6-cifar100: begin -->\n### cifar100\n")
+    assert text.endswith("<!-- table6-cifar100: end -->\nb\n")
+    assert text.count("| alpha 0 ") == 1
+    assert "old" not in text
+
+
+# --- starting ----------------------------------------------------------------------------------
+
+SCRIPT = """
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir(parents=True, exist_ok=True)
+if "alpha_1" in str(folder):
+    sys.exit("error: the disk is on fire")
+(folder / "status.json").write_text(json.dumps({"state": "done"}))
+row = {"step": 1, "epoch": 1, "train/loss": 1.0, "perf/step_ms": 5.0, "eval/probe_top1": 0.5}
+with open(folder / "metrics.jsonl", "a") as file:
+    file.write(json.dumps(row) + "\\n")
+"""
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Runs that take no time; the folders of those that were started."""
+    started: list[Path] = []
+
+    def command(run: runs.Run, processes: int, extra: object = ()) -> list[str]:
+        started.append(run.folder)
+        return [sys.executable, "-c", SCRIPT, str(run.folder)]
+
+    monkeypatch.setattr(runs, "train_command", command)
+    return started
+
+
+def test_a_failed_run_is_named_the_others_go_on_and_what_ended_is_kept(
+    tmp_path: Path, quick: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["alpha 0", "alpha 1", "alpha 0.5"]
+    command = ["table6", "--scale", "small", "--seeds", "2", "--parallel", "2", "--out",
+               str(tmp_path), "--only", *rows]  # fmt: skip
+    assert reproduce.main(command) == 1
+    assert len(quick) == 6
+    text = capsys.readouterr()
+    assert text.err.count("failed: digits, alpha 1, seed ") == 2
+    assert "error: the disk is on fire" in text.err
+    assert "[6/6]" in text.out
+
+    quick.clear()
+    assert reproduce.main(command) == 1
+    assert {folder.parent.name for folder in quick} == {"tuned-adadim-alpha_1"}
+    assert len(quick) == 2
+
+
+def test_settings_that_changed_are_refused(
+    tmp_path: Path, quick: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["table6", "--scale", "small", "--out", str(tmp_path), "--only", "alpha 0"]
+    assert reproduce.main(command) == 0
+    assert reproduce.main([*command, "log.every_steps=3"]) == 0  # may differ
+    capsys.readouterr()
+    assert reproduce.main(["table6", "optim.epochs=3", *command[1:]]) == 2
+    assert_one_line(capsys.readouterr().err, "optim.epochs 40, which is 3 now")
+
+
+def test_a_real_run_is_trained_evaluated_collected_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["views", "optim.epochs=1", "eval.every=0", "measure.every=0", "--scale", "small",
+               "--seeds", "1", "--out", str(tmp_path), "--only", "2 views, 256"]  # fmt: skip
+    each = table("views")
+    planned = runs.plan(each, "cifar10", "small", 1, tmp_path, ["2 views, 256"])
+    pretend(planned[1], [0.5], linear=0.5)  # VICReg's
+    assert reproduce.main(command) == 0
+    text = capsys.readouterr().out
+    assert "2 runs, 1 ended or queued" in text
+    assert "[1/1] barlow_twins, 2 views, 256, seed 0: done in" in text
+    folder = planned[0].folder
+    assert planned[0].state() == "done"
+    assert identity(configs.read(folder / "config.yaml")) == identity(
+        configs.read(folder.with_name("seed-0.yaml"))
+    )
+    tree = json.loads((tmp_path / "small" / "views-digits.json").read_text())
+    measures = tree["rows"][0]["measures"]
+    assert 20 < measures["linear"]["mean"] < 100  # chance is 10
+    assert measures["linear"]["mean"] in [float(x) for x in measures["linear"]["values"]]
+    assert measures["probe"]["mean"] == pytest.approx(
+        100 * last_row(folder, "eval/probe_top1"), abs=1e-9
+    )
+
+    before = (folder / "metrics.jsonl").stat().st_mtime_ns
+    assert reproduce.main(command) == 0
+    assert "2 runs, 2 ended or queued" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def last_row(folder: Path, name: str) -> float:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return float([row[name] for row in rows if name in row][-1])
+
+
+def test_slurm_commands_are_arrays_that_submit_accepts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["table6", "--launcher", "slurm", "--seeds", "3", "--out", str(tmp_path),
+               "--submit", "--gpus-per-node 2 --partition gpu", "--root", str(tmp_path),
+               "--dry-run", "--only", "alpha 0", "alpha 1"]  # fmt: skip
+    assert reproduce.main(command) == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if "ddp_ssl.submit" in x]
+    assert len(lines) == 2
+    options = submit._parser().parse_intermixed_args(shlex.split(lines[0])[3:])
+    assert (options.gpus_per_node, options.partition) == (2, "gpu")
+    sweep = submit.sweep(options.arguments)
+    assert len(sweep) == 3
+    loaded = [config.load(each).config for each in sweep]
+    assert [c.run.seed for c in loaded] == [0, 1, 2]
+    assert {c.data.root for c in loaded} == {str(tmp_path)}
+    options.alone = False
+    # The folders of an array are links to those that are read here.
+    folders = submit.folders(sweep, "name", options)
+    assert [Path(f).name for f in folders] == ["seed=0", "seed=1", "seed=2"]
+
+
+def test_submitted_runs_are_linked_marked_and_not_submitted_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub = tmp_path / "bin"
+    stub.mkdir()
+    for name, text in {"squeue": 'echo "$3 gpu"', "sbatch": "echo 77"}.items():
+        (stub / name).write_text(f"#!/bin/sh\n{text}\n")
+        (stub / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(stub), prepend=":")
+    said = "print('job         41_0\\nrun folder  x\\njob         41_1\\n')"
+    real = runs.submit_commands
+
+    def fake(*arguments: Any) -> list[tuple[list[runs.Run], list[str]]]:
+        return [(group, [sys.executable, "-c", said]) for group, _ in real(*arguments)]
+
+    monkeypatch.setattr(runs, "submit_commands", fake)
+    command = ["table6", "--launcher", "slurm", "--seeds", "2", "--out", str(tmp_path),
+               "--root", str(tmp_path), "--only", "alpha 0"]  # fmt: skip
+    assert reproduce.main(command) == 0
+    place = tmp_path / "full" / "cifar100" / "tuned-adadim-alpha_0"
+    assert (place / "seed-1.job").read_text() == "41_1\n"
+    assert (place / "seed=1").resolve() == place / "seed-1"
+    assert "0 of 2; 2 queued" in capsys.readouterr().out
+    assert reproduce.main(command) == 0
+    assert "2 runs, 2 ended or queued" in capsys.readouterr().out
+
+
+def test_the_offline_probe_follows_and_transfer_names_the_other_data_set(tmp_path: Path) -> None:
+    (run, *_) = runs.plan(table("transfer"), "cifar10", "full", 1, tmp_path, [])
+    made = runs.evaluate_command(run, {"stl10": "/data/stl10"})
+    assert made[2:5] == ["ddp_ssl.evaluate", "linear", str(run.folder)]
+    assert {"linear.protocol=adam", "data.name=stl10", "data.root=/data/stl10"} < set(made)
+    pretend(run, [0.5])
+    assert run.state() == "to evaluate"
+    pretend(run, [0.5], linear=0.6)
+    assert run.state() == "done"
+    assert run.evaluated.name == "linear-adam-stl10.json"
+
+
+def test_runs_at_the_same_time_share_out_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
+    given = [runs._environment(slot, 2, 2) for slot in range(2)]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e, _ in given] == ["3,5", "6,7"]
+    assert all(not threads for _, threads in given)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert runs._environment(0, 2, 1)[1] == ["run.threads=1"]
+
+
+# --- what a user did wrong ---------------------------------------------------------------------
+
+
+def assert_one_line(text: str, part: str) -> None:
+    assert text.startswith("reproduce: error: ")
+    assert part in text
+    assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "--list names them"),
+        (["tabel6"], "tabel6: no such table or figure; did you mean table6?"),
+        (["x"], "x: no such table or figure; accepted: table3, table6, "),
+        (["table6", "--dataset", "stl10"], "table6 has no stl10; accepted: all, cifar100"),
+        (["table6", "--only", "gamma"], "'gamma' is no row of table6; accepted: alpha 0; "),
+        (["table12", "--scale", "small"], "table12 is made at full scale only"),
+        (["table6", "--only", "alpha 0"], "where cifar100 is: --root DIR or --root cifar100=DIR"),
+        (["table6", "--only", "alpha 0", "--root", "x"], "1 GPUs are needed and there are 0"),
+        (["table6", "optim.lrr=1", "--only", "alpha 0"], "did you mean optim.lr?"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    part: str,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert reproduce.main([*arguments, "--out", str(tmp_path)]) == 2
+    assert_one_line(capsys.readouterr().err, part)
+
+
+def test_the_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce.main(["--list"]) == 0
+    text = capsys.readouterr().out
+    for number in (3, 6, 9, 12, 15, 19, 22):
+        assert f"  table{number} " in text
+    for figure in ("1a", "1b", 2, 3, 5, 6, 7, 11, 12, 13, 14, 15, 17, 18):
+        assert f"  figure{figure} " in text
+    for name in ("projector", "views", "samples", "pareto", "transfer", "swav", "longer"):
+        assert f"  {name} " in text
+    assert "orthogonalisation" in text
+    assert "  graph " in text
+    assert "2,470 images/s" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+# --- the two examples of the theory ------------------------------------------------------------
+
+
+def test_weak_orthogonalisation_collapses_and_strong_spans() -> None:
+    matrix = orthogonalisation.gamma(4000)
+    none, strong = (orthogonalisation.train(matrix, 2, beta, 8, 1500) for beta in (0.0, 1.0))
+    rank = [orthogonalisation.effective_rank(path[-1], matrix) for path in (none, strong)]
+    assert rank[0].mean() < 1.2
+    assert rank[1].min() > 1.99
+    assert orthogonalisation.growth_gap(none, matrix) < 0.02
+    first, second = orthogonalisation.learned_at(strong, matrix)
+    assert first < second
+    # The rank is that of the outputs' covariance, by another route.
+    w = strong[-1, 0]
+    values = torch.linalg.eigvalsh(matrix)
+    covariance = w @ torch.diag(values.flip(0)) @ w.T
+    sigma = torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt()
+    p = sigma / sigma.sum()
+    assert rank[1][0].item() == pytest.approx(math.exp(-(p * p.log()).sum().item()), rel=1e-6)
+
+
+def test_the_graph_of_four_images() -> None:
+    p = graph.probabilities()
+    assert torch.equal(p.sum(0), torch.ones(4, dtype=p.dtype))
+    values = torch.linalg.eigvalsh(graph.adjacency(p)).flip(0)
+    closed = [value for value, _ in graph.closed_form()]
+    assert values.tolist() == pytest.approx(closed)
+    found = graph.measure(200)
+    told = graph.checks(found)
+    assert all(agrees for claim, _, agrees in told if "ever more" not in claim), told
+    # The share of equal counts by hand: two augmentations, each other, class, look or neither.
+    rest = 1 - graph.MU - graph.NU
+    by_hand = rest**2 + 2 * graph.MU * graph.NU
+    assert found.tie[1] == pytest.approx(by_hand, abs=0.06)
+
+
+@pytest.mark.parametrize("main", [graph.main], ids=["graph"])
+def test_an_example_writes_text_and_picture(
+    main: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--draws", "300"])
+    main()
+    assert (tmp_path / "graph.png").read_bytes().startswith(b"\x89PNG")
+    assert "agrees" in (tmp_path / "graph.md").read_text()
+
+
+def test_the_tables_of_published_numbers_are_plain_yaml() -> None:
+    path = Path(adadim.__file__).with_name("published.yaml")
+    tree = yaml.safe_load(path.read_text())
+    assert all(isinstance(row, str) for rows in tree.values() for row in rows)

@@ -1,0 +1,117 @@
+"""Whether the input keeps up: images/s from JPEG files over images/s with cached batches.
+
+    python tools/bench/input.py [--batch 16] [--images 256] [--segment 4] [--segments 6]
+        [CONFIG.yaml] [key=value ...]
+
+A real run of one process on JPEGs made here (500 x 375), whose loader hands out real batches for a
+segment of steps and cached ones for the next, in turn. By the wall clock, waiting included. On a
+CPU the decoding threads and the network share the cores, so that the best to be expected is
+compute / (compute + decoding); both parts are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddp_ssl import engine, log
+from ddp_ssl.config import load
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.signals import StopRequest
+from ddp_ssl.watchdog import Watchdog
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compare import device_line, spread
+from data import write_pictures
+
+
+class Alternating:
+    """Stands in for the run's loader: files and cached batches in turn; images/s of each."""
+
+    def __init__(self, job: engine.Job, segment: int) -> None:
+        self.loader, self.segment = job.loader, segment
+        self.device, self.images = job.world.device, job.config.data.batch_size
+        self.cached = [next(job.loader) for _ in range(2)]
+        self.rates: dict[str, list[float]] = {"files": [], "cached": []}
+        self._step, self._began = 0, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __next__(self) -> Batch:
+        turn, within = divmod(self._step, self.segment)
+        kind = "files" if turn % 2 == 0 else "cached"
+        if within == 0:
+            now = self._clock()
+            if turn > 2:  # the first turns warm up
+                last = "cached" if kind == "files" else "files"
+                rate = self.segment * self.images / (now - self._began)
+                self.rates[last].append(rate)
+            self._began = now
+        self._step += 1
+        return next(self.loader) if kind == "files" else self.cached[within % 2]
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def measure(arguments: list[str], segment: int) -> Alternating:
+    """The run, to its end."""
+    resolved = load(arguments)
+    world = engine.join(resolved.config)
+    log.setup_logging(None, world.rank)
+    watch = Watchdog(world, resolved.config.run)
+    job = engine.build(resolved, world, watch, [])
+    turns = Alternating(job, segment)
+    job.loader = turns  # type: ignore[assignment]
+    try:
+        engine.train(job, StopRequest())
+    finally:
+        job.recorder.close()
+        watch.close()
+    return turns
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--segment", type=int, default=4)
+    parser.add_argument("--segments", type=int, default=6)
+    options, arguments = parser.parse_known_args()
+    steps = options.segment * (2 * options.segments + 4)
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder) / "images"
+        images.mkdir()
+        write_pictures(images, options.images, 375, 500)
+        turns = measure(
+            [
+                "data.name=folder", f"data.root={images}", "model.backbone=resnet18",
+                "model.backbone_args={}", "data.views=[{count: 2, size: 224, recipe: asym}]",
+                f"data.batch_size={options.batch}", f"run.dir={folder}/run", "eval.every=0",
+                "measure.every=0", "eval.knn=false", "eval.raw_pixels=false",
+                "method.alpha_every=10000", f"log.every_steps={options.segment}",
+                f"optim.epochs={-(-steps * options.batch // (options.images * 9 // 10))}",
+                *arguments,
+            ],
+            options.segment,
+        )  # fmt: skip
+    files, cached = (turns.rates[kind] for kind in ("files", "cached"))
+    print(f"\n{device_line(turns.device)}; images/s, median (range) of {len(files)} segments")
+    print(f"from files: {spread(files)}; cached batches: {spread(cached)}")
+    print(f"ratio {statistics.median(files) / statistics.median(cached):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""What the trainer adds to a step: the run's own loop against a bare one on the same batches.
+
+    python tools/bench/step.py [--steps 220] [--segment 11] [CONFIG.yaml] [key=value ...]
+
+A real run of the embedded default (or of the config given) with one process, whose loader hands out
+cached batches. A step of the run is timed from the moment it has its batch to the moment it asks
+for the next one: learning rate, forward, loss, backward, gradient norm, optimiser, hooks, figures,
+flags, and at logging steps the progress line and the metrics file. Every `--segment` steps the run
+waits inside its loader while as many bare steps are timed: forward, loss, backward, optimiser, with
+a copy of the same network. What happens between epochs is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddp_ssl import engine, log, optim
+from ddp_ssl.config import load
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.signals import StopRequest
+from ddp_ssl.watchdog import Watchdog
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compare import device_line, spread
+
+
+class Turns:
+    """Stands in for the run's loader, and times both loops in turn."""
+
+    def __init__(self, job: engine.Job, segment: int, cached: int) -> None:
+        self.loader, self.segment = job.loader, segment
+        self.batches = [next(job.loader) for _ in range(cached)]
+        self.device = job.world.device
+        self.learner = copy.deepcopy(job.learner)
+        self.learner.train()
+        self.optimizer = optim.build(
+            job.config.optim, engine.parameter_groups(self.learner, job.config)
+        )
+        self.run: list[float] = []
+        self.bare: list[float] = []
+        self._step, self._began = 0, 0.0
+        self._now: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __next__(self) -> Batch:
+        if self._step % self.loader.steps_per_epoch:
+            self._now.append(self._clock() - self._began)
+        self._step += 1
+        if len(self._now) >= self.segment:
+            self.run.append(1e3 * statistics.fmean(self._now))
+            self.bare.append(1e3 * self._bare_steps())
+            self._now = []
+        batch = self.batches[self._step % len(self.batches)]
+        self._began = self._clock()
+        return batch
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    def _bare_steps(self) -> float:
+        began = self._clock()
+        for index in range(self.segment):
+            batch = self.batches[index % len(self.batches)]
+            total, _ = self.learner(batch)
+            total.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return (self._clock() - began) / self.segment
+
+
+def measure(arguments: list[str], steps: int, segment: int) -> Turns:
+    """The run, to its end."""
+    resolved = load(arguments)
+    world = engine.join(resolved.config)
+    log.setup_logging(None, world.rank)
+    watch = Watchdog(world, resolved.config.run)
+    job = engine.build(resolved, world, watch, [])
+    turns = Turns(job, segment, cached=4)
+    job.loader = turns  # type: ignore[assignment]
+    try:
+        engine.train(job, StopRequest())
+    finally:
+        job.recorder.close()
+        watch.close()
+    return turns
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=220)
+    parser.add_argument("--segment", type=int, default=11)
+    options, arguments = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = [
+            f"run.dir={folder}/run", "eval.every=0", "measure.every=0", "eval.knn=false",
+            "eval.raw_pixels=false", "run.threads=1", "optim.epochs=1000",
+            f"run.max_hours={8}",
+        ]  # fmt: skip
+        epochs = -(-options.steps * 11 // 10 // 10)
+        fixed[6] = f"optim.epochs={epochs}"
+        turns = measure([*arguments, *fixed], options.steps, options.segment)
+    unit = "ms" if turns.device.type == "cuda" else "CPU-ms"
+    print(f"\n{device_line(turns.device)}; {len(turns.run)} segments of {options.segment} steps")
+    print(f"a step of the run: {spread(turns.run, 2)} {unit}")
+    print(f"a bare step:       {spread(turns.bare, 2)} {unit}")
+    shares = [100 * (a / b - 1) for a, b in zip(turns.run, turns.bare, strict=True)]
+    whole = 100 * (sum(turns.run) / sum(turns.bare) - 1)
+    print(f"the trainer adds {whole:.2f} % ({spread(shares, 2)} % by segment)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Draw accuracy over effective rank and I(R;Z) of a set of models, and their correlations.
+
+    python tools/plot_balance.py RUN [RUN ...] [--out balance.png] [--accuracy eval/probe_top1]
+    python tools/plot_balance.py MODELS.csv [--out balance.png] [--together]
+
+A model is a run folder (its last measurement: effective rank of R, I(R;Z), and an accuracy) or a
+line of a CSV with the columns method, effective_rank, mutual_information, accuracy (in percent).
+Prints |Pearson r| of the accuracy with the effective rank, with I(R;Z) and with their ratio, per
+method, as in AdaDim's Table 3; `--together` takes all models as one group. Writes a PNG and an SVG.
+
+Exit code 2 for what cannot be read, or without matplotlib (the extra `plots`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddp_ssl.config import read_yaml
+from ddp_ssl.log import read_metrics
+
+COLUMNS = ("method", "effective_rank", "mutual_information", "accuracy")
+ENOUGH = 3  # models; any two lie on a line
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model: effective rank of R, I(R;Z) in nats, accuracy in percent."""
+
+    method: str
+    effective_rank: float
+    mutual_information: float
+    accuracy: float
+
+
+def of_csv(path: Path) -> list[Model]:
+    """The models in a CSV file; raises `ValueError` with the line of what is wrong."""
+    with open(path, newline="") as file:
+        rows = csv.DictReader(file)
+        lacking = [name for name in COLUMNS if name not in (rows.fieldnames or [])]
+        if lacking:
+            raise ValueError(f"{path}: no column {lacking[0]}; needed are {', '.join(COLUMNS)}")
+        models = []
+        for number, row in enumerate(rows, 2):
+            try:
+                values = [float(row[name]) for name in COLUMNS[1:]]
+            except (TypeError, ValueError):
+                values = [math.nan]
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"{path}, line {number}: expected three numbers after the method")
+            models.append(Model(row["method"], *values))
+    return models
+
+
+def of_run(folder: Path, accuracy: str) -> Model:
+    """A run's last figures; raises `ValueError` naming what it has not measured."""
+    wanted = ("rep/effective_rank_r", "rep/mutual_information", accuracy)
+    last: dict[str, float] = {}
+    for row in read_metrics(folder / "metrics.jsonl"):
+        last.update({name: row[name] for name in wanted if name in row})
+    lacking = [name for name in wanted if not math.isfinite(last.get(name, math.nan))]
+    if lacking:
+        raise ValueError(f"{folder}: {lacking[0]} is not in its metrics.jsonl")
+    method = str(read_yaml(folder / "config.yaml")["method"]["name"])
+    return Model(method, last[wanted[0]], last[wanted[1]], 100 * last[wanted[2]])
+
+
+def groups_of(models: Sequence[Model], together: bool) -> dict[str, list[Model]]:
+    """The models by method, in order of appearance, or all as one."""
+    groups: dict[str, list[Model]] = {}
+    for model in models:
+        groups.setdefault("all" if together else model.method, []).append(model)
+    return groups
+
+
+def correlations(models: Sequence[Model]) -> tuple[float, float, float]:
+    """|Pearson r| of the accuracy with effective rank, I(R;Z) and I(R;Z) / effective rank.
+
+    NaN with fewer than three models or where either of the two does not vary.
+    """
+    ranks = np.array([model.effective_rank for model in models])
+    informations = np.array([model.mutual_information for model in models])
+    accuracies = np.array([model.accuracy for model in models])
+    if len(models) < ENOUGH:
+        return (math.nan,) * 3
+
+    def pearson(values: Any) -> float:
+        x, y = values - values.mean(), accuracies - accuracies.mean()
+        scale = math.sqrt(float(x @ x) * float(y @ y))
+        return abs(float(x @ y)) / scale if scale > 0 else math.nan
+
+    with np.errstate(divide="ignore", invalid="ignore"):  # a collapsed model has rank 0
+        return pearson(ranks), pearson(informations), pearson(informations / ranks)
+
+
+def table(groups: dict[str, list[Model]]) -> str:
+    """Markdown: a line per group."""
+    lines = [
+        "| models | number | accuracy, % | \\|r\\| ER | \\|r\\| I(R;Z) | \\|r\\| I(R;Z)/ER |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for name, models in groups.items():
+        accuracies = [model.accuracy for model in models]
+        cells = [f"{value:.3f}" if math.isfinite(value) else "–" for value in correlations(models)]
+        spread = f"{min(accuracies):.1f}–{max(accuracies):.1f}"
+        lines.append(f"| {name} | {len(models)} | {spread} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(groups: dict[str, list[Model]]) -> Any:
+    """A matplotlib figure: a panel per group, or one with labels if no group is large enough."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labelled = max(map(len, groups.values())) < ENOUGH
+    panels = {"": [m for part in groups.values() for m in part]} if labelled else groups
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(
+        rows,
+        columns,
+        figsize=(4.6 * columns + 0.6, 3.9 * rows),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis, (name, models) in zip(axes.flat, panels.items(), strict=False):
+        ranks = [model.effective_rank for model in models]
+        informations = [model.mutual_information for model in models]
+        points = axis.scatter(
+            ranks, informations, c=[model.accuracy for model in models], cmap="viridis", s=60,
+            edgecolors="black", linewidths=0.4,
+        )  # fmt: skip
+        figure.colorbar(points, ax=axis, label="accuracy, %")
+        if labelled:
+            for model in models:
+                axis.annotate(
+                    f"{model.method}\n{model.accuracy:.1f}",
+                    (model.effective_rank, model.mutual_information),
+                    xytext=(8, 0), textcoords="offset points", va="center", fontsize=9,
+                )  # fmt: skip
+            axis.margins(0.35, 0.25)
+        else:
+            rank, information, ratio = correlations(models)
+            axis.set_title(
+                f"{name}: |r| {rank:.2f} ER, {information:.2f} I, {ratio:.2f} I/ER", fontsize=10
+            )
+        axis.locator_params(axis="x", nbins=5)
+        axis.set_xlabel("effective rank of R")
+        axis.set_ylabel("I(R;Z), nats")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def save(figure: Any, path: Path) -> list[Path]:
+    """The picture as PNG and as SVG, whatever the suffix of `path`; the files written."""
+    import matplotlib
+
+    # The same bytes for the same models: no date, no random ids.
+    matplotlib.rcParams.update({"svg.hashsalt": "ddp_ssl", "svg.fonttype": "none"})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
+    figure.savefig(png, dpi=110)
+    figure.savefig(svg, metadata={"Date": None})
+    return [png, svg]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """From the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("models", nargs="+", type=Path, metavar="RUN|CSV")
+    parser.add_argument(
+        "--out", type=Path, default=Path("balance.png"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--accuracy", default="eval/probe_top1", metavar="NAME",
+        help="the runs' figure to take, such as eval/knn_top1 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--together", action="store_true", help="all models as one group")
+    options = parser.parse_args(arguments)
+    try:
+        models: list[Model] = []
+        for source in options.models:
+            found = of_csv(source) if source.is_file() else [of_run(source, options.accuracy)]
+            models += found
+        if not models:
+            raise ValueError(f"{options.models[0]}: no models in it")
+        groups = groups_of(models, options.together)
+        print(table(groups))
+        written = save(draw(groups), options.out)
+    except ModuleNotFoundError as error:
+        print(
+            f"plot_balance: {error.name} is needed: pip install 'ddp_ssl[plots]'", file=sys.stderr
+        )
+        return 2
+    except OSError as error:
+        print(f"plot_balance: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"plot_balance: error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(map(str, written)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

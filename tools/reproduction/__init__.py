@@ -1,0 +1,1 @@
+"""The tables and figures of AdaDim and of the multi-view paper: their runs and results."""

@@ -1,0 +1,93 @@
+"""What a table is: cells, each made of one run per seed, beside what was published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+
+Number = tuple[float, float | None]  # mean, sd where there is one
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of one group; cells of several tables that mean the same run have the same `run`."""
+
+    group: str
+    row: str
+    run: str
+    base: str
+    """YAML below `configs/`."""
+    overrides: tuple[str, ...] = ()
+    paper: dict[str, Number] = field(default_factory=dict)
+    """Published figures by measure."""
+    evaluate: tuple[str, ...] = ()
+    """Further keys of the offline evaluation, such as another data set's."""
+
+    @property
+    def arguments(self) -> list[str]:
+        """As for `ddp_ssl.config.load`."""
+        return [str(CONFIGS / self.base), *self.overrides]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table or figure of a paper, and how it is made again."""
+
+    name: str
+    paper: str
+    what: str
+    datasets: tuple[str, ...]
+    """Those it can be made for; the first is the paper's main one."""
+    cells: Callable[[str], list[Cell]]
+    measures: tuple[str, ...] = ("probe",)
+    notes: str = ""
+    seeds: int = 1
+    """How many the paper took."""
+    small: Callable[[Cell], bool] | None = None
+    """Which cells are made with `--scale small`; None: not at that scale."""
+    picture: str | None = None
+    """`dynamics` or `balance`, from the runs."""
+    correlate: bool = False
+    """Also print |Pearson r| of accuracy with rank, information and their ratio, per group."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A figure that needs no training: a command."""
+
+    name: str
+    paper: str
+    what: str
+    command: tuple[str, ...]
+    """Arguments of Python; `{out}` is the output folder."""
+    cost: str
+
+
+@cache
+def _published() -> dict[str, Any]:
+    text = (Path(__file__).parent / "published.yaml").read_text()
+    tree: dict[str, Any] = yaml.safe_load(text)
+    return tree
+
+
+def published(table: str, row: str, column: str, measure: str = "probe") -> dict[str, Number]:
+    """`{measure: (mean, sd)}` of one published figure, or nothing."""
+    value = _published().get(table, {}).get(row, {}).get(column)
+    if value is None:
+        return {}
+    mean, sd = value if isinstance(value, list) else (value, None)
+    return {measure: (float(mean), sd)}
+
+
+def published_correlations(row: str, column: str) -> list[float] | None:
+    """|r| of accuracy with effective rank, information and their ratio (Table 3)."""
+    value: list[float] | None = _published()["table3"].get(row, {}).get(column)
+    return value

@@ -1,0 +1,249 @@
+"""The multi-view paper's tables and figures (Ghosh et al. 2024).
+
+Adam at 1e-3, 100 epochs, Barlow Twins or VICReg against the mean of all views, a linear probe over
+16 patches. Coefficients are those of the authors' final scripts where there is one for a width or
+number of views, else 3 / width, the law they fit.
+"""
+
+from __future__ import annotations
+
+from .cells import Cell, Number, Simulation, Table, published
+
+LOSSES = ("barlow_twins", "vicreg")
+# Side of the crops and of small ones.
+SETS = {"cifar10": (32, 16), "stl10": (64, 32), "imagenet100": (128, 64)}
+
+# Best weight of the off-diagonal correlations by width (CIFAR-10 and ImageNet-100, two views).
+BARLOW = {
+    "cifar10": {64: 0.04, 128: 0.04, 256: 0.02, 512: 0.01, 1024: 0.002, 2048: 0.001,
+                4096: 0.0004, 8192: 0.0008},
+    "imagenet100": {128: 0.07, 256: 0.02, 512: 0.02, 1024: 0.005, 2048: 0.007, 4096: 0.004,
+                    8192: 0.001},
+}  # fmt: skip
+# Best weight of invariance and variance, the covariance's being 1 (CIFAR-10).
+VICREG = {64: 20, 128: 20, 256: 25, 512: 25, 1024: 25, 2048: 75, 4096: 200, 8192: 800}
+# With more views or fewer images, at 256 dimensions unless (views, 8192).
+BARLOW_VIEWS = {(4, 256): 0.01, (8, 256): 0.01, (4, 8192): 0.0004, (8, 8192): 0.0004}
+BARLOW_FRACTION = {0.5: 0.01, 0.25: 0.006}
+VICREG_VIEWS = {(4, 256): 25, (8, 256): 75}
+VICREG_FRACTION = {(4, 0.5): 5, (8, 0.25): 75}
+
+
+def _law(width: int) -> float:
+    """The weight the authors start from: 3 / width."""
+    return round(3 / width, 6)
+
+
+def coefficient(
+    loss: str, dataset: str, views: int = 2, width: int = 256, fraction: float = 1
+) -> float:
+    """The published best: off-diagonal weight of Barlow Twins, invariance weight of VICReg."""
+    if loss == "barlow_twins":
+        known = BARLOW.get(dataset, {})
+        if fraction in BARLOW_FRACTION and width == 256:
+            return BARLOW_FRACTION[fraction]
+        return BARLOW_VIEWS.get((views, width), known.get(width, _law(width)))
+    if (views, fraction) in VICREG_FRACTION:
+        return VICREG_FRACTION[views, fraction]
+    return VICREG_VIEWS.get((views, width), VICREG[width])
+
+
+def run_of(
+    loss: str,
+    dataset: str,
+    views: int = 2,
+    width: int = 256,
+    fraction: float = 1,
+    weight: float | None = None,
+    *keys: str,
+) -> tuple[str, str, tuple[str, ...]]:
+    """Name, base and overrides; `weight` replaces the best coefficient."""
+    folder = "imagenet100" if dataset == "imagenet100" else "cifar"
+    best = coefficient(loss, dataset, views, width, fraction)
+    value = best if weight is None else weight
+    share = "" if fraction == 1 else f"-fraction_{fraction:g}"
+    extra = "".join(
+        f"-{k.partition('=')[0].rpartition('.')[2]}_{k.partition('=')[2]}" for k in keys
+    )
+    name = f"multiview-{loss}-views_{views}-width_{width}-weight_{value:g}{share}{extra}"
+    weights = (
+        (f"method.off_diagonal={value:g}",)
+        if loss == "barlow_twins"
+        else (f"method.invariance={value:g}", f"method.variance={value:g}", "method.covariance=1")
+    )
+    overrides = (
+        f"data.name={dataset}",
+        f"data.views.0.count={views}",
+        f"data.views.0.size={SETS[dataset][0]}",
+        *((f"data.fraction={fraction:g}",) if fraction != 1 else ()),
+        f"model.projector=[{width}, {width}]",
+        *weights,
+        "eval.every=5",
+        *keys,
+    )
+    return name, f"{folder}/{loss}_multiview.yaml", overrides
+
+
+def _cell(
+    group: str,
+    row: str,
+    made: tuple[str, str, tuple[str, ...]],
+    paper: dict[str, Number] | None = None,
+    evaluate: tuple[str, ...] = (),
+) -> Cell:
+    return Cell(group, row, *made, paper or {}, evaluate)
+
+
+WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+def projector(dataset: str) -> list[Cell]:
+    """Widths of the projector; the coefficient of the widest, and each width's own."""
+    cells = []
+    for loss in LOSSES:
+        widest = coefficient(loss, dataset, 2, WIDTHS[-1])
+        for kind, weight in (("fixed", widest), ("optimal", None)):
+            group = f"{loss} {kind}"
+            cells += [
+                _cell(group, str(width), run_of(loss, dataset, 2, width, 1, weight),
+                      published("projector", str(width), group, "linear")
+                      if dataset == "cifar10" else None)
+                for width in WIDTHS
+            ]  # fmt: skip
+    return cells
+
+
+SHAPES = ((2, 8192), (2, 256), (4, 256), (8, 256))
+
+
+def _row(views: int, width: int) -> str:
+    return f"{views} views, {width}"
+
+
+def views(dataset: str) -> list[Cell]:
+    """Two, four and eight views, and the time to an accuracy."""
+    cells = []
+    for loss in LOSSES:
+        for shape in (*SHAPES, (4, 8192), (8, 8192)) if loss == "barlow_twins" else SHAPES:
+            paper = {}
+            if dataset == "cifar10":
+                paper = published("views", _row(*shape), loss, "linear")
+                paper |= published("views_minutes", _row(*shape), loss, "minutes")
+            cells.append(_cell(loss, _row(*shape), run_of(loss, dataset, *shape), paper))
+    return cells
+
+
+SHARES = {1: "all images", 0.5: "half", 0.25: "a quarter", 0.75: "three quarters"}
+
+
+def samples(dataset: str) -> list[Cell]:
+    """Fewer images, more views, their product being constant."""
+    cells = []
+    for loss in LOSSES:
+        for shape, share in zip(SHAPES, (1, 1, 0.5, 0.25), strict=True):
+            row = f"{_row(*shape)}, {SHARES[share]}"
+            paper = published("samples_minutes", row, loss, "minutes")
+            made = run_of(loss, dataset, *shape, share)
+            cells.append(_cell(loss, row, made, paper if dataset == "cifar10" else None))
+    return cells
+
+
+def pareto(dataset: str) -> list[Cell]:
+    """Every number of views with every share of the images."""
+    return [
+        _cell(loss, f"{k} views, {SHARES[share]}", run_of(loss, dataset, k, 256, share))
+        for loss in LOSSES
+        for k in (2, 4, 8)
+        for share in (0.25, 0.5, 0.75, 1)
+    ]
+
+
+def transfer(dataset: str) -> list[Cell]:
+    """Pretrained on one data set, linear probe on another."""
+    other = {"cifar10": "stl10", "stl10": "cifar10"}[dataset]
+    return [
+        _cell(f"{loss}, {dataset} to {other}", _row(*shape), run_of(loss, dataset, *shape),
+              None, (f"data.name={other}",))
+        for loss in LOSSES
+        for shape in SHAPES
+    ]  # fmt: skip
+
+
+def swav(dataset: str) -> list[Cell]:
+    """Two large crops and small ones."""
+    large, small = SETS[dataset]
+    cells = []
+    for total in (2, 4, 8):
+        name, base, overrides = run_of("barlow_twins", dataset, 2, 256, 1, 0.002)
+        if total > 2:
+            # The recipe's other keys stay with the large crops; small ones take the same.
+            plain = "recipe: sym" if dataset == "imagenet100" else "recipe: weak, hue: 0, blur_p: 0"
+            groups = (
+                f"data.views=[{{count: 2, size: {large}, {plain}}}, "
+                f"{{count: {total - 2}, size: {small}, {plain}}}]"
+            )
+            kept = tuple(o for o in overrides if not o.startswith("data.views"))
+            name = name.replace("views_2", f"views_2-small_{total - 2}")
+            overrides = (*kept, groups)
+        row = f"2 x {large} px" + (f" + {total - 2} x {small} px" if total > 2 else "")
+        cells.append(_cell("barlow_twins", row, (name, base, overrides)))
+    return cells
+
+
+def longer(dataset: str) -> list[Cell]:
+    """400 epochs, and the best epoch."""
+    cells = []
+    for k in (2, 4, 8):
+        paper = {}
+        if dataset == "cifar10":
+            row = _row(k, 256)
+            paper = published("longer", row, "barlow_twins", "best")
+            paper |= published("longer_epoch", row, "barlow_twins", "best_epoch")
+        made = run_of("barlow_twins", dataset, k, 256, 1, None, "optim.epochs=400")
+        cells.append(_cell("barlow_twins", _row(k, 256), made, paper))
+    return cells
+
+
+# --- the list ----------------------------------------------------------------------------------
+
+P = "multi-view"
+TIME = (
+    "Minutes are of training alone, until the online probe first reaches what it has at the end of "
+    "the group's first row; what the published minutes end at is not in the text we have."
+)
+
+
+def _small_widths(cell: Cell) -> bool:
+    return cell.row in ("64", "256", "1024")
+
+
+def _small_views(cell: Cell) -> bool:
+    return cell.row in (_row(2, 256), _row(4, 256))
+
+
+TABLES: list[Table | Simulation] = [
+    Table("projector", P, "low-dimensional projectors", ("cifar10", "stl10", "imagenet100"),
+          projector, ("linear", "probe"), seeds=3, small=_small_widths,
+          notes="fixed: the coefficient of the widest projector for all widths. VICReg's best "
+          "coefficients are CIFAR-10's on every data set."),
+    Table("views", P, "two, four and eight views, with the time to an accuracy",
+          ("cifar10", "stl10", "imagenet100"), views, ("linear", "probe", "minutes"), TIME,
+          seeds=3, small=_small_views),
+    Table("samples", P, "fewer images with more views", ("cifar10", "stl10", "imagenet100"),
+          samples, ("linear", "probe", "minutes"), TIME, seeds=3),
+    Table("pareto", P, "accuracy over time for every number of views and share of images",
+          ("cifar10", "stl10"), pareto, ("linear", "probe", "minutes_all"), seeds=3,
+          notes="Published as a picture only. The shares of the images are ours.",
+          picture="pareto"),
+    Table("transfer", P, "pretraining on one data set, probe on another", ("cifar10", "stl10"),
+          transfer, ("linear",), "Published as a picture only.", seeds=3),
+    Table("swav", P, "two large crops and small ones", ("stl10", "cifar10", "imagenet100"), swav,
+          ("linear", "probe", "minutes"), "Published as a picture only. " + TIME, seeds=3),
+    Table("longer", P, "400 epochs", ("cifar10",), longer, ("best", "best_epoch", "linear"),
+          "best: of the online probe, over epochs.", seeds=3),
+    Simulation("orthogonalisation", P, "weak against strong orthogonalisation in two dimensions",
+               ("-m", "tools.reproduction.orthogonalisation", "--out", "{out}"),
+               "seconds"),
+    Simulation("graph", P, "the augmentation graph of four images, few against many views",
+               ("-m", "tools.reproduction.graph", "--out", "{out}"), "seconds"),
+]  # fmt: skip

@@ -1,0 +1,76 @@
+"""The picture of a table: of ended runs, with the project's plotting tools."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .cells import ROOT
+from .results import ENDED, Row, curve
+from .runs import Run
+
+TOOLS = {"dynamics": "plot_dynamics.py", "balance": "plot_balance.py"}
+
+
+def draw(kind: str, groups: dict[str, list[Row]], file: Path) -> str:
+    """Draw what there is into `file`, or beside it a picture for each group; what is to be told."""
+    ended = {
+        group: [run for row in rows for run in row.runs if run.state() in ENDED]
+        for group, rows in groups.items()
+    }
+    if not any(ended.values()):
+        return "no picture: no run has ended yet"
+    if kind == "pareto":
+        _pareto(groups, file)
+        return f"picture: {file}"
+    if kind == "dynamics":  # one seed: more make it unreadable
+        first = [run for group in ended.values() for run in group if run.seed == 0]
+        return _with_tool(kind, first, file) if first else "no picture: seed 0 has not ended yet"
+    return "\n".join(
+        _with_tool(kind, members, _named(file, group, len(ended)), "--together")
+        for group, members in ended.items()
+        if len(members) > 2
+    )
+
+
+def _named(file: Path, group: str, groups: int) -> Path:
+    plain = re.sub(r"[^\w-]+", "_", group)
+    return file if groups == 1 else file.with_name(f"{file.stem}-{plain}.png")
+
+
+def _with_tool(kind: str, ended: Sequence[Run], file: Path, *options: str) -> str:
+    folders = list(dict.fromkeys(str(run.folder) for run in ended))
+    command = [sys.executable, str(ROOT / "tools" / TOOLS[kind]), *folders, "--out", str(file)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        return f"no picture: {(done.stderr or done.stdout).strip().splitlines()[-1][:300]}"
+    return f"picture: {file}"
+
+
+def _pareto(groups: dict[str, list[Row]], file: Path) -> None:
+    """Accuracy over minutes of training, a line for each number of views."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(groups), figsize=(5 * len(groups), 4), squeeze=False)
+    for axis, (group, rows) in zip(axes[0], groups.items(), strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            accuracy = row.mean("linear") or row.mean("probe")
+            minutes = [curve(run.folder).total / 60 for run in row.runs if run.state() in ENDED]
+            if accuracy and minutes:
+                views = row.cell.row.partition(",")[0]
+                lines.setdefault(views, []).append((sum(minutes) / len(minutes), accuracy[0]))
+        for views, points in lines.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=views)
+        axis.set(title=group, xlabel="minutes of training", ylabel="accuracy, %")
+        if lines:
+            axis.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)

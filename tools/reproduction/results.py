@@ -1,0 +1,384 @@
+"""Figures of ended runs, and a table of them beside the published one."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddp_ssl.config import ConfigError
+from ddp_ssl.log import read_metrics
+
+from .cells import Cell, Number, Table, published_correlations
+from .runs import Run
+
+TITLES = {
+    "probe": "online probe, %",
+    "linear": "linear probe, 16 patches, %",
+    "best": "best online probe, %",
+    "best_epoch": "its epoch",
+    "rank": "effective rank of R",
+    "information": "I(R;Z)",
+    "minutes": "minutes to accuracy",
+    "minutes_all": "minutes in all",
+}
+DIGITS = {"best_epoch": 0, "rank": 1, "information": 3, "probe": 2, "linear": 2, "best": 2}
+ACCURACIES = ("probe", "linear", "best")
+ENDED = ("done", "to evaluate")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The online probe over training: percent, epochs, and seconds of training alone."""
+
+    accuracy: tuple[float, ...]
+    epoch: tuple[int, ...]
+    seconds: tuple[float, ...]
+    total: float
+
+    def reaches(self, target: float) -> float | None:
+        """Minutes until the probe first has `target` percent; None if it never does."""
+        for accuracy, seconds in zip(self.accuracy, self.seconds, strict=True):
+            if accuracy >= target:
+                return seconds / 60
+        return None
+
+
+def curve(folder: Path) -> Curve:
+    """From `metrics.jsonl`. Validation and checkpoints do not count as training."""
+    accuracy, epoch, at = [], [], []
+    seconds, steps = 0.0, 0
+    for row in read_metrics(folder / "metrics.jsonl"):
+        steps += "train/loss" in row
+        if "perf/step_ms" in row:
+            seconds += row["perf/step_ms"] * steps / 1000
+            steps = 0
+        if "eval/probe_top1" in row:
+            accuracy.append(100 * row["eval/probe_top1"])
+            epoch.append(int(row["epoch"]))
+            at.append(seconds)
+    return Curve(tuple(accuracy), tuple(epoch), tuple(at), seconds)
+
+
+def figures(run: Run) -> dict[str, float]:
+    """What an ended run has, by measure; empty for others."""
+    if run.state() not in ENDED:
+        return {}
+    last: dict[str, float] = {}
+    for row in read_metrics(run.folder / "metrics.jsonl"):
+        last |= row
+    found: dict[str, float] = {}
+    shape = curve(run.folder)
+    if shape.accuracy:
+        found["probe"] = shape.accuracy[-1]
+        found["best"] = max(shape.accuracy)
+        found["best_epoch"] = shape.epoch[shape.accuracy.index(found["best"])]
+    found["minutes_all"] = shape.total / 60
+    names = {
+        "rank": "rep/effective_rank_r",
+        "information": "rep/mutual_information",
+        "knn": "eval/knn_top1",
+    }
+    found |= {measure: last[name] for measure, name in names.items() if name in last}
+    if run.evaluated.exists():
+        found["linear"] = 100 * linear_accuracy(run.evaluated)
+    return found
+
+
+def linear_accuracy(path: Path) -> float:
+    """Top-1, a fraction, in what `ddp_ssl.evaluate linear` wrote; of its chosen learning rate."""
+    tree: dict[str, Any] = json.loads(path.read_text())
+    return statistics.fmean(tree["rows"][tree["chosen"] or 0]["top1_per_seed"])
+
+
+# --- a table of them ---------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One cell over its seeds."""
+
+    cell: Cell
+    runs: list[Run]
+    values: list[dict[str, float]]
+
+    def of(self, measure: str) -> list[float]:
+        return [v[measure] for v in self.values if measure in v]
+
+    def mean(self, measure: str) -> Number | None:
+        """Mean and, of several seeds, standard deviation."""
+        values = self.of(measure)
+        if not values:
+            return None
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+    def states(self) -> str:
+        """`3 of 3`, `1 of 3; 1 running; 1 not run`."""
+        states = [run.state() for run in self.runs]
+        done = sum(state in ENDED for state in states)
+        rest = [s for s in dict.fromkeys(states) if s != "done"]
+        return "; ".join([f"{done} of {len(states)}", *(f"{states.count(s)} {s}" for s in rest)])
+
+
+def collect(table: Table, runs: Sequence[Run]) -> dict[str, list[Row]]:
+    """Rows by group, in the table's order, with time to accuracy where it is asked for."""
+    groups: dict[str, list[Row]] = {}
+    by_cell: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        by_cell.setdefault((run.cell.group, run.cell.row), []).append(run)
+    for (group, _), mine in by_cell.items():
+        row = Row(mine[0].cell, mine, [figures(run) for run in mine])
+        groups.setdefault(group, []).append(row)
+    if "minutes" in table.measures:
+        for rows in groups.values():
+            _add_minutes(rows)
+    return groups
+
+
+def _add_minutes(rows: list[Row]) -> None:
+    """Until the online probe first has what the first row has at its end."""
+    target = rows[0].mean("probe")
+    if target is None:
+        return
+    for row in rows:
+        for run, values in zip(row.runs, row.values, strict=True):
+            reached = curve(run.folder).reaches(target[0]) if values else None
+            if reached is not None:
+                values["minutes"] = reached
+
+
+def markdown(
+    table: Table, dataset: str, scale: str, groups: dict[str, list[Row]], rule: str
+) -> str:
+    """The table beside the published one."""
+    where = "the embedded digits, small scale" if scale == "small" else dataset
+    lines = [f"## {table.name} ({table.paper}): {table.what}; {where}", ""]
+    if scale == "small":
+        rule = f"{rule} The published figures are of {dataset}: compare orders, not values."
+        lines += [*textwrap.wrap(rule, 100), ""]
+    for group, rows in groups.items():
+        lines += [f"### {group}", ""]
+        lines += [*_grid(table, rows, scale), ""]
+        remarks = _remarks(table, dataset, group, rows)
+        for remark in remarks:
+            table_line = not remark or remark.startswith("|")
+            lines += [remark] if table_line else textwrap.wrap(remark, 100)
+        lines += [""] if remarks else []
+    if table.notes:
+        lines += [*textwrap.wrap(table.notes, 100), ""]
+    return "\n".join(lines)
+
+
+def _grid(table: Table, rows: list[Row], scale: str) -> list[str]:
+    heading = ["", "runs ended"]
+    compared = [m for m in table.measures if any(m in row.cell.paper for row in rows)]
+    if scale == "small":
+        compared = [m for m in compared if m in ACCURACIES]
+    centre = {m: _centre(rows, m) for m in compared}
+    for measure in table.measures:
+        heading.append(TITLES[measure])
+        if measure in compared:
+            heading.append("paper")
+            heading += ["difference"] if scale == "full" else ["− mean", "paper − mean"]
+    lines = []
+    for row in rows:
+        line = [row.cell.row, row.states()]
+        for measure in table.measures:
+            ours, paper = row.mean(measure), row.cell.paper.get(measure)
+            digits = DIGITS.get(measure, 2)
+            line.append(show(ours, digits) if ours else _why_not(row, measure))
+            if measure not in compared:
+                continue
+            line.append(show(paper, digits) if paper else "–")
+            if scale == "full":
+                line.append(signed(ours[0] - paper[0], digits) if ours and paper else "–")
+            else:
+                of_ours, of_paper = centre[measure]
+                line.append(signed(ours[0] - of_ours, digits) if ours else "–")
+                line.append(signed(paper[0] - of_paper, digits) if paper else "–")
+        lines.append(line)
+    return aligned([heading, *lines])
+
+
+def _centre(rows: list[Row], measure: str) -> tuple[float, float]:
+    """Means over the rows that have both figures."""
+    pairs = [(o[0], row.cell.paper[measure][0]) for row in rows
+             if measure in row.cell.paper and (o := row.mean(measure))]  # fmt: skip
+    if not pairs:
+        papers = [row.cell.paper[measure][0] for row in rows if measure in row.cell.paper]
+        return math.nan, statistics.fmean(papers)
+    return statistics.fmean(ours for ours, _ in pairs), statistics.fmean(p for _, p in pairs)
+
+
+def _why_not(row: Row, measure: str) -> str:
+    if measure == "minutes" and any(row.values):
+        return "not reached"
+    return "not yet" if any(row.values) else "not run yet"
+
+
+def _remarks(table: Table, dataset: str, group: str, rows: list[Row]) -> list[str]:
+    """Does the order agree, and do rows differ by more than seeds do?"""
+    lines = []
+    for measure in table.measures:
+        agreement = order(rows, measure)
+        if agreement is not None:
+            rho, count = agreement
+            lines.append(f"Order by {TITLES[measure].split(',')[0]}, ours and the paper's: "
+                         f"Spearman ρ = {rho:.2f} over {count} rows.")  # fmt: skip
+        noise = beyond_noise(rows, measure)
+        if noise is not None:
+            spread, deviation, p = noise
+            verdict = "more than" if p < 0.05 else "no more than"
+            lines.append(
+                f"Rows differ {verdict} seeds do: {spread:.2f} between the best and the worst, "
+                f"{deviation:.2f} the standard deviation over seeds (one-way ANOVA, p = {p:.2g})."
+            )
+    if table.correlate:
+        lines += _correlation_lines(dataset, group, rows)
+    return lines
+
+
+def order(rows: Sequence[Row], measure: str) -> tuple[float, int] | None:
+    """Spearman's ρ of our means and the published ones over the rows that have both."""
+    from scipy.stats import spearmanr
+
+    pairs = [(ours[0], row.cell.paper[measure][0]) for row in rows
+             if measure in row.cell.paper and (ours := row.mean(measure))]  # fmt: skip
+    if len(pairs) < 3:
+        return None
+    rho = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    return (rho, len(pairs)) if math.isfinite(rho) else None
+
+
+def beyond_noise(rows: Sequence[Row], measure: str) -> tuple[float, float, float] | None:
+    """Spread of the rows' means, standard deviation within rows, p of a one-way ANOVA."""
+    from scipy.stats import f_oneway
+
+    samples = [values for row in rows if len(values := row.of(measure)) > 1]
+    if len(samples) < 2:
+        return None
+    means = [statistics.fmean(values) for values in samples]
+    freedom = sum(len(values) - 1 for values in samples)
+    within = sum((len(v) - 1) * statistics.variance(v) for v in samples) / freedom
+    if within == 0:
+        return None
+    p = float(f_oneway(*samples).pvalue)
+    return max(means) - min(means), math.sqrt(within), p
+
+
+def correlations(rows: Sequence[Row]) -> list[float] | None:
+    """|Pearson r| of accuracy with effective rank, I(R;Z), and I / effective rank, over runs."""
+    from scipy.stats import pearsonr
+
+    runs = [v for row in rows for v in row.values if {"probe", "rank", "information"} <= v.keys()]
+    if len(runs) < 3:
+        return None
+    accuracy = [v["probe"] for v in runs]
+    others = (
+        [v["rank"] for v in runs],
+        [v["information"] for v in runs],
+        [v["information"] / v["rank"] for v in runs],
+    )
+    return [abs(float(pearsonr(accuracy, other).statistic)) for other in others]
+
+
+def _correlation_lines(dataset: str, group: str, rows: list[Row]) -> list[str]:
+    ours = correlations(rows)
+    paper = published_correlations(group, dataset)
+    if ours is None and paper is None:
+        return []
+    lines = [["|r| of accuracy with", "ours", "paper"]]
+    names = ("effective rank of R", "I(R;Z)", "I / effective rank")
+    for index, name in enumerate(names):
+        lines.append([name, f"{ours[index]:.3f}" if ours else "not run yet",
+                      f"{paper[index]:.3f}" if paper else "–"])  # fmt: skip
+    return ["", *aligned(lines)]
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def show(number: Number, digits: int = 2) -> str:
+    """`72.31 ± 0.20`."""
+    mean, deviation = number
+    text = f"{mean:.{digits}f}"
+    return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """`+0.31`, `−0.20`."""
+    return f"{value:+.{digits}f}".replace("-", "−") if math.isfinite(value) else "–"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table whose columns line up; the first column to the left."""
+    escaped = [[text.replace("|", "\\|") for text in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
+    lines = []
+    for first, *rest in escaped:
+        cells = [first.ljust(widths[0])]
+        cells += [text.rjust(width) for text, width in zip(rest, widths[1:], strict=True)]
+        lines.append(f"| {' | '.join(cells)} |")
+    rule = [":" + "-" * (widths[0] + 1), *("-" * (width + 1) + ":" for width in widths[1:])]
+    return [lines[0], f"|{'|'.join(rule)}|", *lines[1:]]
+
+
+def insert(document: Path, name: str, text: str) -> None:
+    """Replace what stands between the marks `<!-- NAME: begin -->` and `end` in a document.
+
+    Raises `ConfigError` if they are not there.
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    old = document.read_text() if document.exists() else ""
+    if begin not in old or end not in old.partition(begin)[2]:
+        raise ConfigError(f"--into: {document} has no lines {begin} and {end}")
+    body = text.partition("\n")[2].strip()  # the document has a heading of its own
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    document.write_text(pattern.sub(lambda _: f"{begin}\n{body}\n{end}", old))
+
+
+def as_json(table: Table, dataset: str, scale: str, groups: dict[str, list[Row]]) -> dict[str, Any]:
+    """All numbers, those of every seed too."""
+    rows = []
+    for group, members in groups.items():
+        for row in members:
+            measures: dict[str, Any] = {}
+            for measure in table.measures:
+                ours, paper = row.mean(measure), row.cell.paper.get(measure)
+                measures[measure] = {
+                    "values": row.of(measure),
+                    "mean": ours[0] if ours else None,
+                    "sd": ours[1] if ours else None,
+                    "paper": paper[0] if paper else None,
+                    "paper_sd": paper[1] if paper else None,
+                    "difference": ours[0] - paper[0] if ours and paper else None,
+                }
+            rows.append(
+                {
+                    "group": group,
+                    "row": row.cell.row,
+                    "runs": [str(run.folder) for run in row.runs],
+                    "states": [run.state() for run in row.runs],
+                    "measures": measures,
+                }
+            )
+    return {
+        "table": table.name,
+        "paper": table.paper,
+        "dataset": dataset,
+        "scale": scale,
+        "rows": rows,
+        "spearman": {
+            group: {m: found[0] for m in table.measures if (found := order(members, m))}
+            for group, members in groups.items()
+        },
+        "correlations": {group: correlations(members) for group, members in groups.items()}
+        if table.correlate
+        else None,
+    }

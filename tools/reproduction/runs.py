@@ -1,0 +1,304 @@
+"""The runs of a table: their folders, whether they ended, and starting those that did not."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ddp_ssl.config import ConfigError
+
+from . import configs
+from .cells import ROOT, Cell, Table
+
+OFFLINE = "linear"  # the measure that the offline evaluation makes
+SBATCH = ("partition", "account", "time", "cpus-per-task")  # of submit's options, sbatch's too
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one seed: `OUT/SCALE/DATASET/NAME/seed-S`, its config beside it."""
+
+    cell: Cell
+    seed: int
+    folder: Path
+    linear: bool
+    """Whether the offline probe is wanted."""
+
+    @property
+    def config(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.yaml")
+
+    @property
+    def label(self) -> str:
+        return f"{self.cell.group}, {self.cell.row}, seed {self.seed}"
+
+    @property
+    def evaluation(self) -> str:
+        """Name of the offline evaluation's files, by data set."""
+        named = [e.partition("=")[2] for e in self.cell.evaluate if e.startswith("data.name=")]
+        return "-".join(["linear-adam", *named])
+
+    @property
+    def evaluated(self) -> Path:
+        return self.folder / "evaluate" / f"{self.evaluation}.json"
+
+    def state(self) -> str:
+        """`not run`, `running`, `preempted`, `failed`, `to evaluate` or `done`; `queued`."""
+        try:
+            state = str(json.loads((self.folder / "status.json").read_text())["state"])
+        except (OSError, ValueError, KeyError):
+            state = "not run"
+        if state == "done" and self.linear and not self.evaluated.exists():
+            return "to evaluate"
+        if state in ("not run", "preempted") and _queued(self.config.with_suffix(".job")):
+            return "queued"
+        return state
+
+
+def plan(
+    table: Table, dataset: str, scale: str, seeds: int, out: Path, only: Sequence[str]
+) -> list[Run]:
+    """Every cell and seed, in the table's order; cells that share a run come with the same folder.
+
+    Raises `ConfigError` for a row that is not there or a scale that is not made.
+    """
+    cells = table.cells(dataset)
+    if scale == "small":
+        if table.small is None:
+            raise ConfigError(f"--scale: {table.name} is made at full scale only")
+        cells = [
+            replace(cell, group=cell.group.replace(dataset, "digits"))
+            for cell in cells
+            if table.small(cell)
+        ]
+    rows = {cell.row for cell in cells} | {cell.group for cell in cells}
+    for name in only:
+        if name not in rows:
+            raise ConfigError(
+                f"--only: {name!r} is no row of {table.name}; accepted: {_list(rows)}"
+            )
+    if only:
+        cells = [cell for cell in cells if cell.row in only or cell.group in only]
+    place = out.absolute() / scale / ("digits" if scale == "small" else dataset)
+    return [
+        Run(cell, seed, place / cell.run / f"seed-{seed}", OFFLINE in table.measures)
+        for cell in cells
+        for seed in range(seeds)
+    ]
+
+
+def distinct(runs: Sequence[Run]) -> list[Run]:
+    """Each folder once (with each of its evaluations)."""
+    return list({(run.folder, run.evaluation): run for run in reversed(runs)}.values())[::-1]
+
+
+def _list(words: set[str]) -> str:
+    return "; ".join(sorted(words))
+
+
+# --- commands ----------------------------------------------------------------------------------
+
+
+def train_command(run: Run, processes: int, extra: Sequence[str] = ()) -> list[str]:
+    """Train, or go on where an interrupted run stopped."""
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    return [*start, "ddp_ssl.train", str(run.config), f"run.dir={run.folder}",
+            "run.resume=auto", *extra]  # fmt: skip
+
+
+def evaluate_command(run: Run, roots: dict[str, str], extra: Sequence[str] = ()) -> list[str]:
+    """The multi-view paper's probe: Adam, label smoothing, 16 patches."""
+    root = []
+    if run.cell.evaluate:
+        other = run.evaluation.rpartition("-")[2]
+        root = [f"data.root={roots[other]}"] if other in roots else []
+    return [sys.executable, "-m", "ddp_ssl.evaluate", "linear", str(run.folder),
+            "linear.protocol=adam", "linear.seeds=[0]", f"run.name={run.evaluation}",
+            *run.cell.evaluate, *root, *extra]  # fmt: skip
+
+
+def submit_commands(
+    runs: Sequence[Run], options: Sequence[str], roots: dict[str, str]
+) -> list[tuple[list[Run], list[str]]]:
+    """Through `ddp_ssl.submit`: the seeds of a cell are one array; evaluations are jobs apart."""
+    by_cell: dict[Path, list[Run]] = {}
+    commands: list[tuple[list[Run], list[str]]] = []
+    for run in runs:
+        if run.state() == "to evaluate":
+            wrapped = shlex.join(evaluate_command(run, roots))
+            kept = [option for option in options if option.lstrip("-").partition("=")[0] in SBATCH]
+            log = run.config.with_suffix(".evaluate.out")
+            commands.append(([run], ["sbatch", "--parsable", "--gpus=1", *kept, f"--output={log}",
+                                     f"--chdir={ROOT}", "--wrap", wrapped]))  # fmt: skip
+        else:
+            by_cell.setdefault(run.folder.parent, []).append(run)
+    for folder, group in by_cell.items():
+        seeds = ",".join(str(run.seed) for run in group)
+        place = folder if len(group) > 1 else group[0].folder
+        commands.append((group, [
+            sys.executable, "-m", "ddp_ssl.submit", str(group[0].config), f"run.seed={seeds}",
+            "--run-dir", str(place), *options,
+        ]))  # fmt: skip
+    return commands
+
+
+# --- starting ----------------------------------------------------------------------------------
+
+
+def run_here(
+    runs: Sequence[Run],
+    parallel: int,
+    processes: int,
+    roots: dict[str, str],
+    tell: Callable[[str], None],
+) -> list[str]:
+    """Run what has not ended, `parallel` at a time; what failed, one line each."""
+    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for slot in range(parallel):
+        slots.put(slot)
+    began, ended = time.monotonic(), 0
+    problems: list[str] = []
+
+    def one(run: Run) -> None:
+        nonlocal ended
+        slot, since = slots.get(), time.monotonic()
+        try:
+            problem = _one(run, slot, parallel, processes, roots)
+        finally:
+            slots.put(slot)
+        ended += 1
+        left = (time.monotonic() - began) / ended * (len(runs) - ended) / 60
+        took = f"{time.monotonic() - since:.0f} s"
+        tell(f"[{ended}/{len(runs)}] {run.label}: {problem or f'done in {took}'}"
+             f"{f'; about {left:.0f} min left' if ended < len(runs) else ''}")  # fmt: skip
+        if problem:
+            problems.append(f"{run.label}: {problem}")
+
+    with ThreadPoolExecutor(parallel) as pool:
+        futures = [pool.submit(one, run) for run in runs]
+        try:
+            for future in futures:
+                future.result()
+        except KeyboardInterrupt:  # the terminal tells the runs too: they save and end
+            tell("stopping: the runs under way save and end; the same command goes on")
+            pool.shutdown(cancel_futures=True)
+            problems.append("stopped by Ctrl-C")
+    return problems
+
+
+def _one(run: Run, slot: int, parallel: int, processes: int, roots: dict[str, str]) -> str | None:
+    """Train and evaluate one run; why it failed, or None."""
+    environment, threads = _environment(slot, parallel, processes)
+    log = run.config.with_suffix(".out")
+    commands = [train_command(run, processes, [*threads, *(["data.threads=1"] if threads else [])])]
+    if run.linear:
+        commands.append(evaluate_command(run, roots, threads))
+    if run.state() == "to evaluate":
+        commands = commands[1:]
+    for command in commands:
+        with open(log, "ab") as file:
+            file.write(f"$ {shlex.join(command)}\n".encode())
+            file.flush()
+            done = subprocess.run(command, stdout=file, stderr=file, env=environment, cwd=ROOT)
+        if done.returncode:
+            return f"failed with {done.returncode}: {_last_line(log)} ({log})"
+        if run.state() == "preempted":
+            return "stopped before its end; the same command goes on"
+    return None
+
+
+def _environment(slot: int, parallel: int, processes: int) -> tuple[dict[str, str], list[str]]:
+    """GPUs shared out among runs at the same time; on CPUs one thread each."""
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    gpus = visible_gpus()
+    if gpus:
+        mine = gpus[slot * processes : (slot + 1) * processes]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        return environment, []
+    return environment, ["run.threads=1"] if parallel > 1 else []
+
+
+def visible_gpus() -> list[str]:
+    """Names of the GPUs as `CUDA_VISIBLE_DEVICES` has them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name.strip() not in ("", "-1")]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _last_line(path: Path) -> str:
+    """The last line that says what went wrong."""
+    lines = [x.strip() for x in path.read_text(errors="replace").splitlines() if x.strip()]
+    wrong = [line for line in lines if "error" in line.lower()]
+    return (wrong or lines or ["nothing was said"])[-1][:300]
+
+
+def submit(
+    commands: Sequence[tuple[list[Run], list[str]]], tell: Callable[[str], None]
+) -> list[str]:
+    """Submit; the job's number is kept beside the configs. What failed, one line each."""
+    problems = []
+    for group, command in commands:
+        if len(group) > 1:
+            _link_array(group)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        name = f"{group[0].cell.group}, {group[0].cell.row}"
+        numbers = re.findall(r"^(?:job +)?(\d+(?:_\d+)?)", done.stdout, re.MULTILINE)
+        if done.returncode or not numbers:
+            text = " ".join((done.stderr or done.stdout).split())[-300:]
+            problems.append(f"{name}: not submitted: {text}")
+            continue
+        for index, run in enumerate(group):
+            run.config.with_suffix(".job").write_text(numbers[min(index, len(numbers) - 1)] + "\n")
+        tell(f"{name}: {len(group)} run(s) as {', '.join(numbers)}")
+    return problems
+
+
+def _link_array(group: Sequence[Run]) -> None:
+    """An array's runs lie in `seed=S`; a path with `=` cannot be told from `key=value`."""
+    for run in group:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        link = run.folder.with_name(f"seed={run.seed}")
+        if not link.is_symlink():
+            link.symlink_to(run.folder.name)
+
+
+def _queued(marker: Path) -> bool:
+    """Whether Slurm still has the job whose number is in `marker`."""
+    try:
+        job = marker.read_text().strip()
+        command = ["squeue", "-h", "-j", job]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return found.returncode == 0 and bool(found.stdout.strip())
+
+
+def write_configs(
+    runs: Sequence[Run], scale: str, overrides: Sequence[str], roots: dict[str, str], what: str
+) -> None:
+    """One YAML per run, each a whole config. Raises `ConfigError`."""
+    for run in runs:
+        keys = list(overrides)
+        resolved = configs.resolve(run.cell, scale, run.seed, keys)
+        root = roots.get(resolved.config.data.name)
+        if root is not None:
+            resolved = configs.resolve(run.cell, scale, run.seed, [*keys, f"data.root={root}"])
+        heading = f"{what}: {run.label}; written by tools/reproduce.py"
+        configs.write(run.config, resolved, heading)
