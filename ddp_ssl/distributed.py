@@ -47,10 +47,21 @@ class Traffic:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.counts: dict[str, tuple[int, int]] = {}
         self.sampling = False
         self._spans: list[tuple[Any, Any]] = []
         self._ready: Any = None
         self._device = torch.device("cpu")
+
+    def count(self, kind: str, nbytes: int, calls: int = 1) -> None:
+        """Add to `counts`, by kind: calls, and bytes of the whole tensors that were reduced,
+        gathered or scattered, whatever part of them the backend sends. Integers on the host only.
+
+        `norm`, `sum`, `view sum`, `gather`, `scatter` (a gather's adjoint), `gradients` (bytes
+        alone: DDP makes the calls), `flag`, `log`, `host` (objects count as zero bytes).
+        """
+        before = self.counts.get(kind, (0, 0))
+        self.counts[kind] = before[0] + calls, before[1] + nbytes
 
     def sample(self, device: torch.device) -> None:
         """Measure from here on, until `waited`."""
@@ -71,6 +82,7 @@ class Traffic:
 
     def gradient_ready(self, parameter: Tensor) -> None:
         """This process's part of a gradient is there; the last one's moment counts."""
+        self.count("gradients", parameter.nbytes, calls=0)
         if self.sampling:
             self._ready = self.mark()
 
@@ -92,9 +104,10 @@ class Traffic:
 traffic = Traffic()
 
 
-def _meet(collective: Callable[..., Any], *args: Any, **options: Any) -> None:
+def _meet(kind: str, collective: Callable[..., Any], *args: Any, **options: Any) -> None:
     """Run a collective that this process waits for."""
     traffic.calls += 1
+    traffic.count(kind, max((a.nbytes for a in args if isinstance(a, Tensor)), default=0))
     if not traffic.sampling:
         collective(*args, **options)
         return
@@ -138,7 +151,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_main else None
-        _meet(dist.gather_object, value, values, dst=0, group=self.side)
+        _meet("host", dist.gather_object, value, values, dst=0, group=self.side)
         return values
 
     def broadcast_object(self, value: Any) -> Any:
@@ -146,18 +159,18 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        _meet(dist.broadcast_object_list, box, src=0, group=self.side)
+        _meet("host", dist.broadcast_object_list, box, src=0, group=self.side)
         return box[0]
 
     def barrier(self) -> None:
         """Wait for every process, on the host."""
         if self.size > 1:
-            _meet(dist.barrier, group=self.side)
+            _meet("host", dist.barrier, group=self.side)
 
     def mean_rows(self, rows: Tensor) -> Tensor:
         """Mean over processes of a tensor on the device."""
         if self.size > 1:
-            _meet(dist.all_reduce, rows)
+            _meet("log", dist.all_reduce, rows)
             rows = rows / self.size
         return rows
 
@@ -167,7 +180,7 @@ class World:
         if self.size == 1:
             return cast(list[list[float]], mine.tolist())
         everyones = mine.new_empty(self.size, len(numbers))
-        _meet(_all_gather, everyones, mine, group=self.side)
+        _meet("host", _all_gather, everyones, mine, group=self.side)
         return cast(list[list[float]], everyones.tolist())
 
     def whiteboard(self, answer_within_s: float) -> Whiteboard | None:
@@ -256,6 +269,7 @@ class LateFlag:
             self._work.wait()
             self.raised = self.raised or bool(self._tensor.item())
         self._tensor = torch.full((1,), float(flag))
+        traffic.count("flag", self._tensor.nbytes)
         self._work = dist.all_reduce(
             self._tensor, dist.ReduceOp.MAX, group=self.world.side, async_op=True
         )
@@ -280,6 +294,7 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     rank, size = rank_and_size()
     local_rank, local_size = local_rank_and_size()
     traffic.calls = 0
+    traffic.counts.clear()
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device: cuda is not available here; auto or cpu would be accepted")
@@ -477,14 +492,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         out = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
-        _meet(_all_gather, out, x.contiguous())
+        _meet("gather", _all_gather, out, x.contiguous())
         return out.view(-1, *x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (grad,) = grads
         out = grad.new_empty(grad.shape[1:])
-        _meet(_reduce_scatter, out, grad.contiguous().flatten(0, 1))
+        _meet("scatter", _reduce_scatter, out, grad.contiguous().flatten(0, 1))
         return out
 
 
@@ -495,13 +510,13 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
         total = x.clone(memory_format=torch.contiguous_format)
-        _meet(dist.all_reduce, total, group=group)
+        _meet("sum" if group is None else "view sum", dist.all_reduce, total, group=group)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].clone(memory_format=torch.contiguous_format)
-        _meet(dist.all_reduce, total, group=ctx.group)
+        _meet("sum" if ctx.group is None else "view sum", dist.all_reduce, total, group=ctx.group)
         return total, None
 
 
@@ -550,7 +565,7 @@ class MeshComm(Comm):
             return found
         # A number first: nearly always there is nothing to tell.
         count = torch.tensor([len(found)])
-        _meet(dist.all_reduce, count, group=self._view_side)
+        _meet("host", dist.all_reduce, count, group=self._view_side)
         if not int(count):
             return found
         everyones: list[Any] = [None] * self.view_shards
@@ -649,7 +664,7 @@ class _Normalize(torch.autograd.Function):
         moments[held, 0] = count
         moments[held, 1 : channels + 1] = count * mean
         moments[held, channels + 1 :] = squares + count * mean.square()
-        _meet(dist.all_reduce, moments)
+        _meet("norm", dist.all_reduce, moments)
         number = moments[:, :1]
         means = moments[:, 1 : channels + 1] / number
         variances = (moments[:, channels + 1 :] / number - means.square()).clamp_(min=0)
@@ -683,7 +698,7 @@ class _Normalize(torch.autograd.Function):
 
         sums = x.new_zeros((ctx.total, 2 * channels), dtype=torch.float64)
         sums[held] = torch.cat([sum_grad, sum_grad_x], 1)
-        _meet(dist.all_reduce, sums)
+        _meet("norm", dist.all_reduce, sums)
         mean_grad, mean_grad_x = (sums[held] / number[held]).split(channels, 1)
         # dx = w/s (g - mean g - x^ mean(g x^)), written as one affine map of g and x per channel.
         scale = inverse * weight.double()

@@ -225,6 +225,7 @@ def train(job: Job, stop: StopRequest) -> log.State:
     total_steps, stop_file = steps_per_epoch * epochs, job.folder / "STOP"
     late, recorder, optimizer, scaler = LateFlag(world), job.recorder, job.optimizer, job.scaler
     profiler = Profiler(config, world, job.folder)
+    parameters = [p for p in method.parameters() if p.requires_grad]
     job.module.train()
     profiler.step(job.step)
     recorder.restart_clock()
@@ -246,7 +247,7 @@ def train(job: Job, stop: StopRequest) -> log.State:
             scaler.unscale_(optimizer)
             progress = Progress(job.step, total_steps, job.epoch, epochs)
             method.before_optimizer(progress)
-            norm = gradient_norm(method, config.optim.grad_clip)
+            norm = gradient_norm(parameters, config.optim.grad_clip)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -886,9 +887,9 @@ def numpy_rng() -> tuple[Any, ...]:
 # --- parts -------------------------------------------------------------------------------------
 
 
-def gradient_norm(module: nn.Module, bound: float | None) -> Tensor:
+def gradient_norm(parameters: list[nn.Parameter], bound: float | None) -> Tensor:
     """Global norm of the gradients, clipped to `bound` if there is one; no synchronisation."""
-    parameters = [p for p in module.parameters() if p.grad is not None]
+    parameters = [p for p in parameters if p.grad is not None]
     limit = float("inf") if bound is None else bound
     if bound is not None:
         return torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)

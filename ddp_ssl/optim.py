@@ -136,26 +136,30 @@ def _trust_ratios(group: dict[str, Any], params: list[Tensor], gradients: list[T
 
 def _alike(factors: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     """Of `factors` `[len(tensors)]` one for each tensor, as the foreach functions want it."""
-    if factors.device.type == "cpu":
-        return list(factors.unbind())
-    # One kernel for all tensors takes only what has the tensors' own shapes and strides.
+    return list(factors.unbind()) if factors.is_cpu else _expanded(factors, tensors)
+
+
+def _expanded(factors: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """`factors` in the tensors' own shapes and strides: one kernel for all takes nothing else."""
     sizes = [t.numel() for t in tensors]
     counts = torch.tensor(sizes).to(factors.device, non_blocking=True)
     every = torch.split(factors.repeat_interleave(counts, output_size=sum(sizes)), sizes)
     return [e.as_strided(t.shape, t.stride()) for e, t in zip(every, tensors, strict=True)]
 
 
-CACHED = 2**18
+# Elements stepped at once: what stays in a CPU's caches; on a GPU many, but `_expanded` takes
+# twelve bytes for each of them.
+AT_ONCE = {"cpu": 2**18, "cuda": 2**24}
 
 
 def _together(params: list[Tensor]) -> list[list[Tensor]]:
-    """What is stepped at once: on a GPU all, on a CPU so few that they stay in the caches."""
+    """Groups of tensors that are stepped at once."""
     groups: list[list[Tensor]] = []
     room = 0
     for p in params:
-        if not groups or (p.device.type == "cpu" and p.numel() > room):
+        if not groups or p.numel() > room:
             groups.append([])
-            room = CACHED
+            room = AT_ONCE.get(p.device.type, 2**24)
         groups[-1].append(p)
         room -= p.numel()
     return groups

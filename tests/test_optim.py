@@ -209,13 +209,29 @@ def test_how_many_tensors_are_stepped_at_once_changes_nothing() -> None:
     for cached in (1, 30, 2**18):
         params = some_parameters()
         optimizer = LARS([{"params": params}], lr=0.1, weight_decay=1e-3, bound_1d=0.01)
-        with patch.object(optim, "CACHED", cached):
+        with patch.dict(optim.AT_ONCE, cpu=cached):
             for step in range(3):
                 set_gradients(params, step)
                 optimizer.step()
         ends.append([p.detach().clone() for _, p in params])
     for other in ends[1:]:
         assert all(torch.equal(a, b) for a, b in zip(ends[0], other, strict=True))
+
+
+def test_factors_in_the_shapes_and_strides_of_the_tensors() -> None:
+    tensors = [
+        torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last),
+        torch.randn(()),
+        torch.randn(5, 2).T,
+        torch.randn(6),
+    ]
+    factors = torch.tensor([2.0, 3.0, 5.0, 7.0])
+    for expanded, factor, tensor in zip(
+        optim._expanded(factors, tensors), factors, tensors, strict=True
+    ):
+        assert expanded.shape == tensor.shape
+        assert expanded.stride() == tensor.stride()
+        assert (expanded == factor).all()
 
 
 @pytest.mark.gpu

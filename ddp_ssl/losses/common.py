@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddp_ssl.comm import Comm
-from ddp_ssl.losses.pairs import gram_product
+from ddp_ssl.losses.pairs import gram_product, moment_product
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Rows:
     def squared_product(self, a: Tensor, b: Tensor) -> Tensor:
         """|A^T B|_F^2 over all images, for `a` `[n, p]`, `b` `[n, q]` that belong to these rows."""
         if not gathers(self.route, self.images, min(a.shape[1], b.shape[1])):
-            return self.total(a.T @ b).square().sum()
+            return self.total(moment_product(a, b, self.total))
         every_a = self._gather(a)
         every_b = every_a if a is b else self._gather(b)
         mine = slice(self.comm.view_rank, None, self.comm.view_shards)

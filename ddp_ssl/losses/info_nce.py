@@ -23,8 +23,8 @@ def info_nce(
     """NT-Xent, averaged over all pairs of views: SimCLR's loss at K = 2.
 
     `z`: embeddings `[k, n, d]` held here (`[K, N, d]` in one process), normalised within.
-    `gathered`: `comm.gather(z)` in float32 or wider, if the caller has it already; no gradient
-    flows into it. Returns a scalar in float32 or float64: the full loss on every process.
+    `gathered`: `comm.gather(unit_rows(z))` in float32 or wider, if the caller has it already; no
+    gradient flows into it. Returns a scalar in float32 or float64: the full loss on every process.
 
     For anchor (k, i) and each other view m: -s(k,i,m,i) + log of the sum of exp s over all 2N
     samples of views k and m but the anchor itself, with s = cosine / temperature. Source: SimCLR
@@ -40,16 +40,17 @@ def info_nce(
         raise ValueError(f"info_nce: temperature must be 1/350 or more, got {temperature}")
     with torch.autocast(z.device.type, enabled=False):
         z = at_least_float32(z)
-        everyone = comm.gather(z.detach()) if gathered is None else gathered.detach()
+        dtype = z.dtype if temperature >= LOWEST[z.dtype] else torch.float64
+        u = unit_rows(z.to(dtype))
+        everyone = comm.gather(u.detach()) if gathered is None else gathered.detach()
+        if everyone.dtype != dtype:
+            everyone = unit_rows(everyone.to(dtype))
         views, images, _ = everyone.shape
         if views < 2:
             raise ValueError(f"info_nce: needs 2 views or more, got {views}")
         if images < 2:
             warnings.warn("info_nce: one image has no negatives, so its loss is always 0")
-        dtype = z.dtype if temperature >= LOWEST[z.dtype] else torch.float64
-        part = _InfoNCE.apply(
-            unit_rows(z.to(dtype)), unit_rows(everyone.to(dtype)), 1 / temperature, comm
-        )
+        part = _InfoNCE.apply(u, everyone, 1 / temperature, comm)
         total = comm.sum(cast(Tensor, part)) / (views * images * (views - 1))
         return total.to(z.dtype)
 
@@ -71,7 +72,7 @@ class _InfoNCE(torch.autograd.Function):
         place = torch.arange(images, device=u.device)[comm.rows(n)].repeat(k)
         rows, columns = u.flatten(0, 1), everyone.flatten(0, 1)
         sums = u.new_empty(k * n, views)  # B
-        parts = list(blocks(k * n, views * images))
+        parts = list(blocks(rows, views * images))
         kept = None
         for part in parts:
             e = _exponentials(rows[part], columns, sharpness, held[part] * images + place[part])
@@ -88,20 +89,20 @@ class _InfoNCE(torch.autograd.Function):
         agreement = (u * positives).sum()
         logs = denominators.log().scatter(1, own, 0.0).sum()
         all_weights = comm.gather(weight.view(k, n, views))  # [K, N, K]
-        ctx.save_for_backward(rows, columns, weight, all_weights, positives, held, place)
-        ctx.kept, ctx.sharpness = kept, sharpness
+        ctx.save_for_backward(rows, columns, weight, all_weights, positives, held, place, kept)
+        ctx.sharpness = sharpness
         # The logs are of E's sums, 1 / temperature less than those of exp s.
         return logs + sharpness * (k * n * (views - 1) - agreement)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, columns, weight, all_weights, positives, held, place = ctx.saved_tensors
+        rows, columns, weight, all_weights, positives, held, place, kept = ctx.saved_tensors
         images = all_weights.shape[1]
         grad = torch.empty_like(rows)
-        for part in blocks(len(rows), len(columns)):
+        for part in blocks(rows, len(columns)):
             own, itself = held[part], held[part] * images + place[part]
-            e = ctx.kept
+            e = kept
             if e is None:
                 e = _exponentials(rows[part], columns, ctx.sharpness, itself)
             theirs = all_weights.movedim(2, 0)[own]  # [rows, K, N]

@@ -22,8 +22,8 @@ def mutual_information(
     """Matrix-based Renyi mutual information of order 2, in nats; the full value on every process.
 
     `r`: representations `[k, n, d_R]`, `z`: embeddings `[k, n, d]` held here. Returns a scalar in
-    float32 or float64, at most log M. `gathered`: `comm.gather(z)` if the caller has it already; no
-    gradient flows into it.
+    float32 or float64, at most log M. `gathered`: `comm.gather(unit_rows(z))` if the caller has it
+    already; no gradient flows into it.
 
     H(A) + H(B) - H(A o B) with H(A) = -log(|A|_F^2 / M^2), which is the log of
     mean(a b) / (mean a * mean b) over all M^2 pairs, a and b the squared entries of A and B.
@@ -49,12 +49,12 @@ def mutual_information(
             size = a.shape[0]
             sums = torch.stack([a.sum(), b.sum(), (a * b).sum()])
         else:
-            all_r = unit_rows(comm.gather(r.detach())).flatten(0, 1)
+            r, z = unit_rows(r), unit_rows(z)
+            all_r = comm.gather(r.detach()).flatten(0, 1)
             all_z = comm.gather(z.detach()) if gathered is None else gathered.detach()
-            all_z = unit_rows(all_z).flatten(0, 1)
-            r, z = unit_rows(r).flatten(0, 1), unit_rows(z).flatten(0, 1)
+            all_z = all_z.to(z.dtype).flatten(0, 1)
             size = all_r.shape[0]
-            sums = comm.sum(squared_products(r, z, all_r, all_z))
+            sums = comm.sum(squared_products(r.flatten(0, 1), z.flatten(0, 1), all_r, all_z))
         # A unit diagonal keeps each mean at 1/M or more; only zero rows could make it zero.
         means = (sums / size**2).clamp(min=1 / size**2)
         return torch.log(means[2]) - torch.log(means[0]) - torch.log(means[1])

@@ -11,7 +11,7 @@ Blocks of at most `BLOCK` pairs are computed again in backward; where one block 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -19,13 +19,50 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 2**22
+ON_GPU = 4  # times as many: each block reads all columns, and a GPU has no caches to stay within
 
 
-def blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of `rows`, each with at most `BLOCK` pairs (or one row)."""
-    size = max(1, BLOCK // max(columns, 1))
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
+def blocks(rows: Tensor, columns: int) -> Iterator[slice]:
+    """Slices of `rows` `[m, d]`, each with at most `BLOCK` pairs (or one row)."""
+    most = BLOCK * (ON_GPU if rows.is_cuda else 1)
+    size = max(1, most // max(columns, 1))
+    for start in range(0, len(rows), size):
+        yield slice(start, min(start + size, len(rows)))
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of a b over two matrices, in blocks of rows.
+
+    Not `torch.dot`, which loses three digits of float32 over millions of elements.
+    """
+    total = a.new_zeros(())
+    for part in blocks(a, a.shape[1]):
+        total += (a[part] * b[part]).sum()
+    return total
+
+
+def gram_square(a: Tensor, all_a: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Part of |A A^T|_F^2, the sum over i, j of (a_i . a_j)^2; the products, if one block is all.
+
+    `a` `[m, p]`: rows held here; `all_a` `[N, p]`: everyone's. No gradient: for the forward of an
+    `autograd.Function`, whose backward takes `gram_times`.
+    """
+    total, kept = a.new_zeros(()), None
+    parts = list(blocks(a, len(all_a)))
+    for part in parts:
+        products = a[part] @ all_a.T
+        total += products.square().sum()
+        kept = products if len(parts) == 1 else None
+    return total, kept
+
+
+def gram_times(
+    a: Tensor, all_a: Tensor, rows: Tensor, kept: Tensor | None, out: Tensor, scale: Tensor
+) -> None:
+    """Add scale (A all_A^T) rows to `out` `[m, q]`, with `rows` `[N, q]`."""
+    for part in blocks(a, len(all_a)):
+        products = a[part] @ all_a.T if kept is None else kept
+        out[part].addmm_(products * scale, rows)
 
 
 def gram_product(a: Tensor, b: Tensor, all_a: Tensor, all_b: Tensor) -> Tensor:
@@ -41,36 +78,64 @@ class _GramProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, all_a: Tensor, all_b: Tensor) -> Tensor:
         ctx.same = a is b
-        ctx.save_for_backward(a, b, all_a, all_b)
-        ctx.kept = None
+        kept: tuple[Tensor | None, Tensor | None] = None, None
         total = a.new_zeros(())
-        parts = list(blocks(len(a), len(all_a)))
+        parts = list(blocks(a, len(all_a)))
         for part in parts:
             of_a = a[part] @ all_a.T
             of_b = of_a if ctx.same else b[part] @ all_b.T
-            total += torch.dot(of_a.flatten(), of_b.flatten())
+            total += (of_a * of_b).sum()
             if len(parts) == 1:
-                ctx.kept = of_a, of_b
+                kept = of_a, None if ctx.same else of_b
+        ctx.save_for_backward(a, b, all_a, all_b, *kept)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, all_a, all_b = ctx.saved_tensors
+        a, b, all_a, all_b, kept_a, kept_b = ctx.saved_tensors
         grad_a = torch.empty_like(a)
         grad_b = None if ctx.same else torch.empty_like(b)
-        for part in blocks(len(a), len(all_a)):
-            of_a, of_b = ctx.kept or (a[part] @ all_a.T, None)
+        for part in blocks(a, len(all_a)):
+            of_a = a[part] @ all_a.T if kept_a is None else kept_a
             if grad_b is None:
                 torch.matmul(of_a, all_a, out=grad_a[part])
             else:
-                of_b = b[part] @ all_b.T if of_b is None else of_b
+                of_b = b[part] @ all_b.T if kept_b is None else kept_b
                 torch.matmul(of_b, all_a, out=grad_a[part])
                 torch.matmul(of_a, all_b, out=grad_b[part])
         # Both roles of a row, and with a = b both factors.
         (scale,) = grads
         grad_a *= scale * (4 if grad_b is None else 2)
-        return grad_a, None if grad_b is None else grad_b * (2 * scale), None, None
+        return grad_a, None if grad_b is None else grad_b.mul_(2 * scale), None, None
+
+
+def moment_product(a: Tensor, b: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """Part of |A^T B|_F^2 over all images from C = A^T B, summed over processes by `total`.
+
+    `a` `[m, p]`, `b` `[m, q]`: rows held here; `b` may be `a` itself. The part is the product of
+    this process's A^T B with C, so that the parts add up to |C|^2 and nothing is sent in backward.
+    """
+    return cast(Tensor, _MomentProduct.apply(a, b, total))
+
+
+class _MomentProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+        own = a.T @ b
+        whole = total(own)
+        ctx.same = a is b
+        ctx.save_for_backward(a, b, whole)
+        return inner(own, whole)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, whole = ctx.saved_tensors
+        (scale,) = grads
+        if ctx.same:
+            return (a @ whole).mul_(4 * scale), None, None
+        return (b @ whole.T).mul_(2 * scale), (a @ whole).mul_(2 * scale), None
 
 
 def squared_products(r: Tensor, z: Tensor, all_r: Tensor, all_z: Tensor) -> Tensor:
@@ -85,28 +150,29 @@ def squared_products(r: Tensor, z: Tensor, all_r: Tensor, all_z: Tensor) -> Tens
 class _SquaredProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, r: Tensor, z: Tensor, all_r: Tensor, all_z: Tensor) -> Tensor:
-        ctx.save_for_backward(r, z, all_r, all_z)
-        ctx.kept = None
+        kept: tuple[Tensor | None, Tensor | None] = None, None
         sums = r.new_zeros(3)
-        parts = list(blocks(len(r), len(all_r)))
+        parts = list(blocks(r, len(all_r)))
         for part in parts:
             of_r, of_z = r[part] @ all_r.T, z[part] @ all_z.T
             if len(parts) == 1:
-                ctx.kept = of_r, of_z
+                kept = of_r, of_z
             a, b = of_r.square(), of_z.square()
-            sums += torch.stack([a.sum(), b.sum(), torch.dot(a.flatten(), b.flatten())])
+            sums += torch.stack([a.sum(), b.sum(), a.mul_(b).sum()])
+        ctx.save_for_backward(r, z, all_r, all_z, *kept)
         return sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        r, z, all_r, all_z = ctx.saved_tensors
+        r, z, all_r, all_z, kept_r, kept_z = ctx.saved_tensors
         (grad,) = grads
         need_r, need_z = ctx.needs_input_grad[:2]
         grad_r = torch.empty_like(r) if need_r else None
         grad_z = torch.empty_like(z) if need_z else None
-        for part in blocks(len(r), len(all_r)):
-            of_r, of_z = ctx.kept or (r[part] @ all_r.T, z[part] @ all_z.T)
+        for part in blocks(r, len(all_r)):
+            of_r = r[part] @ all_r.T if kept_r is None else kept_r
+            of_z = z[part] @ all_z.T if kept_z is None else kept_z
             # The sum's derivative by a product s is 2 s (g_a + g_ab b), each pair counted twice.
             if grad_r is not None:
                 weight = of_z.square().mul_(4 * grad[2]).add_(4 * grad[0]).mul_(of_r)

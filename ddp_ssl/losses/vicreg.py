@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.losses.common import Route, at_least_float32, gathers, rows_of
-from ddp_ssl.losses.pairs import gram_product
+from ddp_ssl.losses.pairs import gram_square, gram_times, inner
 
 
 class VICReg(NamedTuple):
@@ -32,13 +34,11 @@ def vicreg(
     average_variance: bool = False,
     route: Route = "auto",
     comm: Comm = ONE_PROCESS,
-    gathered: Tensor | None = None,
 ) -> VICReg:
     """VICReg for K >= 2 views; at K = 2 the published loss.
 
     `z`: embeddings `[k, n, d]` held here (`[K, N, d]` in one process). Returns scalars in float32
-    or float64; the mean of `.loss` over processes is the global loss. `gathered`: `comm.gather(z)`
-    if the caller has it already; no gradient flows into it.
+    or float64, the full values on every process.
 
     invariance  2K/(K-1) * 1/(K N d) sum_k |Z_k - mean Z|^2, the mean over pairs at O(K)
     variance    2/K sum_k of 1/d sum_j max(0, gamma - sqrt(Var z_kj + eps)); 1/K with
@@ -59,28 +59,24 @@ def vicreg(
         if images < 2:
             raise ValueError("vicreg: the variance needs 2 images or more, got 1")
 
-        mean_view = comm.view_sum(z.sum(0)) / views
-        # Each process sees k of the K views: their mean square, averaged over the view shards.
-        spread = (z - mean_view).square().sum() / (k * n * width)
-
         def total(x: Tensor) -> Tensor:
             """Sums over all images `[K, ...]`, of every view, from those held here `[k, ...]`."""
+            if comm.view_shards == 1:
+                return comm.sum(x)
             sums = x.new_zeros(views, *x.shape[1:])
             sums[comm.views] = x
             return comm.sum(sums)
 
-        mean = total(z.sum(1))[comm.views, None] / images
-        local = z - mean
-        if gathers(route, images, width):
-            everyone = comm.gather(z.detach()) if gathered is None else gathered.detach()
-            centred = everyone[comm.views].to(z.dtype) - mean.detach()
-            parts = [gram_product(a, a, b, b) for a, b in zip(local, centred, strict=True)]
-            sums = total(torch.cat([local.square().sum(1), torch.stack(parts)[:, None]], 1))
-            var, squares = sums[:, :-1] / (images - 1), sums[:, -1] / (images - 1) ** 2
-        else:
-            cov = total(local.transpose(1, 2) @ local) / (images - 1)  # [K, d, d]
-            var = cov.diagonal(dim1=1, dim2=2)
-            squares = cov.square().sum((1, 2))
+        with torch.no_grad():
+            mean_view = comm.view_sum(z.sum(0)) / views
+            mean = total(z.sum(1))[comm.views] / images
+            everyone = None
+            if gathers(route, images, width):
+                everyone = comm.gather(z)[comm.views]
+        parts = _Sums.apply(z, mean_view, mean, everyone, lambda x: total(x)[comm.views])
+        sums = total(parts)
+        var, squares = sums[:, :-2] / (images - 1), sums[:, -2] / (images - 1) ** 2
+        spread = sums[:, -1].sum() / (views * images * width)
 
         s = 2 * views / (views - 1) * spread
         hinge = (gamma - (var + eps).sqrt()).clamp(min=0).mean(1)
@@ -88,6 +84,63 @@ def vicreg(
         v = hinge.mean() * (1 if average_variance else 2)
         c = off_diagonal.mean() * 2
         return VICReg(invariance * s + variance * v + covariance * c, s, v, c)
+
+
+class _Sums(torch.autograd.Function):
+    """Per view held here `[k, d + 2]`: squares of each centred feature, this process's part of the
+    squared norm of the second moment, and the squared distance from the views' mean.
+
+    From `z` `[k, n, d]`, the mean over views `[n, d]` and over images `[k, d]`, and either the rows
+    of all images `[k, N, d]` or a function that sums `[k, d, d]` over processes. The means are
+    constants here: all three are stationary in them, since centred rows add up to zero.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        mean_view: Tensor,
+        mean: Tensor,
+        everyone: Tensor | None,
+        total: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        k, n, width = z.shape
+        sums = z.new_empty(k, width + 2)
+        for view, own, centre in zip(sums, z, mean, strict=True):
+            view[:width] = (own - centre).square_().sum(0)
+            view[-1] = (own - mean_view).square_().sum()
+        kept: list[Tensor | None] = []
+        whole = None
+        if everyone is None:
+            moments = torch.stack([(x - m).T @ (x - m) for x, m in zip(z, mean, strict=True)])
+            whole = total(moments)
+            sums[:, width] = torch.stack([inner(a, b) for a, b in zip(moments, whole, strict=True)])
+        else:
+            for view, own, every, centre in zip(sums, z, everyone, mean, strict=True):
+                centred = own - centre
+                # In one process both are the same rows.
+                rows = centred if len(every) == n else every - centre
+                view[width], products = gram_square(centred, rows)
+                kept.append(products)
+        ctx.save_for_backward(z, mean_view, mean, everyone, whole, *kept)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, mean_view, mean, everyone, whole, *kept = ctx.saved_tensors
+        grad = torch.empty_like(z)
+        width = z.shape[2]
+        for v, (out, scale) in enumerate(zip(grad, grads[0], strict=True)):
+            centred = z[v] - mean[v]
+            torch.sub(z[v], mean_view, out=out)
+            out.mul_(2 * scale[-1]).addcmul_(centred, 2 * scale[:width])
+            if whole is not None:
+                out.addmm_(centred, whole[v] * (4 * scale[width]))
+            else:
+                rows = centred if everyone.shape[1] == z.shape[1] else everyone[v] - mean[v]
+                gram_times(centred, rows, rows, kept[v], out, 4 * scale[width])
+        return grad, None, None, None, None
 
 
 def vicreg_multiview(

@@ -41,10 +41,8 @@ class VICRegConfig(NeedsVariance):
     }
 
 
-def configured_vicreg(
-    s: VICRegConfig, z: Tensor, comm: Comm, gathered: Tensor | None = None
-) -> Terms:
-    """The loss with the config's weights; `gathered` is `comm.gather(z)` if it is there already."""
+def configured_vicreg(s: VICRegConfig, z: Tensor, comm: Comm) -> Terms:
+    """The loss with the config's weights."""
     covariance = s.invariance * 3 / z.shape[-1] if s.covariance == "auto" else s.covariance
     weights = (s.invariance, s.variance, covariance)
     if s.multiview == "fastssl":
@@ -55,7 +53,6 @@ def configured_vicreg(
         average_variance=s.average_variance,
         route=s.route,
         comm=comm,
-        gathered=gathered,
     )
 
 

@@ -48,11 +48,11 @@ def values_and_gradients(
 
 def test_blocks_cover_the_rows_once() -> None:
     with patch.object(pairs, "BLOCK", 20):
-        parts = list(pairs.blocks(11, 6))
+        parts = list(pairs.blocks(torch.empty(11, 2), 6))
         assert [i for part in parts for i in range(11)[part]] == list(range(11))
         assert all(len(range(11)[part]) * 6 <= 20 for part in parts)
-        assert len(list(pairs.blocks(3, 100))) == 3  # a row at least
-    assert list(pairs.blocks(2048, 2048)) == [slice(0, 2048)]
+        assert len(list(pairs.blocks(torch.empty(3, 2), 100))) == 3  # a row at least
+    assert list(pairs.blocks(torch.empty(2048, 2), 2048)) == [slice(0, 2048)]
 
 
 @pytest.mark.parametrize("views", [2, 3])
@@ -95,22 +95,43 @@ def test_many_blocks_over_processes(ranks: Ranks, size: int, view_shards: int, r
                 assert relative(mine, held) < 1e-9, (index, part, rank)
 
 
-def unequal_weights(world: World) -> Any:
-    """Each process weighs the loss by its own number."""
-    comm = MeshComm(world)
-    z = some(2, 12, 10)[:, comm.rows(6)].clone().requires_grad_()
-    found = [info_nce(z, 0.2, comm), barlow_twins(z, comm=comm, route="gather")]
+def unequal_weights(world: World, view_shards: int, route: str) -> Any:
+    """Each process weighs the losses by its own number."""
+    comm = MeshComm(world, view_shards)
+    n = 12 // comm.data_shards
+    z = some(4, 12, 10)[comm.views, comm.rows(n)].clone().requires_grad_()
+    r = some(4, 12, 6, seed=1)[comm.views, comm.rows(n)]
+    found = [*losses(z, r, comm, route), vicreg(z, 1.0, 0.0, 0.0, comm=comm, route=route).loss]
     return [torch.autograd.grad(loss * (1 + 2 * world.rank), z)[0] for loss in found]
 
 
-def test_processes_may_weigh_a_loss_differently(ranks: Ranks) -> None:
+@pytest.mark.parametrize(("size", "view_shards"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize("route", ["moments", "gather"])
+def test_processes_may_weigh_a_loss_differently(
+    ranks: Ranks, size: int, view_shards: int, route: str
+) -> None:
     """l_r = w_r L: the sum of the cotangents is what each row gets."""
-    z = some(2, 12, 10).requires_grad_()
-    results = ranks.run(unequal_weights, 2)
-    for index, loss in enumerate([info_nce(z, 0.2), barlow_twins(z, route="gather")]):
-        (whole,) = torch.autograd.grad(loss, z)
-        for rank in range(2):
-            assert relative(results[rank][index], 4 * whole[:, 6 * rank : 6 * rank + 6]) < 1e-10
+    z, r = some(4, 12, 10).requires_grad_(), some(4, 12, 6, seed=1)
+    results = ranks.run(unequal_weights, size, view_shards, route)
+    whole = [*losses(z, r, route=route), vicreg(z, 1.0, 0.0, 0.0, route=route).loss]
+    n = 12 // (size // view_shards)
+    for index, loss in enumerate(whole):
+        (gradient,) = torch.autograd.grad(loss, z)
+        for rank in range(size):
+            place = slice(rank // view_shards * n, (rank // view_shards + 1) * n)
+            held = size**2 * gradient[rank % view_shards :: view_shards, place]
+            assert relative(results[rank][index], held) < 1e-9, (index, rank)
+
+
+@pytest.mark.parametrize("images", [300, 2048])
+def test_float32_sums_keep_their_digits(images: int) -> None:
+    z, r = some(2, images, 64), some(2, images, 96, seed=1)
+    exact = losses(z, r) + losses(z, r, route="moments")
+    single = losses(z.float(), r.float()) + losses(z.float(), r.float(), route="moments")
+    for index, (a, b) in enumerate(zip(single, exact, strict=True)):
+        assert float(a) == pytest.approx(float(b), rel=3e-6, abs=1e-6), index
+    terms = [vicreg(x, route="gather").covariance for x in (z.float(), z)]
+    assert float(terms[0]) == pytest.approx(float(terms[1]), rel=5e-6)
 
 
 def test_no_temporary_beyond_a_block() -> None:

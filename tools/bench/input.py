@@ -1,6 +1,6 @@
 """Whether the input keeps up: images/s from JPEG files over images/s with cached batches.
 
-    python tools/bench/input.py [--batch 16] [--images 256] [--segment 4] [--segments 6]
+    python tools/bench/input.py [--batch 16] [--images 256] [--segment 12] [--segments 6]
         [CONFIG.yaml] [key=value ...]
 
 A real run of one process on JPEGs made here (500 x 375), whose loader hands out real batches for a
@@ -38,6 +38,7 @@ class Alternating:
     def __init__(self, job: engine.Job, segment: int) -> None:
         self.loader, self.segment = job.loader, segment
         self.device, self.images = job.world.device, job.config.data.batch_size
+        self.ahead = job.config.data.prefetch + 1
         self.cached = [next(job.loader) for _ in range(2)]
         self.rates: dict[str, list[float]] = {"files": [], "cached": []}
         self._step, self._began = 0, 0.0
@@ -48,13 +49,12 @@ class Alternating:
     def __next__(self) -> Batch:
         turn, within = divmod(self._step, self.segment)
         kind = "files" if turn % 2 == 0 else "cached"
-        if within == 0:
-            now = self._clock()
-            if turn > 2:  # the first turns warm up
-                last = "cached" if kind == "files" else "files"
-                rate = self.segment * self.images / (now - self._began)
-                self.rates[last].append(rate)
-            self._began = now
+        if within == 0 and turn > 2:  # the first turns warm up
+            last = "cached" if kind == "files" else "files"
+            timed = self.segment - self.ahead
+            self.rates[last].append(timed * self.images / (self._clock() - self._began))
+        if within == self.ahead:  # not what was read ahead while the other kind had its turn
+            self._began = self._clock()
         self._step += 1
         return next(self.loader) if kind == "files" else self.cached[within % 2]
 
@@ -87,7 +87,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--segment", type=int, default=4)
+    parser.add_argument("--segment", type=int, default=12)
     parser.add_argument("--segments", type=int, default=6)
     options, arguments = parser.parse_known_args()
     steps = options.segment * (2 * options.segments + 4)
@@ -101,6 +101,7 @@ def main() -> None:
                 "model.backbone_args={}", "data.views=[{count: 2, size: 224, recipe: asym}]",
                 f"data.batch_size={options.batch}", f"run.dir={folder}/run", "eval.every=0",
                 "measure.every=0", "eval.knn=false", "eval.raw_pixels=false",
+                "optim.precision=fp32" if not torch.cuda.is_available() else "optim.precision=bf16",
                 "method.alpha_every=10000", f"log.every_steps={options.segment}",
                 f"optim.epochs={-(-steps * options.batch // (options.images * 9 // 10))}",
                 *arguments,

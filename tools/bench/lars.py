@@ -2,8 +2,9 @@
 
     python tools/bench/lars.py [--repeats 15] [--device cpu] [--threads 2] [--model resnet50]
 
-Gradients are random and stay. Also printed: operators that a step launches, and how often it asks
-the device for a value (`item`, `bool`), which on a GPU stalls the host.
+Gradients are random and made once (a step of ours adds the decay to them). Also printed: operators
+that a step launches, and how often it asks the device for a value (`item`, `bool`), which on a GPU
+stalls the host.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the trainer adds to a step: the run's own loop against a bare one on the same batches.
 
-    python tools/bench/step.py [--steps 220] [--segment 11] [CONFIG.yaml] [key=value ...]
+    python tools/bench/step.py [--epochs 20] [--segment 11] [CONFIG.yaml] [key=value ...]
 
 A real run of the embedded default (or of the config given) with one process, whose loader hands out
 cached batches. A step of the run is timed from the moment it has its batch to the moment it asks
@@ -82,7 +82,7 @@ class Turns:
         return (self._clock() - began) / self.segment
 
 
-def measure(arguments: list[str], steps: int, segment: int) -> Turns:
+def measure(arguments: list[str], segment: int) -> Turns:
     """The run, to its end."""
     resolved = load(arguments)
     world = engine.join(resolved.config)
@@ -103,18 +103,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=220)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--segment", type=int, default=11)
     options, arguments = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        fixed = [
-            f"run.dir={folder}/run", "eval.every=0", "measure.every=0", "eval.knn=false",
-            "eval.raw_pixels=false", "run.threads=1", "optim.epochs=1000",
-            f"run.max_hours={8}",
-        ]  # fmt: skip
-        epochs = -(-options.steps * 11 // 10 // 10)
-        fixed[6] = f"optim.epochs={epochs}"
-        turns = measure([*arguments, *fixed], options.steps, options.segment)
+        turns = measure(
+            [
+                *(arguments or ["method.alpha_every=1000000"]),  # its threads would be counted
+                f"run.dir={folder}/run", "eval.every=0", "measure.every=0",
+                "eval.knn=false", "eval.raw_pixels=false", "run.threads=1",
+                f"optim.epochs={options.epochs}",
+            ],
+            options.segment,
+        )  # fmt: skip
     unit = "ms" if turns.device.type == "cuda" else "CPU-ms"
     print(f"\n{device_line(turns.device)}; {len(turns.run)} segments of {options.segment} steps")
     print(f"a step of the run: {spread(turns.run, 2)} {unit}")

@@ -1,0 +1,175 @@
+"""tools/scaling_model.py: bytes as real processes send them, times as computed by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ddp_ssl.config import load
+from ddp_ssl.distributed import World
+from tests.ranks import Ranks
+from tools import scaling_model
+from tools.bench import growth, scaling
+from tools.bench.scaling import Counts
+from tools.scaling_model import Cluster, Event, Step, elapsed, record
+
+SHARDED = ["method.name=adadim", "data.view_shards=2"]
+CASES = {
+    **scaling.CASES,
+    "barlow_twins, gather": ["method.name=barlow_twins", "method.route=gather"],
+    "simclr, float64": ["method.name=simclr", "method.temperature=0.01"],
+    "adadim, view shards": SHARDED,
+    "vicreg, local norm": ["method.name=vicreg", "model.batch_norm=local"],
+    "nnclr, a queue": ["method.name=nnclr"],
+}
+SMALL = ["data.batch_size=32", "data.views.0.size=16"]
+
+
+def send(world: World, cases: dict[str, list[str]]) -> dict[str, Counts]:
+    return {name: scaling.counted(world, arguments) for name, arguments in cases.items()}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_calls_and_bytes_are_those_of_real_processes(ranks: Ranks, size: int) -> None:
+    some = CASES if size == 2 else {**scaling.CASES, "adadim, view shards": SHARDED}
+    cases = {name: [*arguments, *SMALL] for name, arguments in some.items()}
+    everyones = ranks.run(send, size, cases)
+    for name, arguments in cases.items():
+        model = scaling.modelled(size, arguments)
+        assert [one[name] for one in everyones] == [model] * size, name
+        assert model["gradients"][1] > 0
+    assert "view sum" in everyones[0]["adadim, view shards"]
+    if size == 2:
+        assert "norm" not in everyones[0]["vicreg, local norm"]
+        assert everyones[0]["simclr, float64"]["gather"] != everyones[0]["simclr"]["gather"]
+
+
+def test_bytes_by_hand() -> None:
+    """AdaDim: z, r and the weights of InfoNCE gathered; 2 views; everything float32."""
+    config = load(["method.name=adadim", "method.route=moments"]).config
+    step = record(config, 8, Cluster(), classes=10)
+    n, width, representation = 128, 512, 128
+    counts = step.counts()
+    assert counts["gather"] == (3, 4 * 2 * n * (width + representation + 2))
+    # VICReg's d x d matrices, once: none in backward. The rest are vectors and numbers.
+    matrices = 4 * 2 * width**2
+    assert matrices < counts["sum"][1] < 1.01 * matrices
+    assert counts["gradients"][1] == 4 * step.parameters
+    assert counts["norm"][0] == 2 * step.norms
+    assert record(config, 1, Cluster()).counts() == {}
+    assert record(config, 8, Cluster(), alpha=0.0).counts()["sum"][0] < counts["sum"][0]
+
+
+def test_the_time_of_a_collective_by_hand() -> None:
+    c = Cluster(node_size=4, intra=100.0, inter=10.0, latency=1.0, latency_per_doubling=0.5)
+    assert c.seconds("norm", 1000, 1) == 0
+    assert c.seconds("norm", 1000, 4) == pytest.approx(1 + 2 * 1000 * 0.75 / 100)
+    # 4 nodes: three quarters of the bytes come from other nodes, over 4 GPUs' links.
+    here, between = 1000 * 0.75 / 100, 1000 * 0.75 / 40
+    assert c.seconds("gather", 1000, 16) == pytest.approx(1 + 0.5 * 2 + here + between)
+    assert c.seconds("sum", 1000, 16) == pytest.approx(2 + 2 * (here + between))
+
+
+def test_gradients_hide_behind_work_and_hold_others_up() -> None:
+    c = Cluster(node_size=2, intra=50.0, latency=0.0)  # 100 bytes reduced: 2 s
+
+    def of(*events: Event) -> float:
+        return elapsed(Step(list(events), 2, 1, 0, 0, (1, 1)), c, flops_rate=1.0)
+
+    bucket = Event("gradients", 100, flops=1, waits=False)
+    assert of(bucket, Event("end", 0, flops=5)) == 6  # hidden
+    assert of(bucket, Event("end", 0, flops=0.5)) == 3  # the rest shows
+    assert of(bucket, Event("norm", 100, flops=1), Event("end", 0)) == 5  # after the bucket
+    assert of(Event("norm", 100, flops=1), Event("end", 0, seconds=3)) == 6
+
+
+def test_predictions_follow_the_machine() -> None:
+    model = scaling_model.Model(["configs/imagenet100/adadim.yaml"], Cluster(), per_gpu=32)
+    few, many = model.at(8), model.at(64)
+    assert sum(many.terms.values()) == pytest.approx(many.step)
+    assert min(many.terms.values()) >= 0
+    assert 0 < many.efficiency < few.efficiency < 1
+    assert model.at(64, "model.batch_norm=local").terms["global batch norm"] == 0
+    # ResNet-18's 9,000 images of 224 px a second, and a projector that adds little.
+    assert few.terms["network"] == pytest.approx(2 * 32 / 9000, rel=0.03)
+    assert few.input_rate == pytest.approx(32 / few.step)
+
+
+def test_predictions_follow_the_rates() -> None:
+    config = load(["data.batch_size=64", "method.alpha_every=1"]).config
+    step = record(config, 16, Cluster())
+
+    def of(rate: float = 1e13, **rates: float) -> dict[str, float]:
+        return scaling_model.predict(config, step, Cluster(**rates), rate, 1438).terms
+
+    base = of()
+    assert of(rate=2e13)["network"] == pytest.approx(base["network"] / 2)
+    assert of(inter=25e9)["embeddings gathered"] > base["embeddings gathered"]
+    assert of(latency=50e-6)["global batch norm"] > 1.5 * base["global batch norm"]
+    assert of(jitter=0)["waiting for the slowest"] == 0
+    assert of(fp64=1e10)["measuring alpha"] > base["measuring alpha"] > 0
+    fast = scaling_model.network_rate(config, Cluster(images_per_second=18000.0))
+    assert fast == pytest.approx(2 * scaling_model.network_rate(config, Cluster()))
+
+
+def test_what_a_person_sees(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling_model, "PLOTTED", (8, 16))
+    picture = tmp_path / "curve.png"
+    config = ["method.name=simclr", "data.views.0.size=16"]
+    assert scaling_model.main([*config, "--gpus", "8,16", "--plot", str(picture)]) == 0
+    said = capsys.readouterr().out
+    for text in ("| gather | 2 ×", "| **efficiency** |", "model.batch_norm=local", "16 GPUs:"):
+        assert text in said
+    with Image.open(picture) as image:
+        assert min(image.size) > 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model.backbone=resnet34"], "no rate is known for resnet34"),
+        (["--fixed-batch", "--gpus", "48"], "data.batch_size: 128 images cannot be split"),
+        (["--gpus", "8,x"], "--gpus: expected numbers"),
+        (["--inter", "0"], "--inter: expected a positive number"),
+        (["optim.epoch=1"], "did you mean optim.epochs?"),
+    ],
+)
+def test_what_cannot_be_predicted_is_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scaling_model.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+def test_a_link_needs_root(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scaling.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr("sys.argv", ["scaling.py", "--link", "100"])
+    assert scaling.main() == 2
+    assert "not root; it needs root, ip and tc" in capsys.readouterr().err
+
+
+def test_exponents() -> None:
+    cubic = growth.Growth("x", "d", "ms")
+    for size in (1.0, 2.0, 4.0):
+        cubic.add(size, 5 * size**3)
+    assert cubic.exponent == pytest.approx(3)
+    assert cubic.last == pytest.approx(3)
+    assert "| x | d | 1 | 4 | ms | 5 | 320 | 3.00 | 3.00 |" in growth.table([cubic])
+
+
+def test_one_of_several_has_the_shapes_of_all() -> None:
+    comm = growth.OneOf(4)
+    z = torch.randn(2, 8, 16, requires_grad=True)
+    for name, loss in growth.LOSSES.items():
+        value = loss(z, comm).detach()
+        assert math.isfinite(float(value)), name
+    assert comm.gather(z).shape == (2, 32, 16)
