@@ -1,6 +1,7 @@
 # make demo   install into .venv, train AdaDim on handwritten digits with two processes, print the result
 # make test   the test suite                 make check   format, lint, types, tests: what CI runs
 # make test-faults  a real Slurm, killed and hung ranks, full disks: the tests that take long
+# make bench  every benchmark, into runs/bench.md (half an hour)
 # make golden rewrite tests/golden (a diff there needs a line in CHANGELOG.md)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NPROC ?= 2
 
-.PHONY: demo test test-faults check format golden docs clean
+.PHONY: demo test test-faults check bench format golden docs clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: setup.py constraints.txt
@@ -36,6 +37,12 @@ check: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed
+	@mkdir -p runs && : > runs/bench.md
+	@for name in losses lars step input view_shards metrics scaling growth data; do \
+	  printf '\n## tools/bench/%s.py\n\n' $$name; $(BIN)/python tools/bench/$$name.py || exit 1; \
+	done 2>runs/bench.err | tee -a runs/bench.md
 
 golden: $(VENV)/.installed
 	$(BIN)/python -m tests.golden

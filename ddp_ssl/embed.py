@@ -35,7 +35,7 @@ from ddp_ssl.data.datasets import Dataset, Split
 from ddp_ssl.distributed import World
 from ddp_ssl.engine import load_data, together
 from ddp_ssl.evals.features import Block, Extractor, gather_rows
-from ddp_ssl.evals.pretrained import Pretrained, load_pretrained
+from ddp_ssl.evals.pretrained import Pretrained, load_pretrained, normalised
 from ddp_ssl.evals.settings import EvaluateConfig, Source, find_source, load_settings
 from ddp_ssl.export import Parser
 from ddp_ssl.launch import cpu_share, rank_and_size
@@ -141,6 +141,7 @@ def embed(source: Source, settings: EvaluateConfig, wanted: Wanted, world: World
     pretrained = together(
         world, lambda: load_pretrained(source, settings.model, [size], seed=settings.run.seed)
     )
+    settings = normalised(settings, pretrained)
     network = together(world, lambda: Network(pretrained, wanted.embeddings))
     tell(pretrained.description)
     together(world, lambda: datasets.stage(settings.data))

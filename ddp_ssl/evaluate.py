@@ -12,16 +12,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from ddp_ssl.config import Config, ConfigError, Resolved, Section, reference_of
 from ddp_ssl.evals.settings import (
     COMMANDS,
     OF_PRETRAINING,
     EvaluateConfig,
+    Protocol,
     Source,
     find_source,
     load_settings,
+    protocol_of,
 )
 from ddp_ssl.launch import cpu_share, rank_and_size
 from ddp_ssl.signals import stop_with_parent
@@ -59,8 +61,10 @@ SECTIONS = {
     "linear": ("run", "model", "data", "linear"),
     "knn": ("run", "model", "data", "knn"),
     "finetune": ("run", "model", "data", "finetune"),
-    "dynamics": ("run", "model", "data", "eval", "measure"),
+    "dynamics": ("run", "data", "eval", "measure"),
 }
+# Of `run`, what a measurement of a finished run has no use for: all else is as it was trained.
+NOT_OF_DYNAMICS = ("run.name", "run.seed", "run.cache_mb")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,6 +127,8 @@ def _check(command: str, source: Source, origins: Mapping[str, str]) -> None:
 
 
 def _used(command: str, key: str) -> bool:
+    if command == "dynamics" and key in NOT_OF_DYNAMICS:
+        return False
     return key.partition(".")[0] in SECTIONS[command] or key == "eval.batch_size"
 
 
@@ -165,6 +171,8 @@ class Work:
     """The labelled training images."""
     val: Split
     folder: Path
+    protocol: Protocol | None = None
+    """Of the linear classifier, as it was trained."""
 
 
 def run(command: str, source: Source, settings: EvaluateConfig) -> int:
@@ -180,19 +188,48 @@ def run(command: str, source: Source, settings: EvaluateConfig) -> int:
         raise ConfigError(str(error)) from None
     log.setup_logging(None, world.rank)
     torch.set_num_threads(settings.run.threads or cpu_share())
+    code = 0
     try:
         if command == "dynamics":
             from ddp_ssl.evals import dynamics
 
             assert source.home is not None
-            return int(dynamics.run(settings, source.home, world))
-        start = time.perf_counter()
-        work = prepare(command, source, settings, world)
-        report = together(world, lambda: evaluate(work))
-        together(world, lambda: finish(work, report, time.perf_counter() - start))
-    finally:
+            code = int(dynamics.run(settings, source.home, world))
+        else:
+            start = time.perf_counter()
+            work = prepare(command, source, settings, world)
+            report = evaluate(work)
+            bad = unreadable(work)
+            seconds = time.perf_counter() - start
+            together(world, lambda: finish(work, report, bad, seconds) if world.is_main else None)
+    except ConfigError:  # raised by all processes together
         distributed.stop()
-    return 0
+        raise
+    except Exception as error:
+        end_alone(error, world)
+    distributed.stop()
+    return code
+
+
+def end_alone(error: Exception, world: World) -> NoReturn:
+    """Say at once what went wrong on this process, and end it as it is.
+
+    The others may wait for it in a collective: leaving the group in order would wait for them, and
+    the launcher ends them when this process is gone.
+    """
+    import logging
+
+    from ddp_ssl.data.source import UnreadableError
+    from ddp_ssl.distributed import others_failed
+
+    logger, text = logging.getLogger("ddp_ssl"), " ".join(str(error).split())
+    if isinstance(error, UnreadableError):
+        logger.error("%s", text)
+    elif world.size > 1 and others_failed(error):
+        logger.error("another process failed or left: %s", text[:200])
+    else:
+        logger.error("%s: %s", type(error).__name__, text, exc_info=error)
+    raise SystemExit(1) from None
 
 
 def prepare(command: str, source: Source, settings: EvaluateConfig, world: World) -> Work:
@@ -203,7 +240,7 @@ def prepare(command: str, source: Source, settings: EvaluateConfig, world: World
     from ddp_ssl.distributed import comm_of
     from ddp_ssl.engine import load_data, together
     from ddp_ssl.evals.features import Extractor
-    from ddp_ssl.evals.pretrained import load_pretrained
+    from ddp_ssl.evals.pretrained import load_pretrained, normalised
 
     together(world, lambda: datasets.find(settings.data))
     pretrained = together(
@@ -214,6 +251,7 @@ def prepare(command: str, source: Source, settings: EvaluateConfig, world: World
     )
     tell = _teller(world)
     tell(pretrained.description)
+    settings = normalised(settings, pretrained)
     together(world, lambda: datasets.stage(settings.data))
     data = load_data(cast(Config, settings), world)  # which reads `data` and `run.seed`
     train, val = _splits(settings, data)
@@ -225,6 +263,8 @@ def prepare(command: str, source: Source, settings: EvaluateConfig, world: World
         f"{data.num_classes} classes, {settings.image_size} pixels; {world.size} process(es) on "
         f"{world.device.type}"
     )
+    mean, std = (", ".join(f"{v:.4g}" for v in x) for x in settings.data.normalisation)
+    tell(f"pixels in [0, 1] are normalised with mean {mean} and std {std}")
     backbone = pretrained.backbone.to(world.device)
     if settings.model.channels_last:
         backbone = backbone.to(memory_format=torch.channels_last)
@@ -262,7 +302,7 @@ def _teller(world: World) -> Any:
 
 
 def evaluate(work: Work) -> Report:
-    """What the command asks for, on all processes."""
+    """What the command asks for, on all processes; raises `ConfigError` on all or on none."""
     from ddp_ssl.evals import report
     from ddp_ssl.evals.finetune import evaluate_finetune
     from ddp_ssl.evals.linear import evaluate_linear
@@ -271,27 +311,42 @@ def evaluate(work: Work) -> Report:
     settings, classes = work.settings, work.data.num_classes
     parts = work.extractor, work.train, work.val, classes
     if work.command == "linear":
-        protocol, results, best = evaluate_linear(*parts)
-        return report.linear_report(protocol, results, best, settings.linear.held_out)
+        work.protocol, results, best = evaluate_linear(*parts)
+        return report.linear_report(work.protocol, results, best, settings.linear.held_out)
     if work.command == "knn":
         accuracies, bank = evaluate_knn(*parts)
         return report.knn_report(settings.knn.k, accuracies, bank)
     return report.finetune_report(evaluate_finetune(*parts, work.world), settings.finetune.fraction)
 
 
-def finish(work: Work, report: Report, seconds: float) -> None:
-    """Write the result files on rank 0 and print the table."""
+def unreadable(work: Work) -> dict[str, str]:
+    """What no process could read, with the reason, on all; `ConfigError` on all if it is more than
+    `data.max_bad_fraction` of the images."""
+    everyones = work.world.gather_objects(work.extractor.bad.known)
+    found: dict[str, str] = work.world.broadcast_object(
+        {name: why for known in everyones or [] for name, why in known.items()}
+    )
+    images, bound = len(work.train) + len(work.val), work.settings.data.max_bad_fraction
+    if len(found) > bound * images:
+        first, why = next(iter(found.items()))
+        raise ConfigError(
+            f"data.max_bad_fraction: {len(found)} of {images} images cannot be read, more than "
+            f"{bound:g} of them; the first is {ascii(first)[1:-1]} ({why}). Mend them, list them "
+            "in data.skip or raise data.max_bad_fraction; tools/check_data.py finds all there are"
+        )
+    return found
+
+
+def finish(work: Work, report: Report, unreadable: dict[str, str], seconds: float) -> None:
+    """Write the result files and print the table; on rank 0."""
     import json
 
     from ddp_ssl import log
     from ddp_ssl.evals.report import as_json, class_table, free_name, table, write
 
-    bad = work.world.gather_objects(work.extractor.bad.known)
-    if not work.world.is_main:
-        return
-    unreadable = {name: why for known in bad or [] for name, why in known.items()}
     if unreadable:
         report.notes.append(f"{len(unreadable)} images cannot be read and are left out")
+    report.notes += _reservations(work)
     settings = _settings(work)
     stem = work.pretrained.path.stem if work.pretrained.path else work.source.name
     kind = f"linear_{work.settings.linear.protocol}" if work.command == "linear" else work.command
@@ -306,6 +361,7 @@ def finish(work: Work, report: Report, seconds: float) -> None:
         "epoch": work.pretrained.epoch,
         "data": _data_facts(work),
         "settings": settings,
+        "batch_size": work.protocol and work.protocol.batch_size,
         "processes": work.world.size,
         "seconds": round(seconds, 1),
         "unreadable": unreadable,
@@ -319,13 +375,32 @@ def finish(work: Work, report: Report, seconds: float) -> None:
     print(f"\n{body}\n\n{path}.md  {path}.json  ({seconds:.0f} s)", flush=True)
 
 
+def _reservations(work: Work) -> list[str]:
+    """What a reader of the table must know before quoting it."""
+    notes = []
+    weights, val = work.pretrained, work.data.val
+    chosen = weights.path is not None and weights.path.name == "best.pt"
+    if chosen and val is not None and weights.test_images == val.digest[:12]:
+        assert weights.config is not None
+        notes.append(
+            f"this checkpoint was chosen among the run's by {weights.config.checkpoint.best} on "
+            "these very test images, which favours it; the newest one (RUN) was not chosen by them"
+        )
+    p = work.protocol
+    if p is not None and p.batch_size != protocol_of(work.settings.linear).batch_size:
+        asked = protocol_of(work.settings.linear).batch_size
+        notes.append(
+            f"batch of {p.batch_size} images instead of {asked}: it splits evenly over "
+            f"{work.world.size} process(es), and there are {len(work.train)} training images"
+        )
+    return notes
+
+
 def _what(work: Work) -> str:
     """The evaluation in a few words."""
-    from ddp_ssl.evals.settings import protocol_of
-
     settings = work.settings
     if work.command == "linear":
-        p = protocol_of(settings.linear)
+        p = work.protocol or protocol_of(settings.linear)
         views = "random crops" if settings.linear.augment else f"{p.patches} view(s) an image"
         return (
             f"Linear classifier, {p.name} protocol ({p.epochs} epochs, batch {p.batch_size}, "

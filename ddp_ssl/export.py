@@ -54,6 +54,7 @@ TORCHVISION = (
 )  # fmt: skip
 # Of `model.backbone_args`, what changes training alone.
 ONLY_IN_TRAINING = {"zero_init_last", "drop_rate", "drop_path_rate", "drop_block_rate"}
+CARD = "<!-- made by ddp-ssl export -->"  # in every model card: another README.md is left alone
 TOLERANCE = 1e-4  # relative; another order of summation is far below, a wrong weight far above
 
 
@@ -340,6 +341,8 @@ def model_card(trained: Trained, form: Form, file: Path, off: float) -> str:
         "",
         "Weights are made of their training images: who uses or passes them on is bound by the",
         f"terms of the data set ({config.data.name}), whatever the licence of the code is.",
+        "",
+        CARD,
     ]
     return "\n".join(lines) + "\n"
 
@@ -412,6 +415,12 @@ def export(source: str, form: Form, out: Path | None) -> tuple[Path, float]:
         raise ValueError(
             f"--out: {folder} cannot be created: {error.strerror}; a folder is accepted"
         ) from None
+    card = folder / "README.md"
+    if card.exists() and CARD not in card.read_text(errors="replace"):
+        raise ValueError(
+            f"--out: {card} is no model card of an export and would be lost; another folder is "
+            "accepted"
+        )
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as place:
         file = Path(place) / FILES[form]
         off = difference(WRITERS[form](trained, file), trained.backbone, trained.size)

@@ -74,6 +74,17 @@ def test_the_features_are_the_methods(
     assert (about["split"], about["images"], about["step"]) == ("val", 14, 33)
 
 
+def test_training_images_are_the_whole_splits_also_of_a_run_on_a_share_of_them(
+    photos: Path, tmp_path: Path
+) -> None:
+    data = ("data.name=folder", f"data.root={photos}", "data.val_fraction=0.3")
+    views = ("data.views=[{size: 24}]", "data.batch_size=4", "data.fraction=0.5")
+    place, _ = run_folder(tmp_path / "run", *data, *views)
+    out = tmp_path / "x.npz"
+    assert embed.main([str(place), "--split", "train", "--out", str(out), *QUIET]) == 0
+    assert np.load(out)["ids"].tolist() == list(range(34))
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_any_number_of_processes_gives_the_same(
     size: int,

@@ -218,3 +218,17 @@ def test_the_lines_that_load_fetch_no_weights_of_others() -> None:
     lines = loading_snippet(config, "x.pt")
     assert "drop_path_rate=0.1" in lines
     assert "pretrained" not in lines
+
+
+def test_only_a_card_of_ours_is_replaced(
+    vit: tuple[Path, Method[Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(vit[0]), "--format", "timm", "--out", str(tmp_path)]
+    card = tmp_path / "README.md"
+    card.write_text("# My project\n")
+    assert export.main(arguments) == 2
+    assert "README.md is no model card of an export" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert card.read_text() == "# My project\n"
+    card.unlink()
+    assert export.main(arguments) == export.main(arguments) == 0

@@ -45,7 +45,8 @@ def test_the_console_script() -> None:
     wrong = call(str(BIN / "ddp-ssl"), "trian")
     assert wrong.returncode == 2
     assert wrong.stderr == (
-        "ddp-ssl: error: unknown command 'trian'; accepted: train, submit, evaluate, export, embed, doctor\n"
+        "ddp-ssl: error: unknown command 'trian'; "
+        "accepted: train, submit, evaluate, export, embed, doctor\n"
     )
 
 

@@ -64,13 +64,47 @@ def of_run(folder: Path, accuracy: str) -> Model:
     """A run's last figures; raises `ValueError` naming what it has not measured."""
     wanted = ("rep/effective_rank_r", "rep/mutual_information", accuracy)
     last: dict[str, float] = {}
-    for row in read_metrics(folder / "metrics.jsonl"):
-        last.update({name: row[name] for name in wanted if name in row})
+    path = folder / "metrics.jsonl"
+    try:
+        for row in read_metrics(path):
+            last.update({name: float(row[name]) for name in wanted if name in row})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: a line is no row of figures: {error}") from None
     lacking = [name for name in wanted if not math.isfinite(last.get(name, math.nan))]
     if lacking:
         raise ValueError(f"{folder}: {lacking[0]} is not in its metrics.jsonl")
-    method = str(read_yaml(folder / "config.yaml")["method"]["name"])
-    return Model(method, last[wanted[0]], last[wanted[1]], 100 * last[wanted[2]])
+    method = read_yaml(folder / "config.yaml").get("method")
+    if not isinstance(method, dict) or "name" not in method:
+        raise ValueError(f"{folder / 'config.yaml'}: has no method.name")
+    return Model(str(method["name"]), last[wanted[0]], last[wanted[1]], 100 * last[wanted[2]])
+
+
+def models_of(sources: Sequence[Path], accuracy: str) -> list[Model]:
+    """The models of all run folders and CSV files.
+
+    Among several folders (`runs/*`) those that give none are named on stderr and left out. Raises
+    `ValueError` or `OSError` for what is not there, for a wrong CSV, and if no model is left.
+    """
+    models: list[Model] = []
+    left_out: list[str] = []
+    for source in sources:
+        if source.is_file():
+            models += of_csv(source)
+            continue
+        source.stat()
+        if not (source / "metrics.jsonl").is_file():
+            left_out.append(f"{source}: no run folder (metrics.jsonl is not there)")
+            continue
+        try:
+            models.append(of_run(source, accuracy))
+        except ValueError as error:
+            left_out.append(str(error))
+    if not models:
+        more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
+        raise ValueError(left_out[0] + more if left_out else f"{sources[0]}: no models in it")
+    for line in left_out:
+        print(f"plot_balance: left out: {line}", file=sys.stderr)
+    return models
 
 
 def groups_of(models: Sequence[Model], together: bool) -> dict[str, list[Model]]:
@@ -93,12 +127,19 @@ def correlations(models: Sequence[Model]) -> tuple[float, float, float]:
         return (math.nan,) * 3
 
     def pearson(values: Any) -> float:
+        if not (_varies(values) and _varies(accuracies)):
+            return math.nan
         x, y = values - values.mean(), accuracies - accuracies.mean()
         scale = math.sqrt(float(x @ x) * float(y @ y))
-        return abs(float(x @ y)) / scale if scale > 0 else math.nan
+        return abs(float(x @ y)) / scale
 
     with np.errstate(divide="ignore", invalid="ignore"):  # a collapsed model has rank 0
         return pearson(ranks), pearson(informations), pearson(informations / ranks)
+
+
+def _varies(values: Any) -> bool:
+    """By more than rounding; not where one is no number."""
+    return bool(np.ptp(values) > 1e-12 * np.abs(values).max())
 
 
 def table(groups: dict[str, list[Model]]) -> str:
@@ -191,12 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--together", action="store_true", help="all models as one group")
     options = parser.parse_args(arguments)
     try:
-        models: list[Model] = []
-        for source in options.models:
-            found = of_csv(source) if source.is_file() else [of_run(source, options.accuracy)]
-            models += found
-        if not models:
-            raise ValueError(f"{options.models[0]}: no models in it")
+        models = models_of(options.models, options.accuracy)
         groups = groups_of(models, options.together)
         print(table(groups))
         written = save(draw(groups), options.out)

@@ -3,8 +3,9 @@
     python tools/plot_dynamics.py RUN [RUN ...] [--out dynamics.png] [--centred]
 
 From `metrics.jsonl` of each run folder, and from `dynamics.jsonl` where `ddp_ssl.evaluate dynamics`
-was run; docs/metrics.md says what the figures are. R is drawn solid, Z dashed, each run in its own
-colour. Writes a PNG and an SVG of the same name. What a run has not measured is said and left out.
+was run (of several settings the latest; what is of other data, `dynamics-DATA.jsonl`, is not read);
+docs/metrics.md says what the figures are. R is drawn solid, Z dashed, each run in its own colour.
+Writes a PNG and an SVG of the same name. What a run has not measured is said and left out.
 
 Exit code 2 if a folder holds no figures at all, or without matplotlib (the extra `plots`).
 """
@@ -57,9 +58,14 @@ def read(folder: Path) -> Run:
     run = Run(folder.name)
     metrics = folder / "metrics.jsonl"
     if metrics.is_file():
-        for row in read_metrics(metrics):
-            run.add(row["epoch"], row)
-    for measured in dynamics.read(folder / dynamics.FILE):
+        try:
+            for row in read_metrics(metrics):
+                run.add(float(row["epoch"]), row)
+        except KeyError:
+            raise ValueError(f"{metrics}: a row has no epoch") from None
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{metrics}: a line is no row of figures: {error}") from None
+    for measured in dynamics.latest(folder / dynamics.FILE):
         run.add(measured.epoch, measured.figures)
     if not any(name.startswith(("rep/", "eval/")) for name in run.curves):
         raise ValueError(
@@ -174,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"plot_dynamics: {error.name} is needed: pip install 'ddp_ssl[plots]'", file=sys.stderr
         )
         return 2
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         print(f"plot_dynamics: error: {error}", file=sys.stderr)
         return 2
     print("\n".join(map(str, written)))

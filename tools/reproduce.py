@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # --only takes all words that follow; what has a `=` is a key.
     options.overrides += [word for word in options.only if "=" in word]
     options.only = [word for word in options.only if "=" not in word]
+    runs.slurm_jobs.cache_clear()
     try:
         if options.list:
             print(listing())
@@ -80,7 +82,7 @@ def _costs(table: Table) -> str:
     for dataset in table.datasets:
         cells = {cell.run: cell for cell in table.cells(dataset)}
         hours = sum(cost.gpu_hours(cost.outline(cell)) for cell in cells.values())
-        parts.append(f"{dataset} {len(cells)} runs, {hours:,.0f} h")
+        parts.append(f"{dataset} {len(cells)} runs, {cost.show(hours)} h")
     seeds = f"; {table.seeds} seeds" if table.seeds > 1 else ""
     return "; ".join(parts) + seeds + ("; --scale small" if table.small else "")
 
@@ -105,7 +107,7 @@ def reproduce(table: Table, dataset: str, options: argparse.Namespace) -> int:
     if not options.collect:
         what = f"{table.name} ({table.paper})"
         runs.write_configs(planned, options.scale, options.overrides, roots, what)
-        missing = [r for r in runs.distinct(planned) if r.state() not in ("done", "queued")]
+        missing = [r for r in runs.distinct(planned) if r.state() not in ("done", *runs.WAITING)]
         print(_estimate(table, dataset, missing, len(runs.distinct(planned)), options), flush=True)
         problems = _start(missing, dataset, roots, options)
         if options.dry_run:
@@ -133,12 +135,15 @@ def _estimate(
 ) -> str:
     what = f"{table.name}, {dataset}: {count} runs, {count - len(missing)} ended or queued"
     left = [run for run in missing if run.state() != "to evaluate"]
+    trees = [configs.read(run.config).model_dump() for run in left]
     if options.scale == "small":
-        trees = [configs.read(run.config).model_dump() for run in left]
         minutes = sum(map(cost.cpu_minutes, trees)) / options.parallel
         return f"{what}; about {minutes:.0f} minutes, {options.parallel} at a time"
-    hours = sum(cost.gpu_hours(cost.outline(run.cell)) for run in left)
-    return f"{what}; about {hours:.0f} GPU-hours left\n{cost.CONSTANTS}"
+    try:
+        hours = sum(map(cost.gpu_hours, trees))
+    except KeyError as name:  # an override took what the constants do not cover
+        return f"{what}; GPU-hours of {name} are not known"
+    return f"{what}; about {cost.show(hours)} GPU-hours left\n{cost.CONSTANTS}"
 
 
 def _start(
@@ -178,6 +183,14 @@ def _need_root(
             f"--root: where {dataset} is: --root DIR or --root {dataset}=DIR; "
             "--scale small needs no data, --dry-run and --collect start nothing"
         )
+    if options.scale == "small":
+        return
+    for run in missing:
+        other = run.other
+        if other is not None and other not in roots:
+            raise ConfigError(
+                f"--root: where {other} is, for the probe of {run.label}: --root {other}=DIR"
+            )
 
 
 def _need_gpus(options: argparse.Namespace) -> None:
@@ -251,4 +264,10 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `--list | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

@@ -1,8 +1,9 @@
 """The figures of a validation pass for every checkpoint of a run: how a representation came about.
 
 Writes into the run folder `dynamics.jsonl`, one line per checkpoint as soon as it is measured, and
-at the end `evaluate/dynamics.md` and `evaluate/dynamics.json`. What is measured already, with the
-same settings, is kept: an interrupted measurement goes on.
+at the end `evaluate/dynamics.md` and `evaluate/dynamics.json`; on other data than the run's own
+`dynamics-DATA.*`. What is measured already, with the same settings, is not measured again: an
+interrupted measurement goes on. Rows of other settings stay in the file beside them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ddp_ssl.data import datasets
 from ddp_ssl.data.datasets import Dataset
 from ddp_ssl.data.source import BadImages
 from ddp_ssl.distributed import World
+from ddp_ssl.evals.pretrained import try_size
 from ddp_ssl.evals.probe import Learner
 from ddp_ssl.evals.settings import EvaluateConfig, config_of_run
 from ddp_ssl.evals.validation import Validation
@@ -79,6 +81,19 @@ def read(path: Path) -> list[Row]:
 
     A line that was not written to its end is left out.
     """
+    return sorted(_lines(path), key=lambda row: row.step)
+
+
+def latest(path: Path) -> list[Row]:
+    """Of these, the rows of the settings that were measured last."""
+    lines = _lines(path)
+    return sorted(
+        (row for row in lines if row.settings == lines[-1].settings), key=lambda row: row.step
+    )
+
+
+def _lines(path: Path) -> list[Row]:
+    """The rows in the order in which they were written."""
     rows = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
@@ -87,7 +102,7 @@ def read(path: Path) -> list[Row]:
             rows.append(Row(**fields, figures=figures))
         except (AttributeError, KeyError, TypeError, ValueError):
             continue
-    return sorted(rows, key=lambda row: row.step)
+    return rows
 
 
 def run(settings: EvaluateConfig, source: Path, world: World) -> int:
@@ -97,15 +112,21 @@ def run(settings: EvaluateConfig, source: Path, world: World) -> int:
     if a checkpoint could not be loaded. Raises `ConfigError`, on all processes, for what cannot be
     measured.
     """
-    config = config_of_run(source).model_copy(
+    own = config_of_run(source)
+    config = own.model_copy(
         update={"data": settings.data, "eval": settings.eval, "measure": settings.measure}
     )
-    return measure(config, source, Path(settings.run.dir or source), world)
+    return measure(config, source, Path(settings.run.dir or source), world, own.data.name)
 
 
-def measure(config: Config, home: Path, out: Path, world: World) -> int:
-    """The same with the run's whole config; the results go to the folder `out`."""
-    found, best = world.broadcast_object(chosen(home) if world.is_main else None)
+def measure(config: Config, home: Path, out: Path, world: World, own: str) -> int:
+    """The same with the run's whole config; the results go to the folder `out`. `own`: the name of
+    the data that the run was trained on."""
+    found, best, images = world.broadcast_object(
+        engine.together(
+            world, lambda: (*chosen(home), validation_images(home)) if world.is_main else None
+        )
+    )
     if not found:
         raise ConfigError(f"{home / 'checkpoints'}: no checkpoint; a run that saved one is needed")
     engine.together(world, lambda: datasets.find(config.data))
@@ -117,7 +138,11 @@ def measure(config: Config, home: Path, out: Path, world: World) -> int:
     validation = Validation(data, config, comm, world.device, BadImages())
     models = Models(config, comm, world)
     key = fingerprint(config, data, world.size)
-    rows = world.broadcast_object(kept(out / FILE, key, found) if world.is_main else None)
+    same = config.data.name == own and images in (None, data.val.digest[:12])
+    file = out / (FILE if same else f"dynamics-{data.name}.jsonl")
+    rows = world.broadcast_object(
+        engine.together(world, lambda: kept(file, key, found) if world.is_main else None)
+    )
     if world.is_main:
         said = f"; {len(rows)} are measured already" if rows else ""
         more = "" if config.measure.views else "; measure.views=10 adds alignment and LiDAR"
@@ -139,15 +164,16 @@ def measure(config: Config, home: Path, out: Path, world: World) -> int:
             measured(validation, learner, data),
         )  # fmt: skip
         rows[row.sha256] = row
+        engine.together(world, lambda row=row: append(file, row) if world.is_main else None)  # type: ignore[misc]
         if world.is_main:
-            append(out / FILE, row)
             seconds = time.perf_counter() - start
             logger.info("%d/%d %s (%.0f s)", number, len(found), brief(row), seconds)
+    ordered = sorted(rows.values(), key=lambda row: row.step)
+    place = out / "evaluate" / f"{file.stem}.md"
+    if rows:
+        engine.together(world, lambda: write(place, ordered, best) if world.is_main else None)
     if world.is_main and rows:
-        ordered = sorted(rows.values(), key=lambda row: row.step)
-        write(out, ordered, best)
-        place = out / "evaluate" / "dynamics.md"
-        logger.info("\n%s\n\nin %s; all figures in %s", table(ordered, best), place, out / FILE)
+        logger.info("\n%s\n\nin %s; all figures in %s", table(ordered, best), place, file)
     world.barrier()
     return int(failures > 0)
 
@@ -168,6 +194,9 @@ class Models:
         if self.learner is None:
             probe = weights.get("probe.weight")
             method = engine.make_method(self.config, self.comm)
+            data = self.config.data
+            size = data.val_size or max(group.size for group in data.views)
+            try_size(method.backbone, self.config.model.backbone, size)
             self.learner = Learner(method, 0 if probe is None else len(probe))
             self.learner.to(self.world.device)
             if self.config.model.channels_last:
@@ -199,6 +228,14 @@ def chosen(home: Path) -> tuple[list[Found], str | None]:
     return way[::-1], None if best is None else best.sha256
 
 
+def validation_images(home: Path) -> str | None:
+    """Digest of the run's own validation images, as its newest good checkpoint says; None if it
+    does not."""
+    good = checkpoint.newest_good(home)
+    said = None if good is None else checkpoint.load(good.path).get("identity", {})
+    return None if said is None else said.get("validation images")
+
+
 def fingerprint(config: Config, data: Dataset, world_size: int) -> str:
     """Short hash of everything but the weights that the figures depend on."""
     assert data.val is not None
@@ -211,28 +248,25 @@ def fingerprint(config: Config, data: Dataset, world_size: int) -> str:
         config.run.seed,
     ]
     if config.measure.views:  # drawn by each process for itself
-        parts += [config.data.model_dump(include={"views", "color_jitter"}), world_size]
+        parts += [config.data.model_dump(include={"views", "color_jitter"})]
+        parts += [config.eval.batch_size, world_size]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def kept(path: Path, key: str, found: list[Found]) -> dict[str, Row]:
     """What an earlier call measured of these checkpoints in the same way, by SHA-256.
 
-    The file is left with these rows alone; if there were others, it is kept as `*.old`. On rank 0.
+    No row is dropped; those of `key` are put last, since they are the latest. On rank 0.
     """
-    before = read(path)
+    before = _lines(path)
     wanted = {one.sha256 for one in found}
-    rows = {row.sha256: row for row in before if row.settings == key and row.sha256 in wanted}
-    if len(rows) < len(before):
-        old = path.with_name(path.name + ".old")
-        os.replace(path, old)
-        logger.info(
-            "%s: %d of %d rows are of other settings or of checkpoints that are gone; kept in %s",
-            path, len(before) - len(rows), len(before), old.name,
-        )  # fmt: skip
+    own = [row for row in before if row.settings == key]
+    others = [row for row in before if row.settings != key]
+    if others:
+        logger.info("%s: %d rows of other settings or data stay in it", path, len(others))
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, "".join(row.to_json() for row in rows.values()))
-    return rows
+    replace(path, "".join(row.to_json() for row in [*others, *own]))
+    return {row.sha256: row for row in own if row.sha256 in wanted}
 
 
 def measured(validation: Validation, learner: Learner, data: Dataset) -> dict[str, float]:
@@ -253,12 +287,12 @@ def append(path: Path, row: Row) -> None:
         os.fsync(file.fileno())
 
 
-def write(out: Path, rows: list[Row], best: str | None) -> None:
-    """The table and all figures, under `evaluate/`."""
-    (out / "evaluate").mkdir(exist_ok=True)
-    replace(out / "evaluate" / "dynamics.md", table(rows, best) + "\n")
+def write(place: Path, rows: list[Row], best: str | None) -> None:
+    """The table, and all figures as `.json` beside it."""
+    place.parent.mkdir(exist_ok=True)
+    replace(place, table(rows, best) + "\n")
     found = [{**json.loads(row.to_json()), "best": row.sha256 == best} for row in rows]
-    replace(out / "evaluate" / "dynamics.json", json.dumps(found, indent=1) + "\n")
+    replace(place.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
 
 
 def replace(path: Path, text: str) -> None:

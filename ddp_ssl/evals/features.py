@@ -28,7 +28,7 @@ from ddp_ssl.data.augment import Decoding, PixelFormat, View, views_of
 from ddp_ssl.data.datasets import Split
 from ddp_ssl.data.loader import EvalLoader, default_resize
 from ddp_ssl.data.order import hashed
-from ddp_ssl.data.source import BadImages, EvalSource
+from ddp_ssl.data.source import BadImages, EvalSource, Reader
 from ddp_ssl.evals.settings import EvaluateConfig
 from ddp_ssl.launch import cpu_share
 
@@ -37,6 +37,8 @@ Ids = npt.NDArray[np.int64]
 Tell = Callable[[str], None]
 
 EVERY_S = 10.0  # between progress lines where they are not rewritten in place
+KEPT = 2  # version of what is kept on disk, and of what its key says
+SAMPLED = 1000  # files of a split whose size and time are part of the key
 CHUNKS = (128, 4096)  # fewest and most images that are augmented from one seed
 
 
@@ -124,6 +126,8 @@ class Extractor:
         first, end = mine.start * chunk, min(mine.stop * chunk, len(split))
         home = self._home(split, patches)
         block = None if home is None else _kept(home, first, end)
+        if block is not None and not self._still_bad(split, block, first, end):
+            block = None
         if block is not None:
             self.tell(f"features of {len(split)} {what}: taken from {home}")
         else:
@@ -212,12 +216,36 @@ class Extractor:
         if self.cache is None or size < self.settings.run.cache_mb * 2**20:
             return None
         data, side = self.settings.data, self.settings.image_size
-        key: list[Any] = [self.digest, split.digest, side, data.val_resize or default_resize(side)]
-        key += [data.normalisation, patches]
+        model = self.settings.model
+        # The same weights in another network, as one that pools differently, are other features.
+        network = re.sub(r"0x[0-9a-f]+", "", repr(self.backbone))
+        key: list[Any] = [KEPT, self.digest, model.backbone, sorted(model.backbone_args.items())]
+        key += [model.stem, network, self.device.type, split.digest, _stamps(split), side]
+        key += [data.val_resize or default_resize(side), data.normalisation, patches]
         if patches > 1:
             key += [patch_view(self.settings), data.color_jitter, self.settings.run.seed]
-            key += [self.device.type, self.settings.eval.batch_size]
+            key.append(self.settings.eval.batch_size)
         return self.cache / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+    def _still_bad(self, split: Split, block: Block, first: int, end: int) -> bool:
+        """Whether no image that a kept part lacks can be read now; they are in `bad` then."""
+        lacking = np.setdiff1d(np.arange(first, end), block.ids.numpy())
+        if not len(lacking):
+            return True
+        if split.images is not None:
+            return False
+        data = self.settings.data
+        reader = Reader(
+            split,
+            lambda step: lacking,
+            threads=1,
+            device_id=None if self.device.type == "cpu" else torch.cuda.current_device(),
+            decoding=Decoding(data.hw_decoder_load, data.preallocate),
+            bad=self.bad,
+        )
+        reader.examine(lacking)
+        reader.close()
+        return all(int(i) in reader.problems for i in lacking)
 
     def _keep(self, home: Path, first: int, end: int, block: Block) -> None:
         """Write a part; what cannot be written is only said."""
@@ -287,6 +315,27 @@ def _kept(home: Path, first: int, end: int) -> Block | None:
         return None
     features, ids = (torch.cat(part) for part in zip(*parts, strict=True))
     return Block(features, torch.zeros_like(ids), ids)
+
+
+def _stamps(split: Split) -> str:
+    """Hash of the sizes and times of some of the files, evenly spaced; of shards, of their index.
+
+    The split's own digest is of names and labels: it does not change where a file is replaced.
+    """
+    if split.images is not None:
+        return ""
+    some = np.unique(np.linspace(0, len(split) - 1, min(len(split), SAMPLED)).astype(np.int64))
+    found: list[tuple[int, ...]] = []
+    for i in some.tolist():
+        if split.shards is not None:
+            found.append((int(split.shards.offset[i]), int(split.shards.size[i])))
+            continue
+        try:
+            stat = os.stat(split.path(i))
+            found.append((stat.st_size, stat.st_mtime_ns))
+        except OSError:
+            found.append(())
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def _part(total: int, rank: int, size: int) -> slice:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddp_ssl import optim
-from ddp_ssl.config import Optim
+from ddp_ssl.config import ConfigError, Optim
 from ddp_ssl.data import selection
 from ddp_ssl.data.datasets import Split
 from ddp_ssl.data.order import hashed
@@ -73,7 +73,7 @@ def _one_seed(
     size = world.size
     batch = min(f.batch_size, len(train)) // size * size
     if batch == 0:
-        raise ValueError(
+        raise ConfigError(
             f"finetune.fraction: {f.fraction} leaves {len(train)} images for {size} processes"
         )
     if batch != f.batch_size:
@@ -88,7 +88,7 @@ def _one_seed(
         model.to(memory_format=torch.channels_last)
     if f.backbone_lr == 0:
         model.backbone.requires_grad_(False)
-    loader = random_crops(settings, train, batch, seed, comm, device)
+    loader = random_crops(settings, train, batch, seed, comm, device, extractor.bad)
     total = f.epochs * loader.steps_per_epoch
     loss = _train(model, loader, settings, batch, world, f"fine-tuning, seed {seed}, steps")
     loader.close()
@@ -144,7 +144,7 @@ def _train(
             ticker.at(step + 1)
         mean = float(world.mean_rows(losses)) / loader.steps_per_epoch
         if not math.isfinite(mean):
-            raise ValueError(
+            raise ConfigError(
                 f"finetune.lr: with {f.lr:g} the loss is {mean} in epoch {epoch + 1}; "
                 "a lower one would be accepted"
             )

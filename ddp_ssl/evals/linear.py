@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddp_ssl.comm import Comm
+from ddp_ssl.config import ConfigError
 from ddp_ssl.data import selection
 from ddp_ssl.data.augment import Decoding, PixelFormat
 from ddp_ssl.data.datasets import Split
 from ddp_ssl.data.loader import TrainLoader
 from ddp_ssl.data.order import hashed, permutation
+from ddp_ssl.data.source import BadImages
 from ddp_ssl.evals.accuracy import Accuracy, Tally
 from ddp_ssl.evals.features import Block, Extractor, Ticker, crop_view, gather_rows
 from ddp_ssl.evals.settings import EvaluateConfig, Protocol, protocol_of
@@ -55,12 +57,19 @@ def evaluate_linear(
     if choosing:
         held = selection.held_out(train.labels, settings.linear.held_out)
     if settings.linear.augment:
-        protocol = replace(protocol, batch_size=fitting_batch(protocol, len(train), comm))
+        batch = fitting_batch(protocol, len(train), comm)
+        if batch != protocol.batch_size:
+            extractor.tell(
+                f"linear.batch_size: {batch} instead of {protocol.batch_size}, for "
+                f"{comm.world_size} process(es) and {len(train)} images"
+            )
+        protocol = replace(protocol, batch_size=batch)
         kept = train.subset(np.flatnonzero(held))
         probe_block = extractor.features(kept, protocol.patches, "held-out") if choosing else None
     else:
         block = extractor.features(train, protocol.patches, f"{settings.data.name} training images")
         probe_block = block.where(torch.from_numpy(held)[block.ids]) if choosing else None
+        block = on_device(block, extractor.device)  # once for all seeds
     results = []
     for seed in settings.linear.seeds:
         steps: CachedSteps | AugmentedSteps
@@ -92,11 +101,18 @@ def fitting_batch(protocol: Protocol, images: int, comm: Comm) -> int:
     size = comm.world_size
     batch = min(protocol.batch_size, images) // size * size
     if batch == 0:
-        raise ValueError(f"{images} training images are too few for {size} processes")
+        raise ConfigError(f"data.name: {images} training images are too few for {size} processes")
     return batch
 
 
 # --- training ------------------------------------------------------------------------------------
+
+
+def on_device(block: Block, device: torch.device) -> Block:
+    """The features on the GPU where they take less than half of what is free there."""
+    if device.type != "cuda" or block.features.nbytes >= torch.cuda.mem_get_info(device)[0] / 2:
+        return block
+    return Block(*(x.to(device) for x in vars(block).values()))
 
 
 class CachedSteps:
@@ -108,14 +124,10 @@ class CachedSteps:
         self.comm, self.device, self.seed, self.batch_size = comm, device, seed, batch_size
         everyones = gather_rows(block.ids, comm, device)
         if not len(everyones):
-            raise ValueError("data.root: no training image with a label can be read")
+            raise ConfigError("data.root: no training image with a label can be read")
         self.images = len(everyones)
-        self.first = int((everyones < block.ids[0]).sum()) if len(block) else 0
+        self.first = int((everyones < int(block.ids[0])).sum()) if len(block) else 0
         self.block = block
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
-            if block.features.nbytes < free / 2:
-                self.block = Block(*(x.to(device) for x in vars(block).values()))
         self.per_epoch = -(-self.images // batch_size)
 
     def epoch(self, number: int) -> Iterator[Step]:
@@ -137,8 +149,9 @@ class AugmentedSteps:
     def __init__(self, extractor: Extractor, train: Split, protocol: Protocol, seed: int) -> None:
         self.extractor, self.device, self.comm = extractor, extractor.device, extractor.comm
         self.loader = random_crops(
-            extractor.settings, train, protocol.batch_size, seed, self.comm, self.device
-        )
+            extractor.settings, train, protocol.batch_size, seed, self.comm, self.device,
+            extractor.bad,
+        )  # fmt: skip
         self.per_epoch = self.loader.steps_per_epoch
 
     def epoch(self, number: int) -> Iterator[Step]:
@@ -160,8 +173,10 @@ def random_crops(
     seed: int,
     comm: Comm,
     device: torch.device,
+    bad: BadImages,
 ) -> TrainLoader:
-    """Endless batches of `split`, each image cropped and flipped at random."""
+    """Endless batches of `split`, each image cropped and flipped at random; what cannot be read is
+    added to `bad`."""
     data = settings.data
     return TrainLoader(
         split,
@@ -178,6 +193,7 @@ def random_crops(
         device=device,
         decoding=Decoding(data.hw_decoder_load, data.preallocate),
         read_threads=data.read_threads,
+        bad=bad,
     )
 
 

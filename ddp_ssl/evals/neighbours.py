@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ddp_ssl.config import ConfigError
 from ddp_ssl.data.datasets import Split
 from ddp_ssl.evals.accuracy import Accuracy, Tally
 from ddp_ssl.evals.features import Extractor, Ticker
@@ -20,7 +21,7 @@ def evaluate_knn(
     bank = extractor.features(train, settings.patches, f"{name} training images")
     images = int(comm.sum(torch.tensor(len(bank), device=device)))
     if images == 0:
-        raise ValueError("data.root: no training image with a label can be read")
+        raise ConfigError("data.root: no training image with a label can be read")
     tallies = [Tally(classes) for _ in settings.k]
     ticker = Ticker("k-NN, test images (rank 0's share)", len(queries), comm.rank == 0)
     for part, scores in sharded_votes(

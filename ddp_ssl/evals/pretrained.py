@@ -18,9 +18,15 @@ from torch import Tensor, nn
 
 from ddp_ssl import checkpoint
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.config import Config, Model, load_method
+from ddp_ssl.config import Channels, Config, Model, load_method
 from ddp_ssl.evals.probe import Learner
-from ddp_ssl.evals.settings import Backbone, Source, config_of_run, find_source
+from ddp_ssl.evals.settings import (
+    Backbone,
+    EvaluateConfig,
+    Source,
+    config_of_run,
+    find_source,
+)
 from ddp_ssl.methods.base import Method
 from ddp_ssl.models import build_backbone
 
@@ -45,6 +51,10 @@ class Pretrained:
     path: Path | None
     description: str
     """One line: what was loaded, from where, what was left."""
+    test_images: str | None = None
+    """Digest of the validation images that the run chose its best checkpoint by."""
+    normalisation: tuple[Channels, Channels] | None = None
+    """Mean and standard deviation that the weights were trained with, where timm says so."""
 
     @property
     def method(self) -> Method[Any] | None:
@@ -66,28 +76,29 @@ class Pretrained:
 def load_pretrained(
     source: Source | str | Path,
     model: Backbone | None = None,
-    sizes: Sequence[int] = (224,),
+    sizes: Sequence[int] | None = None,
     comm: Comm = ONE_PROCESS,
     seed: int = 0,
 ) -> Pretrained:
     """The weights that `source` names (`settings.find_source`).
 
     `model` describes the backbone of a file that belongs to no run. `sizes`: the image sizes that
-    it must take. `seed`: of a timm model's random weights. Raises `ValueError`, one line, for what
-    is not there, not safe to load, or not complete.
+    it must take (224, or a run's own, if none are given). `seed`: of a timm model's random weights.
+    Raises `ValueError`, one line, for what is not there, not safe to load, or not complete.
     """
     source = source if isinstance(source, Source) else find_source(str(source))
     model = model or Backbone()
     if source.timm is not None:
-        return _of_timm(source.timm, model, sizes, seed)
+        return _of_timm(source.timm, model, sizes or [224], seed)
     if source.home is None:
         assert source.file is not None
         settings = Model(
             backbone=model.backbone or "", backbone_args=model.backbone_args, stem=model.stem
         )
-        return _of_file(source.file, settings, sizes, model.prefix, None)
+        return _of_file(source.file, settings, sizes or [224], model.prefix, None)
     config = config_of_run(source.home)
-    path = source.file
+    path, data = source.file, config.data
+    sizes = sizes or [data.val_size or max(group.size for group in data.views)]
     if path is None:
         good = checkpoint.newest_good(source.home)
         if good is None:
@@ -95,13 +106,13 @@ def load_pretrained(
         path = good.path
     if path.parent.name != "checkpoints":  # exported weights beside the run's config
         return _of_file(path, config.model, sizes, model.prefix, config)
-    return _of_checkpoint(path, config, comm)
+    return _of_checkpoint(path, config, comm, sizes)
 
 
 # --- a run's checkpoint --------------------------------------------------------------------------
 
 
-def _of_checkpoint(path: Path, config: Config, comm: Comm) -> Pretrained:
+def _of_checkpoint(path: Path, config: Config, comm: Comm, sizes: Sequence[int]) -> Pretrained:
     """Method, probe and backbone as they were."""
     state = checkpoint.load(path)
     weights = state.get("model")
@@ -118,11 +129,29 @@ def _of_checkpoint(path: Path, config: Config, comm: Comm) -> Pretrained:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{path} does not fit the run's config.yaml: {reason}") from None
     learner.eval()
+    for size in sizes:
+        try_size(method.backbone, config.model.backbone, size)
     step, epoch = int(state["step"]), int(state["epoch"])
     return Pretrained(
         method.backbone, method.feature_width, config, learner, step, epoch, path,
         f"{config.model.backbone} of {config.method.name}, step {step}, epoch {epoch} ({path})",
+        test_images=state.get("identity", {}).get("validation images"),
     )  # fmt: skip
+
+
+@torch.no_grad()
+def try_size(backbone: nn.Module, name: str, size: int) -> None:
+    """Raise `ValueError`, one line, unless the backbone takes images of `size` pixels."""
+    training = backbone.training
+    try:
+        backbone.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"data.val_size: the run's {name} cannot take images of {size} pixels: "
+            f"{' '.join(str(error).split())}; the size that it was trained on is accepted"
+        ) from None
+    finally:
+        backbone.train(training)
 
 
 # --- weights of other code -----------------------------------------------------------------------
@@ -147,9 +176,30 @@ def _of_timm(name: str, model: Backbone, sizes: Sequence[int], seed: int) -> Pre
             reason = " ".join(str(error).split())[:160]
             raise ValueError(f"timm:{name}: its weights cannot be fetched: {reason}") from None
     what = "weights as timm gives them" if pretrained else f"random weights of seed {seed}"
+    trained = pretrained or bool(model.backbone_args.get("pretrained"))
     return Pretrained(
-        backbone.eval(), width, None, None, None, None, None, f"timm's {name}, {what}"
+        backbone.eval(), width, None, None, None, None, None, f"timm's {name}, {what}",
+        normalisation=_normalisation_of(backbone) if trained else None,
+    )  # fmt: skip
+
+
+def _normalisation_of(backbone: nn.Module) -> tuple[Channels, Channels] | None:
+    """Mean and standard deviation in timm's description of pretrained weights."""
+    said = getattr(backbone, "pretrained_cfg", None) or {}
+    mean, std = said.get("mean"), said.get("std")
+    return (tuple(mean), tuple(std)) if mean and std else None
+
+
+def normalised(settings: EvaluateConfig, pretrained: Pretrained) -> EvaluateConfig:
+    """The settings with the normalisation that the weights were trained with, where timm says so
+    and `data.mean` or `data.std` do not say otherwise."""
+    if pretrained.normalisation is None:
+        return settings
+    mean, std = pretrained.normalisation
+    data = settings.data.model_copy(
+        update={"mean": settings.data.mean or mean, "std": settings.data.std or std}
     )
+    return settings.model_copy(update={"data": data})
 
 
 def _of_file(

@@ -269,9 +269,15 @@ def find_source(text: str) -> Source:
         raise ConfigError(f"{path}: the weights come first, then the YAML; {accepted}")
     folder = path.absolute().parent
     for home in (folder, folder.parent if folder.name == "checkpoints" else folder):
-        if (home / "config.yaml").is_file():
+        if is_run(home):
             return Source(text, home=home, file=path)
     return Source(text, file=path)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's: other programs write a `config.yaml` beside weights too."""
+    made = (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
+    return made and (folder / "config.yaml").is_file()
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -323,7 +329,12 @@ def load_settings(
 
 def config_of_run(home: Path) -> Config:
     """The run's own config. Raises `ConfigError`."""
-    return load([str(home / "config.yaml")]).config
+    path = str(home / "config.yaml")
+    try:
+        return load([path]).config
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if path in text else f"{path}: {text}") from None
 
 
 def _of_run(run: Config, transfer: bool) -> dict[str, Any]:
@@ -334,7 +345,7 @@ def _of_run(run: Config, transfer: bool) -> dict[str, Any]:
     tree = run.model_dump(mode="json", exclude_none=True)
     data = tree["data"]
     data |= dict(zip(("mean", "std"), map(list, run.data.normalisation), strict=True))
-    for key in ("reader", "url", "dtype"):
+    for key in ("fraction", "reader", "url", "dtype"):
         data.pop(key, None)
     if transfer:
         data = {key: value for key, value in data.items() if key not in OF_ONE_DATA_SET}

@@ -91,12 +91,14 @@ def matrix_entropy(x: Tensor | Spectrum) -> float:
     return float(torch.special.entr(a).sum() + a.sum())
 
 
-def eigenvalue_count(x: Tensor | Spectrum, threshold: float = 0.01) -> int:
+def eigenvalue_count(x: Tensor | Spectrum, threshold: float = 0.01) -> float:
     """How many eigenvalues of X^T X exceed `threshold` times their sum, for `x` `[M, d]`.
 
-    At most 99 at the default; 0 for a zero matrix. Not centred. Source: AdaDim, Fig. 3a and A.6.
+    A whole number, at most 99 at the default; 0 for a zero matrix, NaN for one that is not finite.
+    Not centred. Source: AdaDim, Fig. 3a and A.6.
     """
-    return int((_spectrum(x).shares > threshold).sum())
+    shares = _spectrum(x).shares
+    return int((shares > threshold).sum()) if shares.isfinite().all() else math.nan
 
 
 def cumulative_explained_variance(x: Tensor | Spectrum, q: float = 0.3) -> float:

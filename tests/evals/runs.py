@@ -8,6 +8,7 @@ import torch
 
 from ddp_ssl import checkpoint
 from ddp_ssl.config import Resolved, load
+from ddp_ssl.data import datasets
 from ddp_ssl.evals.probe import Learner
 from ddp_ssl.models import export
 from tests.helpers import TINY, method_of
@@ -21,15 +22,20 @@ def make_run(folder: Path, photos: Path, *overrides: str) -> Learner:
     resolved: Resolved = load([*TINY, *data, *DATA, *overrides])
     config = resolved.config
     learner = Learner(method_of(config, dtype=torch.float32), 4)
+    val = datasets.load(config.data, config.run.seed).val
+    identity = {"validation images": "none" if val is None else val.digest[:12]}
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text(resolved.to_yaml())
     (folder / "metrics.jsonl").write_text('{"step": 7, "epoch": 1}\n')
     for step in (5, 7):
         torch.nn.init.constant_(learner.probe.bias, step)
-        torch.nn.init.constant_(learner.method.backbone.bn1.bias, step / 10)
+        backbone = learner.method.backbone
+        norm = backbone.bn1 if hasattr(backbone, "bn1") else backbone.norm  # a ViT's
+        torch.nn.init.constant_(norm.bias, step / 10)
         path = checkpoint.save(
-            folder, {"model": learner.state_dict(), "step": step, "epoch": 1},
-            step=step, epoch=1, identity={}, world_size=1, keep=2,
+            folder,
+            {"model": learner.state_dict(), "step": step, "epoch": 1, "identity": identity},
+            step=step, epoch=1, identity=identity, world_size=1, keep=2,
         )  # fmt: skip
         if step == 5:
             checkpoint.save_best(folder, path)

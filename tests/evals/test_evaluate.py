@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,12 @@ import torch
 import torchvision
 from PIL import Image
 
-from ddp_ssl.config import Config, reference_of
+from ddp_ssl.config import Config, Data, reference_of
+from ddp_ssl.data import datasets
+from ddp_ssl.evals.features import Extractor
 from ddp_ssl.evals.settings import EvaluateConfig, find_source, load_settings
 from ddp_ssl.evaluate import main
+from ddp_ssl.launch import rank_and_size
 from tests.evals.runs import make_run
 from tests.ranks import Ranks
 
@@ -73,12 +79,89 @@ def test_a_linear_classifier_beside_the_run(run: Path, capsys: Capture) -> None:
 
 def test_augmented_training_through_the_frozen_backbone(run: Path) -> None:
     settings = ("linear.augment=true", "linear.epochs=2", "linear.lr=[0.3,1]", "linear.seeds=0")
-    assert main(["linear", f"{run}:best", *QUICK, *settings]) == 0
+    assert main(["linear", f"{run}:best", *QUICK, *settings, "run.cache_mb=0"]) == 0
     found = result(run, "linear_sgd-folder-best")
     assert found["step"] == 5
     assert found["rows"][0]["over_seeds"] is None
     assert found["chosen"] is not None
-    assert not (run / "evaluate/features").exists()
+    assert any("chosen among the run's by" in note for note in found["notes"])
+    kept = list((run / "evaluate/features").iterdir())
+    assert len(kept) == 2  # of the test and the held-out images, none of those trained on
+
+
+def spoiled(photos: Path, folder: Path) -> Path:
+    """A copy of the photos, of which two training images and no other are none."""
+    shutil.copytree(photos, folder)
+    config = Data(name="folder", root=str(folder), val_fraction=0.3)
+    train = datasets.load(config, 0).train
+    for i in (3, 5):
+        Path(train.where(i)).write_bytes(b"no image")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        ("finetune", FINETUNE[:2]),
+        ("linear", ("linear.augment=true", "linear.epochs=1", "linear.lr=1", "linear.seeds=0")),
+    ],
+)
+def test_training_images_that_cannot_be_read_are_said(
+    command: str,
+    settings: tuple[str, ...],
+    run: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    arguments = [command, str(run), *QUICK, *settings]
+    arguments.append(f"data.root={spoiled(photos, tmp_path / 'spoiled')}")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "data.max_bad_fraction: 2 of 48 images cannot be read, more than 0.01" in error
+    assert main([*arguments, "data.max_bad_fraction=0.1", "run.name=x"]) == 0
+    found = result(run, "x")
+    assert len(found["unreadable"]) == 2
+    assert "2 images cannot be read and are left out" in found["notes"]
+
+
+def test_another_batch_than_asked_for_is_reported(run: Path, ranks: Ranks) -> None:
+    settings = ("linear.augment=true", "linear.epochs=1", "linear.lr=1", "linear.seeds=0")
+    arguments = ["linear", str(run), *QUICK, *settings, "linear.batch_size=16"]
+    assert ranks.launch(launched, 3, arguments) == [0] * 3
+    found = result(run, "linear_sgd-folder-step_00000007")
+    assert found["batch_size"] == 15
+    assert any(note.startswith("batch of 15 images instead of 16") for note in found["notes"])
+    assert "batch 15," in (run / "evaluate/linear_sgd-folder-step_00000007.md").read_text()
+
+
+def fails_on_rank_1(arguments: list[str]) -> tuple[Any, list[str]]:
+    """The exit code and what was said as an error."""
+
+    def fail(*_: Any) -> None:
+        raise KeyError("only here")
+
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            logging.getLogger("ddp_ssl"), "error", lambda *a, **_: said.append(a[0] % a[1:])
+        )
+        if rank_and_size()[0] == 1:
+            patch.setattr(Extractor, "embed", fail)
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+    return end.value.code, said
+
+
+def test_a_failure_on_one_process_ends_it_at_once(run: Path, ranks: Ranks) -> None:
+    """The other one waits for it in a collective, which may take `run.timeout_s`."""
+    start = time.perf_counter()
+    arguments = ["knn", str(run), *QUICK, "run.timeout_s=600"]
+    (first, other), (second, own) = ranks.launch(fails_on_rank_1, 2, arguments)
+    assert time.perf_counter() - start < 60
+    assert first == second == 1
+    assert own == ["KeyError: 'only here'"]
+    assert other[0].startswith("another process failed or left: ")
 
 
 def launched(arguments: list[str]) -> int:
@@ -128,6 +211,8 @@ def test_foreign_weights_need_no_method(
     found = result(tmp_path / "runs/evaluate-theirs", "knn-folder-theirs")
     assert found["weights"].startswith("resnet18 from theirs.pth: 120 tensors")
     assert found["data"]["mean"] == [0.485, 0.456, 0.406]
+    Path("config.yaml").write_text("model: {depth: 18}\n")  # of other code: this is no run
+    assert main(["knn", "theirs.pth", model, *data, *QUICK, "knn.k=3"]) == 0
     assert main(["knn", "timm:resnet18", *data, *QUICK, "run.dir=there", "run.name=mine"]) == 0
     assert "random weights of seed 0" in result(tmp_path / "there", "mine")["weights"]
 
@@ -168,6 +253,15 @@ def no_weights(run: Path, tmp: Path) -> list[str]:
     return ["knn", str(tmp / "text.pt"), "model.backbone=resnet18", "data.name=digits"]
 
 
+def vit_at_48(run: Path, tmp: Path) -> list[str]:
+    photos = load_settings(find_source(str(run)), [])[0].data.root
+    make_run(
+        tmp / "vit", Path(str(photos)), "model.backbone=vit_tiny_patch16_224",
+        "model.backbone_args={img_size: 32, depth: 1}", "data.views=[{size: 32}]",
+    )  # fmt: skip
+    return ["knn", str(tmp / "vit"), "data.val_size=48"]
+
+
 def other_weights(run: Path, tmp: Path) -> list[str]:
     torch.save({"a": torch.ones(3)}, tmp / "other.pt")
     return ["knn", str(tmp / "other.pt"), "model.backbone=resnet18", "data.name=digits"]
@@ -202,8 +296,15 @@ def other_weights(run: Path, tmp: Path) -> list[str]:
         (lambda run, tmp: ["knn", "timm:resnt18", "data.name=digits"], "did you mean resnet18?"),
         (lambda run, tmp: ["dynamics", "timm:resnet18"], "dynamics: timm:resnet18 is no run"),
         (lambda run, tmp: ["knn", str(run), "run.dir=/proc/x"], "/proc/x"),
+        (lambda run, tmp: ["dynamics", str(run), "run.dir=/proc/x"], "/proc/x"),
+        (lambda run, tmp: ["dynamics", str(run), "run.seed=1"], "run.seed: not used by dynamics"),
+        (
+            lambda run, tmp: ["dynamics", str(run), "model.channels_last=false"],
+            "model.channels_last: not used by dynamics",
+        ),
         (without_labels, "has no training image with a label"),
         (no_weights, "text.pt is no file of weights"),
+        (vit_at_48, "data.val_size: the run's vit_tiny_patch16_224 cannot take images of 48"),
         (other_weights, "holds no complete resnet18: of 100 tensors 100 missing"),
         (lambda run, tmp: no_weights(run, tmp)[:2], "model.backbone: needed for"),
     ],

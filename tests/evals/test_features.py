@@ -30,13 +30,20 @@ def split_of(count: int) -> Split:
     )
 
 
-def settings_of(view: dict[str, Any], cache_mb: float = 1000, seed: int = 0) -> EvaluateConfig:
+def settings_of(
+    view: dict[str, Any],
+    cache_mb: float = 1000,
+    seed: int = 0,
+    model: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+) -> EvaluateConfig:
     return EvaluateConfig.model_validate(
         {
             "run": {"cache_mb": cache_mb, "seed": seed},
+            "model": model or {},
             "data": {
                 "views": [{"size": SIZE, **view}], "mean": [0.5] * 3, "std": [0.25] * 3,
-                "threads": 1, "read_threads": 2,
+                "threads": 1, "read_threads": 2, **(data or {}),
             },
             "eval": {"batch_size": 7},
         }
@@ -52,7 +59,7 @@ class Network(nn.Module):
         self.weight = nn.Parameter(torch.randn(3 * SIZE * SIZE, 6, generator=g) / 30)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.flatten(1) @ self.weight).tanh()
+        return (nn.functional.interpolate(x, SIZE).flatten(1) @ self.weight).tanh()
 
 
 def extractor_of(settings: EvaluateConfig, world: World, **options: Any) -> Extractor:
@@ -150,6 +157,16 @@ def test_features_on_disk_are_of_these_weights_images_and_patches(tmp_path: Path
     for other in ((split_of(8), 2, "a"), (split_of(9), 3, "a"), (split_of(9), 2, "b")):
         assert "taken" not in make(*other)
     assert "taken" not in make(*first, seed=1)
+    for changed in (
+        {"model": {"backbone": "resnet18"}},
+        {"model": {"backbone_args": {"global_pool": "max"}}},
+        {"model": {"stem": "small"}},
+        {"data": {"val_size": 20}},
+        {"data": {"val_resize": 18}},
+        {"data": {"mean": [0.4] * 3}},
+    ):
+        assert "taken" not in make(*first, **changed), changed
+        assert "taken" in make(*first, **changed), changed
     assert "taken" in make(*first)
     for path in tmp_path.glob("*/*.safetensors"):
         path.write_bytes(path.read_bytes()[:-30])
@@ -175,3 +192,50 @@ def test_an_image_that_cannot_be_read_is_left_out(photos: Path, tmp_path: Path) 
         block = extractor.features(split, patches)
         assert block.ids.tolist() == [0, 1]  # image 3 has no label
         assert list(extractor.bad.known) == [str(tmp_path / "2.jpg")]
+
+
+def files_of(folder: Path, photos: Path) -> Split:
+    """Six photos, of which number 2 is none."""
+    folder.mkdir()
+    for i, file in enumerate(sorted(photos.glob("class0/*.jpg"))[:6]):
+        (folder / f"{i}.jpg").write_bytes(b"no image" if i == 2 else file.read_bytes())
+    return Split.of_files(str(folder), [f"{i}.jpg".encode() for i in range(6)], np.arange(6))
+
+
+def test_features_on_disk_still_say_what_cannot_be_read(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = files_of(tmp_path / "photos", photos)
+
+    def make() -> tuple[list[int], list[str], bool]:
+        said: list[str] = []
+        settings = settings_of(RANDOM, cache_mb=0)
+        extractor = extractor_of(settings, ALONE, cache=tmp_path / "kept", tell=said.append)
+        ids = extractor.features(split).ids.tolist()
+        return ids, list(extractor.bad.known), "taken from" in said[0]
+
+    bad = tmp_path / "photos" / "2.jpg"
+    others = [0, 1, 3, 4, 5]
+    assert make() == (others, [str(bad)], False)
+    assert make() == (others, [str(bad)], True)
+    photo = (tmp_path / "photos" / "1.jpg").read_bytes()
+    monkeypatch.setattr(module, "_stamps", lambda split: "the same")  # so that the key is, too
+    assert make() == (others, [str(bad)], False)
+    bad.write_bytes(photo)
+    assert make() == ([0, 1, 2, 3, 4, 5], [], False)
+    assert make() == ([0, 1, 2, 3, 4, 5], [], True)
+
+
+def test_a_replaced_file_is_noticed(photos: Path, tmp_path: Path) -> None:
+    split = files_of(tmp_path / "photos", photos)
+
+    def make() -> Tensor:
+        extractor = extractor_of(settings_of(RANDOM, cache_mb=0), ALONE, cache=tmp_path / "kept")
+        return extractor.features(split).features
+
+    before = make()
+    assert torch.equal(make(), before)
+    (tmp_path / "photos" / "4.jpg").write_bytes((tmp_path / "photos" / "0.jpg").read_bytes())
+    after = make()
+    assert not torch.equal(after, before)
+    assert torch.equal(after[3], after[0])  # number 2 is left out

@@ -12,8 +12,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from ddp_ssl.evals.pretrained import load_pretrained
-from ddp_ssl.evals.settings import Backbone
+from ddp_ssl.evals.pretrained import Pretrained, _normalisation_of, load_pretrained, normalised
+from ddp_ssl.evals.settings import Backbone, EvaluateConfig
 from tests.evals.runs import make_run
 
 IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(3))
@@ -194,3 +194,18 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(photos: Path, tmp_path: 
     (tmp_path / "run/checkpoints/step_00000005.json").unlink()
     with pytest.raises(ValueError, match="no good checkpoint in"):
         load_pretrained(tmp_path / "run")
+
+
+def test_timms_pretrained_weights_see_pixels_as_in_their_training() -> None:
+    """A ViT's (0.5, 0.5, 0.5), unless the settings say otherwise."""
+    network = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k", pretrained=False)
+    found = _normalisation_of(network)
+    assert found == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    digits = EvaluateConfig.model_validate({"data": {"name": "digits"}})
+    given = EvaluateConfig.model_validate({"data": {"name": "digits", "std": [1, 2, 3]}})
+    weights = Pretrained(network, 192, None, None, None, None, None, "", normalisation=found)
+    assert normalised(digits, weights).data.normalisation == found
+    assert normalised(given, weights).data.normalisation == (found[0], (1, 2, 3))
+    weights.normalisation = None
+    assert normalised(digits, weights) is digits
+    assert load_pretrained("timm:resnet18", Backbone(), [48]).normalisation is None  # random ones

@@ -110,6 +110,20 @@ def test_a_folder_without_figures_is_one_line(
 
 
 @pytest.mark.parametrize("tool", [plot_dynamics, plot_balance])
+@pytest.mark.parametrize(
+    "line", ["[1, 2]", "no json", '{"step": 1}', '{"epoch": 1, "rep/effective_rank_r": []}']
+)
+def test_a_line_that_is_no_row_is_one_line(
+    tool: Any, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "run", [])
+    (folder / "metrics.jsonl").write_text(line + "\n")
+    assert tool.main([str(folder)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"{tool.__name__.partition('.')[2]}: error: {folder}")
+
+
+@pytest.mark.parametrize("tool", [plot_dynamics, plot_balance])
 def test_matplotlib_is_an_extra(
     tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +172,9 @@ def test_degenerate_correlations_are_no_number() -> None:
     same = [Model("a", 5.0, float(i), float(i)) for i in range(4)]
     assert math.isnan(correlations(same)[0])
     assert correlations(same)[1] == pytest.approx(1)
+    nearly = [Model("a", 0.1 * 3 + i * 1e-17, float(i), float(i)) for i in range(4)]
+    nearly[0] = Model("a", 0.3, 0.0, 0.0)  # one rounding away from the others
+    assert math.isnan(correlations(nearly)[0])
     collapsed = [Model("a", float(i), 0.5, float(i)) for i in range(4)]  # one has rank 0
     assert correlations(collapsed)[0] == pytest.approx(1)
     assert math.isnan(correlations(collapsed)[2])
@@ -223,3 +240,22 @@ def test_a_run_without_the_figure_is_one_line(
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("plot_balance: error: ")
         assert message in line
+
+
+def test_folders_that_are_no_runs_are_left_out_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", [measured(1, **{"eval/probe_top1": 0.5})])
+    (tmp_path / "other").mkdir()
+    nameless = write_run(tmp_path / "nameless", [measured(1, **{"eval/probe_top1": 0.5})])
+    (nameless / "config.yaml").write_text("data: {name: digits}\n")
+    folders = [str(run), str(tmp_path / "other"), str(nameless)]
+    out = ["--out", str(tmp_path / "x.png")]
+    assert plot_balance.main([*folders, *out]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"plot_balance: left out: {tmp_path}/other: no run folder (metrics.jsonl is not there)",
+        f"plot_balance: left out: {nameless}/config.yaml: has no method.name",
+    ]
+    assert plot_balance.main([*folders[1:], *out]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("no run folder (metrics.jsonl is not there) (and 1 more)")

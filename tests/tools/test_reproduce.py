@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import shlex
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from tools.reproduction import (
     results,
     runs,
 )
-from tools.reproduction.cells import CONFIGS, Cell, Table, _published
+from tools.reproduction.cells import CONFIGS, ROOT, Cell, Table, _published
 
 TABLES = [t for t in reproduce.EVERYTHING.values() if isinstance(t, Table)]
 
@@ -145,9 +148,16 @@ def test_the_standardised_setting_is_table_17s() -> None:
         width = 128 if made.row.startswith("SimCLR") else 2048
         assert whole.model.projector == [2048, 2048, width]
         assert whole.method.model_dump()["temperature"] == 0.1
-    byol = full("table22", "BYOL", "cifar100")
-    assert (byol.model.projector, byol.optim.lr) == ([4096, 4096, 256], 1.0)
-    assert full("table22", "SimSiam", "cifar100").optim.name == "lars"
+    # Three widths of a method with a predictor: projector's hidden, predictor's hidden, output.
+    for row, projector, hidden, lr in (
+        ("BYOL", [4096, 256], 4096, 1.0),
+        ("NNCLR", [2048, 2048, 256], 4096, 0.4),
+        ("SimSiam", [2048, 2048, 2048], 512, 0.5),
+    ):
+        whole = full("table22", row, "cifar100")
+        assert whole.model.projector == projector
+        assert whole.method.model_dump()["predictor_hidden"] == hidden
+        assert (whole.optim.name, whole.optim.lr) == ("lars", lr)
     large = full("table9", "SimCLR", "inat21")
     assert (large.data.views[0].size, large.model.stem) == (224, "standard")
 
@@ -178,6 +188,21 @@ def test_the_cost_is_what_the_constants_say() -> None:
     assert cost.gpu_hours(made) == pytest.approx(by_hand)
     momentum = full("table12", "BYOL", "imagenet100").model_dump()
     assert cost.gpu_hours(momentum) == pytest.approx(by_hand * 4 / 3)
+    assert [cost.show(h) for h in (0.04, 1.46, 9.94, 12.4, 1234.5)] == [
+        "0.0", "1.5", "9.9", "12", "1,234",
+    ]  # fmt: skip
+
+
+def test_the_estimate_is_of_the_runs_as_they_will_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["table12", "--only", "SimCLR", "--dry-run", "--out", str(tmp_path)]
+    whole = cost.gpu_hours(full("table12", "SimCLR", "imagenet100").model_dump())
+    assert reproduce.main([*command, "optim.epochs=40"]) == 0
+    assert f"about {whole / 10:.1f} GPU-hours left" in capsys.readouterr().out
+    other = ["--out", str(tmp_path / "other"), "data.name=folder"]
+    assert reproduce.main([*command, *other]) == 0
+    assert "GPU-hours of 'folder' are not known" in capsys.readouterr().out
 
 
 # --- published numbers -------------------------------------------------------------------------
@@ -195,6 +220,7 @@ def test_every_published_number_stands_in_a_cell() -> None:
     tree = dict(_published())
     groups = {c.group for d in table("table3").datasets for c in table("table3").cells(d)}
     assert set(tree.pop("table3")) == groups
+    assert placed.pop("table18") == 3 * 45
     assert placed == {name: sum(map(len, rows.values())) for name, rows in tree.items()}
 
 
@@ -205,6 +231,23 @@ def test_every_published_number_stands_in_a_cell() -> None:
         ("table9", "alpha 0.5", "inat21", None, "probe", (24.56, None)),
         ("table12", "AdaDim", "imagenet100", None, "probe", (80.78, None)),
         ("table15", "DeepCluster v2", "organc", None, "probe", (74.31, None)),
+        (
+            "table18",
+            "lr 0.5, tau 0.15, decay 1e-06",
+            "cifar100",
+            "SimCLR, 100 epochs",
+            "rank",
+            (666.0, None),
+        ),
+        ("table18", "covariance 1.7", "cifar100", None, "probe", (58.69, None)),
+        (
+            "table18",
+            "lr 0.5, tau 0.4, decay 1e-06",
+            "cifar100",
+            "NNCLR, 100 epochs",
+            "information",
+            (0.075, None),
+        ),
         ("projector", "64", "cifar10", "vicreg fixed", "linear", (68.9, 0.2)),
         ("views", "4 views, 256", "cifar10", "vicreg", "minutes", (39.02, 0.05)),
         ("longer", "8 views, 256", "cifar10", None, "best_epoch", (140.0, None)),
@@ -300,6 +343,54 @@ def test_time_to_accuracy_is_training_until_the_first_rows_last_accuracy(tmp_pat
     )
 
 
+def test_minutes_have_no_mean_unless_every_seed_got_there(tmp_path: Path) -> None:
+    each = table("views")
+    planned = runs.plan(each, "cifar10", "full", 3, tmp_path, ["4 views, 256"])
+    rows = {run.cell.row for run in planned}
+    assert rows == {"2 views, 8192", "4 views, 256"}  # the target's row is planned too
+    for run in planned:
+        if run.cell.group == "barlow_twins":
+            last = 0.7 if run.cell.row == "2 views, 8192" or run.seed == 1 else 0.6
+            pretend(run, [0.5, last], linear=0.8)
+    groups = results.collect(each, planned)
+    target, some = groups["barlow_twins"]
+    assert target.mean("minutes") == (pytest.approx(4 / 60), pytest.approx(0))
+    assert some.of("minutes") == [pytest.approx(4 / 60)]
+    assert some.mean("minutes") is None
+    text = results.markdown(each, "cifar10", "full", groups, "")
+    assert "0.07 (1 of 3)" in next(x for x in text.splitlines() if x.startswith("| 4 views, 256"))
+    assert "every epoch, in the first row every 0.033 minutes" in " ".join(text.split())
+    of_json = results.as_json(each, "cifar10", "full", groups)["rows"]
+    found = next(r["measures"]["minutes"] for r in of_json if r["row"] == "4 views, 256")
+    assert (found["reached"], found["ended"], found["mean"]) == (1, 3, None)
+    assert found["difference"] is None
+    assert results.beyond_noise([target, some], "minutes") is None
+
+
+def test_rank_and_entropy_are_correlated_over_runs_and_within_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    each = table("figure8")
+    planned = runs.plan(each, "cifar100", "full", 1, tmp_path, [])
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.rand(len(planned), 3, 2, generator=generator, dtype=torch.float64)
+    for run, path in zip(planned, pairs.tolist(), strict=True):
+        pretend(run, [])
+        (run.folder / "metrics.jsonl").write_text("".join(
+            json.dumps({"rep/effective_rank_r": rank, "rep/renyi_entropy_r": entropy}) + "\n"
+            for rank, entropy in path
+        ))  # fmt: skip
+    assert reproduce.main(["figure8", "--collect", "--out", str(tmp_path)]) == 0
+    over = torch.corrcoef(pairs[:, -1].T)[0, 1].item()
+    within = [torch.corrcoef(path.T)[0, 1].item() for path in pairs]
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"Pearson r = {over:.3f} over 7 runs; over the evaluations of one run" in text
+    assert f"r = {min(within):.3f} to {max(within):.3f}." in text
+    picture = tmp_path / "full" / "figure8-cifar100.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_correlations_are_those_of_numpy(tmp_path: Path) -> None:
     each = table("table3")
     planned = runs.plan(each, "cifar100", "full", 1, tmp_path, ["VICReg, 100 epochs"])
@@ -390,9 +481,30 @@ def test_settings_that_changed_are_refused(
     command = ["table6", "--scale", "small", "--out", str(tmp_path), "--only", "alpha 0"]
     assert reproduce.main(command) == 0
     assert reproduce.main([*command, "log.every_steps=3"]) == 0  # may differ
+    (file,) = tmp_path.rglob("seed-0.yaml")
+    assert configs.read(file).log.every_steps == 3
+    assert reproduce.main([*command, "run.max_hours=2"]) == 0
+    again = configs.read(file)
+    assert again.run.max_hours == 2
+    assert again.log.every_steps != 3  # the last call did not say it
     capsys.readouterr()
     assert reproduce.main(["table6", "optim.epochs=3", *command[1:]]) == 2
     assert_one_line(capsys.readouterr().err, "optim.epochs 40, which is 3 now")
+
+
+def test_two_shells_do_not_train_in_one_folder(
+    tmp_path: Path, quick: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["table6", "--scale", "small", "--out", str(tmp_path), "--only", "alpha 0"]
+    (run,) = runs.plan(table("table6"), "cifar100", "small", 1, tmp_path, ["alpha 0"])
+    run.folder.parent.mkdir(parents=True)
+    with open(run.config.with_suffix(".lock"), "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert reproduce.main(command) == 1
+    assert run.state() == "not run"
+    assert "another tools/reproduce.py is at it" in capsys.readouterr().err
+    assert reproduce.main(command) == 0
+    assert run.state() == "done"
 
 
 def test_a_real_run_is_trained_evaluated_collected_and_kept(
@@ -458,7 +570,9 @@ def test_submitted_runs_are_linked_marked_and_not_submitted_twice(
 ) -> None:
     stub = tmp_path / "bin"
     stub.mkdir()
-    for name, text in {"squeue": 'echo "$3 gpu"', "sbatch": "echo 77"}.items():
+    asked = tmp_path / "asked"
+    squeue = f"echo x >> {asked}; printf '41_0\\n41_1\\n77\\n'"
+    for name, text in {"squeue": squeue, "sbatch": "echo 77"}.items():
         (stub / name).write_text(f"#!/bin/sh\n{text}\n")
         (stub / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(stub), prepend=":")
@@ -478,6 +592,67 @@ def test_submitted_runs_are_linked_marked_and_not_submitted_twice(
     assert "0 of 2; 2 queued" in capsys.readouterr().out
     assert reproduce.main(command) == 0
     assert "2 runs, 2 ended or queued" in capsys.readouterr().out
+    assert asked.read_text().count("x") == 2  # once each time
+
+    # Whatever an earlier start left: while Slurm has the job it is not submitted again.
+    planned = runs.plan(table("table6"), "cifar100", "full", 2, tmp_path, ["alpha 0"])
+    for state in ("running", "failed", "preempted"):
+        pretend(planned[0], [0.5], state=state)
+        assert reproduce.main([*command, "run.max_hours=3"]) == 0
+        assert "2 runs, 2 ended or queued" in capsys.readouterr().out
+    assert configs.read(planned[0].config).run.max_hours is None  # as it was submitted
+    pretend(planned[0], [0.5])
+    assert planned[0].state() == "done"
+
+
+def test_evaluations_are_submitted_once_with_the_words_of_submit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub = tmp_path / "bin"
+    stub.mkdir()
+    said = tmp_path / "said"
+    for name, text in {"squeue": "echo 78", "sbatch": f'echo "$@" >> {said}; echo 78'}.items():
+        (stub / name).write_text(f"#!/bin/sh\n{text}\n")
+        (stub / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(stub), prepend=":")
+    planned = runs.plan(table("longer"), "cifar10", "full", 1, tmp_path, ["2 views, 256"])
+    pretend(planned[0], [0.5])
+    command = ["longer", "--launcher", "slurm", "--seeds", "1", "--out", str(tmp_path), "--root",
+               str(tmp_path), "--only", "2 views, 256", "--submit"]  # fmt: skip
+    words = "--gpus-per-node 4 --partition gpu --time 12:00:00 --sbatch qos=high"
+    assert reproduce.main([*command, words]) == 0
+    text = said.read_text()
+    given = text.split("--chdir")[0].split()
+    assert given == ["--parsable", "--gpus-per-node=1", "--partition=gpu", "--time=720",
+                     "--qos=high"]  # fmt: skip
+    assert "ddp_ssl.evaluate linear" in text
+    out = capsys.readouterr().out
+    assert "1 of 1; 1 evaluation queued" in out
+    assert "50.00" in out  # the online probe is there
+    assert reproduce.main([*command, words]) == 0
+    assert said.read_text() == text
+    assert "1 runs, 1 ended or queued" in capsys.readouterr().out
+    # Training on CPUs asks for no GPU.
+    assert not any("gpu" in word for word in runs._evaluation_options(["--tasks-per-node", "4"]))
+    for wrong, part in {"--partitoin gpu": "--partitoin is no option", "--time x": "'x' is not a"
+                        }.items():  # fmt: skip
+        (tmp_path / "full" / "cifar10" / planned[0].cell.run
+         / "seed-0.linear-adam.job").unlink(missing_ok=True)  # fmt: skip
+        assert reproduce.main([*command, wrong]) == 2
+        assert_one_line(capsys.readouterr().err, part)
+
+
+def test_a_slurm_that_does_not_answer_submits_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho the controller is down >&2; exit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (run,) = runs.plan(table("table6"), "cifar100", "full", 1, tmp_path, ["alpha 0"])
+    run.folder.parent.mkdir(parents=True)
+    run.marker("not run").write_text("41\n")
+    assert reproduce.main(["table6", "--collect", "--out", str(tmp_path)]) == 2
+    assert_one_line(capsys.readouterr().err, "squeue: the controller is down; try again")
 
 
 def test_the_offline_probe_follows_and_transfer_names_the_other_data_set(tmp_path: Path) -> None:
@@ -522,6 +697,7 @@ def assert_one_line(text: str, part: str) -> None:
         (["table6", "--only", "alpha 0"], "where cifar100 is: --root DIR or --root cifar100=DIR"),
         (["table6", "--only", "alpha 0", "--root", "x"], "1 GPUs are needed and there are 0"),
         (["table6", "optim.lrr=1", "--only", "alpha 0"], "did you mean optim.lr?"),
+        (["transfer", "--root", "cifar10=x"], "where stl10 is, for the probe of barlow_twins, "),
     ],
 )
 def test_mistakes_are_one_line(
@@ -539,9 +715,9 @@ def test_mistakes_are_one_line(
 def test_the_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce.main(["--list"]) == 0
     text = capsys.readouterr().out
-    for number in (3, 6, 9, 12, 15, 19, 22):
+    for number in (3, 6, 9, 12, 15, 18, 19, 22):
         assert f"  table{number} " in text
-    for figure in ("1a", "1b", 2, 3, 5, 6, 7, 11, 12, 13, 14, 15, 17, 18):
+    for figure in ("1a", "1b", 2, 3, 5, 6, 7, 8, 11, 12, 13, 14, 15, 17, 18):
         assert f"  figure{figure} " in text
     for name in ("projector", "views", "samples", "pareto", "transfer", "swav", "longer"):
         assert f"  {name} " in text
@@ -549,6 +725,12 @@ def test_the_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  graph " in text
     assert "2,470 images/s" in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_reader_that_stops_is_no_error() -> None:
+    command = f"set -o pipefail; {sys.executable} tools/reproduce.py --list | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("A", "")
 
 
 # --- the two examples of the theory ------------------------------------------------------------
@@ -592,10 +774,28 @@ def test_an_example_writes_text_and_picture(
     main: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--draws", "300"])
-    main()
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--draws", "500"])
+    assert main() == 0
     assert (tmp_path / "graph.png").read_bytes().startswith(b"\x89PNG")
-    assert "agrees" in (tmp_path / "graph.md").read_text()
+    rows = json.loads((tmp_path / "graph.json").read_text())
+    assert len(rows) == 6
+    assert all(row["agrees"] for row in rows), rows
+
+
+def test_an_example_that_does_not_agree_exits_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    real = graph.measure(100)
+    wrong = replace(real, class_first=real.class_first[::-1])  # fewer augmentations, surer class
+    monkeypatch.setattr(graph, "measure", lambda draws: wrong)
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path)])
+    assert graph.main() == 1
+    rows = json.loads((tmp_path / "graph.json").read_text())
+    assert [row["claim"] for row in rows if not row["agrees"]] == [
+        "the class beats the look ever more surely"
+    ]
+    assert "DOES NOT" in capsys.readouterr().out.upper()
 
 
 def test_the_tables_of_published_numbers_are_plain_yaml() -> None:

@@ -8,9 +8,12 @@ weaker symmetric scheme.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
-from .cells import Cell, Simulation, Table, published
+from .cells import ROOT, Cell, Simulation, Table, published
 
 # Side of the crops, whether the stem is for small images. The paper does not say; as in `configs/`.
 SETS = {
@@ -40,14 +43,9 @@ METHODS = {
     "ReSSL": "ressl",
     "SwAV": "swav",
 }
-# Table 17, where it differs from the recipes of `configs/cifar`.
-TABLE_17 = {
-    "byol": ("model.projector=[4096, 4096, 256]",),
-    "nnclr": ("model.projector=[2048, 4096, 256]",),
-    "simsiam": ("model.projector=[2048, 2048, 512]", "optim.name=lars"),
-    "barlow_twins": (),
-    "mocov2plus": (),
-}
+# Table 17, where it differs from the recipes of `configs/cifar`. Of methods with a predictor its
+# three widths are solo-learn's: projector's hidden layer, predictor's hidden layer, output.
+TABLE_17 = {"simsiam": ("optim.name=lars",)}
 
 
 def on(dataset: str) -> tuple[str, ...]:
@@ -90,7 +88,7 @@ def alpha(value: float, dataset: str, *overrides: str) -> tuple[str, str, tuple[
 def standard(method: str, dataset: str, *overrides: str) -> tuple[str, str, tuple[str, ...]]:
     """A baseline in the standardised setting, Table 17."""
     run = "-".join(["standard", method, *(_short(o) for o in overrides)])
-    rest = (*on(dataset), *WEAK, *TABLE_17[method], *overrides)
+    rest = (*on(dataset), *WEAK, *TABLE_17.get(method, ()), *overrides)
     return run, f"cifar/{method}.yaml", rest
 
 
@@ -214,6 +212,29 @@ def _random_models(method: str, dataset: str, epochs: int, count: int) -> list[C
         rest = (*on(dataset), *WEAK, *wide, f"optim.epochs={epochs}", *keys)
         cells.append(Cell(group, row, name, f"cifar/{method}.yaml", rest))
     return cells
+
+
+def table18(dataset: str) -> list[Cell]:
+    """The 45 models, each beside what was published of it."""
+    cells = []
+    for method in ("simclr", "vicreg", "nnclr"):
+        made = _random_models(method, dataset, 100, 15)
+        lines = [line for line in _models() if line["method"] == method]
+        cells += [
+            replace(cell, paper={m: (float(line[c]), None) for m, c in COLUMNS.items()})
+            for cell, line in zip(made, lines, strict=True)
+        ]
+    return cells
+
+
+COLUMNS = {"probe": "accuracy", "rank": "effective_rank", "information": "mutual_information"}
+
+
+@cache
+def _models() -> list[dict[str, str]]:
+    """Table 18's lines, in its order."""
+    with open(ROOT / "docs" / "data" / "adadim_table18.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def table3(dataset: str) -> list[Cell]:
@@ -370,6 +391,9 @@ TABLES: list[Table | Simulation] = [
     Table("table15", P, "eleven methods, each with its own recipe",
           ("cifar100", "tiny_imagenet", "cinic10", "stl10", "blood", "organa", "organs", "organc"),
           table15, notes="CIFAR's recipes on every data set, with its crop size and stem."),
+    Table("table18", P, "45 models: accuracy, rank and information of each", ("cifar100",),
+          table18, END, "The runs are Table 3's of 100 epochs; the last NNCLR row is published "
+          "with the weight decay of another row. " + STANDARD, picture="balance"),
     Table("table19", P, "alpha by hand", NINE, table19, small=_everything,
           notes=STANDARD + " Tables 9 and 19 print some adaptive rows differently, by up to 1 "
           "point: read that as the papers' own noise."),
@@ -392,6 +416,9 @@ TABLES: list[Table | Simulation] = [
           figure6, END, NO_NUMBERS, picture="dynamics", small=_everything),
     Table("figure7", P, "size and sign of beta", ("cifar100",), figure7, END,
           NO_NUMBERS + " The values of beta are ours.", picture="dynamics"),
+    Table("figure8", P, "effective rank against Rényi entropy of R", SIX, figure6,
+          ("rank", "entropy"), NO_NUMBERS + " Its text says only that the two are correlated; the "
+          "runs are Figure 6's.", small=_everything, picture="entropy"),
     Simulation("figure11", P, "the simulation with a network for the projection",
                ("tools/simulate_gaussian.py", "--network", "--out", "{out}"),
                "minutes on two cores"),

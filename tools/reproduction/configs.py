@@ -61,8 +61,13 @@ def _small(cell: Cell) -> list[str]:
     return [*keys, "eval.every=5", "measure.every=5", "eval.raw_pixels=false"]
 
 
-def write(path: Path, resolved: Resolved, heading: str) -> None:
-    """Write the whole config, or raise `ConfigError` if the file there is of another run."""
+def write(path: Path, resolved: Resolved, heading: str, keep: bool = False) -> None:
+    """Write the whole config, or raise `ConfigError` if the file there is of another run.
+
+    What may differ (where the data are, how long a job may take) is what the last call said;
+    with `keep`, what stands there.
+    """
+    text = f"# {heading}\n{resolved.to_yaml(origins=False)}"
     if path.exists():
         old, new = config.identity(read(path)), config.identity(resolved.config)
         differing = [key for key in new if old.get(key) != new[key]]
@@ -72,9 +77,10 @@ def write(path: Path, resolved: Resolved, heading: str) -> None:
                 f"{path}: is of a run with {key} {old.get(key)}, which is {new[key]} now; another "
                 "--out, or removing the file and the folder beside it, is accepted"
             )
-        return
+        if keep or path.read_text() == text:
+            return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"# {heading}\n{resolved.to_yaml(origins=False)}")
+    path.write_text(text)
 
 
 def read(path: Path) -> Config:

@@ -56,6 +56,11 @@ def gpu_hours(tree: dict[str, Any]) -> float:
     return float(images * per_image * factor / (ANCHOR_IMAGES_PER_S * ANCHOR_MACS) / 3600)
 
 
+def show(hours: float) -> str:
+    """`0.4`, `1,234`."""
+    return f"{hours:.1f}" if hours < 10 else f"{hours:,.0f}"
+
+
 def cpu_minutes(tree: dict[str, Any]) -> float:
     """Of one run on the embedded digits, on one of two cores."""
     data = tree["data"]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cells import ROOT
-from .results import ENDED, Row, curve
+from .results import ENDED, Row, curve, entropies
 from .runs import Run
 
 TOOLS = {"dynamics": "plot_dynamics.py", "balance": "plot_balance.py"}
@@ -25,6 +25,9 @@ def draw(kind: str, groups: dict[str, list[Row]], file: Path) -> str:
         return "no picture: no run has ended yet"
     if kind == "pareto":
         _pareto(groups, file)
+        return f"picture: {file}"
+    if kind == "entropy":
+        _entropy(groups, file)
         return f"picture: {file}"
     if kind == "dynamics":  # one seed: more make it unreadable
         first = [run for group in ended.values() for run in group if run.seed == 0]
@@ -48,6 +51,29 @@ def _with_tool(kind: str, ended: Sequence[Run], file: Path, *options: str) -> st
     if done.returncode:
         return f"no picture: {(done.stderr or done.stdout).strip().splitlines()[-1][:300]}"
     return f"picture: {file}"
+
+
+def _entropy(groups: dict[str, list[Row]], file: Path) -> None:
+    """Rényi entropy over effective rank, of seed 0: a line over training, a dot at its end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(groups), figsize=(6 * len(groups), 4.5), squeeze=False)
+    for axis, (group, rows) in zip(axes[0], groups.items(), strict=True):
+        for row in rows:
+            run = row.runs[0]
+            path = entropies(run.folder) if run.state() in ENDED else []
+            if path:
+                (line,) = axis.plot(*zip(*path, strict=True), linewidth=1, label=row.cell.row)
+                axis.plot(*path[-1], marker="o", color=line.get_color())
+        axis.set(title=group, xlabel="effective rank of R", ylabel="Rényi entropy of R, nats")
+        if axis.lines:
+            axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
 
 
 def _pareto(groups: dict[str, list[Row]], file: Path) -> None:

@@ -25,12 +25,21 @@ TITLES = {
     "best_epoch": "its epoch",
     "rank": "effective rank of R",
     "information": "I(R;Z)",
+    "entropy": "Rényi entropy of R, nats",
     "minutes": "minutes to accuracy",
     "minutes_all": "minutes in all",
 }
-DIGITS = {"best_epoch": 0, "rank": 1, "information": 3, "probe": 2, "linear": 2, "best": 2}
+DIGITS = {
+    "best_epoch": 0,
+    "rank": 1,
+    "information": 3,
+    "entropy": 3,
+    "probe": 2,
+    "linear": 2,
+    "best": 2,
+}
 ACCURACIES = ("probe", "linear", "best")
-ENDED = ("done", "to evaluate")
+ENDED = ("done", "to evaluate", "evaluation queued")
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,7 @@ def figures(run: Run) -> dict[str, float]:
     names = {
         "rank": "rep/effective_rank_r",
         "information": "rep/mutual_information",
+        "entropy": "rep/renyi_entropy_r",
         "knn": "eval/knn_top1",
     }
     found |= {measure: last[name] for measure, name in names.items() if name in last}
@@ -111,9 +121,18 @@ class Row:
     def of(self, measure: str) -> list[float]:
         return [v[measure] for v in self.values if measure in v]
 
+    def ended(self) -> int:
+        """How many seeds have figures at all."""
+        return sum(map(bool, self.values))
+
+    def sample(self, measure: str) -> list[float]:
+        """As `of`, but no minutes unless every ended seed got there: the others took longer."""
+        values = self.of(measure)
+        return values if measure != "minutes" or len(values) == self.ended() else []
+
     def mean(self, measure: str) -> Number | None:
         """Mean and, of several seeds, standard deviation."""
-        values = self.of(measure)
+        values = self.sample(measure)
         if not values:
             return None
         return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
@@ -218,13 +237,17 @@ def _centre(rows: list[Row], measure: str) -> tuple[float, float]:
 
 def _why_not(row: Row, measure: str) -> str:
     if measure == "minutes" and any(row.values):
-        return "not reached"
+        reached = row.of(measure)
+        values = ", ".join(f"{value:.2f}" for value in reached)
+        return f"{values} ({len(reached)} of {row.ended()})" if reached else "not reached"
     return "not yet" if any(row.values) else "not run yet"
 
 
 def _remarks(table: Table, dataset: str, group: str, rows: list[Row]) -> list[str]:
     """Does the order agree, and do rows differ by more than seeds do?"""
     lines = []
+    if "minutes" in table.measures:
+        lines += _resolution(rows[0])
     for measure in table.measures:
         agreement = order(rows, measure)
         if agreement is not None:
@@ -241,7 +264,51 @@ def _remarks(table: Table, dataset: str, group: str, rows: list[Row]) -> list[st
             )
     if table.correlate:
         lines += _correlation_lines(dataset, group, rows)
+    if "entropy" in table.measures:
+        lines += _entropy_lines(rows)
     return lines
+
+
+def entropies(folder: Path) -> list[tuple[float, float]]:
+    """Effective rank and Rényi entropy of R after every evaluation."""
+    names = "rep/effective_rank_r", "rep/renyi_entropy_r"
+    found = read_metrics(folder / "metrics.jsonl")
+    return [(row[names[0]], row[names[1]]) for row in found if all(name in row for name in names)]
+
+
+def _entropy_lines(rows: list[Row]) -> list[str]:
+    """Pearson's r over the ended runs, and over the evaluations of each."""
+    from scipy.stats import pearsonr
+
+    last = [(v["rank"], v["entropy"]) for row in rows for v in row.values if "entropy" in v]
+    paths = [entropies(run.folder) for row in rows
+             for run, v in zip(row.runs, row.values, strict=True) if "entropy" in v]  # fmt: skip
+    lines = []
+    if len(last) > 2:
+        r = float(pearsonr(*zip(*last, strict=True)).statistic)
+        lines.append(f"Effective rank and Rényi entropy: Pearson r = {r:.3f} over {len(last)} runs")
+    within = [float(pearsonr(*zip(*path, strict=True)).statistic) for path in paths
+              if len(path) > 2]  # fmt: skip
+    if within:
+        lines.append(
+            f"Over the evaluations of one run: r = {min(within):.3f} to {max(within):.3f}."
+        )
+    return ["; ".join(lines).replace("; Over", "; over")] if lines else []
+
+
+def _resolution(row: Row) -> list[str]:
+    """How finely minutes are known: an accuracy is, after every few epochs."""
+    for run, values in zip(row.runs, row.values, strict=True):
+        shape = curve(run.folder) if values else None
+        if shape and len(shape.epoch) > 1:
+            epochs = shape.epoch[1] - shape.epoch[0]
+            minutes = (shape.seconds[1] - shape.seconds[0]) / 60
+            every = "every epoch" if epochs == 1 else f"every {epochs} epochs"
+            return [
+                f"Minutes to accuracy are those of the first evaluation at the target or above: "
+                f"{every}, in the first row every {minutes:.2g} minutes."
+            ]
+    return []
 
 
 def order(rows: Sequence[Row], measure: str) -> tuple[float, int] | None:
@@ -260,7 +327,7 @@ def beyond_noise(rows: Sequence[Row], measure: str) -> tuple[float, float, float
     """Spread of the rows' means, standard deviation within rows, p of a one-way ANOVA."""
     from scipy.stats import f_oneway
 
-    samples = [values for row in rows if len(values := row.of(measure)) > 1]
+    samples = [values for row in rows if len(values := row.sample(measure)) > 1]
     if len(samples) < 2:
         return None
     means = [statistics.fmean(values) for values in samples]
@@ -359,6 +426,9 @@ def as_json(table: Table, dataset: str, scale: str, groups: dict[str, list[Row]]
                     "paper_sd": paper[1] if paper else None,
                     "difference": ours[0] - paper[0] if ours and paper else None,
                 }
+                if measure == "minutes":  # by the ended seeds; `values` are of these alone
+                    measures[measure]["reached"] = len(row.of(measure))
+                    measures[measure]["ended"] = row.ended()
             rows.append(
                 {
                     "group": group,

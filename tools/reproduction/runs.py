@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import fcntl
 import json
 import os
 import queue
@@ -13,15 +15,17 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
+from ddp_ssl import submit as submitting
 from ddp_ssl.config import ConfigError
 
 from . import configs
 from .cells import ROOT, Cell, Table
 
 OFFLINE = "linear"  # the measure that the offline evaluation makes
-SBATCH = ("partition", "account", "time", "cpus-per-task")  # of submit's options, sbatch's too
+WAITING = ("queued", "evaluation queued")  # in Slurm's queue or running there
 
 
 @dataclass(frozen=True)
@@ -43,26 +47,39 @@ class Run:
         return f"{self.cell.group}, {self.cell.row}, seed {self.seed}"
 
     @property
+    def other(self) -> str | None:
+        """The data set of the offline evaluation where it is another than the training's."""
+        named = [e.partition("=")[2] for e in self.cell.evaluate if e.startswith("data.name=")]
+        return named[-1] if named else None
+
+    @property
     def evaluation(self) -> str:
         """Name of the offline evaluation's files, by data set."""
-        named = [e.partition("=")[2] for e in self.cell.evaluate if e.startswith("data.name=")]
-        return "-".join(["linear-adam", *named])
+        return f"linear-adam-{self.other}" if self.other else "linear-adam"
 
     @property
     def evaluated(self) -> Path:
         return self.folder / "evaluate" / f"{self.evaluation}.json"
 
     def state(self) -> str:
-        """`not run`, `running`, `preempted`, `failed`, `to evaluate` or `done`; `queued`."""
+        """`not run`, `running`, `preempted`, `failed`, `to evaluate` or `done`.
+
+        While Slurm has its job: `queued`, whatever an earlier start left, or `evaluation queued`.
+        """
         try:
             state = str(json.loads((self.folder / "status.json").read_text())["state"])
         except (OSError, ValueError, KeyError):
             state = "not run"
         if state == "done" and self.linear and not self.evaluated.exists():
-            return "to evaluate"
-        if state in ("not run", "preempted") and _queued(self.config.with_suffix(".job")):
+            return "evaluation queued" if _in_slurm(self.marker("to evaluate")) else "to evaluate"
+        if state != "done" and _in_slurm(self.marker(state)):
             return "queued"
         return state
+
+    def marker(self, state: str) -> Path:
+        """Where the number of the Slurm job is that trains or, `to evaluate`, evaluates."""
+        evaluates = state == "to evaluate"
+        return self.config.with_suffix(f".{self.evaluation}.job" if evaluates else ".job")
 
 
 def plan(
@@ -88,7 +105,11 @@ def plan(
                 f"--only: {name!r} is no row of {table.name}; accepted: {_list(rows)}"
             )
     if only:
-        cells = [cell for cell in cells if cell.row in only or cell.group in only]
+        kept = [cell for cell in cells if cell.row in only or cell.group in only]
+        if "minutes" in table.measures:  # what the others' time is measured against
+            first = {cell.group: cell for cell in reversed(cells)}
+            kept += [first[group] for group in {cell.group for cell in kept}]
+        cells = [cell for cell in cells if cell in kept]
     place = out.absolute() / scale / ("digits" if scale == "small" else dataset)
     return [
         Run(cell, seed, place / cell.run / f"seed-{seed}", OFFLINE in table.measures)
@@ -120,10 +141,7 @@ def train_command(run: Run, processes: int, extra: Sequence[str] = ()) -> list[s
 
 def evaluate_command(run: Run, roots: dict[str, str], extra: Sequence[str] = ()) -> list[str]:
     """The multi-view paper's probe: Adam, label smoothing, 16 patches."""
-    root = []
-    if run.cell.evaluate:
-        other = run.evaluation.rpartition("-")[2]
-        root = [f"data.root={roots[other]}"] if other in roots else []
+    root = [f"data.root={roots[run.other]}"] if run.other in roots else []
     return [sys.executable, "-m", "ddp_ssl.evaluate", "linear", str(run.folder),
             "linear.protocol=adam", "linear.seeds=[0]", f"run.name={run.evaluation}",
             *run.cell.evaluate, *root, *extra]  # fmt: skip
@@ -135,13 +153,12 @@ def submit_commands(
     """Through `ddp_ssl.submit`: the seeds of a cell are one array; evaluations are jobs apart."""
     by_cell: dict[Path, list[Run]] = {}
     commands: list[tuple[list[Run], list[str]]] = []
+    evaluation = ["sbatch", "--parsable", *_evaluation_options(options), f"--chdir={ROOT}"]
     for run in runs:
         if run.state() == "to evaluate":
             wrapped = shlex.join(evaluate_command(run, roots))
-            kept = [option for option in options if option.lstrip("-").partition("=")[0] in SBATCH]
             log = run.config.with_suffix(".evaluate.out")
-            commands.append(([run], ["sbatch", "--parsable", "--gpus=1", *kept, f"--output={log}",
-                                     f"--chdir={ROOT}", "--wrap", wrapped]))  # fmt: skip
+            commands.append(([run], [*evaluation, f"--output={log}", "--wrap", wrapped]))
         else:
             by_cell.setdefault(run.folder.parent, []).append(run)
     for folder, group in by_cell.items():
@@ -152,6 +169,34 @@ def submit_commands(
             "--run-dir", str(place), *options,
         ]))  # fmt: skip
     return commands
+
+
+def _evaluation_options(options: Sequence[str]) -> list[str]:
+    """sbatch's options of an evaluation: submit's, but one process, so one GPU if GPUs are asked.
+
+    Raises `ConfigError` for what `ddp_ssl.submit` does not know.
+    """
+    parser = submitting._parser()
+    parser.exit_on_error = False
+    try:
+        given, unknown = parser.parse_known_args(options)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"--submit: {error}") from None
+    unknown += given.arguments
+    if unknown:
+        raise ConfigError(
+            f"--submit: {unknown[0]} is no option of python -m ddp_ssl.submit, whose --help lists "
+            "them; key=value for every run stands outside --submit"
+        )
+    words = {
+        "gpus-per-node": 1 if given.gpus_per_node else None,
+        "cpus-per-task": given.cpus_per_task,
+        "partition": given.partition,
+        "account": given.account,
+        "time": given.time,
+    }
+    words |= dict(given.sbatch)  # the user's own word, such as gres, wins
+    return [f"--{name}={value}" for name, value in words.items() if value is not None]
 
 
 # --- starting ----------------------------------------------------------------------------------
@@ -199,7 +244,20 @@ def run_here(
 
 
 def _one(run: Run, slot: int, parallel: int, processes: int, roots: dict[str, str]) -> str | None:
-    """Train and evaluate one run; why it failed, or None."""
+    """Train and evaluate one run, unless another shell does; why it failed, or None."""
+    with open(run.config.with_suffix(".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "not started: another tools/reproduce.py is at it on this machine"
+        if run.state() == "done":  # that one has ended in the meantime
+            return None
+        return _train_and_evaluate(run, slot, parallel, processes, roots, lock.fileno())
+
+
+def _train_and_evaluate(
+    run: Run, slot: int, parallel: int, processes: int, roots: dict[str, str], lock: int
+) -> str | None:
     environment, threads = _environment(slot, parallel, processes)
     log = run.config.with_suffix(".out")
     commands = [train_command(run, processes, [*threads, *(["data.threads=1"] if threads else [])])]
@@ -211,7 +269,9 @@ def _one(run: Run, slot: int, parallel: int, processes: int, roots: dict[str, st
         with open(log, "ab") as file:
             file.write(f"$ {shlex.join(command)}\n".encode())
             file.flush()
-            done = subprocess.run(command, stdout=file, stderr=file, env=environment, cwd=ROOT)
+            # A run that outlives a killed shell keeps the lock.
+            done = subprocess.run(command, stdout=file, stderr=file, env=environment, cwd=ROOT,
+                                  pass_fds=[lock])  # fmt: skip
         if done.returncode:
             return f"failed with {done.returncode}: {_last_line(log)} ({log})"
         if run.state() == "preempted":
@@ -265,7 +325,9 @@ def submit(
             problems.append(f"{name}: not submitted: {text}")
             continue
         for index, run in enumerate(group):
-            run.config.with_suffix(".job").write_text(numbers[min(index, len(numbers) - 1)] + "\n")
+            job = numbers[min(index, len(numbers) - 1)]
+            run.marker(run.state()).write_text(f"{job}\n")
+            slurm_jobs().add(job)
         tell(f"{name}: {len(group)} run(s) as {', '.join(numbers)}")
     return problems
 
@@ -279,21 +341,41 @@ def _link_array(group: Sequence[Run]) -> None:
             link.symlink_to(run.folder.name)
 
 
-def _queued(marker: Path) -> bool:
+def _in_slurm(marker: Path) -> bool:
     """Whether Slurm still has the job whose number is in `marker`."""
     try:
         job = marker.read_text().strip()
-        command = ["squeue", "-h", "-j", job]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
+    except OSError:
         return False
-    return found.returncode == 0 and bool(found.stdout.strip())
+    return job in slurm_jobs()
+
+
+@cache
+def slurm_jobs() -> set[str]:
+    """Numbers of one's jobs that wait or run, asked once; array tasks as `41_0`.
+
+    Raises `ConfigError` if Slurm does not answer: a job taken for ended would be submitted twice.
+    """
+    command = ["squeue", "-h", "-r", "-o", "%i", "-u", str(os.getuid())]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        return set()  # jobs of another machine, or of a cluster that this one has left
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"squeue: {error}; try again when Slurm answers") from None
+    if found.returncode:
+        text = " ".join((found.stderr or found.stdout).split())[-300:]
+        raise ConfigError(f"squeue: {text}; try again when Slurm answers")
+    return set(found.stdout.split())
 
 
 def write_configs(
     runs: Sequence[Run], scale: str, overrides: Sequence[str], roots: dict[str, str], what: str
 ) -> None:
-    """One YAML per run, each a whole config. Raises `ConfigError`."""
+    """One YAML per run, each a whole config. Raises `ConfigError`.
+
+    A queued job will read its file, which therefore stays as it was submitted.
+    """
     for run in runs:
         keys = list(overrides)
         resolved = configs.resolve(run.cell, scale, run.seed, keys)
@@ -301,4 +383,4 @@ def write_configs(
         if root is not None:
             resolved = configs.resolve(run.cell, scale, run.seed, [*keys, f"data.root={root}"])
         heading = f"{what}: {run.label}; written by tools/reproduce.py"
-        configs.write(run.config, resolved, heading)
+        configs.write(run.config, resolved, heading, keep=run.state() == "queued")
