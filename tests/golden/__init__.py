@@ -28,7 +28,7 @@ SETTINGS = {
     "byol": ("method.momentum=0.99", "optim.name=lars", "optim.weight_decay=1e-6"),
     "simsiam": ("method.predictor_hidden=128", "optim.name=lars"),
     "mocov3": ("method.momentum=0.99", "optim.name=lars"),
-    "mocov2plus": ("method.queue_size=31", "method.momentum=0.99", "optim.name=lars"),
+    "mocov2plus": ("method.queue_size=31", "optim.name=lars", "model.projector_norm=none"),
     "nnclr": ("method.queue_size=31", "optim.name=lars"),
     "ressl": ("method.queue_size=31", "optim.name=lars", "model.projector_norm=none"),
     "dino": (
