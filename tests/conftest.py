@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -28,13 +29,18 @@ def ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No launcher's environment leaks into a test, and each test starts from one seed."""
+def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No launcher's environment and no log of another test leaks into a test; one seed for all."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in ("RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name)
     torch.manual_seed(0)
     torch.set_num_threads(2)
+    yield
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if type(h).__module__ == "ddp_ssl.log"]:
+        root.removeHandler(handler)
+    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="session")
