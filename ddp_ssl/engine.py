@@ -31,7 +31,7 @@ from ddp_ssl.checkpoint import CheckpointError, SaveError
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError, Resolved, load_method
 from ddp_ssl.data import datasets
-from ddp_ssl.data.augment import Decoding, PixelFormat, views_of
+from ddp_ssl.data.augment import views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.loader import StreamLoader, TrainLoader
 from ddp_ssl.data.source import Agree, BadImages, UnreadableError
@@ -565,11 +565,7 @@ def train_loader(
         seed=config.run.seed if seed is None else seed,
         salt=comm.rank,
         color_jitter=d.color_jitter,
-        form=PixelFormat(*d.normalisation, half=d.dtype == "float16"),
-        decoding=Decoding(d.hw_decoder_load, d.preallocate),
-        threads=d.threads,
-        prefetch=d.prefetch,
-        read_threads=d.read_threads,
+        **datasets.reading(d, half=d.dtype == "float16"),
         device=device,
         bad=bad,
         agree=agree,

@@ -27,6 +27,9 @@ import numpy as np
 from ddp_ssl.config import read_yaml
 from ddp_ssl.log import read_metrics
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script too
+from tools.figures import save
+
 COLUMNS = ("method", "effective_rank", "mutual_information", "accuracy")
 ENOUGH = 3  # models; any two lie on a line
 
@@ -203,19 +206,6 @@ def draw(groups: dict[str, list[Model]]) -> Any:
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     return figure
-
-
-def save(figure: Any, path: Path) -> list[Path]:
-    """The picture as PNG and as SVG, whatever the suffix of `path`; the files written."""
-    import matplotlib
-
-    # The same bytes for the same models: no date, no random ids.
-    matplotlib.rcParams.update({"svg.hashsalt": "ddp_ssl", "svg.fonttype": "none"})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
-    figure.savefig(png, dpi=110)
-    figure.savefig(svg, metadata={"Date": None})
-    return [png, svg]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

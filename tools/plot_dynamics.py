@@ -23,6 +23,9 @@ from typing import Any
 from ddp_ssl.evals import dynamics
 from ddp_ssl.log import read_metrics
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script too
+from tools.figures import save
+
 Curve = dict[float, float]  # epoch -> value
 
 PANELS: list[tuple[str, str, tuple[str, ...]]] = [
@@ -141,19 +144,6 @@ def draw(runs: Sequence[Run], centred: bool = False) -> Any:
         handles, labels, loc="outside upper center", ncols=min(len(labels), 5), fontsize=11
     )
     return figure
-
-
-def save(figure: Any, path: Path) -> list[Path]:
-    """The picture as PNG and as SVG, whatever the suffix of `path`; the files written."""
-    import matplotlib
-
-    # The same bytes for the same figures: no date, no random ids.
-    matplotlib.rcParams.update({"svg.hashsalt": "ddp_ssl", "svg.fonttype": "none"})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
-    figure.savefig(png, dpi=110)
-    figure.savefig(svg, metadata={"Date": None})
-    return [png, svg]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

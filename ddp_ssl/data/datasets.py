@@ -9,11 +9,12 @@ import difflib
 import logging
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ddp_ssl.data import selection, shards
+from ddp_ssl.data.augment import Decoding, PixelFormat
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.sources import arrays, digits, folders, lists
 from ddp_ssl.data.sources.base import Dataset, Source, absolute, labelled_part
@@ -114,6 +115,17 @@ def load(data: Data, seed: int) -> Dataset:
                 raise ValueError(f"data.skip: {data.skip} leaves no {what} images")
     train = every if chosen.all() else every.subset(np.flatnonzero(chosen))
     return replace(made, train=train, val=val, labelled=labelled)
+
+
+def reading(data: Data, half: bool = False) -> dict[str, Any]:
+    """What the config says of how images are read and decoded, for any loader."""
+    return {
+        "form": PixelFormat(*data.normalisation, half=half),
+        "decoding": Decoding(data.hw_decoder_load, data.preallocate),
+        "threads": data.threads,
+        "prefetch": data.prefetch,
+        "read_threads": data.read_threads,
+    }
 
 
 def stage(data: Data) -> None:

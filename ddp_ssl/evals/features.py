@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddp_ssl.comm import Comm
-from ddp_ssl.data.augment import Decoding, PixelFormat, View, views_of
-from ddp_ssl.data.datasets import Split
+from ddp_ssl.data.augment import Decoding, View, views_of
+from ddp_ssl.data.datasets import Split, reading
 from ddp_ssl.data.loader import EvalLoader, default_resize
 from ddp_ssl.data.order import hashed
 from ddp_ssl.data.source import BadImages, EvalSource, Reader
@@ -190,11 +190,7 @@ class Extractor:
             num_shards=1,
             val_resize=data.val_resize,
             val_size=self.settings.image_size,
-            form=PixelFormat(*data.normalisation),
-            decoding=Decoding(data.hw_decoder_load, data.preallocate),
-            threads=data.threads,
-            prefetch=data.prefetch,
-            read_threads=data.read_threads,
+            **reading(data),
             device=self.device,
             bad=self.bad,
         )

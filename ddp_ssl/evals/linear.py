@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import ConfigError
 from ddp_ssl.data import selection
-from ddp_ssl.data.augment import Decoding, PixelFormat
-from ddp_ssl.data.datasets import Split
+from ddp_ssl.data.datasets import Split, reading
 from ddp_ssl.data.loader import TrainLoader
 from ddp_ssl.data.order import hashed, permutation
 from ddp_ssl.data.source import BadImages
@@ -187,12 +186,8 @@ def random_crops(
         seed=seed,
         salt=comm.rank,
         color_jitter=data.color_jitter,
-        form=PixelFormat(*data.normalisation),
-        threads=data.threads,
-        prefetch=data.prefetch,
+        **reading(data),
         device=device,
-        decoding=Decoding(data.hw_decoder_load, data.preallocate),
-        read_threads=data.read_threads,
         bad=bad,
     )
 

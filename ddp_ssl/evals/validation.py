@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from ddp_ssl import metrics
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError
-from ddp_ssl.data.augment import Decoding, PixelFormat, views_of
-from ddp_ssl.data.datasets import Dataset, Split
+from ddp_ssl.data.augment import views_of
+from ddp_ssl.data.datasets import Dataset, Split, reading
 from ddp_ssl.data.loader import EvalLoader, TrainLoader
 from ddp_ssl.data.order import hashed
 from ddp_ssl.data.source import BadImages
@@ -129,11 +129,7 @@ class Validation:
             num_shards=self.comm.world_size,
             val_resize=data.val_resize,
             val_size=data.val_size or max(group.size for group in data.views),
-            form=PixelFormat(*data.normalisation),
-            decoding=Decoding(data.hw_decoder_load, data.preallocate),
-            threads=data.threads,
-            prefetch=data.prefetch,
-            read_threads=data.read_threads,
+            **reading(data),
             device=self.device,
             bad=self.bad,
         )
@@ -244,11 +240,7 @@ class Validation:
             seed=hashed(self.config.run.seed, "measured views"),
             salt=self.comm.rank,
             color_jitter=data.color_jitter,
-            form=PixelFormat(*data.normalisation),
-            decoding=Decoding(data.hw_decoder_load, data.preallocate),
-            threads=data.threads,
-            prefetch=data.prefetch,
-            read_threads=data.read_threads,
+            **reading(data),
             device=self.device,
             bad=self.bad,
         )

@@ -14,7 +14,6 @@ says of them, the values are ours.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .orthogonalisation import report
+from .example import run
 
 RHO, MU, NU, DELTA = 0.5, 0.25, 0.18, 0.07
 VIEWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # augmentations drawn of each image
@@ -218,18 +217,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce/graph"))
     parser.add_argument("--draws", type=int, default=2000)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    found = measure(options.draws)
-    told = checks(found)
-    text = report("The augmentation graph of four images", told)
-    print(text)
-    (options.out / "graph.md").write_text(text)
-    rows = [{"claim": c, "found": w, "agrees": a} for c, w, a in told]
-    (options.out / "graph.json").write_text(json.dumps(rows, indent=1) + "\n")
-    draw(found, options.out / "graph.png")
-    print(f"picture: {options.out / 'graph.png'}")
-    return int(not all(agrees for _, _, agrees in told))
+    return run(
+        parser, "The augmentation graph of four images", lambda o: measure(o.draws), checks, draw
+    )
 
 
 if __name__ == "__main__":

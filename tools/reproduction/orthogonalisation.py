@@ -11,7 +11,6 @@ paper these are animations without numbers; what they show is checked here in fi
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from itertools import pairwise
@@ -20,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .example import run
 
 STRENGTHS = (0.0, 1e-3, 1e-2, 0.1, 0.3, 1.0)
 WIDTHS = (2, 4, 8, 16, 32)
@@ -205,31 +206,18 @@ def draw(found: dict[str, Any], file: Path) -> None:
     pyplot.close(figure)
 
 
-def report(title: str, told: list[tuple[str, str, bool]]) -> str:
-    """Markdown: a claim, what was found, whether it agrees."""
-    lines = [f"## {title}", ""]
-    for claim, what, agrees in told:
-        lines.append(f"* {'agrees' if agrees else 'DOES NOT AGREE'}: {claim}: {what}.")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> int:
     """From the command line; 1 if something does not agree."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce/orthogonalisation"))
     parser.add_argument("--seeds", type=int, default=50)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    found = measure(options.seeds)
-    told = checks(found)
-    text = report("Weak against strong orthogonalisation in two dimensions", told)
-    print(text)
-    (options.out / "orthogonalisation.md").write_text(text)
-    rows = [{"claim": c, "found": w, "agrees": a} for c, w, a in told]
-    (options.out / "orthogonalisation.json").write_text(json.dumps(rows, indent=1) + "\n")
-    draw(found, options.out / "orthogonalisation.png")
-    print(f"picture: {options.out / 'orthogonalisation.png'}")
-    return int(not all(agrees for _, _, agrees in told))
+    return run(
+        parser,
+        "Weak against strong orthogonalisation in two dimensions",
+        lambda o: measure(o.seeds),
+        checks,
+        draw,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""What the two theory examples share: claims checked, a text, a picture, an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Claim = tuple[str, str, bool]
+
+
+def report(title: str, told: list[Claim]) -> str:
+    """Markdown: a claim, what was found, whether it agrees."""
+    lines = [f"## {title}", ""]
+    for claim, what, agrees in told:
+        lines.append(f"* {'agrees' if agrees else 'DOES NOT AGREE'}: {claim}: {what}.")
+    return "\n".join(lines) + "\n"
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    title: str,
+    measure: Callable[[argparse.Namespace], Any],
+    checks: Callable[[Any], list[Claim]],
+    draw: Callable[[Any, Path], None],
+) -> int:
+    """From the command line, files named as the folder's default; 1 if something disagrees."""
+    options = parser.parse_args()
+    name = parser.get_default("out").name
+    options.out.mkdir(parents=True, exist_ok=True)
+    found = measure(options)
+    told = checks(found)
+    text = report(title, told)
+    print(text)
+    (options.out / f"{name}.md").write_text(text)
+    rows = [{"claim": c, "found": w, "agrees": a} for c, w, a in told]
+    (options.out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    draw(found, options.out / f"{name}.png")
+    print(f"picture: {options.out / name}.png")
+    return int(not all(agrees for _, _, agrees in told))
