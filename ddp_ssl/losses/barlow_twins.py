@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.losses.common import Route, Rows, at_least_float32, rows_of, unit_rows
+from ddp_ssl.losses.common import (
+    Route,
+    Rows,
+    all_views,
+    at_least_float32,
+    gathers,
+    rows_of,
+    unit_rows,
+)
+from ddp_ssl.losses.pairs import blocks, gram, in_cache, inner
 
 
 class Correlation(NamedTuple):
@@ -80,14 +91,128 @@ def pair_correlations(
     """The two terms of `barlow_twins`, unweighted."""
     _check("barlow_twins", z, comm)
     with torch.autocast(z.device.type, enabled=False):
-        rows = rows_of(at_least_float32(z), route, comm)
-        mean = rows.total(rows.values.sum(1)) / rows.images  # [K, d]
-        centred = rows.values - mean[:, None]
-        variance = rows.total(centred.square().sum(1)) / rows.images
-        unit = centred * (variance + eps).rsqrt()[:, None]
-        pairs = [_correlation(rows, unit[a], unit[b]) for a, b in combinations(range(len(unit)), 2)]
-        on, off = (torch.stack(part).mean() for part in zip(*pairs, strict=True))
-        return Correlation(on, off)
+        z = at_least_float32(z)
+        images, width = z.shape[1] * comm.data_shards, z.shape[2]
+        everyone = comm.gather(z.detach()) if gathers(route, images, width) else None
+        # The members of a view group hold the same images: each takes a part of them.
+        own = all_views(z, comm)
+        if comm.view_shards > 1:
+            own = own[:, comm.view_rank :: comm.view_shards]
+        sums = comm.sum(cast(Tensor, _Pairs.apply(own, everyone, images, eps, comm.sum)))
+        diagonals = sums[:-1].view(-1, width) / images
+        on = (diagonals - 1).square().sum(1).mean()
+        squares = sums[-1] / (images**2 * len(diagonals))
+        return Correlation(on, squares - diagonals.square().sum(1).mean())
+
+
+class _Pairs(torch.autograd.Function):
+    """This process's part of N C_jj of each pair of views, and of the sum over pairs of |N C|_F^2.
+
+    From `z` `[K, m, d]`: all views of the images held here and nowhere else; `everyone`
+    `[K, N, d]`: those of all images, or none for d x d matrices; `total`: the sum over processes.
+    Returns `[P d + 1]`. Standardising belongs to it, so that no standardised copy is kept.
+
+    With the Gram matrices G_k = A_k A_k^T, |A^T B|_F^2 is the sum of G_a * G_b, and its gradient
+    by A_a 2 G_b A_a: K matrices serve all pairs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        everyone: Tensor | None,
+        images: int,
+        eps: float,
+        total: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        views, _, width = z.shape
+        mean = total(z.sum(1)) / images
+        variance = z.new_zeros(views, width)
+        for part in in_cache(z):
+            variance += (z[:, part] - mean[:, None]).square_().sum(1)
+        inverse = (total(variance) / images + eps).rsqrt()
+        pairs = list(combinations(range(views), 2))
+        sums = z.new_zeros(len(pairs) * width + 1)
+        diagonals = sums[:-1].view(len(pairs), width)
+        kept: list[Tensor] = []
+        if everyone is None:
+            unit = _standard(z, mean, inverse)
+            own = torch.stack([unit[a].T @ unit[b] for a, b in pairs])
+            diagonals.copy_(own.diagonal(dim1=1, dim2=2))
+            whole = total(own)
+            sums[-1] = sum(inner(a, b) for a, b in zip(own, whole, strict=True))
+            kept = [whole]
+        else:
+            parts = list(blocks(z[0], images))
+            for part in parts:
+                grams = _grams(z, everyone, part, mean, inverse)
+                before = grams[0]
+                for i, gram in enumerate(grams[1:], 2):
+                    sums[-1] += inner(before, gram)
+                    if i < views:
+                        before = before + gram
+                kept = grams if len(parts) == 1 else []
+            for part in in_cache(z):
+                unit = _standard(z[:, part], mean, inverse)
+                for row, (a, b) in zip(diagonals, pairs, strict=True):
+                    row += (unit[a] * unit[b]).sum(0)
+        ctx.save_for_backward(z, everyone, mean, inverse, *kept)
+        ctx.images, ctx.total, ctx.pairs = images, total, pairs
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, everyone, mean, inverse, *kept = ctx.saved_tensors
+        views, _, width = z.shape
+        by_diagonal, by_square = grads[0][:-1].view(-1, width), 2 * grads[0][-1]
+        grad = torch.zeros_like(z) if everyone is None else torch.empty_like(z)
+        if everyone is None:
+            unit = _standard(z, mean, inverse)
+            for (a, b), whole in zip(ctx.pairs, kept[0], strict=True):
+                grad[a].addmm_(unit[b], whole.T)
+                grad[b].addmm_(unit[a], whole)
+            del unit
+        else:
+            for part in blocks(z[0], ctx.images):
+                grams = kept or _grams(z, everyone, part, mean, inverse)
+                whole = sum(grams[1:], grams[0]) if views > 2 else None
+                for v in range(views):
+                    others = grams[1 - v] if whole is None else whole - grams[v]
+                    columns = _standard(everyone[v], mean[v], inverse[v])
+                    torch.matmul(others, columns, out=grad[v][part])
+                    del columns
+        along = torch.zeros_like(
+            mean
+        )  # of the gradient by the standardised features, to be removed
+        for part in in_cache(z):
+            unit, out = _standard(z[:, part], mean, inverse), grad[:, part]
+            out *= by_square
+            for (a, b), weight in zip(ctx.pairs, by_diagonal, strict=True):
+                out[a].addcmul_(unit[b], weight)
+                out[b].addcmul_(unit[a], weight)
+            along += (out * unit).sum(1)
+        along = ctx.total(along) / ctx.images
+        for part in in_cache(z):
+            unit = _standard(z[:, part], mean, inverse)
+            grad[:, part].addcmul_(unit, along[:, None], value=-1).mul_(inverse[:, None])
+        return grad, None, None, None, None
+
+
+def _standard(z: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+    """Standardised `z` `[..., n, d]`, from mean and inverse deviation `[..., d]`."""
+    return (z - mean.unsqueeze(-2)).mul_(inverse.unsqueeze(-2))
+
+
+def _grams(z: Tensor, everyone: Tensor, part: slice, mean: Tensor, inverse: Tensor) -> list[Tensor]:
+    """Of each view, the products of these rows with everyone's."""
+    found = []
+    for own, rows, m, i in zip(z, everyone, mean, inverse, strict=True):
+        columns = _standard(rows, m, i)
+        whole = len(own) == len(rows) == len(own[part])  # one process, one block
+        found.append(gram(columns if whole else _standard(own[part], m, i), columns))
+        del columns
+    return found
 
 
 def mean_correlations(

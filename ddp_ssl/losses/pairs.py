@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 
 BLOCK = 2**22
 ON_GPU = 4  # times as many: each block reads all columns, and a GPU has no caches to stay within
+CACHED = 2**18  # elements that a CPU's pass over several tensors takes at a time
+MIRRORED = 128  # rows: smaller products are not worth halving
 
 
 def blocks(rows: Tensor, columns: int) -> Iterator[slice]:
@@ -28,6 +30,32 @@ def blocks(rows: Tensor, columns: int) -> Iterator[slice]:
     size = max(1, most // max(columns, 1))
     for start in range(0, len(rows), size):
         yield slice(start, min(start + size, len(rows)))
+
+
+def in_cache(x: Tensor) -> Iterator[slice]:
+    """Slices of the rows of `x` `[K, n, d]`, for several passes while they are in the cache."""
+    views, rows, width = x.shape
+    size = rows if x.is_cuda else max(1, CACHED // (views * width))
+    for start in range(0, rows, max(size, 1)):
+        yield slice(start, min(start + size, rows))
+
+
+def gram(rows: Tensor, columns: Tensor) -> Tensor:
+    """`rows` `[m, d]` times the transpose of `columns` `[N, d]`.
+
+    Where both are the same rows and on a CPU, half is computed and mirrored.
+    """
+    count = len(rows)
+    same = rows.data_ptr() == columns.data_ptr() and rows.shape == columns.shape
+    if not same or rows.is_cuda or count < 2 * MIRRORED:
+        return rows @ columns.T
+    out = rows.new_empty(count, count)
+    size = max(MIRRORED, -(-count // 8))
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        torch.matmul(rows[start:stop], rows[start:].T, out=out[start:stop, start:])
+        out[stop:, start:stop] = out[start:stop, stop:].T
+    return out
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -50,7 +78,7 @@ def gram_square(a: Tensor, all_a: Tensor) -> tuple[Tensor, Tensor | None]:
     total, kept = a.new_zeros(()), None
     parts = list(blocks(a, len(all_a)))
     for part in parts:
-        products = a[part] @ all_a.T
+        products = gram(a[part], all_a)
         total += products.square().sum()
         kept = products if len(parts) == 1 else None
     return total, kept
@@ -61,7 +89,7 @@ def gram_times(
 ) -> None:
     """Add scale (A all_A^T) rows to `out` `[m, q]`, with `rows` `[N, q]`."""
     for part in blocks(a, len(all_a)):
-        products = a[part] @ all_a.T if kept is None else kept
+        products = gram(a[part], all_a) if kept is None else kept
         out[part].addmm_(products * scale, rows)
 
 
@@ -82,8 +110,8 @@ class _GramProduct(torch.autograd.Function):
         total = a.new_zeros(())
         parts = list(blocks(a, len(all_a)))
         for part in parts:
-            of_a = a[part] @ all_a.T
-            of_b = of_a if ctx.same else b[part] @ all_b.T
+            of_a = gram(a[part], all_a)
+            of_b = of_a if ctx.same else gram(b[part], all_b)
             total += (of_a * of_b).sum()
             if len(parts) == 1:
                 kept = of_a, None if ctx.same else of_b
@@ -154,7 +182,7 @@ class _SquaredProducts(torch.autograd.Function):
         sums = r.new_zeros(3)
         parts = list(blocks(r, len(all_r)))
         for part in parts:
-            of_r, of_z = r[part] @ all_r.T, z[part] @ all_z.T
+            of_r, of_z = gram(r[part], all_r), gram(z[part], all_z)
             if len(parts) == 1:
                 kept = of_r, of_z
             a, b = of_r.square(), of_z.square()

@@ -55,12 +55,22 @@ def test_blocks_cover_the_rows_once() -> None:
     assert list(pairs.blocks(torch.empty(2048, 2), 2048)) == [slice(0, 2048)]
 
 
+@pytest.mark.parametrize("rows", [3, 4, 16, 37])
+def test_a_mirrored_gram_matrix_is_the_whole_one(rows: int) -> None:
+    x = some(1, rows, 5)[0]
+    with patch.object(pairs, "MIRRORED", 2):
+        assert relative(pairs.gram(x, x), x @ x.T) < 1e-14
+        # Not the same rows, so nothing can be mirrored.
+        assert relative(pairs.gram(x, x.flip(0)), x @ x.flip(0).T) < 1e-14
+        assert relative(pairs.gram(x[1:], x), x[1:] @ x.T) < 1e-14
+
+
 @pytest.mark.parametrize("views", [2, 3])
 @pytest.mark.parametrize("block", [1, 50])
 def test_many_blocks_are_one(views: int, block: int) -> None:
     z, r = some(views, 13, 6), some(views, 13, 5, seed=1)
     values, gradients = values_and_gradients(z, r)
-    with patch.object(pairs, "BLOCK", block):
+    with patch.multiple(pairs, BLOCK=block, CACHED=40):
         blocked = values_and_gradients(z, r)
     assert blocked[0] == pytest.approx(values, rel=1e-12)
     for ours, whole in zip(blocked[1], gradients, strict=True):
