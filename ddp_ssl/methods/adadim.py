@@ -9,6 +9,8 @@ fills its space is made uniform.
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -22,7 +24,7 @@ from ddp_ssl.losses import info_nce, mutual_information
 from ddp_ssl.losses.common import at_least_float32, unit_rows
 from ddp_ssl.methods.base import Context, Method, Output
 from ddp_ssl.methods.vicreg import VICRegConfig, configured_vicreg
-from ddp_ssl.metrics.effective_rank import global_effective_rank
+from ddp_ssl.metrics.effective_rank import global_effective_ranks
 
 
 class AdaDimConfig(VICRegConfig):
@@ -47,8 +49,9 @@ class AdaDimConfig(VICRegConfig):
     """Subtract the mean row before the SVD."""
     alpha_mode: Literal["eval", "train_stats"] = "eval"
     """Norm layers during the measurement: running averages, or each batch's own statistics."""
-    alpha_route: Literal["gather", "gram"] = "gather"
-    """Gather the embeddings and take the SVD on rank 0, or all-reduce a d x d matrix."""
+    alpha_route: Literal["auto", "gather", "gram"] = "auto"
+    """Gather the embeddings and take their SVD, or all-reduce a d x d matrix and take its
+    eigenvalues: equal to 1e-5 or better. `auto` gathers up to 2^20 numbers (512 x 2,048)."""
     beta: Literal["off", "fixed", "adaptive"] = "adaptive"
     """Weight of the mutual information term: none, `beta_scale`, or `beta_scale` times alpha."""
     beta_scale: float = 1e-4
@@ -125,15 +128,17 @@ class AdaDim(Method[AdaDimConfig]):
 
     def _measure(self, context: Context) -> None:
         """alpha = mean over random global batches of effective rank / min(rows, d)."""
-        s = self.settings
-        ranks, bound = [], 1
-        for batch in context.batches(s.alpha_batches, "alpha"):
-            with torch.no_grad(), self.measuring(s.alpha_mode == "train_stats"):
-                r, z = self.embed(batch.views[0])
-            rank, bound = global_effective_rank(
-                z if s.alpha_space == "z" else r, s.alpha_route, s.alpha_center, context.comm
-            )
-            ranks.append(rank)
+        s, began = self.settings, time.perf_counter()
+
+        def measured() -> Iterator[Tensor]:
+            for batch in context.batches(s.alpha_batches, "alpha"):
+                with torch.no_grad(), self.measuring(s.alpha_mode == "train_stats"):
+                    r, z = self.embed(batch.views[0])
+                yield z if s.alpha_space == "z" else r
+
+        ranks, bound = global_effective_ranks(
+            measured(), s.alpha_route, s.alpha_center, context.comm
+        )
         mean = sum(ranks) / len(ranks)
         self.alpha = min(max(mean / bound, 0.0), 1.0)
         self.history.append(
@@ -151,6 +156,7 @@ class AdaDim(Method[AdaDimConfig]):
                 f"rep/effective_rank_{s.alpha_space}_train": mean,
                 "rep/alpha": self.alpha,
                 "rep/beta": self.beta,
+                "perf/alpha_s": time.perf_counter() - began,
             }
         )
         few = (

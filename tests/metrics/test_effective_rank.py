@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,7 +13,11 @@ from torch import Tensor
 
 from ddp_ssl.distributed import MeshComm, World, comm_of
 from ddp_ssl.metrics import effective_rank, mutual_information
-from ddp_ssl.metrics.effective_rank import global_effective_rank, rank_of_gram
+from ddp_ssl.metrics.effective_rank import (
+    global_effective_rank,
+    global_effective_ranks,
+    rank_of_gram,
+)
 from tests.losses import oracles
 from tests.ranks import Ranks
 
@@ -68,7 +74,7 @@ def ranks_of(world: World, view_shards: int, shape: tuple[int, int], center: boo
     x = embeddings(*shape)[comm.rows(shape[0] // comm.data_shards)]
     if comm.view_rank:  # other views than view 0 must not count
         x = torch.randn_like(x)
-    routes = ("gather", "gram")
+    routes = ("gather", "gram", "auto")
     return [global_effective_rank(x.clone(), route, center, comm) for route in routes]  # type: ignore[arg-type]
 
 
@@ -84,6 +90,35 @@ def test_routes_and_processes_agree(ranks: Ranks, shape: tuple[int, int], center
         for value, limit in results[0]:
             assert value == pytest.approx(expected, rel=1e-10 if not center else 1e-6)
             assert limit == bound
+
+
+def many_ranks(world: World, count: int) -> Any:
+    comm = comm_of(world)
+    x = [embeddings(24, 10) ** (1 + i % 2) for i in range(count)]
+    return global_effective_ranks((b[comm.rows(24 // world.size)] for b in x), comm=comm)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_batches_are_shared_among_processes(ranks: Ranks, count: int) -> None:
+    expected, bound = many_ranks(World(0, 1, 0, 1, torch.device("cpu")), count)
+    assert len(expected) == count
+    assert len({round(value, 6) for value in expected}) == min(count, 2)
+    for size in (2, 3, 4):
+        for values, limit in ranks.run(many_ranks, size, count):
+            assert values == pytest.approx(expected, rel=1e-12)
+            assert limit == bound
+
+
+def test_auto_gathers_few_rows_only() -> None:
+    module = sys.modules[global_effective_rank.__module__]
+    with (
+        patch.object(module, "GATHERED", 40),
+        patch.object(module, "rank_of_gram", wraps=rank_of_gram) as gram,
+    ):
+        global_effective_rank(torch.randn(8, 4))
+        assert not gram.called
+        global_effective_rank(torch.randn(40, 4))
+        assert gram.called
 
 
 def blocked(world: World) -> float:
