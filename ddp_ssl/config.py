@@ -293,6 +293,9 @@ class Optim(Section):
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast of the networks. fp16 uses a gradient scaler, which waits for the device at every
     step. Losses are always in float32."""
+    gradient_compression: Literal["bf16"] | None = None
+    """Send gradients in bf16: half the bytes, rounded to 8 bits before and while they are added,
+    so that a run is no longer the same at every number of processes. Only with several."""
 
 
 class Eval(Section):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import inspect
 import os
 import socket
@@ -18,11 +19,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -37,6 +39,23 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 # --- meeting the others ------------------------------------------------------------------------
+
+
+def moment(device: torch.device) -> Any:
+    """Now, on the device's own clock, which is not waited for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """Seconds between two moments; waits until the device is past the second."""
+    if isinstance(end, float):
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
 
 
 class Traffic:
@@ -70,19 +89,15 @@ class Traffic:
 
     def mark(self) -> Any:
         """This moment, on the device's own clock."""
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
+        return moment(self._device)
 
     def span(self, start: Any) -> None:
         """Count the time since `start` as waiting."""
         self._spans.append((start, self.mark()))
 
-    def gradient_ready(self, parameter: Tensor) -> None:
+    def gradient_ready(self, parameter: Tensor, itemsize: int | None = None) -> None:
         """This process's part of a gradient is there; the last one's moment counts."""
-        self.count("gradients", parameter.nbytes, calls=0)
+        self.count("gradients", parameter.numel() * (itemsize or parameter.itemsize), calls=0)
         if self.sampling:
             self._ready = self.mark()
 
@@ -95,10 +110,7 @@ class Traffic:
         """Seconds spent waiting while sampling, which ends here; waits for the device."""
         self.sampling = False
         spans, self._spans = self._spans, []
-        if self._device.type != "cuda":
-            return float(sum(end - start for start, end in spans))
-        torch.cuda.synchronize(self._device)
-        return float(sum(start.elapsed_time(end) for start, end in spans)) / 1000
+        return sum(seconds_between(start, end) for start, end in spans)
 
 
 traffic = Traffic()
@@ -372,8 +384,13 @@ def layout(world: World) -> list[str]:
     return world.gather_objects(f"{socket.gethostname()} {name} cpus {cpus}") or []
 
 
-def data_parallel(module: nn.Module, world: World) -> nn.Module:
-    """The module under DDP; buffers are global already and are not broadcast."""
+def data_parallel(
+    module: nn.Module, world: World, compression: Literal["bf16"] | None = None
+) -> nn.Module:
+    """The module under DDP; buffers are global already and are not broadcast.
+
+    `compression`: what gradients are sent in, if not as they are.
+    """
     if world.size == 1:
         return module
     ids = [world.device.index] if world.device.type == "cuda" else None
@@ -381,11 +398,15 @@ def data_parallel(module: nn.Module, world: World) -> nn.Module:
     # The same meaning under torch's older and newer name.
     no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {no_sync: False}
+    itemsize = None if compression is None else torch.bfloat16.itemsize
+    ready = functools.partial(traffic.gradient_ready, itemsize=itemsize)
     for parameter in module.parameters():
         if parameter.requires_grad:
-            hooked = cast(Any, parameter)
-            hooked.register_post_accumulate_grad_hook(traffic.gradient_ready)
-    return DistributedDataParallel(module, ids, gradient_as_bucket_view=True, **options)
+            cast(Any, parameter).register_post_accumulate_grad_hook(ready)
+    parallel = DistributedDataParallel(module, ids, gradient_as_bucket_view=True, **options)
+    if compression is not None:
+        parallel.register_comm_hook(None, bf16_compress_hook)
+    return parallel
 
 
 # --- how well they talk: for `ddp-ssl doctor` ------------------------------------------------

@@ -233,7 +233,7 @@ def train(job: Job, stop: StopRequest) -> log.State:
     while job.epoch < epochs:
         while job.step < (job.epoch + 1) * steps_per_epoch:
             watch.at(job.step, "waiting for data")
-            recorder.begin_step(job.step + 1)
+            job.learner.timing = recorder.begin_step(job.step + 1)
             with recorder.waiting():
                 batch = next(job.loader)
             watch.at(job.step, "a step")
@@ -255,8 +255,9 @@ def train(job: Job, stop: StopRequest) -> log.State:
             job.step += 1
 
             recorder.add(job.step, figures | {"optim/lr": rate, "optim/grad_norm": norm})
-            logging_step = job.step % config.log.every_steps == 0 or job.step == total_steps
+            logging_step = recorder.logs(job.step)
             if logging_step:
+                recorder.probe_timed = job.learner.timed
                 recorder.flush()
             profiler.step(job.step)
             asked = stop.look_for(stop_file) if world.is_main else stop.reason is not None
@@ -490,7 +491,7 @@ def on_device(learner: Learner, config: Config, world: World) -> nn.Module:
         learner.to(memory_format=torch.channels_last)
     if config.model.compile:
         learner.method.backbone.compile()
-    return distributed.data_parallel(learner, world)
+    return distributed.data_parallel(learner, world, config.optim.gradient_compression)
 
 
 def open_folder(

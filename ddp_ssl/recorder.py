@@ -15,7 +15,7 @@ from torch import Tensor
 from ddp_ssl import log
 from ddp_ssl.config import Config
 from ddp_ssl.data.source import BadImages, write_list
-from ddp_ssl.distributed import World, traffic
+from ddp_ssl.distributed import World, seconds_between, traffic
 
 logger = logging.getLogger("ddp_ssl")
 
@@ -68,16 +68,28 @@ class Recorder:
         self._host: list[tuple[int, dict[str, float]]] = []
         self._since = time.perf_counter()
         self._waited = 0.0
+        self._cost = 0.0  # seconds of logging itself
+        self.probe_timed: tuple[Any, Any] | None = None
+        """Before and after the probe, in a logging step."""
         self._sample_start = 0.0
         self._slow: list[int] = []  # the slowest rank of each sample, while it is slow
         self._named: set[int] = set()
 
-    def begin_step(self, step: int) -> None:
-        """Before step `step` (from 1): those that are logged are sampled for who waits for whom."""
-        last = self.config.optim.epochs * self.steps_per_epoch
-        if self.world.size > 1 and (step % self.config.log.every_steps == 0 or step == last):
+    def begin_step(self, step: int) -> bool:
+        """Before step `step` (from 1); whether it is a logging step.
+
+        In those it is measured who waits for whom.
+        """
+        sampled = self.logs(step)
+        if self.world.size > 1 and sampled:
             self._sample_start = time.perf_counter()
             traffic.sample(self.world.device)
+        return sampled
+
+    def logs(self, step: int) -> bool:
+        """Whether step `step` (from 1) is a logging step."""
+        last = self.config.optim.epochs * self.steps_per_epoch
+        return step % self.config.log.every_steps == 0 or step == last
 
     def waiting(self) -> _Stopwatch:
         """Time spent within counts as waiting for data."""
@@ -90,6 +102,7 @@ class Recorder:
 
     def add(self, step: int, figures: dict[str, Tensor | float]) -> None:
         """Figures of one step: tensors stay on the device."""
+        start = time.perf_counter()
         named = {n if "/" in n else f"train/{n}": v for n, v in figures.items()}
         self.of_steps = set(named)
         tensors = {n: v.detach().double() for n, v in named.items() if isinstance(v, Tensor)}
@@ -98,6 +111,7 @@ class Recorder:
             self._names = list(tensors)
         self._rows.append(torch.stack(list(tensors.values())))
         self._host.append((step, {n: v for n, v in named.items() if not isinstance(v, Tensor)}))
+        self._cost += time.perf_counter() - start
 
     def flush(self) -> None:
         """Write the rows since the last time; raises `NonFiniteError` on all processes."""
@@ -109,7 +123,9 @@ class Recorder:
         shares = self.config.data.view_shards
         weight = 1 - shares if self.world.rank % shares == 0 else 1
         trace = torch.full_like(fresh, float(self._trace * weight))
-        *rows, news, differ = self.world.mean_rows(torch.cat([stacked, fresh, trace])).tolist()
+        whole = self.world.mean_rows(torch.cat([stacked, fresh, trace]))
+        *rows, news, differ = whole.tolist()  # waits for the device
+        start = time.perf_counter()
         names, host, steps = self._names, self._host, len(rows)
         self._rows, self._host = [], []
         now = time.perf_counter()
@@ -129,19 +145,23 @@ class Recorder:
             "perf/step_ms": 1000 * seconds / steps,
             "perf/data_wait": min(waited / seconds, 1.0),
             "perf/memory_gib": _memory(self.world.device),
+            "perf/log_ms": 1000 * self._cost / steps,
         }
+        self._cost = 0.0
+        if self.probe_timed is not None:
+            table[-1]["perf/probe_ms"] = 1000 * seconds_between(*self.probe_timed)
+            self.probe_timed = None
         if traffic.sampling:
             table[-1] |= self._skew()
         too_many = self._share_bad() if news[0] else None
         steps_done = host[-1][0]
-        last = self.config.optim.epochs * self.steps_per_epoch
-        if steps_done % self.config.log.every_steps == 0 or steps_done == last:
+        if self.logs(steps_done):
             table[-1]["run/bad_images"] = self.bad_count
         if self.writer is not None:
             for row in table:
                 self.writer.scalars(row)
-            self.writer.flush()
             self.progress.update(table[-1])
+        self._cost += time.perf_counter() - start  # in the next row: this one is written
         watched = ["train/loss", "train/probe_loss", "optim/grad_norm"]
         if self.config.optim.precision == "fp16":
             watched.pop()  # its scaler skips infinite gradients

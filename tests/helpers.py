@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.config import Config, load, load_method
@@ -47,6 +49,26 @@ def batch_of(x: Tensor, comm: Comm = ONE_PROCESS) -> Batch:
     mine = x[comm.views, comm.rows(n)]
     ids = torch.arange(x.shape[1])[comm.rows(n)]
     return Batch(list(mine), ids, ids % 3)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run within, but not while `paused`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.paused = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.paused:
+            self.names[str(func.overloadpacket).replace(".", "::")] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def waits(self) -> list[str]:
+        """Those that give a value to the host or whose output's size depends on values."""
+        waiting = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select")
+        return [name for name in self.names if name.partition("::")[2] in waiting]
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -212,6 +212,25 @@ def test_objects_and_broadcast(ranks: Ranks) -> None:
     assert {r[1:] for r in results} == {("from 0", 0.1)}
 
 
+def gradients(world: World, compression: Any) -> Any:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 1))
+    parallel = distributed.data_parallel(net, world, compression)
+    distributed.traffic.counts.clear()
+    parallel(some(9, 6, seed=world.rank).float()).square().mean().backward()
+    found = torch.cat([p.grad.flatten() for p in net.parameters()])
+    return found, distributed.traffic.counts["gradients"][1]
+
+
+def test_compressed_gradients_are_rounded_and_equal_everywhere(ranks: Ranks) -> None:
+    exact, nbytes = ranks.run(gradients, 3, None)[0]
+    results = ranks.run(gradients, 3, "bf16")
+    for found, sent in results:
+        assert torch.equal(found, results[0][0])
+        assert 2 * sent == nbytes
+        assert 1e-4 < float((found - exact).norm() / exact.norm()) < 1e-2
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_global_batch_norm_equals_sync_batch_norm_on_a_gpu() -> None:

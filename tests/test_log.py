@@ -234,7 +234,11 @@ def test_tensorboard_that_fails_does_not_end_the_run(
     real = writer._events
 
     class Broken:
-        def add_scalar(self, *_: object) -> None:
+        @property
+        def file_writer(self) -> Broken:
+            return self
+
+        def add_summary(self, *_: object) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     writer._events = Broken()

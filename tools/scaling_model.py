@@ -40,7 +40,9 @@ from ddp_ssl.data.augment import views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import GlobalBatchNorm
 from ddp_ssl.evals.probe import Learner
+from ddp_ssl.losses import pairs
 from ddp_ssl.methods.base import Progress
+from ddp_ssl.metrics.effective_rank import GATHERED
 from ddp_ssl.models import build_backbone
 
 # Crops of 224 px a second, forward and backward, bf16, on one H100 SXM: assumed, not measured here.
@@ -51,6 +53,7 @@ TRAINING_IMAGES = {
     "tiny_imagenet": 100_000, "digits": 1_438,
 }  # fmt: skip
 SUMS = ("norm", "sum", "view sum", "gradients")  # all-reduces; the others move the bytes once
+PIPELINE_S = 0.1  # measured on a CPU, with files of 80 kB: 0.07 to 0.16
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # DDP's, in bytes
 PLOTTED = (8, 16, 32, 64, 128, 256, 512, 1024)
 NO_WORK = ("prim.", "empty", "detach", "alias", "lift_fresh", "_unsafe_view")
@@ -78,8 +81,12 @@ class Cluster:
     """What the losses read and write."""
     kernel: float = 4e-6
     """The shortest time of an operation of the loss."""
-    fp64: float = 1e12
-    """Decompositions, for alpha."""
+    fp64: float = 10e12
+    """Products in float64, for alpha."""
+    decomposition: float = 18e9
+    """Eigenvalues and singular values in float64, for alpha: as measured on one CPU core."""
+    pipeline: float = PIPELINE_S
+    """Seconds until another data pipeline gives its first batch, for alpha."""
 
     def seconds(self, kind: str, nbytes: int, ranks: int) -> float:
         """A collective over `ranks` GPUs: both levels one after the other."""
@@ -263,14 +270,14 @@ def record(
     removed: list[Any] = []
     if ranks > 1:
         removed += [norm.register_forward_hook(_norm_hook(recorder)) for norm in norms]
-    pairs: list[tuple[Tensor, Tensor]] = []
+    outside: list[tuple[Tensor, Tensor]] = []
     encode = method.encode
 
     def encode_apart(*args: Any) -> tuple[Tensor, ...]:
         with recorder.of_network():
             outputs = encode(*args)
         leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in outputs)
-        pairs.extend(zip(outputs, leaves, strict=True))
+        outside.extend(zip(outputs, leaves, strict=True))
         return leaves
 
     learner.train()
@@ -284,10 +291,10 @@ def record(
         views = [torch.empty(images, 3, view.size, view.size) for view in held]
         batch = Batch(views, torch.arange(images), torch.zeros(images, dtype=torch.long))
         method.encode = encode_apart  # type: ignore[method-assign]
-        with recorder:
+        with recorder, blocks_of_a_gpu():
             total, _ = learner(batch)
             total.backward()
-            reached = [(x, leaf.grad) for x, leaf in pairs if leaf.grad is not None]
+            reached = [(x, leaf.grad) for x, leaf in outside if leaf.grad is not None]
             with recorder.of_network():
                 torch.autograd.backward([x for x, _ in reached], [g for _, g in reached])
             method.after_step(Progress(0, 100, 0, 10))
@@ -301,7 +308,21 @@ def record(
     widths = method.feature_width, config.model.projector[-1]
     count = sum(p.numel() for p in trained)
     learner.zero_grad(set_to_none=True)
-    return Step(_bucketed(recorder.events), ranks, shards, len(norms), count, widths)
+    itemsize = 2 if config.optim.gradient_compression == "bf16" else 4
+    return Step(_bucketed(recorder.events, itemsize / 4), ranks, shards, len(norms), count, widths)
+
+
+@contextmanager
+def blocks_of_a_gpu() -> Iterator[None]:
+    """Within: the pair losses work as on a GPU, not in what fits a CPU's caches."""
+    kept = {name: getattr(pairs, name) for name in ("BLOCK", "CACHED", "MIRRORED")}
+    pairs.BLOCK *= pairs.ON_GPU
+    pairs.CACHED = pairs.MIRRORED = sys.maxsize
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(pairs, name, value)
 
 
 def _norm_hook(recorder: Recorder) -> Callable[..., None]:
@@ -316,8 +337,9 @@ def _norm_hook(recorder: Recorder) -> Callable[..., None]:
     return hook
 
 
-def _bucketed(events: Sequence[Event]) -> list[Event]:
-    """Gradients in the buckets that DDP makes of them: closed once they reach a size."""
+def _bucketed(events: Sequence[Event], sent: float = 1.0) -> list[Event]:
+    """Gradients in the buckets that DDP makes of them: closed once they reach a size; of each byte
+    `sent` are sent."""
     done: list[Event] = []
     size, limit, flops, seconds = 0, FIRST_BUCKET, 0.0, 0.0
     for event in events:
@@ -326,11 +348,11 @@ def _bucketed(events: Sequence[Event]) -> list[Event]:
             size += event.nbytes
             if size < limit:
                 continue
-            done.append(Event("gradients", size, flops, seconds, False))
+            done.append(Event("gradients", int(sent * size), flops, seconds, False))
             size, limit = 0, BUCKET
         else:
             if event.kind == "end" and size:
-                done.append(Event("gradients", size, flops, seconds, False))
+                done.append(Event("gradients", int(sent * size), flops, seconds, False))
                 flops = seconds = 0.0
             done.append(Event(event.kind, event.nbytes, flops, seconds, event.waits))
         flops = seconds = 0.0
@@ -425,7 +447,7 @@ def alpha_seconds(
     images: int | None,
     notes: list[str],
 ) -> float:
-    """Measuring alpha (forward, gather or Gram, decomposition on rank 0), per training step."""
+    """Measuring alpha per training step: forward, gather or sum, decompositions side by side."""
     s: Any = config.method
     if s.name != "adadim" or s.alpha != "adaptive" or step.ranks == 1:
         return 0.0
@@ -439,13 +461,17 @@ def alpha_seconds(
     batches = min(s.alpha_batches, max(steps, 1))
     forward = step.flops / 3 / config.num_views / flops_rate
     small, large = sorted((n, width))
-    if s.alpha_route == "gather":
-        talk = cluster.seconds("gather", 4 * n * width, step.ranks)
-        work = (2 * large * small**2 + 2 * small**3) / cluster.fp64
+    gathers = s.alpha_route == "gather" or (s.alpha_route == "auto" and n * width <= GATHERED)
+    if gathers:
+        talk, product = cluster.seconds("gather", 4 * n * width, step.ranks), 0.0
+        work = (2 * large * small**2 + 2 * small**3) / cluster.decomposition
     else:
         talk = cluster.seconds("sum", 8 * small**2, step.ranks)
-        work = (2 * large * small**2 / step.ranks + 4 / 3 * small**3) / cluster.fp64
-    return batches * (forward + talk + work) / (s.alpha_every * max(steps, 1))
+        product = 2 * large * small**2 / step.ranks / cluster.fp64
+        work = 4 / 3 * small**3 / cluster.decomposition
+    rounds = math.ceil(batches / step.ranks)
+    once = cluster.pipeline + batches * (forward + talk + product) + rounds * work
+    return once / (s.alpha_every * max(steps, 1))
 
 
 def network_rate(config: Config, cluster: Cluster) -> float:
@@ -524,8 +550,8 @@ class Model:
         information = getattr(s, "beta", "off") != "off" and getattr(s, "mi_form", "") == "gram"
         if information:
             found.append(["method.beta=off"])
-        if s.name == "adadim" and getattr(s, "alpha_route", "") == "gather":
-            found.append(["method.alpha_route=gram"])
+        if self.config.optim.gradient_compression is None:
+            found.append(["optim.gradient_compression=bf16"])
         good = [c[0] for c in found if c[0] not in ("method.route=gather",)]
         useful = [c for c in good if "stacked" not in c]
         if len(useful) > 1:
@@ -683,7 +709,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--fp32", type=float, default=c.fp32, help="the losses' products, FLOP/s (%(default)g)")
     add("--memory", type=float, default=c.memory, help="device memory, bytes/s (%(default)g)")
     add("--kernel", type=float, default=c.kernel, help="s of the shortest operation (%(default)g)")
-    add("--fp64", type=float, default=c.fp64, help="decompositions for alpha, FLOP/s (%(default)g)")
+    add(
+        "--fp64",
+        type=float,
+        default=c.fp64,
+        help="float64 products for alpha, FLOP/s (%(default)g)",
+    )
+    add(
+        "--decomposition",
+        type=float,
+        default=c.decomposition,
+        help="decompositions for alpha, FLOP/s (%(default)g)",
+    )
+    add(
+        "--pipeline",
+        type=float,
+        default=c.pipeline,
+        help="s until alpha's first batch (%(default)g)",
+    )
     add("--images", type=int, help="training images, where the data set is not a known one")
     add("--alpha", type=float, default=0.5, help="AdaDim's, once measured (default: %(default)s)")
     add("--target", type=float, default=0.85, help="efficiency asked for (default: %(default)s)")
@@ -722,7 +765,11 @@ def _numbers(text: str) -> list[int]:
 def _cluster(options: argparse.Namespace) -> Cluster:
     fields = {f.name: getattr(options, f.name) for f in dataclass_fields(Cluster)}
     for name, value in fields.items():
-        least = 0 if name in ("jitter", "latency", "latency_per_doubling", "kernel") else 1e-9
+        least = (
+            0
+            if name in ("jitter", "latency", "latency_per_doubling", "kernel", "pipeline")
+            else 1e-9
+        )
         if name != "images_per_second" and not value >= least:
             raise ValueError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
     return Cluster(**fields)

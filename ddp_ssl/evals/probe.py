@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddp_ssl.data.batch import Batch
+from ddp_ssl.distributed import moment
 from ddp_ssl.methods.base import Method
 
 
@@ -19,6 +20,9 @@ class Learner(nn.Module):
         super().__init__()
         self.method, self.some_unlabelled = method, some_unlabelled
         self.probe = nn.Linear(method.feature_width, num_classes) if num_classes else None
+        self.timing = False
+        self.timed: tuple[Any, Any] | None = None
+        """While `timing`: before and after a forward and backward of the probe alone."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The sum to differentiate, and the figures of this step (`loss` without the probe's)."""
@@ -29,9 +33,21 @@ class Learner(nn.Module):
             loss, top1 = self._probe(out.features, batch.labels)
             figures |= {"probe_loss": loss, "probe_top1": top1}
             total = total + loss
+            if self.timing:
+                self.timed = self._time(out.features.detach(), batch.labels)
         return total, figures
 
-    def _probe(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _time(self, features: Tensor, labels: Tensor) -> tuple[Any, Any]:
+        """The probe once more, since its backward within the step's cannot be told apart."""
+        assert self.probe is not None
+        start = moment(features.device)
+        loss, _ = self._probe(features, labels, self.method.comm.world_size / labels.numel())
+        torch.autograd.grad(loss, [*self.probe.parameters()])
+        return start, moment(features.device)
+
+    def _probe(
+        self, features: Tensor, labels: Tensor, scale: Tensor | float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Cross-entropy and top-1 over the views `[k, n, d_R]` of the images with a label.
 
         Processes may hold different numbers of these (label -1: unknown), so that each one's part
@@ -41,8 +57,9 @@ class Learner(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             logits = self.probe(features.detach().to(self.probe.weight.dtype)).flatten(0, 1)
             target = labels.repeat(features.shape[0])
-            scale: Tensor | float = 1 / len(target)
-            if self.some_unlabelled:
+            if scale is None and not self.some_unlabelled:
+                scale = 1 / len(target)
+            if scale is None:
                 comm = self.method.comm
                 known = (target >= 0).sum().to(logits.dtype)
                 scale = comm.world_size / comm.sum(known).clamp(min=1)

@@ -46,8 +46,9 @@ def gram(rows: Tensor, columns: Tensor) -> Tensor:
     Where both are the same rows and on a CPU, half is computed and mirrored.
     """
     count = len(rows)
-    same = rows.data_ptr() == columns.data_ptr() and rows.shape == columns.shape
-    if not same or rows.is_cuda or count < 2 * MIRRORED:
+    if rows.is_cuda or count < 2 * MIRRORED or rows.shape != columns.shape:
+        return rows @ columns.T
+    if rows.data_ptr() != columns.data_ptr():
         return rows @ columns.T
     out = rows.new_empty(count, count)
     size = max(MIRRORED, -(-count // 8))

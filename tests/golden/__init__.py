@@ -16,7 +16,7 @@ import torch
 from ddp_ssl import optim
 from ddp_ssl.config import builtin_methods
 from ddp_ssl.data.batch import Batch
-from ddp_ssl.methods.base import Context, Progress
+from ddp_ssl.methods.base import Context, Output, Progress
 from tests.helpers import batch_of, config_of, images, method_of
 
 FOLDER = Path(__file__).parent
@@ -49,37 +49,55 @@ SETTINGS = {
 }
 
 
-def losses(name: str) -> list[dict[str, Any]]:
-    """Loss and terms of each step of a short training with LARS."""
-    settings = (f"method.name={name}", "optim.lr=1", "optim.epochs=20", "optim.warmup_epochs=3")
-    config = config_of(*settings, *SETTINGS.get(name, ()))
-    method = method_of(config)
-    optimizer = optim.build(config.optim, method.parameter_groups())
-    rows = []
+class Training:
+    """A method, its optimiser and a step at a time on images that depend on the step alone."""
 
-    def context(epoch: int) -> Context:
+    def __init__(self, name: str) -> None:
+        settings = (f"method.name={name}", "optim.lr=1", "optim.epochs=20", "optim.warmup_epochs=3")
+        self.config = config_of(*settings, *SETTINGS.get(name, ()))
+        self.method = method_of(self.config)
+        self.optimizer = optim.build(self.config.optim, self.method.parameter_groups())
+        self.method.on_start(self._context(0))
+        self.method.train()
+
+    def _context(self, epoch: int) -> Context:
         def batches(count: int, purpose: str) -> Iterator[Batch]:
             yield from [batch_of(images(1, 12))][:count]
 
         return Context(
-            method.comm, 0, epoch, STEPS, batches, lambda figures: None, lambda text: None
+            self.method.comm, 0, epoch, STEPS, batches, lambda figures: None, lambda text: None
         )
 
-    method.on_start(context(0))
-    method.train()
-    for step in range(STEPS):
-        optim.set_learning_rates(optimizer, config.optim, 12, step, 1)
+    def batch(self, step: int) -> Batch:
+        """The images of a step."""
         torch.manual_seed(step)
         x = images(2, 12) + 0.3 * torch.randn(2, 12, 3, 16, 16, dtype=torch.float64)
-        out = method(batch_of(x))
+        return batch_of(x)
+
+    def step(self, step: int, batch: Batch) -> Output:
+        """What a step of the run does."""
+        optim.set_learning_rates(self.optimizer, self.config.optim, 12, step, 1)
+        out = self.method(batch)
         out.loss.backward()
         progress = Progress(step, STEPS, step, STEPS)
-        method.before_optimizer(progress)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        method.after_step(progress)
-        method.after_epoch(context(step))  # a step is an epoch here
-        method.train()
+        self.method.before_optimizer(progress)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(progress)
+        return out
+
+    def after_epoch(self, step: int) -> None:
+        """A step is an epoch here."""
+        self.method.after_epoch(self._context(step))
+        self.method.train()
+
+
+def losses(name: str) -> list[dict[str, Any]]:
+    """Loss and terms of each step of a short training with LARS."""
+    training, rows = Training(name), []
+    for step in range(STEPS):
+        out = training.step(step, training.batch(step))
+        training.after_epoch(step)
         terms = {term: float(torch.as_tensor(value).detach()) for term, value in out.terms.items()}
         rows.append({"step": step, "loss": float(out.loss.detach()), **terms})
     return rows

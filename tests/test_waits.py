@@ -1,0 +1,78 @@
+"""Between logging steps nothing waits for the device.
+
+Counted as operators, on a CPU; tests/methods/test_precision.py has the same on a GPU, where MMCR's
+singular values wait too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from ddp_ssl import engine, log
+from ddp_ssl.config import builtin_methods, load
+from ddp_ssl.recorder import Recorder
+from ddp_ssl.signals import StopRequest
+from ddp_ssl.watchdog import Watchdog
+from tests.golden import Training
+from tests.helpers import Operators
+
+
+@pytest.mark.parametrize("name", builtin_methods())
+def test_a_step_of_a_method_does_not_wait(name: str) -> None:
+    training = Training(name)
+    for step in range(6):  # SwAV's queue starts at its sixth epoch
+        training.step(step, training.batch(step))
+        training.after_epoch(step)
+    batch = training.batch(6)
+    with Operators() as seen:
+        training.step(6, batch)
+    assert "aten::convolution" in seen.names
+    assert not seen.waits
+
+
+def test_a_step_of_the_run_does_not_wait(tmp_path: Path) -> None:
+    """The loop itself: probe, norm of the gradient, figures, flags."""
+    seen = Operators()
+
+    @contextlib.contextmanager
+    def outside() -> Iterator[None]:
+        seen.paused += 1
+        yield
+        seen.paused -= 1
+
+    def excepted(function: Any) -> Any:
+        def instead(*args: Any, **options: Any) -> Any:
+            with outside():
+                return function(*args, **options)
+
+        return instead
+
+    resolved = load(
+        [
+            "data.batch_size=512", "optim.epochs=2", "log.every_steps=100", "eval.knn=false",
+            "eval.every=0", "measure.every=0", "run.device=cpu", f"run.dir={tmp_path}/run",
+        ]
+    )  # fmt: skip
+    world = engine.join(resolved.config)
+    watch = Watchdog(world, resolved.config.run)
+    try:
+        job = engine.build(resolved, world, watch, [])
+        with (
+            patch.object(engine, "end_of_epoch", excepted(engine.end_of_epoch)),
+            patch.object(engine, "save", excepted(engine.save)),
+            patch.object(Recorder, "flush", excepted(Recorder.flush)),
+            seen,
+        ):
+            assert engine.train(job, StopRequest()) == "done"
+        job.recorder.close()
+    finally:
+        watch.close()
+        log.setup_logging(None, 0)
+    assert seen.names["aten::convolution"] > 4
+    assert not seen.waits
