@@ -30,6 +30,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from ddp_ssl import clock
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.launch import local_rank_and_size, ranges, rank_and_size, restarts
 
@@ -39,23 +40,6 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 # --- meeting the others ------------------------------------------------------------------------
-
-
-def moment(device: torch.device) -> Any:
-    """Now, on the device's own clock, which is not waited for."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
-
-
-def seconds_between(start: Any, end: Any) -> float:
-    """Seconds between two moments; waits until the device is past the second."""
-    if isinstance(end, float):
-        return float(end - start)
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1000
 
 
 class Traffic:
@@ -89,7 +73,7 @@ class Traffic:
 
     def mark(self) -> Any:
         """This moment, on the device's own clock."""
-        return moment(self._device)
+        return clock.now(self._device)
 
     def span(self, start: Any) -> None:
         """Count the time since `start` as waiting."""
@@ -110,7 +94,7 @@ class Traffic:
         """Seconds spent waiting while sampling, which ends here; waits for the device."""
         self.sampling = False
         spans, self._spans = self._spans, []
-        return sum(seconds_between(start, end) for start, end in spans)
+        return sum(clock.seconds_between(start, end) for start, end in spans)
 
 
 traffic = Traffic()

@@ -257,8 +257,7 @@ def train(job: Job, stop: StopRequest) -> log.State:
             recorder.add(job.step, figures | {"optim/lr": rate, "optim/grad_norm": norm})
             logging_step = recorder.logs(job.step)
             if logging_step:
-                recorder.probe_timed = job.learner.timed
-                recorder.flush()
+                recorder.flush(job.learner.timed)
             profiler.step(job.step)
             asked = stop.look_for(stop_file) if world.is_main else stop.reason is not None
             stopping = late.exchange(asked or job.loader.failing is not None)

@@ -110,8 +110,12 @@ def whole_identity(config: Config, data: Dataset) -> dict[str, str]:
 
 
 def check_identity(now: dict[str, str], saved: dict[str, str], path: Path) -> None:
-    """Raise `ConfigError` if the checkpoint is of another experiment than this one."""
-    differing = checkpoint.compare_identity(saved, now)
+    """Raise `ConfigError` if the checkpoint is of another experiment than this one.
+
+    A setting that did not exist when it was saved was off then.
+    """
+    off = {key: value for key, value in now.items() if value == "null"}
+    differing = checkpoint.compare_identity(off | saved, now)
     if differing:
         raise ConfigError(
             f"run.resume: {path} is another experiment: {'; '.join(differing)}; "

@@ -12,10 +12,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from ddp_ssl import log
+from ddp_ssl import clock, log
 from ddp_ssl.config import Config
 from ddp_ssl.data.source import BadImages, write_list
-from ddp_ssl.distributed import World, seconds_between, traffic
+from ddp_ssl.distributed import World, traffic
 
 logger = logging.getLogger("ddp_ssl")
 
@@ -68,9 +68,8 @@ class Recorder:
         self._host: list[tuple[int, dict[str, float]]] = []
         self._since = time.perf_counter()
         self._waited = 0.0
-        self._cost = 0.0  # seconds of logging itself
-        self.probe_timed: tuple[Any, Any] | None = None
-        """Before and after the probe, in a logging step."""
+        self._adding = 0.0  # seconds of logging itself: since the last flush
+        self._writing = 0.0  # and of each row that the last flush wrote
         self._sample_start = 0.0
         self._slow: list[int] = []  # the slowest rank of each sample, while it is slow
         self._named: set[int] = set()
@@ -102,19 +101,22 @@ class Recorder:
 
     def add(self, step: int, figures: dict[str, Tensor | float]) -> None:
         """Figures of one step: tensors stay on the device."""
-        start = time.perf_counter()
         named = {n if "/" in n else f"train/{n}": v for n, v in figures.items()}
         self.of_steps = set(named)
         tensors = {n: v.detach().double() for n, v in named.items() if isinstance(v, Tensor)}
         if list(tensors) != self._names:
             self.flush()
             self._names = list(tensors)
+        start = time.perf_counter()
         self._rows.append(torch.stack(list(tensors.values())))
         self._host.append((step, {n: v for n, v in named.items() if not isinstance(v, Tensor)}))
-        self._cost += time.perf_counter() - start
+        self._adding += time.perf_counter() - start
 
-    def flush(self) -> None:
-        """Write the rows since the last time; raises `NonFiniteError` on all processes."""
+    def flush(self, probe: tuple[Any, Any] | None = None) -> None:
+        """Write the rows since the last time; raises `NonFiniteError` on all processes.
+
+        `probe`: moments before and after the probe's work in this step.
+        """
         if not self._rows:
             return
         stacked = torch.stack(self._rows)
@@ -123,9 +125,7 @@ class Recorder:
         shares = self.config.data.view_shards
         weight = 1 - shares if self.world.rank % shares == 0 else 1
         trace = torch.full_like(fresh, float(self._trace * weight))
-        whole = self.world.mean_rows(torch.cat([stacked, fresh, trace]))
-        *rows, news, differ = whole.tolist()  # waits for the device
-        start = time.perf_counter()
+        *rows, news, differ = self.world.mean_rows(torch.cat([stacked, fresh, trace])).tolist()
         names, host, steps = self._names, self._host, len(rows)
         self._rows, self._host = [], []
         now = time.perf_counter()
@@ -145,12 +145,11 @@ class Recorder:
             "perf/step_ms": 1000 * seconds / steps,
             "perf/data_wait": min(waited / seconds, 1.0),
             "perf/memory_gib": _memory(self.world.device),
-            "perf/log_ms": 1000 * self._cost / steps,
+            "perf/log_ms": 1000 * (self._adding / steps + self._writing),
         }
-        self._cost = 0.0
-        if self.probe_timed is not None:
-            table[-1]["perf/probe_ms"] = 1000 * seconds_between(*self.probe_timed)
-            self.probe_timed = None
+        self._adding = 0.0
+        if probe is not None:
+            table[-1]["perf/probe_ms"] = 1000 * clock.seconds_between(*probe)
         if traffic.sampling:
             table[-1] |= self._skew()
         too_many = self._share_bad() if news[0] else None
@@ -158,10 +157,11 @@ class Recorder:
         if self.logs(steps_done):
             table[-1]["run/bad_images"] = self.bad_count
         if self.writer is not None:
+            start = time.perf_counter()
             for row in table:
                 self.writer.scalars(row)
             self.progress.update(table[-1])
-        self._cost += time.perf_counter() - start  # in the next row: this one is written
+            self._writing = (time.perf_counter() - start) / steps  # for later rows
         watched = ["train/loss", "train/probe_loss", "optim/grad_norm"]
         if self.config.optim.precision == "fp16":
             watched.pop()  # its scaler skips infinite gradients

@@ -61,13 +61,25 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.paused:
-            self.names[str(func.overloadpacket).replace(".", "::")] += 1
+            name = str(func.overloadpacket).replace(".", "::")
+            if name in ("aten::index", "aten::index_put_") and any(
+                i is not None and i.dtype == torch.bool for i in args[1]
+            ):
+                name += " by a mask"
+            self.names[name] += 1
         return func(*args, **(kwargs or {}))
 
     @property
     def waits(self) -> list[str]:
-        """Those that give a value to the host or whose output's size depends on values."""
-        waiting = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select")
+        """Those that on a GPU give a value to the host, or an output whose size depends on values.
+
+        Not seen on a CPU: `tolist`, `numpy` and `cpu`.
+        """
+        waiting = (
+            "_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select",
+            "_unique2", "unique_dim", "unique_consecutive", "index by a mask",
+            "index_put_ by a mask", "_linalg_svd", "_linalg_eigh", "linalg_qr", "linalg_eig",
+        )  # fmt: skip
         return [name for name in self.names if name.partition("::")[2] in waiting]
 
 

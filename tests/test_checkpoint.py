@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_ssl import checkpoint
+from ddp_ssl import checkpoint, folder
 from ddp_ssl.checkpoint import CheckpointError
+from ddp_ssl.config import ConfigError
 
 IDENTITY = {"optim.lr": "0.4", "run.seed": "0"}
 
@@ -413,3 +414,11 @@ def test_identities_are_compared_line_by_line() -> None:
         "new.key: not set in the checkpoint, 2 now",
     ]
     assert checkpoint.compare_identity(saved, dict(reversed(saved.items()))) == []
+
+
+def test_a_setting_that_did_not_exist_was_off(tmp_path: Path) -> None:
+    saved = {"optim.lr": "0.4", "optim.grad_clip": "1.0"}
+    folder.check_identity({**saved, "optim.new": "null"}, saved, tmp_path)
+    for other in ({"optim.new": "bf16"}, {"optim.grad_clip": "null"}):
+        with pytest.raises(ConfigError, match="is another experiment"):
+            folder.check_identity({**saved, **other}, saved, tmp_path)

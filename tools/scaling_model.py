@@ -465,10 +465,13 @@ def alpha_seconds(
     if gathers:
         talk, product = cluster.seconds("gather", 4 * n * width, step.ranks), 0.0
         work = (2 * large * small**2 + 2 * small**3) / cluster.decomposition
+    elif n < width:  # the rows are gathered, and the products are of those who decompose
+        talk, product = cluster.seconds("gather", 4 * n * width, step.ranks), 0.0
+        work = 2 * width * n**2 / cluster.fp64 + 4 / 3 * n**3 / cluster.decomposition
     else:
-        talk = cluster.seconds("sum", 8 * small**2, step.ranks)
-        product = 2 * large * small**2 / step.ranks / cluster.fp64
-        work = 4 / 3 * small**3 / cluster.decomposition
+        talk = cluster.seconds("sum", 8 * width**2, step.ranks)
+        product = 2 * n * width**2 / step.ranks / cluster.fp64
+        work = 4 / 3 * width**3 / cluster.decomposition
     rounds = math.ceil(batches / step.ranks)
     once = cluster.pipeline + batches * (forward + talk + product) + rounds * work
     return once / (s.alpha_every * max(steps, 1))

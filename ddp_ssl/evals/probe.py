@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddp_ssl import clock
 from ddp_ssl.data.batch import Batch
-from ddp_ssl.distributed import moment
 from ddp_ssl.methods.base import Method
 
 
@@ -22,7 +22,7 @@ class Learner(nn.Module):
         self.probe = nn.Linear(method.feature_width, num_classes) if num_classes else None
         self.timing = False
         self.timed: tuple[Any, Any] | None = None
-        """While `timing`: before and after a forward and backward of the probe alone."""
+        """With `timing`: before and after a forward and backward of the probe alone."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The sum to differentiate, and the figures of this step (`loss` without the probe's)."""
@@ -40,10 +40,10 @@ class Learner(nn.Module):
     def _time(self, features: Tensor, labels: Tensor) -> tuple[Any, Any]:
         """The probe once more, since its backward within the step's cannot be told apart."""
         assert self.probe is not None
-        start = moment(features.device)
+        start = clock.now(features.device)
         loss, _ = self._probe(features, labels, self.method.comm.world_size / labels.numel())
         torch.autograd.grad(loss, [*self.probe.parameters()])
-        return start, moment(features.device)
+        return start, clock.now(features.device)
 
     def _probe(
         self, features: Tensor, labels: Tensor, scale: Tensor | float | None = None

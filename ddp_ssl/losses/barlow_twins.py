@@ -137,20 +137,20 @@ class _Pairs(torch.autograd.Function):
         kept: list[Tensor] = []
         if everyone is None:
             unit = _standard(z, mean, inverse)
-            own = torch.stack([unit[a].T @ unit[b] for a, b in pairs])
-            diagonals.copy_(own.diagonal(dim1=1, dim2=2))
-            whole = total(own)
-            sums[-1] = sum(inner(a, b) for a, b in zip(own, whole, strict=True))
-            kept = [whole]
+            for row, (a, b) in zip(diagonals, pairs, strict=True):
+                own = unit[a].T @ unit[b]
+                row.copy_(own.diagonal())
+                kept.append(total(own))
+                sums[-1] += inner(own, kept[-1])
         else:
             parts = list(blocks(z[0], images))
             for part in parts:
                 grams = _grams(z, everyone, part, mean, inverse)
                 before = grams[0]
-                for i, gram in enumerate(grams[1:], 2):
-                    sums[-1] += inner(before, gram)
+                for i, other in enumerate(grams[1:], 2):
+                    sums[-1] += inner(before, other)
                     if i < views:
-                        before = before + gram
+                        before = before + other
                 kept = grams if len(parts) == 1 else []
             for part in in_cache(z):
                 unit = _standard(z[:, part], mean, inverse)
@@ -169,33 +169,36 @@ class _Pairs(torch.autograd.Function):
         grad = torch.zeros_like(z) if everyone is None else torch.empty_like(z)
         if everyone is None:
             unit = _standard(z, mean, inverse)
-            for (a, b), whole in zip(ctx.pairs, kept[0], strict=True):
-                grad[a].addmm_(unit[b], whole.T)
-                grad[b].addmm_(unit[a], whole)
+            for (a, b), products in zip(ctx.pairs, kept, strict=True):
+                grad[a].addmm_(unit[b], products.T)
+                grad[b].addmm_(unit[a], products)
             del unit
         else:
             for part in blocks(z[0], ctx.images):
                 grams = kept or _grams(z, everyone, part, mean, inverse)
-                whole = sum(grams[1:], grams[0]) if views > 2 else None
+                every = sum(grams[1:], grams[0]) if views > 2 else None
                 for v in range(views):
-                    others = grams[1 - v] if whole is None else whole - grams[v]
+                    others = grams[1 - v] if every is None else every - grams[v]
                     columns = _standard(everyone[v], mean[v], inverse[v])
                     torch.matmul(others, columns, out=grad[v][part])
                     del columns
-        along = torch.zeros_like(
-            mean
-        )  # of the gradient by the standardised features, to be removed
+        # `grad` is now by the standardised features. Of it standardising leaves what is orthogonal
+        # to a constant and to the features themselves. They add up to zero, and so does `grad`, up
+        # to rounding, which counts where a mean is large beside its deviation.
+        moments = grad.new_zeros(3, views, width)
         for part in in_cache(z):
             unit, out = _standard(z[:, part], mean, inverse), grad[:, part]
             out *= by_square
             for (a, b), weight in zip(ctx.pairs, by_diagonal, strict=True):
                 out[a].addcmul_(unit[b], weight)
                 out[b].addcmul_(unit[a], weight)
-            along += (out * unit).sum(1)
-        along = ctx.total(along) / ctx.images
+            moments += torch.stack([out.sum(1), unit.sum(1), (out * unit).sum(1)])
+        constant, offset, along = ctx.total(moments) / ctx.images
+        shift = constant - along * offset
         for part in in_cache(z):
-            unit = _standard(z[:, part], mean, inverse)
-            grad[:, part].addcmul_(unit, along[:, None], value=-1).mul_(inverse[:, None])
+            unit, out = _standard(z[:, part], mean, inverse), grad[:, part]
+            out.addcmul_(unit, along[:, None], value=-1)
+            out.sub_(shift[:, None]).mul_(inverse[:, None])
         return grad, None, None, None, None
 
 

@@ -41,12 +41,13 @@ def in_cache(x: Tensor) -> Iterator[slice]:
 
 
 def gram(rows: Tensor, columns: Tensor) -> Tensor:
-    """`rows` `[m, d]` times the transpose of `columns` `[N, d]`.
+    """`rows` `[m, d]` times the transpose of `columns` `[N, d]`, without gradient.
 
     Where both are the same rows and on a CPU, half is computed and mirrored.
     """
     count = len(rows)
-    if rows.is_cuda or count < 2 * MIRRORED or rows.shape != columns.shape:
+    alike = rows.shape == columns.shape and rows.stride() == columns.stride()
+    if rows.is_cuda or count < 2 * MIRRORED or not alike:
         return rows @ columns.T
     if rows.data_ptr() != columns.data_ptr():
         return rows @ columns.T
@@ -90,7 +91,7 @@ def gram_times(
 ) -> None:
     """Add scale (A all_A^T) rows to `out` `[m, q]`, with `rows` `[N, q]`."""
     for part in blocks(a, len(all_a)):
-        products = gram(a[part], all_a) if kept is None else kept
+        products = a[part] @ all_a.T if kept is None else kept
         out[part].addmm_(products * scale, rows)
 
 

@@ -51,7 +51,8 @@ class AdaDimConfig(VICRegConfig):
     """Norm layers during the measurement: running averages, or each batch's own statistics."""
     alpha_route: Literal["auto", "gather", "gram"] = "auto"
     """Gather the embeddings and take their SVD, or all-reduce a d x d matrix and take its
-    eigenvalues: equal to 1e-5 or better. `auto` gathers up to 2^20 numbers (512 x 2,048)."""
+    eigenvalues: equal to 1e-11, to 1e-4 for embeddings of a few dimensions only. `auto` gathers
+    up to 2^20 numbers (512 x 2,048)."""
     beta: Literal["off", "fixed", "adaptive"] = "adaptive"
     """Weight of the mutual information term: none, `beta_scale`, or `beta_scale` times alpha."""
     beta_scale: float = 1e-4

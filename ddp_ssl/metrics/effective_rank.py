@@ -71,7 +71,7 @@ def global_effective_ranks(
     gathered and decomposed (SVD in float64). `gram`: one all-reduced d x d matrix in float64,
     cheaper for many rows (with fewer rows than columns, the N x N matrix of the gathered rows).
     `auto`: `gather` up to N d = 2^20, where it takes a fraction of a second. The two differ by
-    1e-11 of the value, by up to 1e-5 where the rows span a few dimensions only.
+    1e-11 of the value, by up to 1e-4 where the rows span a few dimensions only.
 
     Batch i is decomposed on rank i mod W, so that W batches take the time of one. With `center`
     the mean row is subtracted and the bound is min(N - 1, d).
@@ -86,7 +86,13 @@ def global_effective_ranks(
                 count = 0
             images, width = x.shape[0] * comm.data_shards, x.shape[1]
             bound = max(1, min(images - 1 if center else images, width))
-            found = _matrix(x, route, center, comm)
+            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            if route == "auto":
+                route = "gather" if images * width <= GATHERED else "gram"
+            if route == "gather" or images < width:
+                found = _Matrix(comm.gather(x[None])[0], False, center, route == "gram")
+            else:
+                found = _Matrix(_gram(x, center, images, comm), True)
             matrix = found if count == comm.rank else matrix
             count += 1
         values += _decomposed(matrix, bound, count, comm)
@@ -95,35 +101,32 @@ def global_effective_ranks(
 
 @dataclass(frozen=True)
 class _Matrix:
-    """Rows `[N, d]`, or the products of all their pairs, in float64."""
+    """What one process decomposes: rows `[N, d]`, or d x d products."""
 
     values: Tensor
     products: bool
+    center: bool = False
+    pairs: bool = False
+    """Of rows: by the products of all pairs of them, N x N."""
+
+    def effective_rank(self, bound: int) -> float:
+        if self.products:
+            return float(rank_of_gram(self.values, bound))
+        rows = self.values.double()
+        rows = rows - rows.mean(0) if self.center else rows
+        return float(rank_of_gram(rows @ rows.T, bound) if self.pairs else effective_rank(rows))
 
 
-def _matrix(x: Tensor, route: Route, center: bool, comm: Comm) -> _Matrix:
-    """What is to be decomposed, on every process: `x` `[n, d]` are the rows held here."""
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    images, width = x.shape[0] * comm.data_shards, x.shape[1]
-    if route == "auto":
-        route = "gather" if images * width <= GATHERED else "gram"
-    if route == "gather" or images < width:
-        rows = comm.gather(x[None])[0].double()
-        rows = rows - rows.mean(0) if center else rows
-        return _Matrix(rows @ rows.T, True) if route == "gram" else _Matrix(rows, False)
+def _gram(x: Tensor, center: bool, images: int, comm: Comm) -> Tensor:
+    """X^T X `[d, d]` in float64 of the rows of all processes, from those held here `[n, d]`."""
     x = x.double() * (comm.view_rank == 0)
     if center:
         mean = comm.sum(x.sum(0)) / images
         x = x - mean * (comm.view_rank == 0)
-    return _Matrix(comm.sum(x.T @ x), True)
+    return comm.sum(x.T @ x)
 
 
 def _decomposed(matrix: _Matrix | None, bound: int, count: int, comm: Comm) -> list[float]:
     """The effective ranks of the first `count` processes' matrices, on all of them."""
-    rank = 0.0
-    if matrix is not None and comm.rank < count:
-        of = (
-            rank_of_gram(matrix.values, bound) if matrix.products else effective_rank(matrix.values)
-        )
-        rank = float(of)
-    return comm.numbers(rank)[:count]
+    mine = matrix is not None and comm.rank < count
+    return comm.numbers(matrix.effective_rank(bound) if matrix and mine else 0.0)[:count]

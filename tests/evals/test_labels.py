@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ddp_ssl import clock
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.datasets import Dataset, Split
 from ddp_ssl.distributed import World, comm_of
@@ -43,6 +44,22 @@ def test_the_mean_over_ranks_is_over_all_labelled_images(ranks: Ranks) -> None:
         assert np.mean([r[0] for r in results]) == pytest.approx(loss, rel=1e-12)
         assert np.mean([r[1] for r in results]) == pytest.approx(top1, rel=1e-12)
         assert np.allclose(np.mean([r[2] for r in results], 0), gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_timing_the_probe_changes_nothing() -> None:
+    x, ends = batch_of(images(2, 12)), []
+    for timing in (False, True):
+        learner = Learner(method_of(config_of()), 3).double()
+        torch.nn.init.normal_(learner.probe.weight, generator=torch.Generator().manual_seed(0))
+        learner.timing = timing
+        total, figures = learner(x)
+        total.backward()
+        assert (learner.timed is not None) == timing
+        gradients = [p.grad for p in learner.parameters() if p.grad is not None]
+        ends.append((total, figures["probe_loss"], figures["probe_top1"], *gradients))
+    assert len(ends[0]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    assert clock.seconds_between(*learner.timed) > 0
 
 
 def test_unlabelled_images_change_nothing() -> None:

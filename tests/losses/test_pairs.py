@@ -20,7 +20,7 @@ from ddp_ssl.losses import (
     vicreg,
     vicreg_multiview,
 )
-from tests.helpers import relative
+from tests.helpers import Operators, relative
 from tests.losses.test_losses import some
 from tests.ranks import Ranks
 
@@ -59,8 +59,14 @@ def test_blocks_cover_the_rows_once() -> None:
 def test_a_mirrored_gram_matrix_is_the_whole_one(rows: int) -> None:
     x = some(1, rows, 5)[0]
     with patch.object(pairs, "MIRRORED", 2):
-        assert relative(pairs.gram(x, x), x @ x.T) < 1e-14
+        with Operators() as seen:
+            found = pairs.gram(x, x)
+        assert relative(found, x @ x.T) < 1e-14
+        assert seen.names["aten::mm"] == (1 if rows < 4 else -(-rows // max(2, -(-rows // 8))))
         # Not the same rows, so nothing can be mirrored.
+        if rows >= 5:  # the same memory, but other rows
+            square = x[:5]
+            assert relative(pairs.gram(square, square.T), square @ square) < 1e-14
         assert relative(pairs.gram(x, x.flip(0)), x @ x.flip(0).T) < 1e-14
         assert relative(pairs.gram(x[1:], x), x[1:] @ x.T) < 1e-14
 
@@ -142,6 +148,29 @@ def test_float32_sums_keep_their_digits(images: int) -> None:
         assert float(a) == pytest.approx(float(b), rel=3e-6, abs=1e-6), index
     terms = [vicreg(x, route="gather").covariance for x in (z.float(), z)]
     assert float(terms[0]) == pytest.approx(float(terms[1]), rel=5e-6)
+
+
+@pytest.mark.parametrize("route", ["gather", "moments"])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_float32_gradients_keep_their_digits_beside_a_large_mean(route: Any, offset: float) -> None:
+    """Centring is differentiated too: what it leaves out by rounding is as large as the mean."""
+    z = some(2, 512, 64)
+    z[1] = z[0] + 0.3 * z[1]
+    z = (z + offset).float()
+    for index, loss in enumerate(
+        (
+            lambda x: vicreg(x, route=route).loss,
+            lambda x: vicreg(x, 0, 0, 1, route=route).loss,
+            lambda x: vicreg_multiview(x, route=route).loss,
+            lambda x: barlow_twins(x, route=route),
+            lambda x: barlow_twins_multiview(x, 0.02, l2_first=False, route=route),
+        )
+    ):
+        single, exact = (
+            torch.autograd.grad(loss(x), x)[0].double()
+            for x in (z.clone().requires_grad_(), z.double().requires_grad_())
+        )
+        assert relative(single, exact) < 1e-5, index
 
 
 def test_no_temporary_beyond_a_block() -> None:

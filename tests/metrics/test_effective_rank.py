@@ -92,21 +92,42 @@ def test_routes_and_processes_agree(ranks: Ranks, shape: tuple[int, int], center
             assert limit == bound
 
 
-def many_ranks(world: World, count: int) -> Any:
-    comm = comm_of(world)
-    x = [embeddings(24, 10) ** (1 + i % 2) for i in range(count)]
-    return global_effective_ranks((b[comm.rows(24 // world.size)] for b in x), comm=comm)
+def many_ranks(world: World, count: int, route: Any, rows: int) -> Any:
+    """The values, and how many decompositions this process made."""
+    comm, made = comm_of(world), 0
+    module: Any = sys.modules[global_effective_rank.__module__]
+
+    def counting(p: Tensor) -> Tensor:
+        nonlocal made
+        made += 1
+        return of_spectrum(p)
+
+    of_spectrum = module.rank_of_spectrum
+    x = [embeddings(rows, 10) ** (1 + i % 2) for i in range(count)]
+    with patch.object(module, "rank_of_spectrum", counting):
+        found = global_effective_ranks(
+            (b[comm.rows(rows // world.size)] for b in x), route, comm=comm
+        )
+    return *found, made
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
-def test_batches_are_shared_among_processes(ranks: Ranks, count: int) -> None:
-    expected, bound = many_ranks(World(0, 1, 0, 1, torch.device("cpu")), count)
+@pytest.mark.parametrize(("route", "rows"), [("auto", 24), ("gram", 24), ("gram", 8)])
+def test_batches_are_shared_among_processes(
+    ranks: Ranks, count: int, route: str, rows: int
+) -> None:
+    alone = World(0, 1, 0, 1, torch.device("cpu"))
+    expected, bound, made = many_ranks(alone, count, route, rows)
+    assert made == count
     assert len(expected) == count
     assert len({round(value, 6) for value in expected}) == min(count, 2)
-    for size in (2, 3, 4):
-        for values, limit in ranks.run(many_ranks, size, count):
-            assert values == pytest.approx(expected, rel=1e-12)
+    for size in (2, 4):
+        results = ranks.run(many_ranks, size, count, route, rows)
+        for rank, (values, limit, made) in enumerate(results):
+            assert values == results[0][0]
+            assert values == pytest.approx(expected, rel=1e-9)
             assert limit == bound
+            assert made == len(range(rank, count, size))
 
 
 def test_auto_gathers_few_rows_only() -> None:

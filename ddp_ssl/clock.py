@@ -1,0 +1,25 @@
+"""Moments on the device's own clock, which nobody waits for until they are compared."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+
+def now(device: torch.device) -> Any:
+    """This moment: of the host, or where the GPU's queue is now."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """Seconds between two moments; waits until the device is past the second."""
+    if isinstance(end, float):
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000

@@ -1,0 +1,73 @@
+"""What logging costs, by a clock that the writer and the reduction move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from ddp_ssl import recorder as module
+from ddp_ssl.data.source import BadImages
+from ddp_ssl.distributed import World
+from ddp_ssl.recorder import Recorder
+from tests.helpers import config_of
+
+
+class Writer:
+    """Takes a millisecond a row."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.now = 0.0
+
+    def scalars(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.now += 1e-3
+
+
+class Waiting(World):
+    """Half a second until the others' figures are here."""
+
+    def mean_rows(self, rows: Any) -> Any:
+        self.writer.now += 0.5  # type: ignore[attr-defined]
+        return rows
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Any:
+    writer = Writer()
+    world = Waiting(0, 1, 0, 1, torch.device("cpu"))
+    object.__setattr__(world, "writer", writer)
+    config = config_of("log.every_steps=5", "optim.epochs=3")
+    found = Recorder(config, world, 6, writer, BadImages(), 10, tmp_path / "bad.txt")  # type: ignore[arg-type]
+    found.progress.update = lambda row: None  # type: ignore[method-assign, assignment]
+    with patch.object(module.time, "perf_counter", lambda: writer.now):
+        yield found, writer
+
+
+def costs(writer: Writer) -> dict[int, float]:
+    return {row["step"]: row["perf/log_ms"] for row in writer.rows if "perf/log_ms" in row}
+
+
+def test_logging_costs_what_a_row_costs(made: Any) -> None:
+    recorder, writer = made
+    for step in range(1, 19):
+        recorder.add(step, {"loss": torch.tensor(1.0)})
+        if recorder.logs(step) or step % 6 == 0:  # the ends of epochs too
+            recorder.flush()
+    # Nothing has been written when the first row is; then one millisecond each, waiting left out.
+    found = costs(writer)
+    assert list(found) == [5, 6, 10, 12, 15, 18]
+    assert list(found.values()) == pytest.approx([0, 1, 1, 1, 1, 1])
+
+
+def test_waiting_for_figures_of_other_names_is_not_logging(made: Any) -> None:
+    recorder, writer = made
+    recorder.add(1, {"loss": torch.tensor(1.0)})
+    recorder.add(2, {"loss": torch.tensor(1.0), "more": torch.tensor(1.0)})
+    recorder.add(3, {"loss": torch.tensor(1.0), "more": torch.tensor(1.0)})
+    recorder.flush()
+    assert costs(writer) == pytest.approx({1: 0, 3: 1})
