@@ -317,7 +317,7 @@ def blocks_of_a_gpu() -> Iterator[None]:
     """Within: the pair losses work as on a GPU, not in what fits a CPU's caches."""
     kept = {name: getattr(pairs, name) for name in ("BLOCK", "CACHED", "MIRRORED")}
     pairs.BLOCK *= pairs.ON_GPU
-    pairs.CACHED = pairs.MIRRORED = sys.maxsize
+    pairs.CACHED, pairs.MIRRORED = pairs.AT_ONCE, sys.maxsize
     try:
         yield
     finally:

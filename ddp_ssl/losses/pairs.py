@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 BLOCK = 2**22
 ON_GPU = 4  # times as many: each block reads all columns, and a GPU has no caches to stay within
-CACHED = 2**18  # elements that a CPU's pass over several tensors takes at a time
+CACHED = 2**18  # elements that one pass over several tensors takes at a time on a CPU
+AT_ONCE = 2**24  # and on a GPU: 64 MiB, so that no temporary is as large as the embeddings
 MIRRORED = 128  # rows: smaller products are not worth halving
 
 
@@ -35,8 +36,8 @@ def blocks(rows: Tensor, columns: int) -> Iterator[slice]:
 def in_cache(x: Tensor) -> Iterator[slice]:
     """Slices of the rows of `x` `[K, n, d]`, for several passes while they are in the cache."""
     views, rows, width = x.shape
-    size = rows if x.is_cuda else max(1, CACHED // (views * width))
-    for start in range(0, rows, max(size, 1)):
+    size = max(1, (AT_ONCE if x.is_cuda else CACHED) // (views * width))
+    for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
 

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.losses.common import Route, at_least_float32, gathers, rows_of
-from ddp_ssl.losses.pairs import gram_square, gram_times, inner
+from ddp_ssl.losses.pairs import gram_square, gram_times, in_cache, inner
 
 
 class VICReg(NamedTuple):
@@ -68,16 +68,15 @@ def vicreg(
             return comm.sum(sums)
 
         with torch.no_grad():
-            # Rounded, and what rounding left: views are alike, so that little may be lost here.
-            mean_view = comm.view_sum(z.sum(0)) / views
-            rest = comm.view_sum((z - mean_view).sum(0)) / views
+            mean_view = None
+            if comm.view_shards > 1:
+                first = comm.view_sum(z.sum(0)) / views
+                mean_view = torch.stack([first, comm.view_sum((z - first).sum(0)) / views])
             mean = total(z.sum(1))[comm.views] / images
             everyone = None
             if gathers(route, images, width):
                 everyone = comm.gather(z)[comm.views]
-        parts = _Sums.apply(
-            z, mean_view, rest, mean, everyone, images, lambda x: total(x)[comm.views]
-        )
+        parts = _Sums.apply(z, mean_view, mean, everyone, images, lambda x: total(x)[comm.views])
         sums = total(parts)
         var, squares = sums[:, :-2] / (images - 1), sums[:, -2] / (images - 1) ** 2
         spread = sums[:, -1].sum() / (views * images * width)
@@ -94,27 +93,27 @@ class _Sums(torch.autograd.Function):
     """Per view held here `[k, d + 2]`: squares of each centred feature, this process's part of the
     squared norm of the second moment, and the squared distance from the views' mean.
 
-    From `z` `[k, n, d]`, the mean over views `[n, d]` in two parts and over images `[k, d]`, and
-    either the rows of all `images` `[k, N, d]` or none; `total` sums `[k, ...]` over processes. The
-    means are constants here: all three are stationary in them, since centred rows add up to zero.
+    From `z` `[k, n, d]`, the mean over views in two parts `[2, n, d]` (none: all views are here)
+    and over images `[k, d]`, and either the rows of all `images` `[k, N, d]` or none; `total` sums
+    `[k, ...]` over processes. The means are constants here: all three are stationary in them, since
+    centred rows add up to zero.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         z: Tensor,
-        mean_view: Tensor,
-        rest: Tensor,
+        mean_view: Tensor | None,
         mean: Tensor,
         everyone: Tensor | None,
         images: int,
         total: Callable[[Tensor], Tensor],
     ) -> Tensor:
         k, n, width = z.shape
-        sums = z.new_empty(k, width + 2)
-        for view, own, centre in zip(sums, z, mean, strict=True):
-            view[:width] = (own - centre).square_().sum(0)
-            view[-1] = (own - mean_view).sub_(rest).square_().sum()
+        sums = z.new_zeros(k, width + 2)
+        for part in in_cache(z):
+            sums[:, :width] += (z[:, part] - mean[:, None]).square_().sum(1)
+            sums[:, -1] += _from_mean_view(z, mean_view, part).square_().sum((1, 2))
         kept: list[Tensor | None] = []
         whole = None
         if everyone is None:
@@ -128,17 +127,16 @@ class _Sums(torch.autograd.Function):
                 rows = centred if len(every) == n else every - centre
                 view[width], products = gram_square(centred, rows)
                 kept.append(products)
-        ctx.save_for_backward(z, mean_view, rest, mean, everyone, whole, *kept)
+        ctx.save_for_backward(z, mean_view, mean, everyone, whole, *kept)
         ctx.total, ctx.images = total, images
         return sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        z, mean_view, rest, mean, everyone, whole, *kept = ctx.saved_tensors
+        z, mean_view, mean, everyone, whole, *kept = ctx.saved_tensors
         grad = torch.empty_like(z)
         width = z.shape[2]
-        sums = grad.new_empty(len(grad), width)
         for v, (out, scale) in enumerate(zip(grad, grads[0], strict=True)):
             centred = z[v] - mean[v]
             torch.mul(centred, 2 * scale[:width], out=out)
@@ -148,13 +146,26 @@ class _Sums(torch.autograd.Function):
                 rows = centred if everyone.shape[1] == z.shape[1] else everyone[v] - mean[v]
                 gram_times(centred, rows, rows, kept[v], out, 4 * scale[width])
                 del rows
-            torch.sum(out, 0, out=sums[v])
-            torch.sub(z[v], mean_view, out=centred)
-            out.add_(centred.sub_(rest).mul_(2 * scale[-1]))
+            del centred
         # What comes of variance and covariance adds up to zero, up to rounding, which counts where
         # a mean is large beside its deviation.
-        grad.sub_(ctx.total(sums)[:, None] / ctx.images)
-        return grad, None, None, None, None, None, None
+        offset = ctx.total(grad.sum(1)) / ctx.images
+        weight = 2 * grads[0][:, -1, None, None]
+        for part in in_cache(z):
+            apart = _from_mean_view(z, mean_view, part)
+            grad[:, part] += apart.mul_(weight).sub_(offset[:, None])
+        return grad, None, None, None, None, None
+
+
+def _from_mean_view(z: Tensor, mean_view: Tensor | None, part: slice) -> Tensor:
+    """Some rows of all views `[k, m, d]` less their mean over views.
+
+    Of it what rounding left is taken off too: views are alike, so that little may be lost.
+    """
+    own = z[:, part]
+    first = own.mean(0) if mean_view is None else mean_view[0, part]
+    apart = own - first
+    return apart.sub_(apart.mean(0) if mean_view is None else mean_view[1, part])
 
 
 def vicreg_multiview(
