@@ -30,7 +30,7 @@ import torch
 logger = logging.getLogger("ddp_ssl")
 
 Row = Mapping[str, float | int]
-FLUSH_S = 5  # after which TensorBoard's readers see what was written
+FLUSH_S = 5  # after which TensorBoard's readers see what was written, at the latest
 
 
 # --- metrics ---------------------------------------------------------------------------------
