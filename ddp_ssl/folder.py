@@ -112,7 +112,8 @@ def whole_identity(config: Config, data: Dataset) -> dict[str, str]:
 def check_identity(now: dict[str, str], saved: dict[str, str], path: Path) -> None:
     """Raise `ConfigError` if the checkpoint is of another experiment than this one.
 
-    A setting that did not exist when it was saved was off then.
+    A setting that the checkpoint does not know counts as null: so a new setting's null has to mean
+    what was done before there was one.
     """
     off = {key: value for key, value in now.items() if value == "null"}
     differing = checkpoint.compare_identity(off | saved, now)

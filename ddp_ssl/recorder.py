@@ -101,13 +101,15 @@ class Recorder:
 
     def add(self, step: int, figures: dict[str, Tensor | float]) -> None:
         """Figures of one step: tensors stay on the device."""
+        start = time.perf_counter()
         named = {n if "/" in n else f"train/{n}": v for n, v in figures.items()}
         self.of_steps = set(named)
         tensors = {n: v.detach().double() for n, v in named.items() if isinstance(v, Tensor)}
         if list(tensors) != self._names:
+            paused = time.perf_counter()
             self.flush()
             self._names = list(tensors)
-        start = time.perf_counter()
+            start += time.perf_counter() - paused
         self._rows.append(torch.stack(list(tensors.values())))
         self._host.append((step, {n: v for n, v in named.items() if not isinstance(v, Tensor)}))
         self._adding += time.perf_counter() - start
@@ -140,6 +142,7 @@ class Recorder:
             }
             for row, (step, values) in zip(rows, host, strict=True)
         ]
+        spent = time.perf_counter() - now
         table[-1] |= {
             "perf/images_per_s": self.config.data.batch_size * steps / seconds,
             "perf/step_ms": 1000 * seconds / steps,
@@ -161,7 +164,8 @@ class Recorder:
             for row in table:
                 self.writer.scalars(row)
             self.progress.update(table[-1])
-            self._writing = (time.perf_counter() - start) / steps  # for later rows
+            spent += time.perf_counter() - start
+        self._writing = spent / steps  # for later rows
         watched = ["train/loss", "train/probe_loss", "optim/grad_norm"]
         if self.config.optim.precision == "fp16":
             watched.pop()  # its scaler skips infinite gradients

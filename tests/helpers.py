@@ -62,6 +62,8 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.paused:
             name = str(func.overloadpacket).replace(".", "::")
+            if name == "aten::repeat_interleave" and (kwargs or {}).get("output_size") is None:
+                name += " of unknown size"
             if name in ("aten::index", "aten::index_put_") and any(
                 i is not None and i.dtype == torch.bool for i in args[1]
             ):
@@ -73,12 +75,14 @@ class Operators(TorchDispatchMode):
     def waits(self) -> list[str]:
         """Those that on a GPU give a value to the host, or an output whose size depends on values.
 
-        Not seen on a CPU: `tolist`, `numpy` and `cpu`.
+        Not seen here: `tolist`, `numpy` and `cpu`.
         """
         waiting = (
             "_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select",
-            "_unique2", "unique_dim", "unique_consecutive", "index by a mask",
+            "bincount", "repeat_interleave of unknown size", "_unique", "_unique2", "unique_dim",
+            "unique_consecutive", "index by a mask",
             "index_put_ by a mask", "_linalg_svd", "_linalg_eigh", "linalg_qr", "linalg_eig",
+            "_linalg_eigvals", "_linalg_check_errors",
         )  # fmt: skip
         return [name for name in self.names if name.partition("::")[2] in waiting]
 

@@ -64,6 +64,21 @@ def test_logging_costs_what_a_row_costs(made: Any) -> None:
     assert list(found.values()) == pytest.approx([0, 1, 1, 1, 1, 1])
 
 
+def test_keeping_figures_costs_too(made: Any) -> None:
+    recorder, writer = made
+    double = torch.Tensor.double
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        writer.now += 1e-3
+        return double(x)
+
+    with patch.object(torch.Tensor, "double", slow):
+        for step in range(1, 6):
+            recorder.add(step, {"loss": torch.tensor(1.0), "more": torch.tensor(1.0)})
+    recorder.flush()
+    assert costs(writer) == pytest.approx({5: 2})
+
+
 def test_waiting_for_figures_of_other_names_is_not_logging(made: Any) -> None:
     recorder, writer = made
     recorder.add(1, {"loss": torch.tensor(1.0)})

@@ -42,7 +42,7 @@ def test_a_step_of_a_method_does_not_wait(name: str) -> None:
 
 
 def test_a_step_of_the_run_does_not_wait(tmp_path: Path) -> None:
-    """The loop itself: probe, norm of the gradient, figures, flags."""
+    """The loop itself, in one process: probe, norm of the gradient, figures."""
     seen = Operators()
 
     @contextlib.contextmanager

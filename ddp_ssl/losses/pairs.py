@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 BLOCK = 2**22
 ON_GPU = 4  # times as many: each block reads all columns, and a GPU has no caches to stay within
 CACHED = 2**18  # elements that one pass over several tensors takes at a time on a CPU
-AT_ONCE = 2**24  # and on a GPU: 64 MiB, so that no temporary is as large as the embeddings
+AT_ONCE = 2**24  # and on a GPU, so that no temporary of such a pass exceeds 64 MiB
 MIRRORED = 128  # rows: smaller products are not worth halving
 
 
@@ -36,7 +36,7 @@ def blocks(rows: Tensor, columns: int) -> Iterator[slice]:
 def in_cache(x: Tensor) -> Iterator[slice]:
     """Slices of the rows of `x` `[K, n, d]`, for several passes while they are in the cache."""
     views, rows, width = x.shape
-    size = max(1, (AT_ONCE if x.is_cuda else CACHED) // (views * width))
+    size = max(1, (AT_ONCE if x.is_cuda else CACHED) // max(1, views * width))
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
@@ -153,7 +153,7 @@ def moment_product(a: Tensor, b: Tensor, total: Callable[[Tensor], Tensor]) -> T
 class _MomentProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
-        own = a.T @ b
+        own = gram(a.T, b.T)
         whole = total(own)
         ctx.same = a is b
         ctx.save_for_backward(a, b, whole)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.losses.common import Route, at_least_float32, gathers, rows_of
-from ddp_ssl.losses.pairs import gram_square, gram_times, in_cache, inner
+from ddp_ssl.losses.pairs import gram, gram_square, gram_times, in_cache, inner
 
 
 class VICReg(NamedTuple):
@@ -75,7 +75,7 @@ def vicreg(
             mean = total(z.sum(1))[comm.views] / images
             everyone = None
             if gathers(route, images, width):
-                everyone = comm.gather(z)[comm.views]
+                everyone = comm.gather(z)[comm.views].contiguous()
         parts = _Sums.apply(z, mean_view, mean, everyone, images, lambda x: total(x)[comm.views])
         sums = total(parts)
         var, squares = sums[:, :-2] / (images - 1), sums[:, -2] / (images - 1) ** 2
@@ -117,13 +117,16 @@ class _Sums(torch.autograd.Function):
         kept: list[Tensor | None] = []
         whole = None
         if everyone is None:
-            moments = torch.stack([(x - m).T @ (x - m) for x, m in zip(z, mean, strict=True)])
+            moments = z.new_empty(k, width, width)
+            for moment, own, centre in zip(moments, z, mean, strict=True):
+                columns = (own - centre).T
+                moment.copy_(gram(columns, columns))
             whole = total(moments)
             sums[:, width] = torch.stack([inner(a, b) for a, b in zip(moments, whole, strict=True)])
         else:
             for view, own, every, centre in zip(sums, z, everyone, mean, strict=True):
                 centred = own - centre
-                # In one process both are the same rows.
+                # In one process, or one view group, both are the same rows.
                 rows = centred if len(every) == n else every - centre
                 view[width], products = gram_square(centred, rows)
                 kept.append(products)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -71,50 +71,44 @@ def global_effective_ranks(
     gathered and decomposed (SVD in float64). `gram`: one all-reduced d x d matrix in float64,
     cheaper for many rows (with fewer rows than columns, the N x N matrix of the gathered rows).
     `auto`: `gather` up to N d = 2^20, where it takes a fraction of a second. The two differ by
-    1e-11 of the value, by up to 1e-4 where the rows span a few dimensions only.
+    1e-11 of the value; where the rows span a few dimensions only, by up to 1e-4 at d = 2,048.
 
     Batch i is decomposed on rank i mod W, so that W batches take the time of one. With `center`
     the mean row is subtracted and the bound is min(N - 1, d).
     """
     values: list[float] = []
     bound, count = 1, 0
-    matrix: _Matrix | None = None
+    mine: Callable[[], Tensor] | None = None  # this process's decomposition of this round
+
+    def decomposed() -> list[float]:
+        return comm.numbers(0.0 if mine is None else float(mine()))[:count]
+
     with torch.no_grad():
         for x in batches:
             if count == comm.world_size:
-                values += _decomposed(matrix, bound, count, comm)
-                count = 0
+                values += decomposed()
+                count, mine = 0, None
+            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             images, width = x.shape[0] * comm.data_shards, x.shape[1]
             bound = max(1, min(images - 1 if center else images, width))
-            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             if route == "auto":
                 route = "gather" if images * width <= GATHERED else "gram"
             if route == "gather" or images < width:
-                found = _Matrix(comm.gather(x[None])[0], False, center, route == "gram")
+                rows, pairs = comm.gather(x[None])[0], route == "gram"
+                found = partial(_rank_of_rows, rows, center, bound if pairs else None)
             else:
-                found = _Matrix(_gram(x, center, images, comm), True)
-            matrix = found if count == comm.rank else matrix
+                found = partial(rank_of_gram, _gram(x, center, images, comm), bound)
+            mine = found if count == comm.rank else mine
             count += 1
-        values += _decomposed(matrix, bound, count, comm)
+        values += decomposed()
     return values, bound
 
 
-@dataclass(frozen=True)
-class _Matrix:
-    """What one process decomposes: rows `[N, d]`, or d x d products."""
-
-    values: Tensor
-    products: bool
-    center: bool = False
-    pairs: bool = False
-    """Of rows: by the products of all pairs of them, N x N."""
-
-    def effective_rank(self, bound: int) -> float:
-        if self.products:
-            return float(rank_of_gram(self.values, bound))
-        rows = self.values.double()
-        rows = rows - rows.mean(0) if self.center else rows
-        return float(rank_of_gram(rows @ rows.T, bound) if self.pairs else effective_rank(rows))
+def _rank_of_rows(rows: Tensor, center: bool, gram_bound: int | None) -> Tensor:
+    """Effective rank of `rows` `[N, d]`, through their N x N products if `gram_bound` is given."""
+    rows = rows.double()
+    rows = rows - rows.mean(0) if center else rows
+    return effective_rank(rows) if gram_bound is None else rank_of_gram(rows @ rows.T, gram_bound)
 
 
 def _gram(x: Tensor, center: bool, images: int, comm: Comm) -> Tensor:
@@ -124,9 +118,3 @@ def _gram(x: Tensor, center: bool, images: int, comm: Comm) -> Tensor:
         mean = comm.sum(x.sum(0)) / images
         x = x - mean * (comm.view_rank == 0)
     return comm.sum(x.T @ x)
-
-
-def _decomposed(matrix: _Matrix | None, bound: int, count: int, comm: Comm) -> list[float]:
-    """The effective ranks of the first `count` processes' matrices, on all of them."""
-    mine = matrix is not None and comm.rank < count
-    return comm.numbers(matrix.effective_rank(bound) if matrix and mine else 0.0)[:count]

@@ -1,15 +1,17 @@
-"""A step of LARS beside lightly's LARS and torch's SGD, on a ResNet-50's parameters.
+"""A step of LARS beside lightly's, solo-learn's and torch's SGD, on a ResNet-50's parameters.
 
     python tools/bench/lars.py [--repeats 15] [--device cpu] [--threads 2] [--model resnet50]
 
 Gradients are random and made once (a step of ours adds the decay to them). Also printed: operators
 that a step launches, and how often it asks the device for a value (`item`, `bool`), which on a GPU
-stalls the host.
+stalls the host. solo-learn's takes part where it is installed; as only the file with its LARS is
+loaded, `pip install --no-deps solo-learn==1.0.2` will do.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -50,12 +52,30 @@ def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     def sgd(**how: bool) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups(with_gradients(model)), 1e-4, momentum=0.9, **how)
 
-    return {
+    made = {
         OURS: LARS(groups(with_gradients(model)), 1e-4, bound_1d=0.5),
         "SGD, foreach": sgd(foreach=True),
         "SGD, fused": sgd(fused=True),
         "lightly LARS": Lightly(groups(with_gradients(model)), 1e-4, momentum=0.9),
     }
+    wrapper = solo_learns()
+    if wrapper is not None:
+        made["solo-learn LARS"] = wrapper(sgd(), eta=0.02, clip=True, exclude_bias_n_norm=True)
+    return made
+
+
+def solo_learns() -> Callable[..., torch.optim.Optimizer] | None:
+    """solo-learn's LARS, without what the package imports besides."""
+    package = importlib.util.find_spec("solo")
+    if package is None or package.origin is None:
+        return None
+    path = Path(package.origin).parent / "utils" / "lars.py"
+    spec = importlib.util.spec_from_file_location("solo_lars", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.LARSWrapper  # type: ignore[no-any-return]
 
 
 def counted(work: Callable[[], object]) -> tuple[int, int]:
