@@ -6,6 +6,7 @@ here waits for the device: a step only launches work.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -141,15 +142,30 @@ def _alike(factors: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 
 def _expanded(factors: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     """`factors` in the tensors' own shapes and strides: one kernel for all takes nothing else."""
-    sizes = [t.numel() for t in tensors]
-    counts = torch.tensor(sizes).to(factors.device, non_blocking=True)
-    every = torch.split(factors.repeat_interleave(counts, output_size=sum(sizes)), sizes)
-    return [e.as_strided(t.shape, t.stride()) for e, t in zip(every, tensors, strict=True)]
+    index, starts = _blocks(tuple(t.numel() for t in tensors), factors.device)
+    every = factors[index].unsqueeze(1).expand(-1, BLOCK).contiguous()
+    return [
+        every.as_strided(t.shape, t.stride(), start)
+        for t, start in zip(tensors, starts, strict=True)
+    ]
+
+
+BLOCK = 1024
+"""Elements written at once where factors are expanded: a tensor begins with a block of its own."""
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[int]]:
+    """Of which tensor each block is, and where each tensor begins; the same at every step."""
+    blocks = torch.tensor([-(-n // BLOCK) for n in sizes])
+    index = torch.arange(len(sizes)).repeat_interleave(blocks)
+    starts = (blocks.cumsum(0) - blocks) * BLOCK
+    return index.to(device, non_blocking=True), starts.tolist()
 
 
 # Elements stepped at once: what stays in a CPU's caches; on a GPU many, but `_expanded` takes
-# twelve bytes for each of them.
-AT_ONCE = {"cpu": 2**18, "cuda": 2**24}
+# four bytes for each of them.
+AT_ONCE = {"cpu": 2**18, "cuda": 2**25}
 
 
 def _together(params: list[Tensor]) -> list[list[Tensor]]:

@@ -24,6 +24,7 @@ import torch
 from ddp_ssl import cli, distributed, doctor, log
 from ddp_ssl.checks import images, machine, network, slurm, software, storage
 from ddp_ssl.checks.base import Bench, Check, Finding, file_system, ok
+from ddp_ssl.data.manifest import Split
 from ddp_ssl.distributed import Exchange, World
 from tests.helpers import config_of
 from tests.ranks import Ranks
@@ -121,6 +122,17 @@ def other_images() -> Any:
     return mock.patch.object(images, "_load", fewer)
 
 
+def slow_files() -> Any:
+    """This rank waits for each file."""
+    read = Split.read
+
+    def slowly(split: Split, i: int) -> bytes:
+        time.sleep(2 * images.SLOW_READ_S)
+        return read(split, i)
+
+    return mock.patch.object(Split, "read", slowly)
+
+
 def slow_scan() -> Any:
     """This rank finds its images late."""
     real = images._load
@@ -168,7 +180,8 @@ FAULTS = {
     f.__name__: f
     for f in (
         other_torch, full_disk, odd_file_clock, odd_host_clock, other_host, local_disk, no_threads,
-        other_variable, no_address, other_images, slow_scan, broken, asleep, no_exchange,
+        other_variable, no_address, other_images, slow_files, slow_scan, broken, asleep,
+        no_exchange,
     )
 }  # fmt: skip
 
@@ -230,8 +243,9 @@ def test_a_healthy_setting(ranks: Ranks, args: list[str], tmp_path: Path, size: 
         assert name in names, name
     assert {line[:6].strip() for line in lines} <= {"ok", "warn"}
     assert end == f"{sum(x[:2] == 'ok' for x in lines)} ok, {sum(x[:4] == 'warn' for x in lines)} warn, 0 fail"  # noqa: E501  # fmt: skip
-    # What may be to mind on a small machine: few cores, neighbours.
-    assert {line[6:20].strip() for line in lines if line[:4] == "warn"} <= {"cores", "speed"}
+    # What may be to mind on a small machine: few cores, neighbours, a busy disk.
+    minded = {line[6:20].strip() for line in lines if line[:4] == "warn"}
+    assert minded <= {"cores", "speed", "reading"}
     assert any("20 images decode; the pipeline makes 2 views" in line for line in lines) or any(
         "images decode; the pipeline makes 2 views" in line for line in lines
     )
@@ -380,6 +394,14 @@ def test_a_file_that_cannot_be_read(args: list[str], photos: Path, tmp_path: Pat
         code, text = look(args, ["data", "reading"])
     assert code == 1
     assert f"the one process cannot read {lost[0]}: No such file or directory" in text
+
+
+def test_files_that_come_slowly(ranks: Ranks, args: list[str]) -> None:
+    code, (line,) = examined(ranks, 3, args, "data", "reading", slow_files=[2])
+    assert code == 0
+    assert line.startswith("warn  reading")
+    assert "ms a file" in line
+    assert "tools/pack_shards.py, data.stage, or more data.read_threads" in line
 
 
 def test_ranks_that_see_other_images(ranks: Ranks, args: list[str]) -> None:

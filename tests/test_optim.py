@@ -211,14 +211,32 @@ def test_factors_in_the_shapes_and_strides_of_the_tensors() -> None:
         torch.randn(()),
         torch.randn(5, 2).T,
         torch.randn(6),
+        torch.randn(optim.BLOCK),
+        torch.randn(0, 3),
+        torch.randn(2 * optim.BLOCK + 1),
+        torch.randn(8),
     ]
-    factors = torch.tensor([2.0, 3.0, 5.0, 7.0])
+    factors = torch.tensor([2.0, 3.0, 5.0, 7.0, 11.0, 13.0, 17.0, 19.0])
     for expanded, factor, tensor in zip(
         optim._expanded(factors, tensors), factors, tensors, strict=True
     ):
         assert expanded.shape == tensor.shape
         assert expanded.stride() == tensor.stride()
         assert (expanded == factor).all()
+
+
+def test_a_step_as_on_a_gpu() -> None:
+    """With factors as large as the tensors, as its kernels want them, to the last bit."""
+    ends = []
+    for alike in (optim._alike, optim._expanded):
+        params = some_parameters()
+        optimizer = LARS([{"params": params}], lr=0.1, weight_decay=1e-3, bound_1d=0.01)
+        with patch.object(optim, "_alike", alike):
+            for step in range(3):
+                set_gradients(params, step)
+                optimizer.step()
+        ends.append([p.detach().clone() for _, p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 @pytest.mark.gpu
