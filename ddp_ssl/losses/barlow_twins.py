@@ -91,9 +91,11 @@ def pair_correlations(
     """The two terms of `barlow_twins`, unweighted."""
     _check("barlow_twins", z, comm)
     with torch.autocast(z.device.type, enabled=False):
-        z = at_least_float32(z)
+        given, z = z.detach(), at_least_float32(z)
         images, width = z.shape[1] * comm.data_shards, z.shape[2]
-        everyone = comm.gather(z.detach()) if gathers(route, images, width) else None
+        everyone = None
+        if gathers(route, images, width):
+            everyone = at_least_float32(comm.gather(given))
         # The members of a view group hold the same images: each takes a part of them.
         own = all_views(z, comm)
         if comm.view_shards > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +19,25 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def unit_rows(x: Tensor, eps: float = 1e-12) -> Tensor:
-    """The last dimension scaled to length one; a zero row stays zero, with gradient zero."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(norm > eps, x / norm.clamp(min=eps), torch.zeros_like(x))
+    """The last dimension scaled to length one; a zero row stays zero, with gradient zero.
+
+    In `x`'s precision, but float32 or wider.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    return x / torch.where(norm <= eps, math.inf, norm)
+
+
+def gather_unit_rows(x: Tensor, unit: Tensor, comm: Comm) -> Tensor:
+    """All processes' `unit`, the unit rows of `x` `[k, n, d]`, as `[K, N, d]`; without gradient.
+
+    Where `x` is narrower than `unit` (autocast's half precision) it is `x` that is sent, and its
+    rows are scaled by the receivers: the same numbers (to rounding), half the bytes.
+    """
+    if comm.world_size == 1 or x.element_size() >= unit.element_size():
+        return comm.gather(unit.detach())
+    everyone = comm.gather(x.detach())
+    return unit_rows(everyone if unit.dtype == torch.float32 else everyone.to(unit.dtype))
 
 
 def check_directions(loss: str, **rows: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.losses.common import at_least_float32, check_temperature, unit_rows
+from ddp_ssl.losses.common import at_least_float32, check_temperature, gather_unit_rows, unit_rows
 from ddp_ssl.losses.pairs import blocks
 
 # exp((cosine - 1) / temperature) >= exp(-2 / temperature) must not underflow.
@@ -23,7 +23,7 @@ def info_nce(
     """NT-Xent, averaged over all pairs of views: SimCLR's loss at K = 2.
 
     `z`: embeddings `[k, n, d]` held here (`[K, N, d]` in one process), normalised within.
-    `gathered`: `comm.gather(unit_rows(z))` in float32 or wider, if the caller has it already; no
+    `gathered`: `gather_unit_rows(z, ...)` in float32 or wider, if the caller has it already; no
     gradient flows into it. Returns a scalar in float32 or float64: the full loss on every process.
 
     For anchor (k, i) and each other view m: -s(k,i,m,i) + log of the sum of exp s over all 2N
@@ -39,10 +39,10 @@ def info_nce(
     if temperature < LOWEST[torch.float64]:
         raise ValueError(f"info_nce: temperature must be 1/350 or more, got {temperature}")
     with torch.autocast(z.device.type, enabled=False):
-        z = at_least_float32(z)
+        given, z = z, at_least_float32(z)
         dtype = z.dtype if temperature >= LOWEST[z.dtype] else torch.float64
         u = unit_rows(z.to(dtype))
-        everyone = comm.gather(u.detach()) if gathered is None else gathered.detach()
+        everyone = gather_unit_rows(given, u, comm) if gathered is None else gathered.detach()
         if everyone.dtype != dtype:
             everyone = unit_rows(everyone.to(dtype))
         views, images, _ = everyone.shape

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.losses.common import at_least_float32, unit_rows
+from ddp_ssl.losses.common import at_least_float32, gather_unit_rows, unit_rows
 from ddp_ssl.losses.pairs import squared_products
 
 
@@ -22,7 +22,7 @@ def mutual_information(
     """Matrix-based Renyi mutual information of order 2, in nats; the full value on every process.
 
     `r`: representations `[k, n, d_R]`, `z`: embeddings `[k, n, d]` held here. Returns a scalar in
-    float32 or float64, at most log M. `gathered`: `comm.gather(unit_rows(z))` if the caller has it
+    float32 or float64, at most log M. `gathered`: `gather_unit_rows(z, ...)` if the caller has it
     already; no gradient flows into it.
 
     H(A) + H(B) - H(A o B) with H(A) = -log(|A|_F^2 / M^2), which is the log of
@@ -43,15 +43,15 @@ def mutual_information(
             "form gram takes any"
         )
     with torch.autocast(z.device.type, enabled=False):
-        r, z = at_least_float32(r), at_least_float32(z)
+        given_r, given_z, r, z = r, z, at_least_float32(r), at_least_float32(z)
         if form == "cov":
             a, b = (_column_gram(x.flatten(0, 1), comm).square() for x in (r, z))
             size = a.shape[0]
             sums = torch.stack([a.sum(), b.sum(), (a * b).sum()])
         else:
             r, z = unit_rows(r), unit_rows(z)
-            all_r = comm.gather(r.detach()).flatten(0, 1)
-            all_z = comm.gather(z.detach()) if gathered is None else gathered.detach()
+            all_r = gather_unit_rows(given_r, r, comm).flatten(0, 1)
+            all_z = gather_unit_rows(given_z, z, comm) if gathered is None else gathered.detach()
             all_z = all_z.to(z.dtype).flatten(0, 1)
             size = all_r.shape[0]
             sums = comm.sum(squared_products(r.flatten(0, 1), z.flatten(0, 1), all_r, all_z))

@@ -21,7 +21,7 @@ from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import info_nce, mutual_information
-from ddp_ssl.losses.common import at_least_float32, unit_rows
+from ddp_ssl.losses.common import at_least_float32, gather_unit_rows, unit_rows
 from ddp_ssl.methods.base import Context, Method, Output
 from ddp_ssl.methods.vicreg import VICRegConfig, configured_vicreg
 from ddp_ssl.metrics.effective_rank import global_effective_ranks
@@ -93,7 +93,8 @@ class AdaDim(Method[AdaDimConfig]):
         s = self.settings
         r, z = self.encode(batch.views)
         # Once, for both terms that compare all embeddings.
-        gathered = self.comm.gather(unit_rows(at_least_float32(z.detach())))
+        unit = unit_rows(at_least_float32(z.detach()))
+        gathered = gather_unit_rows(z, unit, self.comm)
         # A term of weight zero is still logged, but costs no backward.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha > 0):
             nce = info_nce(z, s.temperature, self.comm, gathered)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddp_ssl.distributed import MeshComm, World, comm_of
-from ddp_ssl.losses import info_nce, mutual_information, vicreg
+from ddp_ssl.distributed import MeshComm, World, comm_of, traffic
+from ddp_ssl.losses import barlow_twins, info_nce, mutual_information, vicreg
+from ddp_ssl.losses.common import unit_rows
 from tests.helpers import relative
 from tests.losses import oracles
 from tests.ranks import Ranks
@@ -213,3 +214,61 @@ def test_cotangents_of_half_precision_embeddings_are_summed_in_float32(ranks: Ra
     # One rounding to bf16 at the end on both sides, none in between.
     assert (parts - whole).abs().max() <= 2**-7 * whole.abs().max()
     assert relative(parts, whole) < 2**-8
+
+
+def what_is_sent(world: World, dtype: torch.dtype, view_shards: int) -> Any:
+    """Values of the losses that gather embeddings, and how many bytes each gathers of them."""
+    comm = comm_of(world, view_shards)
+    n, rank = 24 * view_shards // world.size, comm.data_rank
+    whole = some(2, 24, 32).bfloat16()
+    z = whole[comm.views, rank * n : (rank + 1) * n].to(dtype).requires_grad_()
+    found = []
+    for loss in (
+        lambda: info_nce(z, 0.2, comm),
+        lambda: info_nce(z, 0.01, comm),
+        lambda: mutual_information(z, z, comm=comm),
+        lambda: vicreg(z, comm=comm, route="gather").loss,
+        lambda: barlow_twins(z, comm=comm, route="gather"),
+    ):
+        before = traffic.counts.get("gather", (0, 0))[1]
+        value = loss()
+        found.append((float(value.detach()), traffic.counts.get("gather", (0, 0))[1] - before))
+    return found
+
+
+@pytest.mark.parametrize("view_shards", [1, 2])
+def test_half_precision_is_gathered_as_it_is(ranks: Ranks, view_shards: int) -> None:
+    (alone,) = ranks.run(what_is_sent, 1, torch.float32, 1)
+    wide = ranks.run(what_is_sent, 4, torch.float32, view_shards)
+    rows = 2 * 24 * 32
+    weights = 2 * 2 * 24  # of InfoNCE
+    for half in ranks.run(what_is_sent, 4, torch.bfloat16, view_shards):
+        for (value, _), (same, _), (one, _) in zip(half, wide[0], alone, strict=True):
+            assert value == pytest.approx(same, rel=1e-6)
+            assert value == pytest.approx(one, rel=1e-5)
+        assert [nbytes for _, nbytes in half] == [
+            2 * rows + 4 * weights, 2 * rows + 8 * weights, 2 * 2 * rows, 2 * rows, 2 * rows,
+        ]  # fmt: skip
+    assert [nbytes for _, nbytes in wide[0]] == [
+        4 * rows + 4 * weights, 4 * rows + 8 * weights, 2 * 4 * rows, 4 * rows, 4 * rows,
+    ]  # fmt: skip
+
+
+def test_unit_rows() -> None:
+    x = some(5, 3, grad=True)
+    with torch.no_grad():
+        x[1] = 0
+        x[2] *= 1e-14
+    unit = unit_rows(x)
+    assert torch.equal(unit[1:3], torch.zeros(2, 3, dtype=torch.float64))
+    assert torch.equal(unit[3], x[3] / x[3].norm())
+    (grad,) = torch.autograd.grad(unit.pow(3).sum(), x)
+    assert torch.equal(grad[1:3], torch.zeros(2, 3, dtype=torch.float64))
+    plain = x[3].detach().requires_grad_()
+    (expected,) = torch.autograd.grad((plain / plain.norm()).pow(3).sum(), plain)
+    torch.testing.assert_close(grad[3], expected)
+    half = some(4, 64).bfloat16()
+    torch.testing.assert_close(unit_rows(half), unit_rows(half.float()), rtol=3e-7, atol=0)
+    assert unit_rows(half).dtype == torch.float32
+    broken = torch.tensor([[math.nan, 1.0]])
+    assert unit_rows(broken).isnan().all()
