@@ -62,6 +62,7 @@ CASES: dict[str, list[str]] = {
     "vicreg": ["method.name=vicreg"],
     "simclr": ["method.name=simclr"],
     "barlow_twins": ["method.name=barlow_twins"],
+    "adadim, bf16": ["method.name=adadim", "optim.precision=bf16"],
     "vicreg, bf16 gradients": ["method.name=vicreg", "optim.gradient_compression=bf16"],
 }
 
