@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -34,6 +33,7 @@ from ddp_ssl.data import datasets
 from ddp_ssl.data.augment import views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.loader import StreamLoader, TrainLoader
+from ddp_ssl.data.order import hashed
 from ddp_ssl.data.source import Agree, BadImages, UnreadableError
 from ddp_ssl.distributed import LateFlag, World, others_failed, traffic
 from ddp_ssl.evals.probe import Learner
@@ -464,7 +464,7 @@ def build(resolved: Resolved, world: World, watch: Watchdog, claimed: list[Path]
     recorder.hosts = {rank: text.partition(" ")[0] for rank, text in enumerate(ranks)}
     describe(job, threads, ranks)
     for seed_all in (torch.manual_seed, random.seed, np.random.seed):
-        seed_all(derive(config.run.seed, "rank", world.rank))
+        seed_all(hashed(config.run.seed, "rank", world.rank, bits=32) >> 1)
     if state:
         together(world, lambda: restore(job, state, cast(Path, path)))
     else:
@@ -693,7 +693,7 @@ def context_of(job: Job) -> Context:
     seed, epoch, comm = job.config.run.seed, job.epoch, job.method.comm
 
     def batches(count: int, purpose: str) -> Iterator[Batch]:
-        own = derive(seed, purpose, epoch)
+        own = hashed(seed, purpose, epoch, bits=32) >> 1
         loader = train_loader(
             job.config, comm, job.data, job.world.device, [0], job.recorder.bad, own
         )
@@ -890,12 +890,6 @@ def gradient_norm(parameters: list[nn.Parameter], bound: float | None) -> Tensor
     if bound is not None:
         return torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
     return torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters], foreach=True)
-
-
-def derive(seed: int, *names: object) -> int:
-    """A seed of its own for each purpose."""
-    text = repr((seed, *names)).encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:4], "little") >> 1
 
 
 def require_bf16() -> None:

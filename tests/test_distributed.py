@@ -197,6 +197,23 @@ def test_flags_are_seen_by_all_at_the_same_step(ranks: Ranks, size: int) -> None
     assert results == [([step >= first for step in range(5)], True)] * size
 
 
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        (None, None),
+        (["cpu", "cpu"], None),
+        (["cuda 1a", "cuda 1b"], None),
+        (["cuda 1a", "cpu"], "rank 1 finds no GPU"),
+        (["cpu", "cuda 1a", "cuda 1a"], "rank 0 finds no GPU"),
+        (["cuda 1a", "cuda 1b", "cuda 1a"], "ranks 0 and 2 share one GPU (cuda 1a)"),
+    ],
+)
+def test_places_that_cannot_work_together(places: Any, words: str | None) -> None:
+    found = distributed._conflict(places)
+    assert (found is None) == (words is None)
+    assert words is None or words in str(found)
+
+
 def objects(world: World) -> Any:
     gathered = world.gather_objects({"rank": world.rank})
     return (

@@ -73,24 +73,24 @@ def spread(values: list[float], digits: int = 1) -> str:
 def verdict(ours: list[float], theirs: list[float]) -> str:
     """How many times longer the other takes in the same round: the median, and where it may lie.
 
-    Rounds are compared one by one, since what slows this machine down slows both. The interval
-    holds the median in 95 % of cases (between two order statistics, whatever the distribution;
-    all of the range below six rounds). No verdict where it holds 1.
+    Rounds are compared one by one, since what slows this machine down slows both. No verdict where
+    the interval holds 1.
     """
-    ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-    left_out = outside(len(ratios))
-    low, high = ratios[left_out], ratios[-1 - left_out]
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    low, high = interval(ratios)
     undecided = ": undecided" if low <= 1 <= high else ""
     return f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f}{undecided})"
 
 
-def outside(count: int, error: float = 0.05) -> int:
-    """Smallest and largest of `count` values that may be left out of a median's interval."""
-    left_out, tail = 0, 0.5**count
-    while 2 * tail <= error:
+def interval(values: list[float], error: float = 0.05) -> tuple[float, float]:
+    """Where the median is in 95 % of cases: between two order statistics, whatever the
+    distribution; all of the range below six values."""
+    count, left_out = len(values), 0
+    tail = 0.5**count  # so often the median is outside of the values that are left
+    while 2 * (tail := tail + math.comb(count, left_out + 1) * 0.5**count) <= error:
         left_out += 1
-        tail += math.comb(count, left_out) * 0.5**count
-    return max(0, left_out - 1)
+    ordered = sorted(values)
+    return ordered[left_out], ordered[-1 - left_out]
 
 
 def table(

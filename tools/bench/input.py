@@ -29,7 +29,7 @@ from ddp_ssl.signals import StopRequest
 from ddp_ssl.watchdog import Watchdog
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compare import device_line, spread
+from compare import device_line, interval, spread
 from data import write_pictures
 
 
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--segment", type=int, default=8)
-    parser.add_argument("--segments", type=int, default=5)
+    parser.add_argument("--segments", type=int, default=9)
     options, arguments = parser.parse_known_args()
     steps = options.segment * (2 * options.segments + 4)
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +126,12 @@ def main() -> None:
     compute = statistics.median(cached)
     best = 1.0 if turns.device.type == "cuda" else turns.alone / (turns.alone + compute)
     print(f"the loader alone: {turns.alone:.4g}")
-    print(f"ratio {statistics.median(files) / compute:.3f}, of at most {best:.3f}")
+    ratios = [a / b for a, b in zip(files, cached, strict=True)]
+    low, high = interval(ratios)
+    print(
+        f"ratio {statistics.median(ratios):.3f} (with 95 % between {low:.3f} and {high:.3f}), "
+        f"of at most {best:.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from ddp_ssl.signals import StopRequest
 from ddp_ssl.watchdog import Watchdog
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compare import device_line, spread
+from compare import device_line, interval, spread
 
 
 class Turns:
@@ -121,8 +121,11 @@ def main() -> None:
     print(f"a step of the run: {spread(turns.run, 2)} {unit}")
     print(f"a bare step:       {spread(turns.bare, 2)} {unit}")
     shares = [100 * (a / b - 1) for a, b in zip(turns.run, turns.bare, strict=True)]
-    whole = 100 * (sum(turns.run) / sum(turns.bare) - 1)
-    print(f"the trainer adds {whole:.2f} % ({spread(shares, 2)} % by segment)")
+    low, high = interval(shares)
+    print(
+        f"the trainer adds {statistics.median(shares):.2f} % (with 95 % between {low:.2f} and "
+        f"{high:.2f}; by segment {min(shares):.1f} to {max(shares):.1f})"
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,150 @@
+"""What an option makes of a step's time: forward, loss and backward of one network, in turn.
+
+    python tools/bench/options.py [--processes 1] [--repeats 11] [CONFIG.yaml] [key=value ...]
+
+With one process `model.compile`, memory format and how views are stacked; on a GPU also compilation
+with CUDA graphs (torch's `reduce-overhead`). With several (gloo on a CPU, a GPU each with NCCL)
+what DDP can be told: a static graph, buckets that gradients are copied into, gradients in bf16.
+The embedded default unless a config is given. Compilation itself is not timed. The time is the
+processor's with one process on a CPU, otherwise the wall clock's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compare import device_line, in_turn, spread, verdict
+
+from ddp_ssl import distributed, engine
+from ddp_ssl.config import load
+from ddp_ssl.data.augment import views_of
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.distributed import World
+from ddp_ssl.evals.probe import Learner
+
+CLASSES, ALPHA = 10, 0.5
+PLAIN = "as it is"
+Step = Callable[[], object]
+
+
+def step_of(world: World, arguments: Sequence[str], how: str = "", **ddp: bool) -> Step:
+    """Forward, loss and backward on random images, on all processes; warmed up."""
+    config = load([*arguments, f"run.device={world.device.type}"]).config
+    torch.manual_seed(0)  # the same weights everywhere
+    comm = distributed.comm_of(world, config.data.view_shards)
+    learner = Learner(engine.make_method(config, comm), CLASSES, some_unlabelled=False)
+    if hasattr(learner.method, "alpha"):
+        learner.method.alpha = ALPHA
+    if how:
+        learner.method.backbone.compile(mode=how)
+
+    @functools.wraps(DistributedDataParallel)
+    def told(*given: Any, **options: Any) -> nn.Module:
+        return DistributedDataParallel(*given, **{**options, **ddp})
+
+    with patch.object(distributed, "DistributedDataParallel", told):
+        module: nn.Module = engine.on_device(learner, config, world)
+    torch.manual_seed(1 + world.rank)
+    n = config.data.batch_size // comm.data_shards
+    shape = torch.channels_last if config.model.channels_last else torch.contiguous_format
+    views = [
+        torch.rand(n, 3, view.size, view.size, device=world.device).to(memory_format=shape)
+        for view in views_of(config.data.views)[comm.views]
+    ]
+    ids = torch.arange(n, device=world.device)
+    batch = Batch(views, ids, ids % CLASSES)
+
+    def step() -> None:
+        total, _ = module(batch)
+        total.backward()
+        module.zero_grad(set_to_none=False)
+
+    for _ in range(3):
+        step()
+    return step
+
+
+def contestants(world: World, arguments: list[str]) -> dict[str, Step]:
+    """What this number of processes lets one choose."""
+    some = functools.partial(step_of, world)
+    if world.size == 1:
+        found = {
+            PLAIN: some(arguments),
+            "model.compile=true": some([*arguments, "model.compile=true"]),
+            "model.channels_last=true": some([*arguments, "model.channels_last=true"]),
+            "model.views_forward=stacked": some([*arguments, "model.views_forward=stacked"]),
+        }
+        if world.device.type == "cuda":
+            found["compiled, CUDA graphs"] = some(arguments, "reduce-overhead")
+        return found
+    return {
+        PLAIN: some(arguments),
+        "static graph": some(arguments, static_graph=True),
+        "gradients copied": some(arguments, gradient_as_bucket_view=False),
+        "bf16 gradients": some([*arguments, "optim.gradient_compression=bf16"]),
+    }
+
+
+def measure(world: World, arguments: list[str], repeats: int) -> None:
+    """All in turn; the first process prints."""
+    made = contestants(world, arguments)
+    wall = world.size > 1 and world.device.type == "cpu"
+    # All processes are in the same step at once, so that one clock tells what all wait for.
+    with patch.object(time, "process_time", time.perf_counter if wall else time.process_time):
+        times = in_turn(made, repeats, world.device)
+    if not world.is_main:
+        return
+    unit = "ms" if wall or world.device.type == "cuda" else "CPU-ms"
+    print(f"{device_line(world.device)}; {world.size} process(es)\n")
+    print(f"| | {unit}, median (range) | times that of the first |\n| --- | --- | --- |")
+    for name, values in times.items():
+        ratio = "1" if name == PLAIN else verdict(times[PLAIN], values)
+        print(f"| {name} | {spread(values)} | {ratio} |")
+
+
+def one(rank: int, size: int, port: int, arguments: list[str], repeats: int) -> None:
+    """A process of several."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    world = distributed.start("cuda" if torch.cuda.is_available() else "cpu", 120)
+    measure(world, arguments, repeats)
+    world.barrier()
+    distributed.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=11)
+    options, arguments = parser.parse_known_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rest: tuple[Any, ...] = (options.processes, port, arguments, options.repeats)
+    if options.processes == 1:
+        one(0, *rest)
+    else:
+        torch.multiprocessing.spawn(one, rest, options.processes)
+
+
+if __name__ == "__main__":
+    main()
