@@ -1,13 +1,14 @@
 """What the trainer adds to a step: the run's own loop against a bare one on the same batches.
 
-    python tools/bench/step.py [--epochs 20] [--segment 11] [CONFIG.yaml] [key=value ...]
+    python tools/bench/step.py [--epochs 40] [--segment 11] [CONFIG.yaml] [key=value ...]
 
 A real run of the embedded default (or of the config given) with one process, whose loader hands out
 cached batches. A step of the run is timed from the moment it has its batch to the moment it asks
 for the next one: learning rate, forward, loss, backward, gradient norm, optimiser, hooks, figures,
-flags, and at logging steps the progress line and the metrics file. Every `--segment` steps the run
-waits inside its loader while as many bare steps are timed: forward, loss, backward, optimiser, with
-a copy of the same network. What happens between epochs is not counted.
+flags, and at logging steps the progress line and the metrics file. After each step (on a GPU after
+`--segment` steps, since waiting for each would hide what overlaps) the run waits inside its loader
+while as many bare steps are timed: forward, loss, backward, optimiser, with a copy of the same
+network. Both are compared in segments of so many steps. What happens between epochs is not counted.
 """
 
 from __future__ import annotations
@@ -45,24 +46,32 @@ class Turns:
         self.optimizer = optim.build(
             job.config.optim, engine.parameter_groups(self.learner, job.config)
         )
+        self.turn = segment if self.device.type == "cuda" else 1
         self.run: list[float] = []
         self.bare: list[float] = []
-        self._step, self._began = 0, 0.0
-        self._now: list[float] = []
+        self._step, self._taken, self._began = 0, 0, 0.0
+        self._now: list[tuple[float, float]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
 
     def __next__(self) -> Batch:
-        if self._step % self.loader.steps_per_epoch:
-            self._now.append(self._clock() - self._began)
-        self._step += 1
-        if len(self._now) >= self.segment:
-            self.run.append(1e3 * statistics.fmean(self._now))
-            self.bare.append(1e3 * self._bare_steps())
+        if self._step % self.loader.steps_per_epoch == 0:
+            self._taken = 0  # what lies between epochs is not a step's
+        elif self._taken == self.turn:
+            took = self._clock() - self._began
+            self._now.append((1e3 * took / self.turn, 1e3 * self._bare_steps()))
+            self._taken = 0
+        if len(self._now) * self.turn >= self.segment:
+            run, bare = zip(*self._now, strict=True)
+            self.run.append(statistics.fmean(run))
+            self.bare.append(statistics.fmean(bare))
             self._now = []
         batch = self.batches[self._step % len(self.batches)]
-        self._began = self._clock()
+        self._step += 1
+        if self._taken == 0:
+            self._began = self._clock()
+        self._taken += 1
         return batch
 
     def _clock(self) -> float:
@@ -73,13 +82,13 @@ class Turns:
 
     def _bare_steps(self) -> float:
         began = self._clock()
-        for index in range(self.segment):
+        for index in range(self._step, self._step + self.turn):
             batch = self.batches[index % len(self.batches)]
             total, _ = self.learner(batch)
             total.backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return (self._clock() - began) / self.segment
+        return (self._clock() - began) / self.turn
 
 
 def measure(arguments: list[str], segment: int) -> Turns:
@@ -103,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--segment", type=int, default=11)
     options, arguments = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
