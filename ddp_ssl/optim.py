@@ -145,9 +145,15 @@ def _expanded(factors: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     index, starts = _blocks(tuple(t.numel() for t in tensors), factors.device)
     every = factors[index].unsqueeze(1).expand(-1, BLOCK).contiguous()
     return [
-        every.as_strided(t.shape, t.stride(), start)
-        for t, start in zip(tensors, starts, strict=True)
+        every.as_strided(t.shape, t.stride(), start) if _is_dense(t) else factor.expand(t.shape)
+        for t, start, factor in zip(tensors, starts, factors.unbind(), strict=True)
     ]
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether its elements lie side by side, as those of parameters and DDP's gradients do."""
+    span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return t.numel() == span or not t.numel()
 
 
 BLOCK = 1024
@@ -157,10 +163,11 @@ BLOCK = 1024
 @functools.lru_cache(maxsize=64)
 def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[int]]:
     """Of which tensor each block is, and where each tensor begins; the same at every step."""
-    blocks = torch.tensor([-(-n // BLOCK) for n in sizes])
-    index = torch.arange(len(sizes)).repeat_interleave(blocks)
-    starts = (blocks.cumsum(0) - blocks) * BLOCK
-    return index.to(device, non_blocking=True), starts.tolist()
+    index, starts = list[int](), list[int]()
+    for place, size in enumerate(sizes):
+        starts.append(len(index) * BLOCK)
+        index += [place] * -(-size // BLOCK)
+    return torch.tensor(index, dtype=torch.long).to(device, non_blocking=True), starts
 
 
 # Elements stepped at once: what stays in a CPU's caches; on a GPU many, but `_expanded` takes

@@ -315,8 +315,9 @@ def record(
 @contextmanager
 def blocks_of_a_gpu() -> Iterator[None]:
     """Within: the pair losses work as on a GPU, not in what fits a CPU's caches."""
-    kept = {name: getattr(pairs, name) for name in ("BLOCK", "CACHED", "MIRRORED")}
+    kept = {name: getattr(pairs, name) for name in ("BLOCK", "KEPT", "CACHED", "MIRRORED")}
     pairs.BLOCK *= pairs.ON_GPU
+    pairs.KEPT = pairs.KEPT_ON_GPU
     pairs.CACHED, pairs.MIRRORED = pairs.AT_ONCE, sys.maxsize
     try:
         yield
@@ -517,7 +518,7 @@ class Model:
         self.config = load(self.arguments).config
         self.rate = network_rate(self.config, cluster)
         self.images = images or TRAINING_IMAGES.get(self.config.data.name)
-        self._alone: dict[int, float] = {}
+        self._alone: dict[tuple[int, tuple[str, ...]], float] = {}
         self._made: dict[tuple[int, tuple[str, ...]], Prediction] = {}
 
     def at(self, ranks: int, *changes: str) -> Prediction:
@@ -526,13 +527,14 @@ class Model:
             self._made[ranks, changes] = self._with_efficiency(ranks, changes)
         return self._made[ranks, changes]
 
-    def _with_efficiency(self, ranks: int, changes: Sequence[str]) -> Prediction:
+    def _with_efficiency(self, ranks: int, changes: tuple[str, ...]) -> Prediction:
         batch = self.config.data.batch_size if self.per_gpu is None else self.per_gpu * ranks
         made = self._predict(ranks, batch, changes)
-        share = batch // ranks
-        if share not in self._alone:
-            self._alone[share] = self._predict(1, share, ["data.view_shards=1"]).step
-        made.efficiency = self._alone[share] / made.step
+        alone = batch // ranks, changes
+        if alone not in self._alone:
+            single = self._predict(1, batch // ranks, [*changes, "data.view_shards=1"])
+            self._alone[alone] = single.step
+        made.efficiency = self._alone[alone] / made.step
         return made
 
     def _predict(self, ranks: int, batch: int, changes: Sequence[str]) -> Prediction:

@@ -16,6 +16,7 @@ from ddp_ssl.losses.common import (
     Rows,
     all_views,
     at_least_float32,
+    gather_rows,
     gathers,
     rows_of,
     unit_rows,
@@ -91,11 +92,9 @@ def pair_correlations(
     """The two terms of `barlow_twins`, unweighted."""
     _check("barlow_twins", z, comm)
     with torch.autocast(z.device.type, enabled=False):
-        given, z = z.detach(), at_least_float32(z)
+        given, z = z, at_least_float32(z)
         images, width = z.shape[1] * comm.data_shards, z.shape[2]
-        everyone = None
-        if gathers(route, images, width):
-            everyone = at_least_float32(comm.gather(given))
+        everyone = gather_rows(given, z, comm) if gathers(route, images, width) else None
         # The members of a view group hold the same images: each takes a part of them.
         own = all_views(z, comm)
         if comm.view_shards > 1:

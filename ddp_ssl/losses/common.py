@@ -28,6 +28,16 @@ def unit_rows(x: Tensor, eps: float = 1e-12) -> Tensor:
     return x / torch.where(norm <= eps, math.inf, norm)
 
 
+def gather_rows(x: Tensor, wide: Tensor, comm: Comm) -> Tensor:
+    """All processes' `wide`, which is `x` `[k, n, d]` in float32 or wider; without gradient.
+
+    Where `x` is narrower (autocast's half precision) it is `x` that is sent: half the bytes.
+    """
+    if comm.world_size == 1 or x.dtype == wide.dtype:
+        return comm.gather(wide.detach())
+    return comm.gather(x.detach()).to(wide.dtype)
+
+
 def gather_unit_rows(x: Tensor, unit: Tensor, comm: Comm) -> Tensor:
     """All processes' `unit`, the unit rows of `x` `[k, n, d]`, as `[K, N, d]`; without gradient.
 

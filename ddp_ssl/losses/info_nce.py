@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.losses.common import at_least_float32, check_temperature, gather_unit_rows, unit_rows
-from ddp_ssl.losses.pairs import blocks
+from ddp_ssl.losses.pairs import blocks, kept_blocks
 
 # exp((cosine - 1) / temperature) >= exp(-2 / temperature) must not underflow.
 LOWEST = {torch.float32: 1 / 40, torch.float64: 1 / 350}
@@ -30,7 +30,7 @@ def info_nce(
     samples of views k and m but the anchor itself, with s = cosine / temperature. Source: SimCLR
     (Chen et al. 2020), Eq. 1; AdaDim Eq. 4; pairs of K > 2 views as CMC (Tian et al. 2020).
 
-    Each process computes the rows of its own anchors, in blocks, so that memory is one block and
+    Each process computes the rows of its own anchors, in blocks, so that memory is a few blocks and
     not N x N. Temperatures below 0.025 are computed in float64; the lowest is 1/350.
     """
     if z.dim() != 3:
@@ -73,11 +73,12 @@ class _InfoNCE(torch.autograd.Function):
         rows, columns = u.flatten(0, 1), everyone.flatten(0, 1)
         sums = u.new_empty(k * n, views)  # B
         parts = list(blocks(rows, views * images))
-        kept = None
-        for part in parts:
+        kept: list[Tensor] = []
+        for index, part in enumerate(parts):
             e = _exponentials(rows[part], columns, sharpness, held[part] * images + place[part])
             torch.sum(e.view(-1, views, images), 2, out=sums[part])
-            kept = e if len(parts) == 1 else None
+            if index < kept_blocks(rows, parts):
+                kept.append(e)
         own = held[:, None]
         denominators = sums + sums.gather(1, own)
         # What E is divided by, for a column of each view: for another view its denominator, for
@@ -89,7 +90,7 @@ class _InfoNCE(torch.autograd.Function):
         agreement = (u * positives).sum()
         logs = denominators.log().scatter(1, own, 0.0).sum()
         all_weights = comm.gather(weight.view(k, n, views))  # [K, N, K]
-        ctx.save_for_backward(rows, columns, weight, all_weights, positives, held, place, kept)
+        ctx.save_for_backward(rows, columns, weight, all_weights, positives, held, place, *kept)
         ctx.sharpness = sharpness
         # The logs are of E's sums, 1 / temperature less than those of exp s.
         return logs + sharpness * (k * n * (views - 1) - agreement)
@@ -97,13 +98,14 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, columns, weight, all_weights, positives, held, place, kept = ctx.saved_tensors
+        rows, columns, weight, all_weights, positives, held, place, *kept = ctx.saved_tensors
         images = all_weights.shape[1]
         grad = torch.empty_like(rows)
-        for part in blocks(rows, len(columns)):
+        for index, part in enumerate(blocks(rows, len(columns))):
             own, itself = held[part], held[part] * images + place[part]
-            e = kept
-            if e is None:
+            if index < len(kept):
+                e = kept[index]
+            else:
                 e = _exponentials(rows[part], columns, ctx.sharpness, itself)
             theirs = all_weights.movedim(2, 0)[own]  # [rows, K, N]
             both = theirs.add_(weight[part, :, None]).view_as(e).mul_(e)

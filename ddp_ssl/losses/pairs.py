@@ -6,7 +6,8 @@ each summand is symmetric, the gradient of the whole sum with respect to a row h
 what is here. So the backward gives that whole gradient, nothing is sent back to the others, and
 with `comm.sum` around the parts value and gradient are the global batch's.
 
-Blocks of at most `BLOCK` pairs are computed again in backward; where one block is all, it is kept.
+Blocks of at most `BLOCK` pairs are computed again in backward, but for those that are kept: the one
+that is all, and on a GPU the first few.
 """
 
 from __future__ import annotations
@@ -19,20 +20,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 2**22
-# Times as many: each block reads all columns, and a GPU has no caches to stay within. 2^25 pairs,
-# 128 MiB, are all of 256 rows against 131,072, which then are not computed again in backward.
-ON_GPU = 8
+ON_GPU = 4  # times as many: each block reads all columns, and a GPU has no caches to stay within
+KEPT = 0  # of several blocks for backward
+KEPT_ON_GPU = 4  # 256 MiB of float32 for each matrix of products: 512 rows against 131,072
 CACHED = 2**18  # elements that one pass over several tensors takes at a time on a CPU
 AT_ONCE = 2**24  # and on a GPU, so that no temporary of such a pass exceeds 64 MiB
 MIRRORED = 128  # rows: smaller products are not worth halving
 
 
 def blocks(rows: Tensor, columns: int) -> Iterator[slice]:
-    """Slices of `rows` `[m, d]`, each with at most `BLOCK` pairs (or one row)."""
+    """Slices of `rows` `[m, d]`, each with at most `BLOCK` pairs, on a GPU 2^24 (or one row)."""
     most = BLOCK * (ON_GPU if rows.is_cuda else 1)
     size = max(1, most // max(columns, 1))
     for start in range(0, len(rows), size):
         yield slice(start, min(start + size, len(rows)))
+
+
+def kept_blocks(rows: Tensor, parts: list[slice]) -> int:
+    """How many of the blocks stay in memory for backward."""
+    return max(int(len(parts) == 1), KEPT_ON_GPU if rows.is_cuda else KEPT)
 
 
 def in_cache(x: Tensor) -> Iterator[slice]:
@@ -183,13 +189,13 @@ def squared_products(r: Tensor, z: Tensor, all_r: Tensor, all_z: Tensor) -> Tens
 class _SquaredProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, r: Tensor, z: Tensor, all_r: Tensor, all_z: Tensor) -> Tensor:
-        kept: tuple[Tensor | None, Tensor | None] = None, None
+        kept: list[Tensor] = []
         sums = r.new_zeros(3)
         parts = list(blocks(r, len(all_r)))
-        for part in parts:
+        for index, part in enumerate(parts):
             of_r, of_z = gram(r[part], all_r), gram(z[part], all_z)
-            if len(parts) == 1:
-                kept = of_r, of_z
+            if index < kept_blocks(r, parts):
+                kept += [of_r, of_z]
             a, b = of_r.square(), of_z.square()
             sums += torch.stack([a.sum(), b.sum(), a.mul_(b).sum()])
         ctx.save_for_backward(r, z, all_r, all_z, *kept)
@@ -198,14 +204,16 @@ class _SquaredProducts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        r, z, all_r, all_z, kept_r, kept_z = ctx.saved_tensors
+        r, z, all_r, all_z, *kept = ctx.saved_tensors
         (grad,) = grads
         need_r, need_z = ctx.needs_input_grad[:2]
         grad_r = torch.empty_like(r) if need_r else None
         grad_z = torch.empty_like(z) if need_z else None
-        for part in blocks(r, len(all_r)):
-            of_r = r[part] @ all_r.T if kept_r is None else kept_r
-            of_z = z[part] @ all_z.T if kept_z is None else kept_z
+        for index, part in enumerate(blocks(r, len(all_r))):
+            of_r, of_z = kept[2 * index : 2 * index + 2] or (
+                r[part] @ all_r.T,
+                z[part] @ all_z.T,
+            )
             # The sum's derivative by a product s is 2 s (g_a + g_ab b), each pair counted twice.
             if grad_r is not None:
                 weight = of_z.square().mul_(4 * grad[2]).add_(4 * grad[0]).mul_(of_r)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.losses.common import Route, at_least_float32, gathers, rows_of
+from ddp_ssl.losses.common import Route, at_least_float32, gather_rows, gathers, rows_of
 from ddp_ssl.losses.pairs import gram, gram_square, gram_times, in_cache, inner
 
 
@@ -51,7 +51,7 @@ def vicreg(
     if z.dim() != 3:
         raise ValueError(f"vicreg: expected z of shape [K, N, d], got {list(z.shape)}")
     with torch.autocast(z.device.type, enabled=False):
-        given, z = z.detach(), at_least_float32(z)
+        given, z = z, at_least_float32(z)
         k, n, width = z.shape
         views, images = k * comm.view_shards, n * comm.data_shards
         if views < 2:
@@ -75,7 +75,7 @@ def vicreg(
             mean = total(z.sum(1))[comm.views] / images
             everyone = None
             if gathers(route, images, width):
-                everyone = at_least_float32(comm.gather(given)[comm.views]).contiguous()
+                everyone = gather_rows(given, z, comm)[comm.views].contiguous()
         parts = _Sums.apply(z, mean_view, mean, everyone, images, lambda x: total(x)[comm.views])
         sums = total(parts)
         var, squares = sums[:, :-2] / (images - 1), sums[:, -2] / (images - 1) ** 2

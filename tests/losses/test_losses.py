@@ -217,7 +217,7 @@ def test_cotangents_of_half_precision_embeddings_are_summed_in_float32(ranks: Ra
 
 
 def what_is_sent(world: World, dtype: torch.dtype, view_shards: int) -> Any:
-    """Values of the losses that gather embeddings, and how many bytes each gathers of them."""
+    """Of the losses that gather embeddings the values, the bytes gathered and the gradients."""
     comm = comm_of(world, view_shards)
     n, rank = 24 * view_shards // world.size, comm.data_rank
     whole = some(2, 24, 32).bfloat16()
@@ -232,7 +232,9 @@ def what_is_sent(world: World, dtype: torch.dtype, view_shards: int) -> Any:
     ):
         before = traffic.counts.get("gather", (0, 0))[1]
         value = loss()
-        found.append((float(value.detach()), traffic.counts.get("gather", (0, 0))[1] - before))
+        nbytes = traffic.counts.get("gather", (0, 0))[1] - before
+        (gradient,) = torch.autograd.grad(value, z)
+        found.append((float(value.detach()), nbytes, gradient.double() / world.size))
     return found
 
 
@@ -242,14 +244,19 @@ def test_half_precision_is_gathered_as_it_is(ranks: Ranks, view_shards: int) -> 
     wide = ranks.run(what_is_sent, 4, torch.float32, view_shards)
     rows = 2 * 24 * 32
     weights = 2 * 2 * 24  # of InfoNCE
-    for half in ranks.run(what_is_sent, 4, torch.bfloat16, view_shards):
-        for (value, _), (same, _), (one, _) in zip(half, wide[0], alone, strict=True):
+    for rank, half in enumerate(ranks.run(what_is_sent, 4, torch.bfloat16, view_shards)):
+        n, place = 24 * view_shards // 4, rank // view_shards
+        for (value, _, grad), (same, _, _), (one, _, whole) in zip(
+            half, wide[0], alone, strict=True
+        ):
             assert value == pytest.approx(same, rel=1e-6)
             assert value == pytest.approx(one, rel=1e-5)
-        assert [nbytes for _, nbytes in half] == [
+            held = whole[rank % view_shards :: view_shards, place * n : (place + 1) * n]
+            assert relative(grad, held) < 2**-8  # one rounding to bf16
+        assert [nbytes for _, nbytes, _ in half] == [
             2 * rows + 4 * weights, 2 * rows + 8 * weights, 2 * 2 * rows, 2 * rows, 2 * rows,
         ]  # fmt: skip
-    assert [nbytes for _, nbytes in wide[0]] == [
+    assert [nbytes for _, nbytes, _ in wide[0]] == [
         4 * rows + 4 * weights, 4 * rows + 8 * weights, 2 * 4 * rows, 4 * rows, 4 * rows,
     ]  # fmt: skip
 

@@ -72,17 +72,30 @@ def test_a_mirrored_gram_matrix_is_the_whole_one(rows: int) -> None:
 
 
 @pytest.mark.parametrize("views", [2, 3])
-@pytest.mark.parametrize("block", [1, 50])
-def test_many_blocks_are_one(views: int, block: int) -> None:
+@pytest.mark.parametrize(("block", "kept"), [(1, 0), (50, 0), (50, 2), (50, 100)])
+def test_many_blocks_are_one(views: int, block: int, kept: int) -> None:
     z, r = some(views, 13, 6), some(views, 13, 5, seed=1)
     values, gradients = values_and_gradients(z, r)
-    with patch.multiple(pairs, BLOCK=block, CACHED=40):
+    with patch.multiple(pairs, BLOCK=block, CACHED=40, KEPT=kept):
         blocked = values_and_gradients(z, r)
     assert blocked[0] == pytest.approx(values, rel=1e-12)
     for ours, whole in zip(blocked[1], gradients, strict=True):
         assert all(
             relative(a, b) < 1e-11 for a, b in zip(ours, whole, strict=True) if b is not None
         )
+
+
+@pytest.mark.parametrize(("kept", "expected"), [(0, 60), (3, 57), (100, 40)])
+def test_kept_blocks_are_not_computed_again(kept: int, expected: int) -> None:
+    """Products of two views of ten images with all, a row at a time, and their gradient's."""
+    z = some(2, 10, 6).requires_grad_()
+    with Operators() as seen, patch.multiple(pairs, BLOCK=20, KEPT=kept):
+        info_nce(z, 0.2).backward()
+    assert seen.names["aten::mm"] == expected
+    r = some(2, 10, 6, seed=1).requires_grad_()
+    with Operators() as seen, patch.multiple(pairs, BLOCK=20, KEPT=kept):
+        mutual_information(r, z).backward()
+    assert seen.names["aten::mm"] == 2 * expected
 
 
 def blocked_over_processes(world: World, view_shards: int, route: str) -> Any:

@@ -70,27 +70,40 @@ def spread(values: list[float], digits: int = 1) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+ENOUGH = 6  # values below which no two of them hold the median in 95 % of cases
+
+
 def verdict(ours: list[float], theirs: list[float]) -> str:
     """How many times longer the other takes in the same round: the median, and where it may lie.
 
     Rounds are compared one by one, since what slows this machine down slows both. No verdict where
-    the interval holds 1.
+    the interval holds 1, nor below six rounds.
     """
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     low, high = interval(ratios)
-    undecided = ": undecided" if low <= 1 <= high else ""
+    undecided = ": undecided" if low <= 1 <= high or len(ratios) < ENOUGH else ""
     return f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f}{undecided})"
 
 
-def interval(values: list[float], error: float = 0.05) -> tuple[float, float]:
-    """Where the median is in 95 % of cases: between two order statistics, whatever the
-    distribution; all of the range below six values."""
+def interval(values: list[float]) -> tuple[float, float]:
+    """Where the median is in 95 % of cases, if values are independent: between two of them.
+
+    Whatever their distribution. All of the range below six values, which is less sure.
+    """
     count, left_out = len(values), 0
-    tail = 0.5**count  # so often the median is outside of the values that are left
-    while 2 * (tail := tail + math.comb(count, left_out + 1) * 0.5**count) <= error:
+    outside = 1  # of 2^count equally likely ways to lie about the median, those beyond one end
+    while 40 * (outside := outside + math.comb(count, left_out + 1)) <= 2**count:
         left_out += 1
     ordered = sorted(values)
     return ordered[left_out], ordered[-1 - left_out]
+
+
+def where(values: list[float], digits: int) -> str:
+    """The interval in words."""
+    if len(values) < ENOUGH:
+        return f"too few for an interval ({ENOUGH} would do)"
+    low, high = interval(values)
+    return f"with 95 % between {low:.{digits}f} and {high:.{digits}f}"
 
 
 def table(

@@ -6,7 +6,7 @@ With one process `model.compile`, memory format and how views are stacked; on a 
 with CUDA graphs (torch's `reduce-overhead`). With several (gloo on a CPU, a GPU each with NCCL)
 what DDP can be told: a static graph, buckets that gradients are copied into, gradients in bf16.
 The embedded default unless a config is given. Compilation itself is not timed. The time is the
-processor's with one process on a CPU, otherwise the wall clock's.
+processor's with one process on a CPU, the wall clock's with several, and the device's on a GPU.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from ddp_ssl.signals import StopRequest
 from ddp_ssl.watchdog import Watchdog
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compare import device_line, interval, spread
+from compare import device_line, spread, where
 
 
 class Turns:
@@ -46,7 +46,9 @@ class Turns:
         self.optimizer = optim.build(
             job.config.optim, engine.parameter_groups(self.learner, job.config)
         )
-        self.turn = segment if self.device.type == "cuda" else 1
+        # An epoch's last step is not counted, since what follows it is not a step's.
+        most = max(1, job.loader.steps_per_epoch - 1)
+        self.turn = min(segment, most) if self.device.type == "cuda" else 1
         self.run: list[float] = []
         self.bare: list[float] = []
         self._step, self._taken, self._began = 0, 0, 0.0
@@ -57,7 +59,7 @@ class Turns:
 
     def __next__(self) -> Batch:
         if self._step % self.loader.steps_per_epoch == 0:
-            self._taken = 0  # what lies between epochs is not a step's
+            self._taken = 0
         elif self._taken == self.turn:
             took = self._clock() - self._began
             self._now.append((1e3 * took / self.turn, 1e3 * self._bare_steps()))
@@ -118,23 +120,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         turns = measure(
             [
-                *(arguments or ["method.alpha_every=1000000"]),  # its threads would be counted
+                # Alpha's threads would be counted. The embedded default has 11 steps an epoch.
+                *(arguments or ["method.alpha_every=1000000", "log.every_steps=7"]),
                 f"run.dir={folder}/run", "eval.every=0", "measure.every=0",
                 "eval.knn=false", "eval.raw_pixels=false", "run.threads=1",
                 f"optim.epochs={options.epochs}",
             ],
             options.segment,
         )  # fmt: skip
+    if not turns.run:
+        sys.exit(f"step: error: {options.epochs} epochs are less than a segment")
     unit = "ms" if turns.device.type == "cuda" else "CPU-ms"
     print(f"\n{device_line(turns.device)}; {len(turns.run)} segments of {options.segment} steps")
     print(f"a step of the run: {spread(turns.run, 2)} {unit}")
     print(f"a bare step:       {spread(turns.bare, 2)} {unit}")
     shares = [100 * (a / b - 1) for a, b in zip(turns.run, turns.bare, strict=True)]
-    low, high = interval(shares)
-    print(
-        f"the trainer adds {statistics.median(shares):.2f} % (with 95 % between {low:.2f} and "
-        f"{high:.2f}; by segment {min(shares):.1f} to {max(shares):.1f})"
-    )
+    print(f"the trainer adds {spread(shares, 2)} %; {where(shares, 2)}")
 
 
 if __name__ == "__main__":
