@@ -1,7 +1,7 @@
 # make demo   install into .venv, train AdaDim on handwritten digits with two processes, print the result
 # make test   the test suite                 make check   format, lint, types, tests: what CI runs
 # make test-faults  a real Slurm, killed and hung ranks, full disks: the tests that take long
-# make bench  every benchmark, into runs/bench.md (20 minutes)
+# make bench  every benchmark, into runs/bench.md (25 minutes)
 # make golden rewrite tests/golden (a diff there needs a line in CHANGELOG.md)
 
 PYTHON ?= python3
