@@ -84,12 +84,17 @@ def contestants(world: World, arguments: list[str]) -> dict[str, Step]:
     if world.size == 1:
         found = {
             PLAIN: some(arguments),
-            "model.compile=true": some([*arguments, "model.compile=true"]),
             "model.channels_last=true": some([*arguments, "model.channels_last=true"]),
             "model.views_forward=stacked": some([*arguments, "model.views_forward=stacked"]),
         }
+        modes = {"model.compile=true": "default"}
         if world.device.type == "cuda":
-            found["compiled, CUDA graphs"] = some(arguments, "reduce-overhead")
+            modes["compiled, CUDA graphs"] = "reduce-overhead"
+        for name, mode in modes.items():
+            try:
+                found[name] = some(arguments, mode)
+            except RuntimeError as error:  # on a CPU it needs a C++ compiler
+                print(f"{name}: left out, {str(error).splitlines()[0]}", file=sys.stderr)
         return found
     return {
         PLAIN: some(arguments),
