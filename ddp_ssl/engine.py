@@ -464,7 +464,7 @@ def build(resolved: Resolved, world: World, watch: Watchdog, claimed: list[Path]
     recorder.hosts = {rank: text.partition(" ")[0] for rank, text in enumerate(ranks)}
     describe(job, threads, ranks)
     for seed_all in (torch.manual_seed, random.seed, np.random.seed):
-        seed_all(hashed(config.run.seed, "rank", world.rank, bits=32) >> 1)
+        seed_all(derive(config.run.seed, "rank", world.rank))
     if state:
         together(world, lambda: restore(job, state, cast(Path, path)))
     else:
@@ -693,7 +693,7 @@ def context_of(job: Job) -> Context:
     seed, epoch, comm = job.config.run.seed, job.epoch, job.method.comm
 
     def batches(count: int, purpose: str) -> Iterator[Batch]:
-        own = hashed(seed, purpose, epoch, bits=32) >> 1
+        own = derive(seed, purpose, epoch)
         loader = train_loader(
             job.config, comm, job.data, job.world.device, [0], job.recorder.bad, own
         )
@@ -890,6 +890,11 @@ def gradient_norm(parameters: list[nn.Parameter], bound: float | None) -> Tensor
     if bound is not None:
         return torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
     return torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters], foreach=True)
+
+
+def derive(seed: int, *names: object) -> int:
+    """A seed of its own, of 31 bits, for each purpose."""
+    return hashed(seed, *names, bits=32) >> 1
 
 
 def require_bf16() -> None:

@@ -33,7 +33,7 @@ def gather_rows(x: Tensor, wide: Tensor, comm: Comm) -> Tensor:
 
     Where `x` is narrower (autocast's half precision) it is `x` that is sent: half the bytes.
     """
-    if comm.world_size == 1 or x.dtype == wide.dtype:
+    if _better_sent(wide, x, comm):
         return comm.gather(wide.detach())
     return comm.gather(x.detach()).to(wide.dtype)
 
@@ -44,10 +44,15 @@ def gather_unit_rows(x: Tensor, unit: Tensor, comm: Comm) -> Tensor:
     Where `x` is narrower than `unit` (autocast's half precision) it is `x` that is sent, and its
     rows are scaled by the receivers: the same numbers (to rounding), half the bytes.
     """
-    if comm.world_size == 1 or x.element_size() >= unit.element_size():
+    if _better_sent(unit, x, comm):
         return comm.gather(unit.detach())
     everyone = comm.gather(x.detach())
     return unit_rows(everyone if unit.dtype == torch.float32 else everyone.to(unit.dtype))
+
+
+def _better_sent(made: Tensor, x: Tensor, comm: Comm) -> bool:
+    """Whether to gather what was made of `x`, not `x`: nobody has to make it again."""
+    return comm.world_size == 1 or x.element_size() >= made.element_size()
 
 
 def check_directions(loss: str, **rows: Tensor) -> None:

@@ -22,15 +22,13 @@ from typing import Any
 
 import torch
 
-from ddp_ssl import engine, log
-from ddp_ssl.config import load
+from ddp_ssl import engine
 from ddp_ssl.data.batch import Batch
-from ddp_ssl.signals import StopRequest
-from ddp_ssl.watchdog import Watchdog
 
 sys.path.insert(0, str(Path(__file__).parent))
 from compare import device_line, spread, where
 from data import write_pictures
+from shared import trained
 
 
 class Alternating:
@@ -40,6 +38,8 @@ class Alternating:
         self.loader, self.segment = job.loader, segment
         self.device, self.images = job.world.device, job.config.data.batch_size
         self.ahead = job.config.data.prefetch + 1
+        if segment <= self.ahead:
+            sys.exit(f"input: error: --segment {segment}: more than {self.ahead} is needed")
         self.cached = [next(job.loader) for _ in range(2)]
         self.rates: dict[str, list[float]] = {"files": [], "cached": []}
         self.alone = 0.0
@@ -77,20 +77,9 @@ class Alternating:
 
 def measure(arguments: list[str], segment: int) -> Alternating:
     """The run, to its end."""
-    resolved = load(arguments)
-    world = engine.join(resolved.config)
-    log.setup_logging(None, world.rank)
-    watch = Watchdog(world, resolved.config.run)
-    job = engine.build(resolved, world, watch, [])
-    turns = Alternating(job, segment)
-    job.loader = turns  # type: ignore[assignment]
-    try:
-        engine.train(job, StopRequest())
+    with trained(arguments, lambda job: Alternating(job, segment)) as turns:
         turns.time_alone()
-    finally:
-        job.recorder.close()
-        watch.close()
-    return turns
+        return turns
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import socket
 import sys
 import time
@@ -28,15 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 from compare import device_line, in_turn, spread, verdict
+from shared import join, learner_of, random_batch
 
 from ddp_ssl import distributed, engine
 from ddp_ssl.config import load
-from ddp_ssl.data.augment import views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import World
-from ddp_ssl.evals.probe import Learner
 
-CLASSES, ALPHA = 10, 0.5
 PLAIN = "as it is"
 Step = Callable[[], object]
 
@@ -44,11 +41,8 @@ Step = Callable[[], object]
 def step_of(world: World, arguments: Sequence[str], how: str = "", **ddp: bool) -> Step:
     """Forward, loss and backward on random images, on all processes; warmed up."""
     config = load([*arguments, f"run.device={world.device.type}"]).config
-    torch.manual_seed(0)  # the same weights everywhere
     comm = distributed.comm_of(world, config.data.view_shards)
-    learner = Learner(engine.make_method(config, comm), CLASSES, some_unlabelled=False)
-    if hasattr(learner.method, "alpha"):
-        learner.method.alpha = ALPHA
+    learner = learner_of(config, comm)
     if how:
         learner.method.backbone.compile(mode=how)
 
@@ -58,15 +52,10 @@ def step_of(world: World, arguments: Sequence[str], how: str = "", **ddp: bool) 
 
     with patch.object(distributed, "DistributedDataParallel", told):
         module: nn.Module = engine.on_device(learner, config, world)
-    torch.manual_seed(1 + world.rank)
-    n = config.data.batch_size // comm.data_shards
+    made = random_batch(config, comm)
     shape = torch.channels_last if config.model.channels_last else torch.contiguous_format
-    views = [
-        torch.rand(n, 3, view.size, view.size, device=world.device).to(memory_format=shape)
-        for view in views_of(config.data.views)[comm.views]
-    ]
-    ids = torch.arange(n, device=world.device)
-    batch = Batch(views, ids, ids % CLASSES)
+    views = [view.to(world.device, memory_format=shape) for view in made.views]
+    batch = Batch(views, made.ids.to(world.device), made.labels.to(world.device))
 
     def step() -> None:
         total, _ = module(batch)
@@ -123,12 +112,7 @@ def measure(world: World, arguments: list[str], repeats: int) -> None:
 
 def one(rank: int, size: int, port: int, arguments: list[str], repeats: int) -> None:
     """A process of several."""
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    world = distributed.start("cuda" if torch.cuda.is_available() else "cpu", 120)
+    world = join(rank, size, port, "cuda" if torch.cuda.is_available() else "cpu", 120)
     measure(world, arguments, repeats)
     world.barrier()
     distributed.stop()

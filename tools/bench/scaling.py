@@ -40,11 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ddp_ssl import distributed, engine
 from ddp_ssl.config import load
-from ddp_ssl.data.augment import views_of
-from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import LateFlag, World, traffic
-from ddp_ssl.evals.probe import Learner
 from ddp_ssl.methods.base import Progress
+from tools.bench.shared import ALPHA, CLASSES, join, learner_of, random_batch
 from tools.scaling_model import SUMS, Cluster, elapsed, record
 
 
@@ -55,7 +53,6 @@ def _count(buckets, bucket):  # type: ignore[no-untyped-def]  # DDP reads annota
 
 
 Counts = dict[str, tuple[int, int]]
-CLASSES, ALPHA = 10, 0.5
 CASES: dict[str, list[str]] = {
     "adadim, gather": ["method.name=adadim", "method.route=gather"],
     "adadim, moments": ["method.name=adadim", "method.route=moments"],
@@ -72,23 +69,15 @@ class Steps:
 
     def __init__(self, world: World, arguments: Sequence[str]) -> None:
         config = load([*arguments, "run.device=cpu"]).config
-        torch.manual_seed(0)  # the same weights everywhere
         comm = distributed.comm_of(world, config.data.view_shards)
-        self.learner = Learner(engine.make_method(config, comm), CLASSES, some_unlabelled=False)
-        if hasattr(self.learner.method, "alpha"):
-            self.learner.method.alpha = ALPHA
+        self.learner = learner_of(config, comm)
         self.module: nn.Module = engine.on_device(self.learner, config, world)
         self.buckets: list[int] = []
         self.compressed = config.optim.gradient_compression is not None
         if isinstance(self.module, DistributedDataParallel) and not self.compressed:
             self.module.register_comm_hook(self.buckets, _count)
         self.flag = LateFlag(world)
-        torch.manual_seed(1 + world.rank)  # and images of its own
-        n = config.data.batch_size // comm.data_shards
-        held = views_of(config.data.views)[comm.views]
-        views = [torch.rand(n, 3, view.size, view.size) for view in held]
-        ids = torch.arange(n)
-        self.batch = Batch(views, ids, ids % CLASSES)
+        self.batch = random_batch(config, comm)
         self.step()  # DDP fixes its buckets here
 
     def step(self) -> None:
@@ -146,12 +135,7 @@ def modelled(ranks: int, arguments: Sequence[str]) -> Counts:
 
 
 def _rank_main(rank: int, size: int, port: int, cases: dict[str, list[str]], out: Any) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    world = distributed.start("cpu", 60)
+    world = join(rank, size, port, "cpu", 60)
     found = {name: counted(world, arguments) for name, arguments in cases.items()}
     if rank == 0:
         out.put(found)

@@ -24,14 +24,12 @@ from typing import Any
 
 import torch
 
-from ddp_ssl import engine, log, optim
-from ddp_ssl.config import load
+from ddp_ssl import engine, optim
 from ddp_ssl.data.batch import Batch
-from ddp_ssl.signals import StopRequest
-from ddp_ssl.watchdog import Watchdog
 
 sys.path.insert(0, str(Path(__file__).parent))
 from compare import device_line, spread, where
+from shared import trained
 
 
 class Turns:
@@ -95,19 +93,8 @@ class Turns:
 
 def measure(arguments: list[str], segment: int) -> Turns:
     """The run, to its end."""
-    resolved = load(arguments)
-    world = engine.join(resolved.config)
-    log.setup_logging(None, world.rank)
-    watch = Watchdog(world, resolved.config.run)
-    job = engine.build(resolved, world, watch, [])
-    turns = Turns(job, segment, cached=4)
-    job.loader = turns  # type: ignore[assignment]
-    try:
-        engine.train(job, StopRequest())
-    finally:
-        job.recorder.close()
-        watch.close()
-    return turns
+    with trained(arguments, lambda job: Turns(job, segment, cached=4)) as turns:
+        return turns
 
 
 def main() -> None:
