@@ -256,16 +256,22 @@ def _write(path: Path, state: Mapping[str, Any]) -> tuple[int, str]:
             raise (hashing.error or error) from None
         file.flush()
         os.fsync(file.fileno())
-    try:
-        # Reads the structure and not the tensors: who cannot resume should learn it at the first
-        # checkpoint and not after a week.
+    # Reads the structure and not the tensors: who cannot resume should learn it at the first
+    # checkpoint and not after a week.
+    with _loadable():
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return hashing.bytes, hashing.sha256.hexdigest()
+
+
+@contextlib.contextmanager
+def _loadable() -> Iterator[None]:
+    try:
+        yield
     except pickle.UnpicklingError as error:
         raise TypeError(
             f"the state to save cannot be loaded safely: {_reason(error)}; accepted are tensors, "
             "numbers, strings, and lists, tuples and dicts of them"
         ) from None
-    return hashing.bytes, hashing.sha256.hexdigest()
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -308,6 +314,24 @@ def _removing(*unfinished: Path) -> Iterator[None]:
 def _sync(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def pack(state: Mapping[str, Any]) -> bytes:
+    """A small state as bytes, so that hundreds of them cost a checkpoint next to nothing.
+
+    Raises `TypeError` as `save` does.
+    """
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    with _loadable():
+        unpack(buffer.getbuffer())
+    return buffer.getvalue()
+
+
+def unpack(packed: bytes | memoryview) -> dict[str, Any]:
+    """What `pack` packed; executes nothing."""
+    state: dict[str, Any] = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
+    return state
 
 
 # --- finding and loading ---------------------------------------------------------------------

@@ -345,8 +345,11 @@ class Measure(Section):
 class Checkpoint(Section):
     """What is kept of the run."""
 
+    every: int = Field(1, ge=1)
+    """Epochs between checkpoints; after the last, the best, and those of `keep_every` there is
+    always one."""
     every_steps: int = Field(0, ge=0)
-    """Steps between checkpoints within an epoch; 0: none. One is saved after every epoch."""
+    """Steps between checkpoints within an epoch; 0: none."""
     keep: int = Field(2, ge=2)
     """Newest checkpoints kept."""
     keep_every: int = Field(0, ge=0)

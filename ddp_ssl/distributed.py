@@ -158,6 +158,13 @@ class World:
         _meet("host", dist.broadcast_object_list, box, src=0, group=self.side)
         return box[0]
 
+    def any(self, flag: bool) -> bool:
+        """Whether any process has it raised, on the host."""
+        raised = torch.tensor([float(flag)])
+        if self.size > 1:
+            _meet("host", dist.all_reduce, raised, dist.ReduceOp.MAX, group=self.side)
+        return bool(raised.item())
+
     def barrier(self) -> None:
         """Wait for every process, on the host."""
         if self.size > 1:

@@ -18,6 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ddp_ssl import checkpoint, distributed, folder, log, optim
-from ddp_ssl.checkpoint import CheckpointError, SaveError
+from ddp_ssl.checkpoint import SaveError
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError, Resolved, load_method
 from ddp_ssl.data import datasets
@@ -44,12 +45,15 @@ from ddp_ssl.models import export, loading_snippet
 from ddp_ssl.picture import view_grid
 from ddp_ssl.profile import Profiler
 from ddp_ssl.recorder import BadDataError, NonFiniteError, Recorder, ViewGroupError
+from ddp_ssl.saver import Saver
 from ddp_ssl.signals import StopRequest
+from ddp_ssl.threads import beside
 from ddp_ssl.watchdog import Watchdog
 
 logger = logging.getLogger("ddp_ssl")
 T = TypeVar("T")
 
+AHEAD = 20  # steps before the end of an epoch from which on a method's own batches are read
 LONG_S = 30.0  # a validation worth a checkpoint before it
 SAVE_AGAIN_S = 5.0  # between attempts of a save that cannot wait for a later step
 
@@ -59,12 +63,14 @@ class BuildError(ConfigError):
 
 
 @dataclasses.dataclass
-class Unsaved:
-    """Saves that failed in a row, and what the next one makes up for."""
+class Save:
+    """A checkpoint that is being written; or could not be, and what the next one makes up for."""
 
+    step: int = 0
+    epoch: int = 0
     failures: int = 0
     permanent: bool = False
-    best: float | None = None
+    best: bool = False
 
 
 @dataclasses.dataclass
@@ -89,7 +95,10 @@ class Job:
     latest: dict[str, float] = dataclasses.field(default_factory=dict)
     first: dict[str, float] = dataclasses.field(default_factory=dict)
     code: dict[str, str] = dataclasses.field(default_factory=dict)
-    unsaved: Unsaved | None = None
+    ahead: Future[Sample] | None = None
+    saver: Saver = dataclasses.field(default_factory=Saver)
+    saving: Save | None = None
+    unsaved: Save | None = None
 
     @property
     def method(self) -> Method[Any]:
@@ -129,7 +138,7 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
                 reason = stop.reason or "request of another rank"
                 logger.info("stopped on %s at step %d; run.resume=auto goes on", reason, job.step)
         finally:
-            job.recorder.close()
+            close(job)
         ended(state, step=job.step, epoch=job.epoch)
     except ConfigError as error:  # raised by all ranks together
         ended("failed", error=str(error), retry=isinstance(error, BuildError))
@@ -151,6 +160,15 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
     watch.close()
     distributed.stop()
     return code
+
+
+def close(job: Job) -> None:
+    """Wait for what is done beside training, and close the files."""
+    with job.watch.during("saving a checkpoint"):
+        job.saver.close()
+    if job.ahead is not None:
+        wait([job.ahead])
+    job.recorder.close()
 
 
 def explain(error: BaseException, world: World, watch: Watchdog, claimed: list[Path]) -> None:
@@ -253,15 +271,16 @@ def train(job: Job, stop: StopRequest) -> log.State:
             optimizer.zero_grad(set_to_none=True)
             method.after_step(progress)
             job.step += 1
+            look_ahead(job)
 
             recorder.add(job.step, figures | {"optim/lr": rate, "optim/grad_norm": norm})
             logging_step = recorder.logs(job.step)
             if logging_step:
                 recorder.flush(job.learner.timed)
+                settle(job, block=False)
             profiler.step(job.step)
             asked = stop.look_for(stop_file) if world.is_main else stop.reason is not None
             stopping = late.exchange(asked or job.loader.failing is not None)
-            every = config.checkpoint.every_steps
             last = job.step == (job.epoch + 1) * steps_per_epoch
             if last:  # what follows takes long
                 stopping = late.settle()
@@ -271,28 +290,32 @@ def train(job: Job, stop: StopRequest) -> log.State:
                 late.settle()
                 stop_if_bad(world, job.loader.failing)
                 return "preempted"
-            due = every and job.step % every == 0 and not last
+            due = is_due(config.checkpoint.every_steps, job.step) and not last
             if due or (job.unsaved is not None and logging_step):
                 save(job)
         if long_validation(job):
             save(job)
         best = end_of_epoch(job)
         job.epoch += 1
-        keep_every = config.checkpoint.keep_every
-        permanent = bool(keep_every and job.epoch % keep_every == 0)
-        save(job, permanent, best, insist=job.epoch == epochs)
-        recorder.share_bad()
+        done, permanent = job.epoch == epochs, is_due(config.checkpoint.keep_every, job.epoch)
+        if done or permanent or best is not None or is_due(config.checkpoint.every, job.epoch):
+            save(job, permanent, best, insist=done)
     profiler.close()
+    recorder.share_bad()  # of the last validation; others come up at the next logging step
     late.settle()
     return "done"
 
 
+def is_due(every: int, count: int) -> bool:
+    """Whether it is the turn of what is done every so many; 0: never."""
+    return bool(every and count % every == 0)
+
+
 def stop_if_bad(world: World, reason: str | None) -> None:
     """`BadDataError` on all processes together if one of them has a reason."""
-    reasons = world.gather_objects(reason) or []
-    first = world.broadcast_object(next((r for r in reasons if r is not None), None))
-    if first is not None:
-        raise BadDataError(first)
+    if world.any(reason is not None):
+        reasons = world.gather_objects(reason) or []
+        raise BadDataError(world.broadcast_object(next((r for r in reasons if r), None)))
 
 
 def end_of_epoch(job: Job) -> float | None:
@@ -305,19 +328,18 @@ def end_of_epoch(job: Job) -> float | None:
     last = done == config.optim.epochs
     figures = evaluate(
         job,
-        last or bool(config.eval.every and done % config.eval.every == 0),
-        last or bool(config.measure.every and done % config.measure.every == 0),
+        last or is_due(config.eval.every, done),
+        last or is_due(config.measure.every, done),
     )
+    job.recorder.restart_clock()
     return best_score(job, figures)
 
 
 def long_validation(job: Job) -> bool:
     """Whether a validation is due that took long the last time: a checkpoint comes first."""
     seconds = job.latest.get("perf/validation_s", 0.0)
-    due = any(
-        every and (job.epoch + 1) % every == 0
-        for every in (job.config.eval.every, job.config.measure.every)
-    )
+    done, config = job.epoch + 1, job.config
+    due = is_due(config.eval.every, done) or is_due(config.measure.every, done)
     return due and bool(job.world.broadcast_object(seconds > LONG_S))
 
 
@@ -688,24 +710,76 @@ def remove_old_stop(place: Path) -> None:
             stop.unlink()
 
 
+class Sample:
+    """Random global batches of view 0, for what a method measures, from a pipeline of its own."""
+
+    def __init__(self, job: Job, purpose: str) -> None:
+        config, device, bad = job.config, job.world.device, job.recorder.bad
+        seed = derive(config.run.seed, purpose, job.epoch)
+        self.loader = train_loader(config, job.method.comm, job.data, device, [0], bad, seed)
+        self.purpose = purpose
+        self.problem: str | None = None
+        self._read: list[Batch] = []
+
+    def read_ahead(self) -> Sample:
+        """Have the first batch ready."""
+        self._read = [self.next()]
+        return self
+
+    def next(self) -> Batch:
+        """The next batch; black images once there is none, for the `problem`'s reason.
+
+        The other processes do not know of it yet and would wait for this one.
+        """
+        if self._read:
+            return self._read.pop()
+        try:
+            return next(self.loader)
+        except UnreadableError as error:
+            self.problem, size = str(error), self.loader.views[0].size
+        images = self.loader.order.local_batch
+        none = torch.zeros(images, dtype=torch.long, device=self.loader.device)
+        return Batch([none.new_zeros(images, 3, size, size, dtype=torch.float32)], none, none)
+
+
+def look_ahead(job: Job) -> None:
+    """Before the end of an epoch: begin to read what the method will measure after it."""
+    left = (job.epoch + 1) * job.loader.steps_per_epoch - job.step
+    if left > AHEAD or job.ahead is not None:
+        return
+    purpose = job.method.reads_after(job.epoch)
+    if purpose is not None:
+        sample = functools.partial(Sample, job, purpose)
+
+        def read() -> Sample:
+            if job.world.device.type == "cuda":
+                torch.cuda.set_device(job.world.device)  # each thread has its own
+            return sample().read_ahead()
+
+        job.ahead = beside(read)
+
+
+def sample_of(job: Job, purpose: str) -> Sample:
+    """The sample that was read ahead, or one from now on."""
+    ahead, job.ahead = job.ahead, None
+    if ahead is not None:
+        sample = ahead.result()
+        if sample.purpose == purpose:
+            return sample
+        sample.loader.close()
+    return Sample(job, purpose)
+
+
 def context_of(job: Job) -> Context:
     """What a method sees of the run between epochs."""
     seed, epoch, comm = job.config.run.seed, job.epoch, job.method.comm
 
     def batches(count: int, purpose: str) -> Iterator[Batch]:
-        own = derive(seed, purpose, epoch)
-        loader = train_loader(
-            job.config, comm, job.data, job.world.device, [0], job.recorder.bad, own
-        )
-        for _ in range(min(count, loader.steps_per_epoch)):
-            batch, problem = None, None
-            try:
-                batch = next(loader)
-            except UnreadableError as error:
-                problem = str(error)
-            stop_if_bad(job.world, problem)
-            yield cast(Batch, batch)
-        loader.close()
+        sample = sample_of(job, purpose)
+        for _ in range(min(count, sample.loader.steps_per_epoch)):
+            yield sample.next()
+        sample.loader.close()
+        stop_if_bad(job.world, sample.problem)
 
     def report(figures: dict[str, float]) -> None:
         job.latest.update(figures)
@@ -724,45 +798,63 @@ def save(
 ) -> None:
     """Save on all ranks together; `best` is the score of the best epoch so far, if this is it.
 
-    A save that fails warns, keeps the older checkpoints, and is made up for at the next logging
-    step; with `insist`, for which there is none, it is tried again at once. `SaveError` after
+    Rank 0 writes while training goes on; at a logging step, and before the next save, all ranks
+    learn how it ended. A save that failed warns, keeps the older checkpoints, and is made up for at
+    that step; with `insist` the run waits, and tries again at once. `SaveError` after
     `checkpoint.max_failures` in a row.
     """
     job.recorder.flush()  # raises before a non-finite state can be saved
-    owed = job.unsaved or Unsaved()
+    settle(job)
+    owed = job.unsaved or Save()
+    owed.step, owed.epoch = job.step, job.epoch
     owed.permanent = owed.permanent or permanent
-    owed.best = best if best is not None else owed.best
+    owed.best = owed.best or best is not None
+    job.best = job.best if best is None else best
     with job.watch.during("saving a checkpoint"):
-        ranks = job.world.gather_objects(rank_state(job))
-        problem: str | None = None
+        ranks = job.world.gather_objects(checkpoint.pack(rank_state(job)))
         if job.world.is_main:
-            try:
-                write_checkpoint(job, ranks or [], owed)
-            except CheckpointError as error:
-                problem = str(error)
-        problem = job.world.broadcast_object(problem)
+            job.saver.start(whole_state(job, ranks or []), writer_of(job, owed))
+    job.saving = owed
+    if insist:
+        settle(job)
+        if job.unsaved is not None:
+            time.sleep(SAVE_AGAIN_S)
+            save(job, insist=True)
+    job.recorder.restart_clock()
+
+
+def settle(job: Job, block: bool = True) -> None:
+    """How the checkpoint that is being written ended, on all ranks together.
+
+    Without `block` it may still be under way. Raises `SaveError` as `save` does.
+    """
+    if job.saving is None:
+        return
+    with job.watch.during("saving a checkpoint"):
+        outcome = job.saver.outcome(block) if job.world.is_main else None
+        problem: str | None = job.world.broadcast_object(outcome)
     if problem is None:
-        job.best = job.best if owed.best is None else owed.best
+        return
+    owed, job.saving = job.saving, None
+    if not problem:
         job.unsaved = None
-        job.recorder.restart_clock()
+        if job.world.is_main:
+            record_status([job.folder], "running", step=owed.step, epoch=owed.epoch)
         return
     owed.failures += 1
     job.unsaved = owed
     bound = job.config.checkpoint.max_failures
     if owed.failures >= bound:
         raise SaveError(
-            f"checkpoint.max_failures: {bound} saves in a row failed, the last at step {job.step}: "
-            f"{problem}; the checkpoints there are can be continued with run.resume=auto"
+            f"checkpoint.max_failures: {bound} saves in a row failed, the last at step "
+            f"{owed.step}: {problem}; the checkpoints there are can be continued with "
+            "run.resume=auto"
         )
     if job.world.is_main:
         logger.warning(
             "checkpoint at step %d not saved (%d of %d failures that end the run), going on: %s",
-            job.step, owed.failures, bound, problem,
+            owed.step, owed.failures, bound, problem,
         )  # fmt: skip
-    if insist:
-        time.sleep(SAVE_AGAIN_S)
-        save(job, insist=True)
-    job.recorder.restart_clock()
 
 
 def rank_state(job: Job) -> dict[str, Any]:
@@ -778,38 +870,47 @@ def rank_state(job: Job) -> dict[str, Any]:
     return state
 
 
-def write_checkpoint(job: Job, ranks: list[Any], owed: Unsaved) -> None:
-    """The file, on rank 0, and what follows from it; raises `CheckpointError`."""
-    identity = folder.whole_identity(job.config, job.data)
-    state = {
+def whole_state(job: Job, ranks: list[bytes]) -> dict[str, Any]:
+    """All that a checkpoint holds, on rank 0."""
+    return {
         "model": job.learner.state_dict(),
         "optimizer": optim.state_by_name(job.optimizer),
         "scaler": job.scaler.state_dict(),
         "step": job.step,
         "epoch": job.epoch,
-        "best": job.best if owed.best is None else owed.best,
+        "best": job.best,
         "first": job.first,
         "latest": job.latest,
         "metrics_offset": job.recorder.offset(),
         "of_steps": sorted(job.recorder.of_steps),
         "bad_images": job.recorder.bad_images(),
-        "identity": identity,
+        "identity": folder.whole_identity(job.config, job.data),
         "code": job.code,
-        "ranks": ranks,
+        "ranks": [torch.frombuffer(bytearray(own), dtype=torch.uint8) for own in ranks],
     }
-    path = checkpoint.save(
-        job.folder,
-        state,
-        step=job.step,
-        epoch=job.epoch,
-        identity=identity,
-        world_size=job.world.size,
-        keep=job.config.checkpoint.keep,
-        permanent=owed.permanent,
-    )
-    if owed.best is not None:
-        checkpoint.save_best(job.folder, path)
-    record_status([job.folder], "running", step=job.step, epoch=job.epoch)
+
+
+def writer_of(job: Job, owed: Save) -> Callable[[dict[str, Any]], None]:
+    """What writes the file, and what follows from it, in the saver's thread."""
+    place, kept, world_size = job.folder, job.config.checkpoint.keep, job.world.size
+    permanent, best, sync = owed.permanent, owed.best, job.recorder.sync
+
+    def write(state: dict[str, Any]) -> None:
+        sync()  # a checkpoint must not count rows that may be lost
+        path = checkpoint.save(
+            place,
+            state,
+            step=state["step"],
+            epoch=state["epoch"],
+            identity=state["identity"],
+            world_size=world_size,
+            keep=kept,
+            permanent=permanent,
+        )
+        if best:
+            checkpoint.save_best(place, path)
+
+    return write
 
 
 def load(

@@ -166,6 +166,9 @@ def _same(a: Path, b: Path) -> bool:
     return a.resolve() == b.resolve()
 
 
-def per_rank(states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+def per_rank(states: list[Any], rank: int) -> dict[str, Any]:
     """The state that rank saved; with more ranks than then, rank 0's, to compare with."""
-    return states[rank] if rank < len(states) else states[0]
+    mine = states[rank] if rank < len(states) else states[0]
+    if isinstance(mine, dict):  # of a version that did not pack them
+        return mine
+    return checkpoint.unpack(mine.numpy().tobytes())

@@ -109,13 +109,16 @@ class MetricsWriter:
         self._send("flush")
 
     def offset(self) -> int:
-        """Bytes of `metrics.jsonl` with all rows so far, on disk when this returns."""
+        """Bytes of `metrics.jsonl` with all rows so far; those in memory count too."""
         self.flush()
+        return self._file.tell() + len(self._pending)
+
+    def sync(self) -> None:
+        """Wait until the rows written so far are on disk; from any thread."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
             self._warn(error)
-        return self._file.tell() + len(self._pending)
 
     def close(self) -> None:
         """Write what is left and close the files."""

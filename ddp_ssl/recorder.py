@@ -300,8 +300,13 @@ class Recorder:
             self.writer.histogram(f"rep/spectrum_{space}", powers, step)
 
     def offset(self) -> int:
-        """Bytes of `metrics.jsonl` so far, safely on disk."""
+        """Bytes of `metrics.jsonl` so far."""
         return self.writer.offset() if self.writer is not None else 0
+
+    def sync(self) -> None:
+        """Wait until `metrics.jsonl` is on disk; from any thread."""
+        if self.writer is not None:
+            self.writer.sync()
 
     def restart_clock(self) -> None:
         """Do not count what happened since the last flush as training."""

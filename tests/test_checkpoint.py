@@ -422,3 +422,21 @@ def test_a_setting_that_did_not_exist_was_off(tmp_path: Path) -> None:
     for other in ({"optim.new": "bf16"}, {"optim.grad_clip": "null"}):
         with pytest.raises(ConfigError, match="is another experiment"):
             folder.check_identity({**saved, **other}, saved, tmp_path)
+
+
+def test_packed_states(tmp_path: Path) -> None:
+    """What every process adds: bytes that only that process reads again."""
+    state = {"rng": torch.get_rng_state(), "python": random.getstate(), "blob": b"\0\1"}
+    again = checkpoint.unpack(checkpoint.pack(state))
+    assert torch.equal(again.pop("rng"), state.pop("rng"))  # type: ignore[arg-type]
+    assert again == state
+    with pytest.raises(TypeError, match="cannot be loaded safely"):
+        checkpoint.pack({"rng": np.random.default_rng(0)})
+
+
+def test_states_that_an_earlier_version_did_not_pack() -> None:
+    packed = [
+        torch.frombuffer(bytearray(checkpoint.pack({"n": n})), dtype=torch.uint8) for n in (0, 1)
+    ]
+    for states in (packed, [{"n": 0}, {"n": 1}]):
+        assert [folder.per_rank(states, rank)["n"] for rank in (0, 1, 2)] == [0, 1, 0]

@@ -27,6 +27,7 @@ from ddp_ssl.signals import Keyboard, StopRequest
 from tests.helpers import config_of
 from tests.ranks import Ranks
 from tests.test_resume import arguments, complaint, rows, status, train
+from tests.test_saver import Writes
 
 
 def losses(place: Path) -> list[int]:
@@ -78,10 +79,11 @@ def train_with(args: list[str], at: dict[int, str], place: str) -> int | str:
 
     def watched(step: int, *rest: Any, **more: Any) -> float:
         if os.environ["RANK"] == "0" and step in left:
+            writes.finish()
             ACTIONS[left.pop(step)](Path(place))
         return original(step, *rest, **more)
 
-    with patch.object(optim, "learning_rate", watched):
+    with Writes() as writes, patch.object(optim, "learning_rate", watched):
         return train(args)
 
 
@@ -127,6 +129,7 @@ def train_on_a_stale_mount(args: list[str], place: str) -> int | str:
     rate, step_now = optim.learning_rate, [0]
 
     def watched(step: int, *rest: Any, **more: Any) -> float:
+        writes.finish()
         step_now[0] = step
         return rate(step, *rest, **more)
 
@@ -140,6 +143,7 @@ def train_on_a_stale_mount(args: list[str], place: str) -> int | str:
         return call
 
     with (
+        Writes() as writes,
         patch.object(optim, "learning_rate", watched),
         patch.object(os, "stat", failing(os.stat)),
         patch.object(os, "scandir", failing(os.scandir)),

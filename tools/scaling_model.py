@@ -53,6 +53,7 @@ TRAINING_IMAGES = {
     "tiny_imagenet": 100_000, "digits": 1_438,
 }  # fmt: skip
 SUMS = ("norm", "sum", "view sum", "gradients")  # all-reduces; the others move the bytes once
+OF_A_RANK = 17_000  # bytes that each process adds to a checkpoint: random numbers, DALI's state
 PIPELINE_S = 0.1  # measured on a CPU, with files of 80 kB: 0.07 to 0.16
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # DDP's, in bytes
 PLOTTED = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -87,6 +88,12 @@ class Cluster:
     """Eigenvalues and singular values in float64, for alpha: as measured on one CPU core."""
     pipeline: float = PIPELINE_S
     """Seconds until another data pipeline gives its first batch, for alpha."""
+    hop: float = 25e-6
+    """A message between the hosts of two processes, which go around a ring between epochs."""
+    host_copy: float = 20e9
+    """From a GPU to host memory, for a checkpoint."""
+    disk: float = 250e6
+    """What writes a checkpoint, in the background: measured on a local disk, on one CPU core."""
 
     def seconds(self, kind: str, nbytes: int, ranks: int) -> float:
         """A collective over `ranks` GPUs: both levels one after the other."""
@@ -426,7 +433,21 @@ def predict(
     work = terms["network"] + terms["loss"]
     notes: list[str] = []
     terms["waiting for the slowest"] = work * cluster.jitter * slowest_of(step.ranks)
-    terms["measuring alpha"] = alpha_seconds(config, step, cluster, flops_rate, images, notes)
+    terms["measuring alpha"] = terms["between epochs"] = 0.0
+    if images is None:
+        notes.append(
+            f"what is done between epochs left out: give --images, the size of {config.data.name}"
+        )
+    elif images < config.data.batch_size:
+        notes.append(
+            f"{images} images are less than one batch of {config.data.batch_size}: this run cannot "
+            "be made"
+        )
+    else:
+        steps = images // config.data.batch_size
+        epoch = steps * sum(terms.values())
+        terms["measuring alpha"] = alpha_seconds(config, step, cluster, flops_rate, steps, epoch)
+        terms["between epochs"] = boundary_seconds(config, step, cluster, epoch) / steps
     counts = step.counts()
     hidden = max(0.0, alone - terms["gradients, not hidden"])
     images_here = config.data.batch_size / step.ranks
@@ -441,41 +462,60 @@ def slowest_of(ranks: int) -> float:
 
 
 def alpha_seconds(
-    config: Config,
-    step: Step,
-    cluster: Cluster,
-    flops_rate: float,
-    images: int | None,
-    notes: list[str],
+    config: Config, step: Step, cluster: Cluster, flops_rate: float, steps: int, epoch: float
 ) -> float:
-    """Measuring alpha per training step: forward, gather or sum, decompositions side by side."""
+    """Measuring alpha per training step, of which an epoch has `steps` and lasts `epoch` seconds.
+
+    Forward, gather or sum, decompositions side by side. With `alpha_delay` the pipeline starts and
+    rank 0 decomposes while training goes on; it waits for what the epochs between do not cover.
+    """
     s: Any = config.method
     if s.name != "adadim" or s.alpha != "adaptive" or step.ranks == 1:
         return 0.0
-    if images is None:
-        notes.append(f"measuring alpha left out: give --images, the size of {config.data.name}")
-        return 0.0
     n, width = config.data.batch_size, step.widths[s.alpha_space == "z"]
-    steps = images // n
-    if not steps:
-        notes.append(f"{images} images are less than one batch of {n}: this run cannot be made")
-    batches = min(s.alpha_batches, max(steps, 1))
+    batches = min(s.alpha_batches, steps)
     forward = step.flops / 3 / config.num_views / flops_rate
     small, large = sorted((n, width))
     gathers = s.alpha_route == "gather" or (s.alpha_route == "auto" and n * width <= GATHERED)
+    nbytes = 4 * n * width
     if gathers:
-        talk, product = cluster.seconds("gather", 4 * n * width, step.ranks), 0.0
+        talk, product = cluster.seconds("gather", nbytes, step.ranks), 0.0
         work = (2 * large * small**2 + 2 * small**3) / cluster.decomposition
     elif n < width:  # the rows are gathered, and the products are of those who decompose
-        talk, product = cluster.seconds("gather", 4 * n * width, step.ranks), 0.0
+        talk, product = cluster.seconds("gather", nbytes, step.ranks), 0.0
         work = 2 * width * n**2 / cluster.fp64 + 4 / 3 * n**3 / cluster.decomposition
     else:
-        talk = cluster.seconds("sum", 8 * width**2, step.ranks)
+        nbytes = 8 * width**2
+        talk = cluster.seconds("sum", nbytes, step.ranks)
         product = 2 * n * width**2 / step.ranks / cluster.fp64
         work = 4 / 3 * width**3 / cluster.decomposition
-    rounds = math.ceil(batches / step.ranks)
-    once = cluster.pipeline + batches * (forward + talk + product) + rounds * work
-    return once / (s.alpha_every * max(steps, 1))
+    once = batches * (forward + talk + product) + 2 * ring(step, cluster)
+    if s.alpha_delay:
+        once += batches * nbytes / cluster.host_copy
+        once += max(0.0, batches * work - s.alpha_delay * epoch)
+    else:
+        once += cluster.pipeline + math.ceil(batches / step.ranks) * work
+    return once / (s.alpha_every * steps)
+
+
+def boundary_seconds(config: Config, step: Step, cluster: Cluster, epoch: float) -> float:
+    """What an epoch's end takes: the stop flag is settled, and every few epochs all is saved.
+
+    Of a checkpoint, the states of all ranks, the copy to the host, and what of the writing the
+    epochs until the next do not cover. Validation is not in it.
+    """
+    tree = 2 * cluster.hop * math.log2(step.ranks)  # a broadcast of an object
+    copies = 2 if config.optim.name in ("adam", "adamw") else 1
+    nbytes = 4 * step.parameters * (1 + copies) + step.ranks * OF_A_RANK
+    every = config.checkpoint.every
+    writing = max(0.0, nbytes / cluster.disk - every * epoch)
+    save = 2 * ring(step, cluster) + tree + nbytes / cluster.host_copy + writing
+    return 2 * ring(step, cluster) + save / every
+
+
+def ring(step: Step, cluster: Cluster) -> float:
+    """Once around all hosts: gloo's gathers; its sums go around twice."""
+    return (step.ranks - 1) * cluster.hop
 
 
 def network_rate(config: Config, cluster: Cluster) -> float:
@@ -732,6 +772,14 @@ def _parser() -> argparse.ArgumentParser:
         default=c.pipeline,
         help="s until alpha's first batch (%(default)g)",
     )
+    add("--hop", type=float, default=c.hop, help="s of a message between hosts (%(default)g)")
+    add(
+        "--host-copy",
+        type=float,
+        default=c.host_copy,
+        help="bytes/s from a GPU to its host (%(default)g)",
+    )
+    add("--disk", type=float, default=c.disk, help="bytes/s of a checkpoint (%(default)g)")
     add("--images", type=int, help="training images, where the data set is not a known one")
     add("--alpha", type=float, default=0.5, help="AdaDim's, once measured (default: %(default)s)")
     add("--target", type=float, default=0.85, help="efficiency asked for (default: %(default)s)")
@@ -772,7 +820,7 @@ def _cluster(options: argparse.Namespace) -> Cluster:
     for name, value in fields.items():
         least = (
             0
-            if name in ("jitter", "latency", "latency_per_doubling", "kernel", "pipeline")
+            if name in ("jitter", "latency", "latency_per_doubling", "kernel", "pipeline", "hop")
             else 1e-9
         )
         if name != "images_per_second" and not value >= least:

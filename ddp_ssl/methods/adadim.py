@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,8 @@ from ddp_ssl.losses import info_nce, mutual_information
 from ddp_ssl.losses.common import at_least_float32, gather_unit_rows, unit_rows
 from ddp_ssl.methods.base import Context, Method, Output
 from ddp_ssl.methods.vicreg import VICRegConfig, configured_vicreg
-from ddp_ssl.metrics.effective_rank import global_effective_ranks
+from ddp_ssl.metrics.effective_rank import global_effective_ranks, matrices
+from ddp_ssl.threads import beside
 
 
 class AdaDimConfig(VICRegConfig):
@@ -45,6 +47,9 @@ class AdaDimConfig(VICRegConfig):
     """Random global batches whose effective ranks are averaged."""
     alpha_space: Literal["z", "r"] = "z"
     """Measure the embeddings z or the representations r."""
+    alpha_delay: int = Field(0, ge=0)
+    """Epochs for which training goes on with the alpha before while rank 0 decomposes the batches
+    of a measurement; 0: it waits, and the processes share the decompositions."""
     alpha_center: bool = False
     """Subtract the mean row before the SVD."""
     alpha_mode: Literal["eval", "train_stats"] = "eval"
@@ -65,6 +70,15 @@ class AdaDimConfig(VICRegConfig):
         "optim": {"lr": 0.4},
     }
 
+    def check(self, config: Config) -> None:
+        """Refuse a measurement that would begin before the one before is in use."""
+        super().check(config)
+        if self.alpha_delay >= self.alpha_every:
+            raise ValueError(
+                f"method.alpha_delay: expected fewer epochs than method.alpha_every "
+                f"({self.alpha_every}), got {self.alpha_delay}"
+            )
+
 
 class AdaDim(Method[AdaDimConfig]):
     """Backbone, projector, the two losses and alpha."""
@@ -82,6 +96,7 @@ class AdaDim(Method[AdaDimConfig]):
             )
         self.alpha = {"fixed": s.alpha_value, "adaptive": s.alpha_init}.get(s.alpha, 0.0)
         self.history: list[dict[str, float]] = []
+        self.measured: dict[str, Any] | None = None  # not yet in use
 
     @property
     def beta(self) -> float:
@@ -125,56 +140,85 @@ class AdaDim(Method[AdaDimConfig]):
             self.alpha = progress
         elif s.alpha == "cosine":
             self.alpha = 0.5 * (1 - math.cos(math.pi * progress))
-        elif s.alpha == "adaptive" and (context.epoch + 1) % s.alpha_every == 0:
-            self._measure(context)
+        elif s.alpha == "adaptive":
+            if self._measures_after(context.epoch):
+                self._measure(context)
+            if self.measured is not None and self.measured["due"] <= context.epoch + 1:
+                self._use(context, self.measured)
+
+    def reads_after(self, epoch: int) -> str | None:
+        """Batches to measure, if training is not to wait."""
+        return "alpha" if self.settings.alpha_delay and self._measures_after(epoch) else None
+
+    def _measures_after(self, epoch: int) -> bool:
+        s = self.settings
+        return s.alpha == "adaptive" and (epoch + 1) % s.alpha_every == 0
 
     def _measure(self, context: Context) -> None:
-        """alpha = mean over random global batches of effective rank / min(rows, d)."""
+        """The effective ranks of random global batches, or on rank 0 what will become of them."""
         s, began = self.settings, time.perf_counter()
+        how = (s.alpha_route, s.alpha_center, context.comm)
 
-        def measured() -> Iterator[Tensor]:
+        def embedded() -> Iterator[Tensor]:
             for batch in context.batches(s.alpha_batches, "alpha"):
                 with torch.no_grad(), self.measuring(s.alpha_mode == "train_stats"):
                     r, z = self.embed(batch.views[0])
                 yield z if s.alpha_space == "z" else r
 
-        ranks, bound = global_effective_ranks(
-            measured(), s.alpha_route, s.alpha_center, context.comm
-        )
-        mean = sum(ranks) / len(ranks)
+        ranks: list[float] | Future[list[float]] | None
+        if s.alpha_delay:
+            kept, bound, count = [], 1, 0
+            for matrix in matrices(embedded(), *how):
+                bound, count = matrix.bound, count + 1
+                if context.comm.rank == 0:
+                    kept.append(matrix.on_cpu())
+            ranks = beside(lambda: [float(m.effective_rank()) for m in kept]) if kept else None
+        else:
+            ranks, bound = global_effective_ranks(embedded(), *how)
+            count = len(ranks)
+        self.measured = {
+            "epoch": context.epoch + 1,
+            "due": context.epoch + 1 + s.alpha_delay,
+            "ranks": ranks,
+            "bound": bound,
+            "batches": count,
+            "seed": context.seed,  # with purpose and epoch, the whole state of the generator
+            "seconds": time.perf_counter() - began,
+        }
+
+    def _use(self, context: Context, measured: dict[str, Any]) -> None:
+        """alpha = mean of the effective ranks / min(rows, d), the same on all processes."""
+        s, began = self.settings, time.perf_counter()
+        ranks, bound, count = measured["ranks"], measured["bound"], measured["batches"]
+        if isinstance(ranks, Future):
+            ranks = ranks.result()
+        mean = 0.0 if ranks is None else sum(ranks) / count
+        if s.alpha_delay:
+            mean = context.comm.numbers(mean)[0]
+        self.measured = None
         self.alpha = min(max(mean / bound, 0.0), 1.0)
-        self.history.append(
-            {
-                "epoch": context.epoch + 1,
-                "alpha": self.alpha,
-                "effective_rank": mean,
-                "bound": bound,
-                "batches": len(ranks),
-                "seed": context.seed,  # with purpose and epoch, the whole state of the generator
-            }
-        )
+        kept = {name: measured[name] for name in ("epoch", "bound", "batches", "seed")}
+        self.history.append({"alpha": self.alpha, "effective_rank": mean, **kept})
         context.report(
             {
                 f"rep/effective_rank_{s.alpha_space}_train": mean,
                 "rep/alpha": self.alpha,
                 "rep/beta": self.beta,
-                "perf/alpha_s": time.perf_counter() - began,
+                "perf/alpha_s": measured["seconds"] + time.perf_counter() - began,
             }
         )
-        few = (
-            f", all there are of {s.alpha_batches} asked for"
-            if len(ranks) < s.alpha_batches
-            else ""
-        )
+        few = f", all there are of {s.alpha_batches} asked for" if count < s.alpha_batches else ""
+        when = f", measured after epoch {measured['epoch']}" if s.alpha_delay else ""
         context.tell(
             f"alpha {self.alpha:.4f}: effective rank {mean:.1f} of {bound} "
-            f"over {len(ranks)} global batches{few}"
+            f"over {count} global batches{few}{when}"
         )
 
     def get_extra_state(self) -> dict[str, Any]:
-        """alpha and its history, for the checkpoint."""
-        return {"alpha": self.alpha, "history": self.history}
+        """alpha, its history and what is being measured, for the checkpoint."""
+        return {"alpha": self.alpha, "history": self.history, "measured": self.measured}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take alpha and its history from a checkpoint."""
+        """Take alpha, its history and what was being measured from a checkpoint."""
         self.alpha, self.history = float(state["alpha"]), list(state["history"])
+        self.measured = state.get("measured")

@@ -144,6 +144,9 @@ class Method(nn.Module, Generic[C]):
     def after_epoch(self, context: Context) -> None:
         """After each epoch: what is measured between epochs."""
 
+    def reads_after(self, epoch: int) -> str | None:
+        """The purpose of `context.batches` in `after_epoch`, to be read during the last steps."""
+
     # --- given -------------------------------------------------------------------------------
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:

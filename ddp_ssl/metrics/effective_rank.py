@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.metrics.spectrum import Spectrum
 
 Route = Literal["auto", "gather", "gram"]
+Kind = Literal["rows", "pairs", "gram"]
 GATHERED = 2**20  # elements: 512 rows of 2,048
 
 
@@ -78,37 +79,69 @@ def global_effective_ranks(
     """
     values: list[float] = []
     bound, count = 1, 0
-    mine: Callable[[], Tensor] | None = None  # this process's decomposition of this round
+    mine: Matrix | None = None  # this process's of this round
 
     def decomposed() -> list[float]:
-        return comm.numbers(0.0 if mine is None else float(mine()))[:count]
+        return comm.numbers(0.0 if mine is None else float(mine.effective_rank()))[:count]
 
-    with torch.no_grad():
-        for x in batches:
-            if count == comm.world_size:
-                values += decomposed()
-                count, mine = 0, None
-            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            images, width = x.shape[0] * comm.data_shards, x.shape[1]
-            bound = max(1, min(images - 1 if center else images, width))
-            if route == "auto":
-                route = "gather" if images * width <= GATHERED else "gram"
-            if route == "gather" or images < width:
-                rows, pairs = comm.gather(x[None])[0], route == "gram"
-                found = partial(_rank_of_rows, rows, center, bound if pairs else None)
-            else:
-                found = partial(rank_of_gram, _gram(x, center, images, comm), bound)
-            mine = found if count == comm.rank else mine
-            count += 1
-        values += decomposed()
+    for matrix in matrices(batches, route, center, comm):
+        if count == comm.world_size:
+            values += decomposed()
+            count, mine = 0, None
+        mine, bound = matrix if count == comm.rank else mine, matrix.bound
+        count += 1
+    values += decomposed()
     return values, bound
 
 
-def _rank_of_rows(rows: Tensor, center: bool, gram_bound: int | None) -> Tensor:
-    """Effective rank of `rows` `[N, d]`, through their N x N products if `gram_bound` is given."""
-    rows = rows.double()
-    rows = rows - rows.mean(0) if center else rows
-    return effective_rank(rows) if gram_bound is None else rank_of_gram(rows @ rows.T, gram_bound)
+def matrices(
+    batches: Iterable[Tensor],
+    route: Route = "auto",
+    center: bool = False,
+    comm: Comm = ONE_PROCESS,
+) -> Iterator[Matrix]:
+    """What `global_effective_ranks` decomposes of each batch, on every process."""
+    for x in batches:
+        images, width = x.shape[0] * comm.data_shards, x.shape[1]
+        bound = max(1, min(images - 1 if center else images, width))
+        if route == "auto":
+            route = "gather" if images * width <= GATHERED else "gram"
+        with torch.no_grad():
+            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            if route == "gather" or images < width:
+                values, kind = comm.gather(x[None])[0], "pairs" if route == "gram" else "rows"
+            else:
+                values, kind = _gram(x, center, images, comm), "gram"
+        yield Matrix(values, cast(Kind, kind), bound, center)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A global batch, ready to be decomposed without the other processes.
+
+    `values`: its rows `[N, d]`, decomposed by their SVD (`rows`) or through their N x N products
+    (`pairs`), or X^T X `[d, d]` (`gram`). `bound`: the largest effective rank it can have.
+    """
+
+    values: Tensor
+    kind: Kind
+    bound: int
+    center: bool
+
+    def effective_rank(self) -> Tensor:
+        """A float64 scalar."""
+        with torch.no_grad():
+            if self.kind == "gram":
+                return rank_of_gram(self.values, self.bound)
+            rows = self.values.double()
+            rows = rows - rows.mean(0) if self.center else rows
+            if self.kind == "pairs":
+                return rank_of_gram(rows @ rows.T, self.bound)
+            return effective_rank(rows)
+
+    def on_cpu(self) -> Matrix:
+        """The same in host memory."""
+        return replace(self, values=self.values.cpu())
 
 
 def _gram(x: Tensor, center: bool, images: int, comm: Comm) -> Tensor:

@@ -1,0 +1,17 @@
+"""Work beside training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def beside(work: Callable[[], T]) -> Future[T]:
+    """Do `work` in a thread of its own, which Python's exit waits for."""
+    thread = ThreadPoolExecutor(1, "beside")
+    future = thread.submit(work)
+    thread.shutdown(wait=False)
+    return future

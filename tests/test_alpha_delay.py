@@ -1,0 +1,194 @@
+"""alpha measured beside training: the same value, later; resumed to the last bit meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from ddp_ssl import checkpoint, engine
+from ddp_ssl.config import ConfigError
+from ddp_ssl.metrics.effective_rank import Matrix
+from tests.helpers import config_of
+from tests.ranks import Ranks
+from tests.test_resume import arguments, rows, status, train
+
+WAIT_S = 60
+SETTINGS = ("optim.epochs=4", "method.alpha_every=2", "eval.every=0", "measure.every=0")
+
+
+def alphas(place: Path) -> dict[int, float]:
+    """alpha of each step."""
+    return {row["step"]: row["rep/alpha"] for row in rows(place) if "train/loss" in row}
+
+
+@pytest.fixture(scope="module")
+def whole(ranks: Ranks, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of two processes, measured after epochs 2 and 4."""
+    place = tmp_path_factory.mktemp("delay") / "whole"
+    args = arguments(photos, place, *SETTINGS, "method.alpha_delay=1")
+    assert ranks.launch(train, 2, args) == [0, 0]
+    return place
+
+
+def test_the_same_alpha_an_epoch_later(
+    ranks: Ranks, photos: Path, whole: Path, tmp_path: Path
+) -> None:
+    """The first value is that of a run that waits for it: nothing differs until then."""
+    args = arguments(photos, tmp_path / "now", *SETTINGS)
+    assert ranks.launch(train, 2, args) == [0, 0]
+    now, later = alphas(tmp_path / "now"), alphas(whole)
+    value = now[7]
+    assert value > 0
+    assert now == dict.fromkeys(range(1, 7), 0.0) | dict.fromkeys(range(7, 13), value)
+    assert later == dict.fromkeys(range(1, 10), 0.0) | dict.fromkeys(range(10, 13), value)
+    assert ", measured after epoch 2" in (whole / "train.log").read_text()
+
+
+@pytest.mark.parametrize("route", ["gather", "gram"])
+@pytest.mark.parametrize("mode", ["eval", "train_stats"])
+def test_at_any_number_of_processes(
+    ranks: Ranks, photos: Path, tmp_path: Path, route: str, mode: str
+) -> None:
+    """As many batches with the same bound; each process draws augmentations of its own."""
+    found = []
+    for size in (1, 3):
+        place = tmp_path / str(size)
+        more = ("method.alpha_delay=1", f"method.alpha_route={route}", f"method.alpha_mode={mode}")
+        args = arguments(photos, place, *SETTINGS, *more, "optim.epochs=3")
+        assert ranks.launch(train, size, args) == [0] * size
+        state = torch.load(checkpoint.find(place)[0].path, weights_only=True)
+        (extra,) = (v for k, v in state["model"].items() if k.endswith("method._extra_state"))
+        assert extra["measured"] is None
+        (entry,) = extra["history"]
+        assert alphas(place)[9] == 0.0
+        assert entry["alpha"] == pytest.approx(entry["effective_rank"] / entry["bound"])
+        assert 1 <= entry["effective_rank"] <= entry["bound"]
+        found.append({name: entry[name] for name in ("epoch", "batches", "bound")})
+    assert found == [{"epoch": 2, "batches": 3, "bound": 12}] * 2
+
+
+@pytest.mark.parametrize("death", [7, 8])
+def test_resumed_while_alpha_is_not_yet_in_use(
+    ranks: Ranks, photos: Path, whole: Path, tmp_path: Path, death: int
+) -> None:
+    """From the checkpoint of epoch 2's end, and from one in epoch 3."""
+    more = ("method.alpha_delay=1", "checkpoint.every_steps=8")
+    args = arguments(photos, tmp_path / "run", *SETTINGS, *more)
+    assert ranks.launch(train, 2, args, death) == ["killed"] * 2
+    newest = checkpoint.find(tmp_path / "run")[0]
+    assert newest.step == {7: 6, 8: 8}[death]
+    state = torch.load(newest.path, weights_only=True)
+    (extra,) = (v for k, v in state["model"].items() if k.endswith("method._extra_state"))
+    assert len(extra["measured"]["ranks"]) == extra["measured"]["batches"] == 3
+    assert extra["history"] == []
+    assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
+    assert rows(tmp_path / "run") == rows(whole)
+
+
+def test_training_goes_on_while_the_batches_are_decomposed(
+    ranks: Ranks, photos: Path, whole: Path, tmp_path: Path
+) -> None:
+    args = arguments(photos, tmp_path / "run", *SETTINGS, "method.alpha_delay=1")
+    args += ["checkpoint.every_steps=0", "log.every_steps=1"]
+    assert ranks.launch(held_until_step_8, 2, args) == [0, 0]
+    assert alphas(tmp_path / "run") == alphas(whole)
+
+
+def held_until_step_8(args: list[str]) -> int | str:
+    from ddp_ssl import optim
+
+    rate, work, reached = optim.learning_rate, Matrix.effective_rank, threading.Event()
+
+    def watched(step: int, *rest: Any, **more: Any) -> float:
+        if step == 7:
+            reached.set()
+        return rate(step, *rest, **more)
+
+    def held(self: Matrix) -> torch.Tensor:
+        assert os.environ["RANK"] == "0"
+        assert reached.wait(WAIT_S), "training waits for alpha"
+        return work(self)
+
+    with (
+        patch.object(optim, "learning_rate", watched),
+        patch.object(Matrix, "effective_rank", held),
+    ):
+        return train(args)
+
+
+def test_the_batches_are_read_during_the_last_steps(
+    ranks: Ranks, photos: Path, whole: Path, tmp_path: Path
+) -> None:
+    """And are the same as those that are read when they are asked for."""
+    args = arguments(photos, tmp_path / "run", *SETTINGS, "method.alpha_delay=1")
+    opened = ranks.launch(opened_at, 2, args, 2)
+    assert opened == [[("alpha", 4, "beside_0"), ("alpha", 10, "beside_0")]] * 2
+    assert rows(tmp_path / "run") == rows(whole)
+    args = [*args, f"run.dir={tmp_path / 'late'}"]
+    late = ranks.launch(opened_at, 2, args, -1)
+    assert late == [[("alpha", 6, "MainThread"), ("alpha", 12, "MainThread")]] * 2
+    assert rows(tmp_path / "late") == rows(whole)
+
+
+def opened_at(args: list[str], ahead: int) -> list[tuple[str, int, str]]:
+    """Purpose, steps done and thread of each sample's beginning."""
+    begin, seen = engine.Sample.__init__, []
+
+    def watched(self: Any, job: engine.Job, purpose: str) -> None:
+        seen.append((purpose, job.step, threading.current_thread().name))
+        begin(self, job, purpose)
+
+    with patch.object(engine, "AHEAD", ahead), patch.object(engine.Sample, "__init__", watched):
+        assert train(args) == 0
+    return seen
+
+
+def test_stopped_while_the_batches_are_read(
+    ranks: Ranks, photos: Path, whole: Path, tmp_path: Path
+) -> None:
+    """They are let go of, and read again by the run that goes on."""
+    args = arguments(photos, tmp_path / "run", *SETTINGS, "method.alpha_delay=1")
+    assert ranks.launch(stopped_at_5, 2, args) == [0, 0]
+    assert status(tmp_path / "run")["state"] == "preempted"
+    assert status(tmp_path / "run")["step"] in (5, 6)
+    assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
+    assert rows(tmp_path / "run") == rows(whole)
+
+
+def stopped_at_5(args: list[str]) -> int | str:
+    from ddp_ssl import optim
+
+    original = optim.learning_rate
+
+    def asking(step: int, *rest: Any, **more: Any) -> float:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(step, *rest, **more)
+
+    with patch.object(optim, "learning_rate", asking):
+        return train(args)
+
+
+def test_a_delay_is_shorter_than_the_interval() -> None:
+    with pytest.raises(ConfigError, match=r"method\.alpha_delay: expected fewer epochs than"):
+        config_of("method.alpha_every=3", "method.alpha_delay=3")
+    assert config_of("method.alpha_every=3", "method.alpha_delay=2")
+
+
+def test_alpha_of_a_checkpoint_before_delays(tmp_path: Path) -> None:
+    """Without the entry nothing is being measured."""
+    from ddp_ssl.methods.adadim import AdaDim
+
+    method = AdaDim.__new__(AdaDim)
+    torch.nn.Module.__init__(method)
+    method.set_extra_state({"alpha": 0.25, "history": []})
+    assert (method.alpha, method.measured) == (0.25, None)
+    assert json.dumps(method.get_extra_state())

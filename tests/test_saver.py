@@ -1,0 +1,249 @@
+"""Checkpoints written beside training: what is copied, and that training does not wait."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import wait
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from ddp_ssl import checkpoint
+from ddp_ssl.checkpoint import CheckpointError
+from ddp_ssl.saver import HostCopy, Saver
+from tests.ranks import Ranks
+from tests.test_resume import arguments, rows, status, train
+
+WAIT_S = 60
+
+
+def test_a_copy_is_equal_and_independent() -> None:
+    weight = torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    state = {
+        "model": {"w": weight, "n": torch.tensor(3), "half": torch.randn(5).bfloat16()},
+        "list": [1, {"x": torch.arange(4)[::2]}],
+        "pair": (torch.zeros(0), "text", None, 1.5),
+        "bytes": b"abc",
+    }
+    copy = HostCopy().of(state)
+    assert copy["model"]["w"].stride() == weight.stride()
+    assert torch.equal(copy["list"][1]["x"], torch.tensor([0, 2]))
+    assert copy["model"]["half"].dtype == torch.bfloat16
+    assert (copy["pair"][1:], copy["bytes"], copy["model"]["n"]) == (("text", None, 1.5), b"abc", 3)
+    before = weight.clone()
+    weight += 1
+    state["list"][1]["x"] = None  # type: ignore[index]
+    state["model"]["new"] = 1  # type: ignore[index]
+    assert torch.equal(copy["model"]["w"], before)
+    assert copy["list"][1]["x"] is not None
+    assert "new" not in copy["model"]
+
+
+def test_a_copy_of_a_part_saves_the_part() -> None:
+    """A view does not drag its whole storage into the file."""
+    copy = HostCopy().of(
+        {"row": torch.zeros(1000, 1000)[3], "column": torch.zeros(1000, 1000)[:, 3]}
+    )
+    assert [x.untyped_storage().nbytes() for x in copy.values()] == [4000, 4000]
+
+
+def test_memory_is_kept_while_the_shape_is() -> None:
+    copies, queue = HostCopy(), torch.zeros(8)
+    first = copies.of({"w": torch.ones(4), "queue": queue})
+    addresses = {name: x.data_ptr() for name, x in first.items()}
+    second = copies.of({"w": torch.full((4,), 2.0), "queue": queue.repeat(2), "new": queue})
+    assert second["w"].data_ptr() == addresses["w"]
+    assert second["w"].tolist() == [2.0] * 4
+    assert second["queue"].shape == (16,)
+    third = copies.of({"w": torch.ones(4, dtype=torch.int64)})
+    assert third["w"].dtype == torch.int64
+    assert third["w"].tolist() == [1] * 4
+
+
+def test_a_copy_is_written_while_the_state_goes_on() -> None:
+    saver, held, written = Saver(), threading.Event(), []
+    weight = torch.ones(3)
+
+    def write(state: dict[str, Any]) -> None:
+        assert held.wait(WAIT_S)
+        written.append(state["w"].tolist())
+
+    saver.start({"w": weight}, write)
+    weight += 1
+    assert saver.outcome(block=False) is None
+    with pytest.raises(RuntimeError, match="still being written"):
+        saver.start({"w": weight}, write)
+    held.set()
+    assert saver.outcome(block=True) == ""
+    assert written == [[1.0] * 3]
+    assert saver.outcome(block=True) is None
+    saver.close()
+
+
+def test_what_went_wrong_is_told() -> None:
+    def full(state: dict[str, Any]) -> None:
+        raise CheckpointError("step_1.pt: No space left on device")
+
+    def unsafe(state: dict[str, Any]) -> None:
+        raise TypeError("the state to save cannot be loaded safely")
+
+    saver = Saver()
+    saver.start({}, full)
+    assert saver.outcome(block=True) == "step_1.pt: No space left on device"
+    saver.start({}, unsafe)
+    with pytest.raises(TypeError, match="safely"):
+        saver.outcome(block=True)
+    saver.start({}, lambda state: None)
+    assert saver.outcome(block=True) == ""
+    saver.close()
+
+
+# --- in a run ----------------------------------------------------------------------------------
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    ranks: Ranks, photos: Path, tmp_path: Path
+) -> None:
+    """Step 3's is held until step 5 begins, and is the same file as one that nobody held."""
+    args = arguments(photos, tmp_path / "held", "checkpoint.every_steps=0", "checkpoint.keep=5")
+    assert ranks.launch(holding, 2, args, str(tmp_path / "held")) == [0, 0]
+    assert ranks.launch(train, 2, [*args, f"run.dir={tmp_path / 'free'}"]) == [0, 0]
+    held, free = (checkpoint.find(tmp_path / name) for name in ("held", "free"))
+    assert [found.step for found in held] == [found.step for found in free] == [9, 6, 3]
+    for mine, theirs in zip(held, free, strict=True):
+        left, right = (torch.load(found.path, weights_only=True) for found in (mine, theirs))
+        for part in ("model", "optimizer"):
+            same(left[part], right[part])
+        assert (left["step"], left["best"]) == (right["step"], right["best"])
+    assert rows(tmp_path / "held") == rows(tmp_path / "free")
+
+
+def same(left: Any, right: Any) -> None:
+    """Nested state, bit by bit."""
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for name in left:
+            same(left[name], right[name])
+    elif isinstance(left, list | tuple):
+        for x, y in zip(left, right, strict=True):
+            same(x, y)
+    else:
+        assert left == right
+
+
+def holding(args: list[str], place: str) -> int | str:
+    from ddp_ssl import optim
+
+    rate, save, reached = optim.learning_rate, checkpoint.save, threading.Event()
+
+    def watched(step: int, *rest: Any, **more: Any) -> float:
+        if step == 4:  # the fifth
+            if os.environ["RANK"] == "0":
+                assert not list((Path(place) / "checkpoints").glob("step_*"))
+                assert status(Path(place))["step"] == 0
+            reached.set()
+        return rate(step, *rest, **more)
+
+    def held(*rest: Any, **more: Any) -> Path:
+        assert reached.wait(WAIT_S), "training waits for the checkpoint"
+        return save(*rest, **more)
+
+    with patch.object(optim, "learning_rate", watched), patch.object(checkpoint, "save", held):
+        return train(args)
+
+
+def test_a_run_ends_only_after_its_checkpoint(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+    """An error in a step does not lose what is being written; the run goes on from there."""
+    args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
+    assert ranks.launch(broken_while_writing, 1, args) == ["1"]
+    assert [found.step for found in checkpoint.find(tmp_path / "run")] == [3]
+    assert status(tmp_path / "run")["state"] == "failed"
+    assert "ZeroDivisionError" in status(tmp_path / "run")["error"]
+    assert ranks.launch(train, 1, [*args, "run.resume=auto"]) == [0]
+    assert ranks.launch(train, 1, [*args, f"run.dir={tmp_path / 'whole'}"]) == [0]
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def broken_while_writing(args: list[str]) -> int | str:
+    from ddp_ssl import optim
+
+    rate, save, broken = optim.learning_rate, checkpoint.save, threading.Event()
+
+    def watched(step: int, *rest: Any, **more: Any) -> float:
+        if step == 4:
+            broken.set()
+            raise ZeroDivisionError("not today")
+        return rate(step, *rest, **more)
+
+    def held(*rest: Any, **more: Any) -> Path:
+        assert broken.wait(WAIT_S)
+        return save(*rest, **more)
+
+    with patch.object(optim, "learning_rate", watched), patch.object(checkpoint, "save", held):
+        return train(args)
+
+
+def test_state_that_cannot_be_loaded_ends_the_run(
+    ranks: Ranks, photos: Path, tmp_path: Path
+) -> None:
+    args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
+    assert ranks.launch(with_unsafe_state, 1, args) == ["1"]
+    assert "cannot be loaded safely" in status(tmp_path / "run")["error"]
+    assert checkpoint.find(tmp_path / "run") == []
+
+
+def with_unsafe_state(args: list[str]) -> int | str:
+    from ddp_ssl.methods.adadim import AdaDim
+
+    with patch.object(AdaDim, "get_extra_state", lambda self: {"alpha": 0.0, "history": [Path()]}):
+        return train(args)
+
+
+def test_epochs_between_checkpoints(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+    """Every second epoch, the last, and those kept for good."""
+    more = ["checkpoint.every=2", "checkpoint.every_steps=0", "checkpoint.keep=9", "optim.epochs=7"]
+    args = arguments(
+        photos, tmp_path / "run", *more, "checkpoint.keep_every=5", "checkpoint.best=null"
+    )
+    assert ranks.launch(train, 1, args) == [0]
+    assert [found.step for found in checkpoint.find(tmp_path / "run")] == [21, 18, 15, 12, 6]
+    args = arguments(photos, tmp_path / "best", *more)
+    assert ranks.launch(train, 1, args) == [0]
+    knn = {
+        row["step"]: row["eval/knn_top1"]
+        for row in rows(tmp_path / "best")
+        if "eval/knn_top1" in row
+    }
+    best = checkpoint.Found.read(tmp_path / "best/checkpoints/best.json").step
+    assert knn[best] == max(value for step, value in knn.items() if step)
+
+
+class Writes:
+    """What this process writes in the background."""
+
+    def __init__(self) -> None:
+        self.savers: list[Saver] = []
+        original = Saver.start
+
+        def start(saver: Saver, *rest: Any) -> None:
+            self.savers.append(saver)
+            original(saver, *rest)
+
+        self.patch = patch.object(Saver, "start", start)
+
+    def __enter__(self) -> Writes:
+        self.patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.patch.stop()
+
+    def finish(self) -> None:
+        """Wait until nothing is being written."""
+        wait([s._writing for s in self.savers if s._writing is not None], WAIT_S)
