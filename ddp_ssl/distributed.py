@@ -159,10 +159,14 @@ class World:
         return box[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether any process has it raised, on the host."""
-        raised = torch.tensor([float(flag)])
-        if self.size > 1:
-            _meet("host", dist.all_reduce, raised, dist.ReduceOp.MAX, group=self.side)
+        """Whether any process has it raised; waits for the device.
+
+        There, since a sum over the hosts goes around a ring of all of them twice.
+        """
+        if self.size == 1:
+            return flag
+        raised = torch.tensor([float(flag)], device=self.device)
+        _meet("flag", dist.all_reduce, raised, dist.ReduceOp.MAX)
         return bool(raised.item())
 
     def barrier(self) -> None:
@@ -276,6 +280,11 @@ class LateFlag:
         self._work = dist.all_reduce(
             self._tensor, dist.ReduceOp.MAX, group=self.world.side, async_op=True
         )
+        return self.raised
+
+    def now(self, flag: bool) -> bool:
+        """The same without delay; waits for the device."""
+        self.raised = self.world.any(flag or self.settle())
         return self.raised
 
     def settle(self) -> bool:

@@ -280,10 +280,9 @@ def train(job: Job, stop: StopRequest) -> log.State:
                 settle(job, block=False)
             profiler.step(job.step)
             asked = stop.look_for(stop_file) if world.is_main else stop.reason is not None
-            stopping = late.exchange(asked or job.loader.failing is not None)
-            last = job.step == (job.epoch + 1) * steps_per_epoch
-            if last:  # what follows takes long
-                stopping = late.settle()
+            asked = asked or job.loader.failing is not None
+            last = job.step == (job.epoch + 1) * steps_per_epoch  # what follows takes long
+            stopping = late.now(asked) if last else late.exchange(asked)
             if stopping:
                 profiler.close()
                 save(job, insist=True)

@@ -197,6 +197,32 @@ def test_flags_are_seen_by_all_at_the_same_step(ranks: Ranks, size: int) -> None
     assert results == [([step >= first for step in range(5)], True)] * size
 
 
+def raise_now(world: World, step: int) -> list[bool]:
+    """Rank 0 raises its flag at `step`; step 3 is the one that nobody goes beyond unasked."""
+    late = LateFlag(world)
+    flags = [world.is_main and s == step for s in range(4)]
+    return [*[late.exchange(flag) for flag in flags[:3]], late.now(flags[3])]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_flag_is_seen_at_once_where_it_matters(ranks: Ranks, size: int) -> None:
+    """That of this step, of the step before, which is under way, and those long seen."""
+    assert ranks.run(raise_now, size, 9) == [[False] * 4] * size
+    for step in range(4):
+        seen = ranks.run(raise_now, size, step)
+        assert seen == [seen[0]] * size
+        assert seen[0][3]
+
+
+def any_raised(world: World) -> list[bool]:
+    return [world.any(False), world.any(world.rank == world.size - 1), world.any(False)]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_whether_any_process_has_raised_its_flag(ranks: Ranks, size: int) -> None:
+    assert ranks.run(any_raised, size) == [[False, True, False]] * size
+
+
 @pytest.mark.parametrize(
     ("places", "words"),
     [

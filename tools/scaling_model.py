@@ -107,6 +107,14 @@ class Cluster:
         start = self.latency + self.latency_per_doubling * math.log2(nodes)
         return start + passes * nbytes * rate
 
+    def ring(self, ranks: int) -> float:
+        """Once around all hosts: a gather, and of an object its size."""
+        return (ranks - 1) * self.hop
+
+    def tree(self, ranks: int) -> float:
+        """An object of rank 0 to all hosts: its size and itself."""
+        return 2 * self.hop * math.ceil(math.log2(ranks))
+
 
 # --- a step on tensors without values --------------------------------------------------------
 
@@ -489,33 +497,29 @@ def alpha_seconds(
         talk = cluster.seconds("sum", nbytes, step.ranks)
         product = 2 * n * width**2 / step.ranks / cluster.fp64
         work = 4 / 3 * width**3 / cluster.decomposition
-    once = batches * (forward + talk + product) + 2 * ring(step, cluster)
+    once = batches * (forward + talk + product) + cluster.seconds("sum", 4, step.ranks)
     if s.alpha_delay:
         once += batches * nbytes / cluster.host_copy
-        once += max(0.0, batches * work - s.alpha_delay * epoch)
+        once += max(0.0, batches * work - s.alpha_delay * epoch) + cluster.tree(step.ranks)
     else:
-        once += cluster.pipeline + math.ceil(batches / step.ranks) * work
+        rounds = math.ceil(batches / step.ranks)
+        once += cluster.pipeline + rounds * (work + cluster.ring(step.ranks))
     return once / (s.alpha_every * steps)
 
 
 def boundary_seconds(config: Config, step: Step, cluster: Cluster, epoch: float) -> float:
-    """What an epoch's end takes: the stop flag is settled, and every few epochs all is saved.
+    """What an epoch's end takes: a flag that is waited for, figures, every few epochs a save.
 
     Of a checkpoint, the states of all ranks, the copy to the host, and what of the writing the
     epochs until the next do not cover. Validation is not in it.
     """
-    tree = 2 * cluster.hop * math.log2(step.ranks)  # a broadcast of an object
     copies = 2 if config.optim.name in ("adam", "adamw") else 1
     nbytes = 4 * step.parameters * (1 + copies) + step.ranks * OF_A_RANK
     every = config.checkpoint.every
     writing = max(0.0, nbytes / cluster.disk - every * epoch)
-    save = 2 * ring(step, cluster) + tree + nbytes / cluster.host_copy + writing
-    return 2 * ring(step, cluster) + save / every
-
-
-def ring(step: Step, cluster: Cluster) -> float:
-    """Once around all hosts: gloo's gathers; its sums go around twice."""
-    return (step.ranks - 1) * cluster.hop
+    talk = 2 * cluster.ring(step.ranks) + 2 * cluster.tree(step.ranks)  # states; how it ended
+    save = talk + nbytes / cluster.host_copy + writing
+    return 2 * cluster.seconds("sum", 4, step.ranks) + save / every
 
 
 def network_rate(config: Config, cluster: Cluster) -> float:
@@ -597,8 +601,12 @@ class Model:
             found.append(["method.beta=off"])
         if self.config.optim.gradient_compression is None:
             found.append(["optim.gradient_compression=bf16"])
-        good = [c[0] for c in found if c[0] not in ("method.route=gather",)]
-        useful = [c for c in good if "stacked" not in c]
+        if getattr(s, "alpha", "") == "adaptive" and not getattr(s, "alpha_delay", 1):
+            found.append(["method.alpha_delay=1", "method.alpha_batches=1"])
+        if self.config.checkpoint.every == 1:
+            found.append(["checkpoint.every=10"])
+        known = ("model.views_forward=stacked", "method.route=gather")  # these gain nothing
+        useful = [change for changes in found if changes[0] not in known for change in changes]
         if len(useful) > 1:
             found.append(useful)
         return found

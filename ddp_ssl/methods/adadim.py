@@ -194,7 +194,7 @@ class AdaDim(Method[AdaDimConfig]):
             ranks = ranks.result()
         mean = 0.0 if ranks is None else sum(ranks) / count
         if s.alpha_delay:
-            mean = context.comm.numbers(mean)[0]
+            mean = context.comm.broadcast(mean)
         self.measured = None
         self.alpha = min(max(mean / bound, 0.0), 1.0)
         kept = {name: measured[name] for name in ("epoch", "bound", "batches", "seed")}

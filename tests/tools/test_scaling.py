@@ -113,8 +113,44 @@ def test_predictions_follow_the_rates() -> None:
     assert of(jitter=0)["waiting for the slowest"] == 0
     for slower in ({"decomposition": 1e8}, {"pipeline": 1.0}):
         assert of(**slower)["measuring alpha"] > base["measuring alpha"] > 0
+    for slower in ({"hop": 1e-3}, {"host_copy": 1e8}, {"disk": 1e6}):
+        assert of(**slower)["between epochs"] > base["between epochs"] > 0
     fast = scaling_model.network_rate(config, Cluster(images_per_second=18000.0))
     assert fast == pytest.approx(2 * scaling_model.network_rate(config, Cluster()))
+
+
+def between_epochs(*changes: str, images: int = 1438, **rates: float) -> dict[str, float]:
+    config = load(["data.batch_size=64", "method.alpha_every=2", *changes]).config
+    step = record(config, 16, Cluster())
+    return scaling_model.predict(config, step, Cluster(**rates), 1e13, images).terms
+
+
+def test_what_is_done_beside_training_costs_nothing_until_it_takes_longer() -> None:
+    waited, delayed = between_epochs(), between_epochs("method.alpha_delay=1")
+    assert 0 < delayed["measuring alpha"] < 0.1 * waited["measuring alpha"]
+    one = between_epochs("method.alpha_delay=1", "method.alpha_batches=1")
+    assert one["measuring alpha"] < 0.5 * delayed["measuring alpha"]
+    # Rank 0 decomposes ten of them, one after the other, which an epoch does not cover here.
+    slow = between_epochs("method.alpha_delay=1", decomposition=1e6)
+    assert slow["measuring alpha"] > between_epochs(decomposition=1e6)["measuring alpha"]
+    assert between_epochs(pipeline=9.0)["measuring alpha"] > 10 * waited["measuring alpha"]
+    late = between_epochs("method.alpha_delay=1", pipeline=9.0)
+    assert late["measuring alpha"] == delayed["measuring alpha"]
+    rare = between_epochs("checkpoint.every=10")
+    assert rare["between epochs"] < 0.5 * waited["between epochs"]
+    # Twice the images are half as many ends of epochs a step.
+    assert between_epochs(images=2876)["between epochs"] == pytest.approx(
+        waited["between epochs"] / 2
+    )
+
+
+def test_what_is_between_epochs_needs_the_number_of_images() -> None:
+    config = load(["data.batch_size=64"]).config
+    step = record(config, 16, Cluster())
+    for images, words in ((None, "give --images"), (63, "less than one batch of 64")):
+        made = scaling_model.predict(config, step, Cluster(), 1e13, images)
+        assert made.terms["between epochs"] == made.terms["measuring alpha"] == 0
+        assert words in made.notes[0]
 
 
 def test_what_a_person_sees(
