@@ -803,6 +803,7 @@ def save(
     `checkpoint.max_failures` in a row.
     """
     job.recorder.flush()  # raises before a non-finite state can be saved
+    began = time.perf_counter()
     settle(job)
     owed = job.unsaved or Save()
     owed.step, owed.epoch = job.step, job.epoch
@@ -819,6 +820,7 @@ def save(
         if job.unsaved is not None:
             time.sleep(SAVE_AGAIN_S)
             save(job, insist=True)
+    job.recorder.saved(time.perf_counter() - began)
     job.recorder.restart_clock()
 
 

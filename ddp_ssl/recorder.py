@@ -70,6 +70,7 @@ class Recorder:
         self._waited = 0.0
         self._adding = 0.0  # seconds of logging itself: since the last flush
         self._writing = 0.0  # and of each row that the last flush wrote
+        self._saving = 0.0  # seconds that saves took since the last flush
         self._sample_start = 0.0
         self._slow: list[int] = []  # the slowest rank of each sample, while it is slow
         self._named: set[int] = set()
@@ -151,6 +152,9 @@ class Recorder:
             "perf/log_ms": 1000 * (self._adding / steps + self._writing),
         }
         self._adding = 0.0
+        if self._saving:
+            table[-1]["perf/save_ms"] = 1000 * self._saving
+            self._saving = 0.0
         if probe is not None:
             table[-1]["perf/probe_ms"] = 1000 * clock.seconds_between(*probe)
         if traffic.sampling:
@@ -307,6 +311,10 @@ class Recorder:
         """Wait until `metrics.jsonl` is on disk; from any thread."""
         if self.writer is not None:
             self.writer.sync()
+
+    def saved(self, seconds: float) -> None:
+        """Training waited that long for a checkpoint."""
+        self._saving += seconds
 
     def restart_clock(self) -> None:
         """Do not count what happened since the last flush as training."""

@@ -26,6 +26,7 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], Tensor] = {}
+        self._from_gpu = False
 
     def of(self, state: dict[str, Any]) -> dict[str, Any]:
         """`state` with tensors copied, and dicts, lists and tuples made anew.
@@ -33,10 +34,11 @@ class HostCopy:
         Strides stay as they are. The result holds until the next call.
         """
         used: dict[tuple[Any, ...], Tensor] = {}
+        self._from_gpu = False
         copied: dict[str, Any] = self._copy(state, (), used)
         self._kept = used
-        if any(x.is_pinned() for x in used.values()):
-            torch.cuda.synchronize()  # copies from a GPU run behind
+        if self._from_gpu:
+            torch.cuda.synchronize()  # these copies run behind
         return copied
 
     def _copy(self, value: Any, place: tuple[Any, ...], used: dict[tuple[Any, ...], Tensor]) -> Any:
@@ -46,6 +48,7 @@ class HostCopy:
                 value.shape, value.stride(), value.dtype,
             ):  # fmt: skip
                 mine = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            self._from_gpu |= value.is_cuda
             used[place] = mine.copy_(value.detach(), non_blocking=True)
             return used[place]
         if isinstance(value, dict):

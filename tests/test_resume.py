@@ -50,7 +50,7 @@ def arguments(photos: Path, folder: Path, *more: str) -> list[str]:
     ]
 
 
-COSTS = ("perf/log_ms", "perf/probe_ms", "perf/alpha_s")
+COSTS = ("perf/log_ms", "perf/probe_ms", "perf/alpha_s", "perf/save_ms")
 
 
 def train(args: list[str], die_at: int | None = None, break_at: int | None = None) -> int | str:
@@ -124,11 +124,12 @@ def test_a_run_leaves_everything_in_its_folder(whole: dict[int, Path]) -> None:
             "rep/effective_rank_z", "rep/alpha", "rep/beta", "rep/mutual_information",
             "rep/embedding_std", "eval/probe_top1", "optim/grad_norm",
         }  # fmt: skip
-        # What the run's own additions cost: logging, the probe, alpha.
+        # What the run adds itself costs: logging, the probe, alpha, checkpoints.
         timed = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         costs = {n: [(r["step"], r[n]) for r in timed if n in r] for n in COSTS}
         assert {step for step, _ in costs["perf/probe_ms"]} == {2, 4, 6, 8, 9}
         assert [step for step, _ in costs["perf/alpha_s"]] == [3, 6, 9]
+        assert {step for step, _ in costs["perf/save_ms"]} >= {3, 4}
         assert all(value > 0 for found in costs.values() for _, value in found)
         alphas = [row["rep/alpha"] for row in table if "train/loss" in row]
         assert alphas[:3] == [0, 0, 0]
