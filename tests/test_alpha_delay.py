@@ -177,6 +177,37 @@ def stopped_at_5(args: list[str]) -> int | str:
         return train(args)
 
 
+@pytest.mark.parametrize("delay", [0, 1])
+def test_batches_that_only_one_process_cannot_read(
+    ranks: Ranks, photos: Path, whole: Path, tmp_path: Path, delay: int
+) -> None:
+    """All end together with its reason, nothing measured from what was there instead."""
+    args = arguments(photos, tmp_path / "run", *SETTINGS, f"method.alpha_delay={delay}")
+    assert ranks.launch(unreadable_on_rank_1, 2, args) == [1, 1]
+    assert status(tmp_path / "run")["error"] == "no image left"
+    assert not any(row.get("rep/alpha") for row in rows(tmp_path / "run"))
+    assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
+    if delay:
+        assert rows(tmp_path / "run") == rows(whole)
+    assert alphas(tmp_path / "run")[12] == alphas(whole)[12]
+
+
+def unreadable_on_rank_1(args: list[str]) -> int | str:
+    from ddp_ssl.data.loader import TrainLoader
+    from ddp_ssl.data.source import UnreadableError
+
+    original, seen = TrainLoader.__next__, [0]
+
+    def broken(self: Any) -> Any:
+        seen[0] += len(self.views) == 1
+        if os.environ["RANK"] == "1" and len(self.views) == 1 and seen[0] >= 2:
+            raise UnreadableError("no image left")
+        return original(self)
+
+    with patch.object(TrainLoader, "__next__", broken):
+        return train(args)
+
+
 def test_a_delay_is_shorter_than_the_interval() -> None:
     with pytest.raises(ConfigError, match=r"method\.alpha_delay: expected fewer epochs than"):
         config_of("method.alpha_every=3", "method.alpha_delay=3")
