@@ -284,7 +284,8 @@ class LateFlag:
 
     def now(self, flag: bool) -> bool:
         """The same without delay; waits for the device."""
-        self.raised = self.world.any(flag or self.settle())
+        before = self.settle()
+        self.raised = self.world.any(flag or before)
         return self.raised
 
     def settle(self) -> bool:

@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ddp_ssl import checkpoint, distributed, folder, log, optim
-from ddp_ssl.checkpoint import SaveError
+from ddp_ssl.checkpoint import CheckpointError, SaveError
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError, Resolved, load_method
 from ddp_ssl.data import datasets
@@ -54,6 +54,7 @@ logger = logging.getLogger("ddp_ssl")
 T = TypeVar("T")
 
 AHEAD = 20  # steps before the end of an epoch from which on a method's own batches are read
+TOGETHER = 16  # batches after which all learn that one of them has no more
 LONG_S = 30.0  # a validation worth a checkpoint before it
 SAVE_AGAIN_S = 5.0  # between attempts of a save that cannot wait for a later step
 
@@ -120,32 +121,32 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
         if world.is_main:
             record_status(claimed, state, **fields)
 
-    code = 0
+    code, job = 0, None
     try:
         job = build(resolved, world, watch, claimed)
         try:
-            try:
-                state = train(job, stop)
-            except BadDataError:
-                with contextlib.suppress(SaveError):
-                    save(job, insist=True)  # between two steps, on all processes together
-                raise
-            world.barrier()  # who is late must not find the others gone
-            watch.close()
-            if state == "done":
-                finish(job)
-            elif world.is_main:
-                reason = stop.reason or "request of another rank"
-                logger.info("stopped on %s at step %d; run.resume=auto goes on", reason, job.step)
-        finally:
-            close(job)
+            state = train(job, stop)
+        except BadDataError:
+            with contextlib.suppress(SaveError):
+                save(job, insist=True)  # between two steps, on all processes together
+            raise
+        world.barrier()  # who is late must not find the others gone
+        watch.close()
+        if state == "done":
+            finish(job)
+        elif world.is_main:
+            reason = stop.reason or "request of another rank"
+            logger.info("stopped on %s at step %d; run.resume=auto goes on", reason, job.step)
+        close(job)
         ended(state, step=job.step, epoch=job.epoch)
     except ConfigError as error:  # raised by all ranks together
+        close(job)
         ended("failed", error=str(error), retry=isinstance(error, BuildError))
         watch.close()
         distributed.stop()
         raise
     except (NonFiniteError, ViewGroupError, BadDataError, SaveError) as error:  # likewise
+        close(job)
         ended("failed", error=str(error), retry=isinstance(error, SaveError))
         if world.is_main:
             logger.error("%s", error)
@@ -154,6 +155,7 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
         # One rank alone: the others wait in a collective, where leaving the group in order would
         # block too. The process ends as it is, and the launcher ends the others.
         explain(error, world, watch, claimed)
+        close(job)  # what is being written comes to its end
         if not isinstance(error, Exception):
             raise
         raise SystemExit(1) from None
@@ -162,12 +164,13 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
     return code
 
 
-def close(job: Job) -> None:
-    """Wait for what is done beside training, and close the files."""
+def close(job: Job | None) -> None:
+    """Wait for the checkpoint that is being written, and close the files."""
+    if job is None:
+        return
     with job.watch.during("saving a checkpoint"):
         job.saver.close()
-    if job.ahead is not None:
-        wait([job.ahead])
+    let_go(job)
     job.recorder.close()
 
 
@@ -289,9 +292,10 @@ def train(job: Job, stop: StopRequest) -> log.State:
                 late.settle()
                 stop_if_bad(world, job.loader.failing)
                 return "preempted"
-            due = is_due(config.checkpoint.every_steps, job.step) and not last
-            if due or (job.unsaved is not None and logging_step):
+            if is_due(config.checkpoint.every_steps, job.step) and not last:
                 save(job)
+            elif logging_step and job.unsaved is not None:
+                save_again(job)
         if long_validation(job):
             save(job)
         best = end_of_epoch(job)
@@ -322,6 +326,7 @@ def end_of_epoch(job: Job) -> float | None:
     job.recorder.flush()
     with job.watch.during("what the method measures between epochs"):
         job.method.after_epoch(context_of(job))
+    let_go(job)
     done, config = job.epoch + 1, job.config
     job.method.train()
     last = done == config.optim.epochs
@@ -713,15 +718,33 @@ class Sample:
     """Random global batches of view 0, for what a method measures, from a pipeline of its own."""
 
     def __init__(self, job: Job, purpose: str) -> None:
-        config, device, bad = job.config, job.world.device, job.recorder.bad
-        seed = derive(config.run.seed, purpose, job.epoch)
-        self.loader = train_loader(config, job.method.comm, job.data, device, [0], bad, seed)
-        self.purpose = purpose
+        self.purpose, self.epoch, self.data = purpose, job.epoch, job.data.train
+        self.bad = job.recorder.bad.copy(self.data)  # another thread may come upon more of them
+        self.open = functools.partial(
+            train_loader,
+            job.config,
+            job.method.comm,
+            job.data,
+            job.world.device,
+            [0],
+            self.bad,
+            derive(job.config.run.seed, purpose, job.epoch),
+        )
+        self.device = job.world.device
         self.problem: str | None = None
+        self._loader: TrainLoader | None = None
         self._read: list[Batch] = []
 
+    @property
+    def loader(self) -> TrainLoader:
+        """Opened when it is first asked for."""
+        self._loader = self._loader or self.open()
+        return self._loader
+
     def read_ahead(self) -> Sample:
-        """Have the first batch ready."""
+        """Have the first batch ready; in any thread."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # each thread has its own
         self._read = [self.next()]
         return self
 
@@ -737,8 +760,14 @@ class Sample:
         except UnreadableError as error:
             self.problem, size = str(error), self.loader.views[0].size
         images = self.loader.order.local_batch
-        none = torch.zeros(images, dtype=torch.long, device=self.loader.device)
-        return Batch([none.new_zeros(images, 3, size, size, dtype=torch.float32)], none, none)
+        ids = torch.zeros(images, dtype=torch.long)
+        black = torch.zeros(images, 3, size, size, device=self.device)
+        return Batch([black], ids, ids.to(self.device))
+
+    def close(self) -> None:
+        """Let go of the pipeline."""
+        if self._loader is not None:
+            self._loader.close()
 
 
 def look_ahead(job: Job) -> None:
@@ -748,24 +777,24 @@ def look_ahead(job: Job) -> None:
         return
     purpose = job.method.reads_after(job.epoch)
     if purpose is not None:
-        sample = functools.partial(Sample, job, purpose)
+        job.ahead = beside(Sample(job, purpose).read_ahead)
 
-        def read() -> Sample:
-            if job.world.device.type == "cuda":
-                torch.cuda.set_device(job.world.device)  # each thread has its own
-            return sample().read_ahead()
 
-        job.ahead = beside(read)
+def let_go(job: Job) -> None:
+    """Close what was read ahead and nobody took, as soon as it is there."""
+    ahead, job.ahead = job.ahead, None
+    if ahead is not None:
+        ahead.add_done_callback(lambda done: None if done.exception() else done.result().close())
 
 
 def sample_of(job: Job, purpose: str) -> Sample:
     """The sample that was read ahead, or one from now on."""
-    ahead, job.ahead = job.ahead, None
+    ahead = job.ahead
     if ahead is not None:
         sample = ahead.result()
-        if sample.purpose == purpose:
+        if (sample.purpose, sample.epoch) == (purpose, job.epoch):
+            job.ahead = None
             return sample
-        sample.loader.close()
     return Sample(job, purpose)
 
 
@@ -775,10 +804,16 @@ def context_of(job: Job) -> Context:
 
     def batches(count: int, purpose: str) -> Iterator[Batch]:
         sample = sample_of(job, purpose)
-        for _ in range(min(count, sample.loader.steps_per_epoch)):
-            yield sample.next()
-        sample.loader.close()
-        stop_if_bad(job.world, sample.problem)
+        try:
+            count = min(count, sample.loader.steps_per_epoch)
+            for number in range(1, count + 1):
+                batch = sample.next()
+                if number % TOGETHER == 0 or number == count:
+                    stop_if_bad(job.world, sample.problem)
+                yield batch
+        finally:
+            sample.close()
+            job.recorder.bad.take(sample.bad, sample.data)
 
     def report(figures: dict[str, float]) -> None:
         job.latest.update(figures)
@@ -798,9 +833,9 @@ def save(
     """Save on all ranks together; `best` is the score of the best epoch so far, if this is it.
 
     Rank 0 writes while training goes on; at a logging step, and before the next save, all ranks
-    learn how it ended. A save that failed warns, keeps the older checkpoints, and is made up for at
-    that step; with `insist` the run waits, and tries again at once. `SaveError` after
-    `checkpoint.max_failures` in a row.
+    learn how it ended. A save that failed warns, keeps the older checkpoints, and is written again
+    from then on at logging steps, unless a newer one takes its place; with `insist` the run waits,
+    and tries again at once. `SaveError` after `checkpoint.max_failures` in a row.
     """
     job.recorder.flush()  # raises before a non-finite state can be saved
     began = time.perf_counter()
@@ -814,14 +849,22 @@ def save(
         ranks = job.world.gather_objects(checkpoint.pack(rank_state(job)))
         if job.world.is_main:
             job.saver.start(whole_state(job, ranks or []), writer_of(job, owed))
-    job.saving = owed
+    job.saving, job.unsaved = owed, None
     if insist:
         settle(job)
-        if job.unsaved is not None:
+        while job.unsaved is not None:
             time.sleep(SAVE_AGAIN_S)
-            save(job, insist=True)
+            save_again(job)
+            settle(job)
     job.recorder.saved(time.perf_counter() - began)
     job.recorder.restart_clock()
+
+
+def save_again(job: Job) -> None:
+    """Write what could not be written once more, on all ranks together."""
+    job.saving, job.unsaved = job.unsaved, None
+    if job.world.is_main:
+        job.saver.again()
 
 
 def settle(job: Job, block: bool = True) -> None:
@@ -833,12 +876,14 @@ def settle(job: Job, block: bool = True) -> None:
         return
     with job.watch.during("saving a checkpoint"):
         outcome = job.saver.outcome(block) if job.world.is_main else None
-        problem: str | None = job.world.broadcast_object(outcome)
-    if problem is None:
+        outcome = job.world.broadcast_object(outcome)
+    if outcome is None:
         return
     owed, job.saving = job.saving, None
+    problem, lasting = outcome
+    if lasting:
+        raise SaveError(f"the checkpoint of step {owed.step} cannot be saved: {problem}")
     if not problem:
-        job.unsaved = None
         if job.world.is_main:
             record_status([job.folder], "running", step=owed.step, epoch=owed.epoch)
         return
@@ -897,7 +942,10 @@ def writer_of(job: Job, owed: Save) -> Callable[[dict[str, Any]], None]:
     permanent, best, sync = owed.permanent, owed.best, job.recorder.sync
 
     def write(state: dict[str, Any]) -> None:
-        sync()  # a checkpoint must not count rows that may be lost
+        try:
+            sync()  # the rows of the steps that the checkpoint has done
+        except OSError as error:
+            raise CheckpointError(f"metrics.jsonl: {error.strerror}") from error
         path = checkpoint.save(
             place,
             state,

@@ -114,11 +114,8 @@ class MetricsWriter:
         return self._file.tell() + len(self._pending)
 
     def sync(self) -> None:
-        """Wait until the rows written so far are on disk; from any thread."""
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            self._warn(error)
+        """Wait until the rows written so far are on disk; from any thread. Raises `OSError`."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Write what is left and close the files."""

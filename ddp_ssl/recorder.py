@@ -308,7 +308,7 @@ class Recorder:
         return self.writer.offset() if self.writer is not None else 0
 
     def sync(self) -> None:
-        """Wait until `metrics.jsonl` is on disk; from any thread."""
+        """Wait until `metrics.jsonl` is on disk; from any thread. Raises `OSError`."""
         if self.writer is not None:
             self.writer.sync()
 

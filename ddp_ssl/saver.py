@@ -7,9 +7,13 @@ host memory, so that training waits for the copy only.
 
 from __future__ import annotations
 
+import copy
+import functools
+import logging
+from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, wait
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,23 +21,26 @@ from torch import Tensor
 from ddp_ssl.checkpoint import CheckpointError
 from ddp_ssl.threads import beside
 
+logger = logging.getLogger("ddp_ssl")
+
 
 class HostCopy:
     """Copies of nested state in host memory that is kept from one copy to the next.
 
-    Kept memory is a fifth of the time: its pages exist, and for a GPU they are pinned.
+    Kept memory is a fifth of the time: its pages exist, and for a GPU they are pinned, where there
+    is room for that.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Any, ...], Tensor] = {}
+        self._kept: dict[tuple[Any, ...], tuple[tuple[int, ...], Tensor]] = {}
         self._from_gpu = False
 
     def of(self, state: dict[str, Any]) -> dict[str, Any]:
-        """`state` with tensors copied, and dicts, lists and tuples made anew.
+        """`state` with tensors copied, and all else made anew.
 
-        Strides stay as they are. The result holds until the next call.
+        Strides stay as they are where there are no gaps. The result holds until the next call.
         """
-        used: dict[tuple[Any, ...], Tensor] = {}
+        used: dict[tuple[Any, ...], tuple[tuple[int, ...], Tensor]] = {}
         self._from_gpu = False
         copied: dict[str, Any] = self._copy(state, (), used)
         self._kept = used
@@ -41,32 +48,41 @@ class HostCopy:
             torch.cuda.synchronize()  # these copies run behind
         return copied
 
-    def _copy(self, value: Any, place: tuple[Any, ...], used: dict[tuple[Any, ...], Tensor]) -> Any:
+    def _copy(self, value: Any, place: tuple[Any, ...], used: dict[tuple[Any, ...], Any]) -> Any:
         if isinstance(value, Tensor):
-            mine = self._kept.get(place)
-            if mine is None or (mine.shape, mine.stride(), mine.dtype) != (
-                value.shape, value.stride(), value.dtype,
+            strides, mine = self._kept.get(place, ((), None))
+            if mine is None or (strides, mine.shape, mine.dtype) != (
+                value.stride(), value.shape, value.dtype,
             ):  # fmt: skip
-                mine = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+                mine = _memory_for(value)
+            used[place] = value.stride(), mine
             self._from_gpu |= value.is_cuda
-            used[place] = mine.copy_(value.detach(), non_blocking=True)
-            return used[place]
+            return mine.copy_(value.detach(), non_blocking=True)
         if isinstance(value, dict):
-            return {name: self._copy(v, (*place, name), used) for name, v in value.items()}
-        if isinstance(value, list | tuple):
+            made: dict[Any, Any] = OrderedDict() if isinstance(value, OrderedDict) else {}
+            made.update((n, self._copy(v, (*place, n), used)) for n, v in value.items())
+            if hasattr(value, "_metadata"):  # a module's state: versions of its layers
+                made._metadata = value._metadata  # type: ignore[attr-defined]
+            return made
+        if type(value) in (list, tuple):
             return type(value)(self._copy(v, (*place, i), used) for i, v in enumerate(value))
-        return value
+        return copy.deepcopy(value)
 
 
-def settled(value: Any) -> Any:
-    """Nested state with the results of its futures."""
-    if isinstance(value, Future):
-        return value.result()
-    if isinstance(value, dict):
-        return {name: settled(v) for name, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(settled(v) for v in value)
-    return value
+def _memory_for(value: Tensor) -> Tensor:
+    if value.is_cuda:
+        try:
+            return torch.empty_like(value, device="cpu", pin_memory=True)
+        except RuntimeError:  # no more memory can be pinned
+            pass
+    return torch.empty_like(value, device="cpu")
+
+
+class Outcome(NamedTuple):
+    """Why a checkpoint could not be written, "" if it was, and whether it never can be."""
+
+    problem: str
+    lasting: bool = False
 
 
 class Saver:
@@ -74,34 +90,37 @@ class Saver:
 
     def __init__(self) -> None:
         self._copy = HostCopy()
+        self._work: Callable[[], None] | None = None
         self._writing: Future[None] | None = None
 
     def start(self, state: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
         """Copy `state`, and `write` the copy in the background.
 
-        What is still being computed may be there as a `Future`: it is waited for there. `write` may
-        raise `CheckpointError`. The one before must have been waited for.
+        `write` may raise `CheckpointError`. The one before must have been waited for.
         """
         if self._writing is not None:
             raise RuntimeError("a checkpoint is still being written: ask for its outcome first")
-        copied = self._copy.of(state)
-        self._writing = beside(lambda: write(settled(copied)))
+        self._work = functools.partial(write, self._copy.of(state))
+        self._writing = beside(self._work)
 
-    def outcome(self, block: bool) -> str | None:
-        """Why the checkpoint under way could not be written, "" if it was; None: not yet done.
+    def again(self) -> None:
+        """Write the same copy once more."""
+        assert self._work is not None
+        assert self._writing is None
+        self._writing = beside(self._work)
 
-        With `block` never None. Raises what `write` raised, if it is no `CheckpointError`.
-        """
+    def outcome(self, block: bool) -> Outcome | None:
+        """How the checkpoint under way ended; None: it has not yet, unless `block`."""
         if self._writing is None or not (block or self._writing.done()):
             return None
-        writing, self._writing = self._writing, None
-        try:
-            writing.result()
-        except CheckpointError as error:
-            return str(error)
-        return ""
+        error, self._writing = self._writing.exception(), None
+        if error is None or isinstance(error, CheckpointError):
+            return Outcome("" if error is None else str(error))
+        return Outcome(f"{type(error).__name__}: {error}", lasting=True)
 
     def close(self) -> None:
-        """Wait for what is being written."""
-        if self._writing is not None:
-            wait([self._writing])
+        """Wait for what is being written; a warning, if it could not be."""
+        outcome = self.outcome(block=True)
+        self._work = None  # it holds what the run's processes talk through
+        if outcome is not None and outcome.problem:
+            logger.warning("the last checkpoint is not saved: %s", outcome.problem)

@@ -13,8 +13,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from ddp_ssl import checkpoint, engine
-from ddp_ssl.config import ConfigError
+from ddp_ssl import checkpoint, engine, folder
+from ddp_ssl.config import ConfigError, identity
 from ddp_ssl.metrics.effective_rank import Matrix
 from tests.helpers import config_of
 from tests.ranks import Ranks
@@ -31,7 +31,7 @@ def alphas(place: Path) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def whole(ranks: Ranks, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of two processes, measured after epochs 2 and 4."""
+    """An uninterrupted run of two processes, measured after epoch 2 of 4."""
     place = tmp_path_factory.mktemp("delay") / "whole"
     args = arguments(photos, place, *SETTINGS, "method.alpha_delay=1")
     assert ranks.launch(train, 2, args) == [0, 0]
@@ -52,8 +52,7 @@ def test_the_same_alpha_an_epoch_later(
     assert ", measured after epoch 2" in (whole / "train.log").read_text()
 
 
-@pytest.mark.parametrize("route", ["gather", "gram"])
-@pytest.mark.parametrize("mode", ["eval", "train_stats"])
+@pytest.mark.parametrize(("route", "mode"), [("gather", "eval"), ("gram", "train_stats")])
 def test_at_any_number_of_processes(
     ranks: Ranks, photos: Path, tmp_path: Path, route: str, mode: str
 ) -> None:
@@ -62,13 +61,14 @@ def test_at_any_number_of_processes(
     for size in (1, 3):
         place = tmp_path / str(size)
         more = ("method.alpha_delay=1", f"method.alpha_route={route}", f"method.alpha_mode={mode}")
-        args = arguments(photos, place, *SETTINGS, *more, "optim.epochs=3")
+        args = arguments(photos, place, *SETTINGS, *more)
         assert ranks.launch(train, size, args) == [0] * size
         state = torch.load(checkpoint.find(place)[0].path, weights_only=True)
         (extra,) = (v for k, v in state["model"].items() if k.endswith("method._extra_state"))
         assert extra["measured"] is None
         (entry,) = extra["history"]
         assert alphas(place)[9] == 0.0
+        assert alphas(place)[10] == entry["alpha"]
         assert entry["alpha"] == pytest.approx(entry["effective_rank"] / entry["bound"])
         assert 1 <= entry["effective_rank"] <= entry["bound"]
         found.append({name: entry[name] for name in ("epoch", "batches", "bound")})
@@ -87,10 +87,80 @@ def test_resumed_while_alpha_is_not_yet_in_use(
     assert newest.step == {7: 6, 8: 8}[death]
     state = torch.load(newest.path, weights_only=True)
     (extra,) = (v for k, v in state["model"].items() if k.endswith("method._extra_state"))
-    assert len(extra["measured"]["ranks"]) == extra["measured"]["batches"] == 3
+    assert len(extra["measured"]["ranks"] or extra["measured"]["matrices"]) == 3
     assert extra["history"] == []
     assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
     assert rows(tmp_path / "run") == rows(whole)
+
+
+def test_a_checkpoint_does_not_wait_for_alpha(
+    ranks: Ranks, photos: Path, whole: Path, tmp_path: Path
+) -> None:
+    """It has what is left to decompose, which the resumed run does."""
+    args = arguments(photos, tmp_path / "run", *SETTINGS, "method.alpha_delay=1")
+    args += ["checkpoint.every_steps=1"]
+    assert ranks.launch(held_and_killed, 2, args, 8) == ["killed"] * 2
+    newest = checkpoint.find(tmp_path / "run")[0]
+    assert newest.step == 8
+    state = torch.load(newest.path, weights_only=True)
+    (extra,) = (v for k, v in state["model"].items() if k.endswith("method._extra_state"))
+    assert extra["measured"]["ranks"] is None
+    assert len(extra["measured"]["matrices"]) == 3
+    assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
+    assert rows(tmp_path / "run") == rows(whole)
+
+
+def held_and_killed(args: list[str], death: int) -> int | str:
+    """alpha does not come to its end while the run lasts."""
+    work, over = Matrix.effective_rank, threading.Event()
+
+    def held(self: Matrix) -> torch.Tensor:
+        assert over.wait(WAIT_S), "a checkpoint waits for alpha"
+        return work(self)
+
+    with patch.object(Matrix, "effective_rank", held):
+        try:
+            return train(args, death)
+        finally:
+            over.set()
+
+
+def test_a_decomposition_that_fails_ends_the_run(
+    ranks: Ranks, photos: Path, tmp_path: Path
+) -> None:
+    args = arguments(photos, tmp_path / "run", *SETTINGS, "method.alpha_delay=1")
+    assert ranks.launch(broken_decomposition, 1, args) == ["1"]
+    assert "LinAlgError: did not converge" in status(tmp_path / "run")["error"]
+
+
+def broken_decomposition(args: list[str]) -> int | str:
+    def broken(self: Matrix) -> torch.Tensor:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    with patch.object(Matrix, "effective_rank", broken):
+        return train(args)
+
+
+def test_longer_delays_and_the_end_of_training(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+    """Measured after epoch 3 and in use from the sixth on; not measured after epoch 6 of 8."""
+    settings = ("optim.epochs=8", "method.alpha_every=3", "eval.every=0", "measure.every=0")
+    args = arguments(photos, tmp_path / "run", *settings, "method.alpha_delay=2")
+    assert ranks.launch(train, 1, args) == [0]
+    found = alphas(tmp_path / "run")
+    assert found[16] > 0
+    assert found == dict.fromkeys(range(1, 16), 0.0) | dict.fromkeys(range(16, 25), found[16])
+    assert (tmp_path / "run/train.log").read_text().count(", measured after epoch ") == 1
+
+
+def test_with_views_over_several_processes(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+    """Whose holders of the first view are measured: as when training waits."""
+    found = []
+    for more in ("method.alpha_center=true", "method.alpha_delay=1"):
+        place = tmp_path / more[-4:]
+        args = arguments(photos, place, *SETTINGS, "data.view_shards=2", "method.alpha_center=true")
+        assert ranks.launch(train, 4, [*args, more]) == [0] * 4
+        found.append(alphas(place)[12])
+    assert found[0] == found[1] > 0
 
 
 def test_training_goes_on_while_the_batches_are_decomposed(
@@ -130,31 +200,40 @@ def test_the_batches_are_read_during_the_last_steps(
     """And are the same as those that are read when they are asked for."""
     args = arguments(photos, tmp_path / "run", *SETTINGS, "method.alpha_delay=1")
     opened = ranks.launch(opened_at, 2, args, 2)
-    assert opened == [[("alpha", 4, "beside_0"), ("alpha", 10, "beside_0")]] * 2
+    assert opened == [[("alpha", 4, "beside_0")]] * 2
     assert rows(tmp_path / "run") == rows(whole)
     args = [*args, f"run.dir={tmp_path / 'late'}"]
     late = ranks.launch(opened_at, 2, args, -1)
-    assert late == [[("alpha", 6, "MainThread"), ("alpha", 12, "MainThread")]] * 2
+    assert late == [[("alpha", 6, "MainThread")]] * 2
     assert rows(tmp_path / "late") == rows(whole)
 
 
 def opened_at(args: list[str], ahead: int) -> list[tuple[str, int, str]]:
-    """Purpose, steps done and thread of each sample's beginning."""
-    begin, seen = engine.Sample.__init__, []
+    """Purpose and steps done of each sample's beginning, and who read its first batch."""
+    begin, read, seen = engine.Sample.__init__, engine.Sample.next, []
 
     def watched(self: Any, job: engine.Job, purpose: str) -> None:
-        seen.append((purpose, job.step, threading.current_thread().name))
+        seen.append([purpose, job.step])
         begin(self, job, purpose)
 
-    with patch.object(engine, "AHEAD", ahead), patch.object(engine.Sample, "__init__", watched):
+    def first(self: Any) -> Any:
+        if len(seen[-1]) == 2:
+            seen[-1].append(threading.current_thread().name)
+        return read(self)
+
+    with (
+        patch.object(engine, "AHEAD", ahead),
+        patch.object(engine.Sample, "__init__", watched),
+        patch.object(engine.Sample, "next", first),
+    ):
         assert train(args) == 0
-    return seen
+    return [tuple(entry) for entry in seen]
 
 
 def test_stopped_while_the_batches_are_read(
     ranks: Ranks, photos: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """They are let go of, and read again by the run that goes on."""
+    """And read again by the run that goes on."""
     args = arguments(photos, tmp_path / "run", *SETTINGS, "method.alpha_delay=1")
     assert ranks.launch(stopped_at_5, 2, args) == [0, 0]
     assert status(tmp_path / "run")["state"] == "preempted"
@@ -177,9 +256,9 @@ def stopped_at_5(args: list[str]) -> int | str:
         return train(args)
 
 
-@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize("delay", ["null", "1"])
 def test_batches_that_only_one_process_cannot_read(
-    ranks: Ranks, photos: Path, whole: Path, tmp_path: Path, delay: int
+    ranks: Ranks, photos: Path, whole: Path, tmp_path: Path, delay: str
 ) -> None:
     """All end together with its reason, nothing measured from what was there instead."""
     args = arguments(photos, tmp_path / "run", *SETTINGS, f"method.alpha_delay={delay}")
@@ -187,7 +266,7 @@ def test_batches_that_only_one_process_cannot_read(
     assert status(tmp_path / "run")["error"] == "no image left"
     assert not any(row.get("rep/alpha") for row in rows(tmp_path / "run"))
     assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
-    if delay:
+    if delay == "1":
         assert rows(tmp_path / "run") == rows(whole)
     assert alphas(tmp_path / "run")[12] == alphas(whole)[12]
 
@@ -214,10 +293,14 @@ def test_a_delay_is_shorter_than_the_interval() -> None:
     assert config_of("method.alpha_every=3", "method.alpha_delay=2")
 
 
-def test_alpha_of_a_checkpoint_before_delays(tmp_path: Path) -> None:
-    """Without the entry nothing is being measured."""
+def test_a_run_begun_before_delays_goes_on(tmp_path: Path) -> None:
+    """Its identity and its state have no entry for it."""
     from ddp_ssl.methods.adadim import AdaDim
 
+    now = identity(config_of())
+    before = {key: value for key, value in now.items() if "alpha_delay" not in key}
+    assert len(before) == len(now) - 1
+    folder.check_identity(now, before, tmp_path)
     method = AdaDim.__new__(AdaDim)
     torch.nn.Module.__init__(method)
     method.set_extra_state({"alpha": 0.25, "history": []})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import threading
 from concurrent.futures import wait
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 
 from ddp_ssl import checkpoint
 from ddp_ssl.checkpoint import CheckpointError
-from ddp_ssl.saver import HostCopy, Saver
+from ddp_ssl.saver import HostCopy, Outcome, Saver
 from tests.ranks import Ranks
 from tests.test_resume import arguments, rows, status, train
 
@@ -39,6 +41,9 @@ def test_a_copy_is_equal_and_independent() -> None:
     state["list"][1]["x"] = None  # type: ignore[index]
     state["model"]["new"] = 1  # type: ignore[index]
     assert torch.equal(copy["model"]["w"], before)
+    module = torch.nn.Linear(2, 2)
+    saved = HostCopy().of({"model": module.state_dict()})["model"]
+    assert saved._metadata == module.state_dict()._metadata  # type: ignore[attr-defined]
     assert copy["list"][1]["x"] is not None
     assert "new" not in copy["model"]
 
@@ -59,6 +64,10 @@ def test_memory_is_kept_while_the_shape_is() -> None:
     assert second["w"].data_ptr() == addresses["w"]
     assert second["w"].tolist() == [2.0] * 4
     assert second["queue"].shape == (16,)
+    gaps = torch.arange(12.0).view(3, 4)[:, :3]
+    one, two = (copies.of({"gaps": gaps})["gaps"] for _ in range(2))
+    assert one.data_ptr() == two.data_ptr()
+    assert torch.equal(two, gaps)
     third = copies.of({"w": torch.ones(4, dtype=torch.int64)})
     assert third["w"].dtype == torch.int64
     assert third["w"].tolist() == [1] * 4
@@ -78,7 +87,7 @@ def test_a_copy_is_written_while_the_state_goes_on() -> None:
     with pytest.raises(RuntimeError, match="still being written"):
         saver.start({"w": weight}, write)
     held.set()
-    assert saver.outcome(block=True) == ""
+    assert saver.outcome(block=True) == Outcome("")
     assert written == [[1.0] * 3]
     assert saver.outcome(block=True) is None
     saver.close()
@@ -93,12 +102,14 @@ def test_what_went_wrong_is_told() -> None:
 
     saver = Saver()
     saver.start({}, full)
-    assert saver.outcome(block=True) == "step_1.pt: No space left on device"
+    assert saver.outcome(block=True) == Outcome("step_1.pt: No space left on device")
+    saver.again()
+    assert saver.outcome(block=True) == Outcome("step_1.pt: No space left on device")
     saver.start({}, unsafe)
-    with pytest.raises(TypeError, match="safely"):
-        saver.outcome(block=True)
+    problem, lasting = saver.outcome(block=True) or Outcome("")
+    assert (problem, lasting) == ("TypeError: the state to save cannot be loaded safely", True)
     saver.start({}, lambda state: None)
-    assert saver.outcome(block=True) == ""
+    assert saver.outcome(block=True) == Outcome("")
     saver.close()
 
 
@@ -143,7 +154,7 @@ def holding(args: list[str], place: str) -> int | str:
     rate, save, reached = optim.learning_rate, checkpoint.save, threading.Event()
 
     def watched(step: int, *rest: Any, **more: Any) -> float:
-        if step == 4:  # the fifth
+        if step == 4 and not reached.is_set():  # the fifth; there are several groups
             if os.environ["RANK"] == "0":
                 assert not list((Path(place) / "checkpoints").glob("step_*"))
                 assert status(Path(place))["step"] == 0
@@ -189,11 +200,134 @@ def broken_while_writing(args: list[str]) -> int | str:
         return train(args)
 
 
+def test_what_could_not_be_written_is_said_at_the_end(
+    ranks: Ranks, photos: Path, tmp_path: Path
+) -> None:
+    args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
+    assert ranks.launch(broken_while_failing_to_write, 1, args) == ["1"]
+    text = (tmp_path / "run/train.log").read_text()
+    assert text.count("WARNING the last checkpoint is not saved: step_3.pt: No space left") == 1
+    assert "ZeroDivisionError" in status(tmp_path / "run")["error"]
+
+
+def broken_while_failing_to_write(args: list[str]) -> int | str:
+    from ddp_ssl import optim
+
+    rate, broken = optim.learning_rate, threading.Event()
+
+    def watched(step: int, *rest: Any, **more: Any) -> float:
+        if step == 4 and os.environ["RANK"] == "0":
+            broken.set()
+            raise ZeroDivisionError("not today")
+        return rate(step, *rest, **more)
+
+    def full(*rest: Any, **more: Any) -> Path:
+        assert broken.wait(WAIT_S)
+        raise CheckpointError("step_3.pt: No space left on device")
+
+    with patch.object(optim, "learning_rate", watched), patch.object(checkpoint, "save", full):
+        return train(args)
+
+
+def test_what_failed_is_written_again_as_it_was(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+    """Once, beside training: the weights of its own step, best and kept for good as was meant."""
+    more = ("checkpoint.every_steps=0", "log.every_steps=1", "checkpoint.keep_every=1")
+    args = arguments(photos, tmp_path / "run", *more)
+    written = ranks.launch(failing_once, 2, args)
+    assert written == [[3, 3, 6, 9], []]
+    assert ranks.launch(train, 2, [*args, f"run.dir={tmp_path / 'free'}"]) == [0, 0]
+    ours, free = (checkpoint.find(tmp_path / name) for name in ("run", "free"))
+    assert [(f.step, f.permanent) for f in ours] == [(f.step, f.permanent) for f in free]
+    for mine, theirs in zip(ours, free, strict=True):
+        left, right = (torch.load(found.path, weights_only=True) for found in (mine, theirs))
+        same(left["model"], right["model"])
+        assert left["best"] == right["best"]
+    best = [
+        json.loads((tmp_path / n / "checkpoints/best.json").read_text()) for n in ("run", "free")
+    ]
+    assert best[0]["step"] == best[1]["step"]
+    text = (tmp_path / "run/train.log").read_text()
+    assert text.count("checkpoint at step 3 not saved (1 of 10 failures") == 1
+
+
+def failing_once(args: list[str]) -> list[int]:
+    """The steps of which a checkpoint was begun; that of step 3 fails, then takes two steps."""
+    from ddp_ssl import optim
+
+    rate, save, reached = optim.learning_rate, checkpoint.save, threading.Event()
+    begun: list[int] = []
+
+    def watched(step: int, *rest: Any, **more: Any) -> float:
+        if step == 3:
+            writes.finish()
+        if step == 5:
+            reached.set()
+        return rate(step, *rest, **more)
+
+    def watched_save(*rest: Any, **more: Any) -> Path:
+        begun.append(more["step"])
+        if len(begun) == 1:
+            raise CheckpointError("step_3.pt: Stale file handle")
+        assert reached.wait(WAIT_S), "training waits for the checkpoint"
+        return save(*rest, **more)
+
+    with (
+        Writes() as writes,
+        patch.object(optim, "learning_rate", watched),
+        patch.object(checkpoint, "save", watched_save),
+    ):
+        assert train(args) == 0
+    return begun
+
+
+def test_a_stop_comes_after_what_is_being_written(
+    ranks: Ranks, photos: Path, tmp_path: Path
+) -> None:
+    args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
+    assert ranks.launch(stopped_while_writing, 2, args) == [0, 0]
+    assert status(tmp_path / "run")["state"] == "preempted"
+    steps = [found.step for found in checkpoint.find(tmp_path / "run")]
+    assert steps == [status(tmp_path / "run")["step"], 3]
+    assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
+    assert ranks.launch(train, 2, [*args, f"run.dir={tmp_path / 'whole'}"]) == [0, 0]
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def stopped_while_writing(args: list[str]) -> int | str:
+    from ddp_ssl import optim
+
+    rate, save, asked = optim.learning_rate, checkpoint.save, threading.Event()
+
+    def watched(step: int, *rest: Any, **more: Any) -> float:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            asked.set()
+        return rate(step, *rest, **more)
+
+    def held(*rest: Any, **more: Any) -> Path:
+        assert asked.wait(WAIT_S)
+        return save(*rest, **more)
+
+    with patch.object(optim, "learning_rate", watched), patch.object(checkpoint, "save", held):
+        return train(args)
+
+
+def test_resumed_where_not_every_epoch_is_saved(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+    more = ("checkpoint.every=2", "checkpoint.every_steps=0", "checkpoint.best=null")
+    args = arguments(photos, tmp_path / "run", *more, "optim.epochs=4")
+    for death, saved in ((5, []), (11, [6])):
+        assert ranks.launch(train, 2, [*args, "run.resume=auto"], death) == ["killed"] * 2
+        assert [found.step for found in checkpoint.find(tmp_path / "run")] == saved
+    assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
+    assert ranks.launch(train, 2, [*args, f"run.dir={tmp_path / 'whole'}"]) == [0, 0]
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
 def test_state_that_cannot_be_loaded_ends_the_run(
     ranks: Ranks, photos: Path, tmp_path: Path
 ) -> None:
     args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
-    assert ranks.launch(with_unsafe_state, 1, args) == ["1"]
+    assert ranks.launch(with_unsafe_state, 2, args) == [1, 1]
     assert "cannot be loaded safely" in status(tmp_path / "run")["error"]
     assert checkpoint.find(tmp_path / "run") == []
 
@@ -246,4 +380,5 @@ class Writes:
 
     def finish(self) -> None:
         """Wait until nothing is being written."""
-        wait([s._writing for s in self.savers if s._writing is not None], WAIT_S)
+        under_way = [s._writing for s in self.savers if s._writing is not None]
+        assert not wait(under_way, WAIT_S).not_done

@@ -601,7 +601,8 @@ class Model:
             found.append(["method.beta=off"])
         if self.config.optim.gradient_compression is None:
             found.append(["optim.gradient_compression=bf16"])
-        if getattr(s, "alpha", "") == "adaptive" and not getattr(s, "alpha_delay", 1):
+        measures = getattr(s, "alpha", "") == "adaptive" and s.alpha_every > 1
+        if measures and s.alpha_delay is None:
             found.append(["method.alpha_delay=1", "method.alpha_batches=1"])
         if self.config.checkpoint.every == 1:
             found.append(["checkpoint.every=10"])

@@ -53,8 +53,22 @@ class BadImages:
         return self._by_split.setdefault(split.digest, {})
 
     def add(self, where: str, reason: str) -> None:
+        """One more, if it is not known."""
         if where not in self.known:
             self.known[where] = self.fresh[where] = reason
+
+    def copy(self, split: Split) -> BadImages:
+        """What is known of `split` now, for a reader in another thread."""
+        mine = BadImages()
+        mine.known = dict(self.known)
+        mine.of(split).update(self.of(split))
+        return mine
+
+    def take(self, other: BadImages, split: Split) -> None:
+        """What a copy came upon since."""
+        for where, reason in other.fresh.items():
+            self.add(where, reason)
+        self.of(split).update(other.of(split))
 
 
 def write_list(path: Path, listed: dict[str, str], mode: Literal["w", "a"] = "w") -> None:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ from ddp_ssl.losses import info_nce, mutual_information
 from ddp_ssl.losses.common import at_least_float32, gather_unit_rows, unit_rows
 from ddp_ssl.methods.base import Context, Method, Output
 from ddp_ssl.methods.vicreg import VICRegConfig, configured_vicreg
-from ddp_ssl.metrics.effective_rank import global_effective_ranks, matrices
+from ddp_ssl.metrics.effective_rank import Matrix, global_effective_ranks, matrices
 from ddp_ssl.threads import beside
 
 
@@ -47,9 +48,9 @@ class AdaDimConfig(VICRegConfig):
     """Random global batches whose effective ranks are averaged."""
     alpha_space: Literal["z", "r"] = "z"
     """Measure the embeddings z or the representations r."""
-    alpha_delay: int = Field(0, ge=0)
+    alpha_delay: int | None = Field(None, ge=1)
     """Epochs for which training goes on with the alpha before while rank 0 decomposes the batches
-    of a measurement; 0: it waits, and the processes share the decompositions."""
+    of a measurement; null: it waits, and the processes share the decompositions."""
     alpha_center: bool = False
     """Subtract the mean row before the SVD."""
     alpha_mode: Literal["eval", "train_stats"] = "eval"
@@ -73,7 +74,7 @@ class AdaDimConfig(VICRegConfig):
     def check(self, config: Config) -> None:
         """Refuse a measurement that would begin before the one before is in use."""
         super().check(config)
-        if self.alpha_delay >= self.alpha_every:
+        if self.alpha_delay is not None and self.alpha_delay >= self.alpha_every:
             raise ValueError(
                 f"method.alpha_delay: expected fewer epochs than method.alpha_every "
                 f"({self.alpha_every}), got {self.alpha_delay}"
@@ -96,7 +97,8 @@ class AdaDim(Method[AdaDimConfig]):
             )
         self.alpha = {"fixed": s.alpha_value, "adaptive": s.alpha_init}.get(s.alpha, 0.0)
         self.history: list[dict[str, float]] = []
-        self.measured: dict[str, Any] | None = None  # not yet in use
+        self.epochs = config.optim.epochs
+        self.measured: Measured | None = None  # not yet in use
 
     @property
     def beta(self) -> float:
@@ -143,7 +145,7 @@ class AdaDim(Method[AdaDimConfig]):
         elif s.alpha == "adaptive":
             if self._measures_after(context.epoch):
                 self._measure(context)
-            if self.measured is not None and self.measured["due"] <= context.epoch + 1:
+            if self.measured is not None and self.measured.due <= context.epoch + 1:
                 self._use(context, self.measured)
 
     def reads_after(self, epoch: int) -> str | None:
@@ -151,8 +153,10 @@ class AdaDim(Method[AdaDimConfig]):
         return "alpha" if self.settings.alpha_delay and self._measures_after(epoch) else None
 
     def _measures_after(self, epoch: int) -> bool:
-        s = self.settings
-        return s.alpha == "adaptive" and (epoch + 1) % s.alpha_every == 0
+        """Not where training would be over before the value is in use."""
+        s, done = self.settings, epoch + 1
+        used = s.alpha_delay is None or done + s.alpha_delay < self.epochs
+        return s.alpha == "adaptive" and done % s.alpha_every == 0 and used
 
     def _measure(self, context: Context) -> None:
         """The effective ranks of random global batches, or on rank 0 what will become of them."""
@@ -165,60 +169,112 @@ class AdaDim(Method[AdaDimConfig]):
                     r, z = self.embed(batch.views[0])
                 yield z if s.alpha_space == "z" else r
 
-        ranks: list[float] | Future[list[float]] | None
-        if s.alpha_delay:
-            kept, bound, count = [], 1, 0
-            for matrix in matrices(embedded(), *how):
-                bound, count = matrix.bound, count + 1
-                if context.comm.rank == 0:
-                    kept.append(matrix.on_cpu())
-            ranks = beside(lambda: [float(m.effective_rank()) for m in kept]) if kept else None
+        done = context.epoch + 1
+        measured = Measured(done, done + (s.alpha_delay or 0), context.seed)
+        if s.alpha_delay is None:
+            measured.ranks, measured.bound = global_effective_ranks(embedded(), *how)
+            measured.batches = len(measured.ranks)
         else:
-            ranks, bound = global_effective_ranks(embedded(), *how)
-            count = len(ranks)
-        self.measured = {
-            "epoch": context.epoch + 1,
-            "due": context.epoch + 1 + s.alpha_delay,
-            "ranks": ranks,
-            "bound": bound,
-            "batches": count,
-            "seed": context.seed,  # with purpose and epoch, the whole state of the generator
-            "seconds": time.perf_counter() - began,
-        }
+            for matrix in matrices(embedded(), *how):
+                measured.bound, measured.batches = matrix.bound, measured.batches + 1
+                if context.comm.rank == 0:
+                    measured.matrices.append(matrix.on_cpu())
+            if measured.matrices:
+                measured.begin()
+        measured.seconds = time.perf_counter() - began
+        self.measured = measured
 
-    def _use(self, context: Context, measured: dict[str, Any]) -> None:
+    def _use(self, context: Context, measured: Measured) -> None:
         """alpha = mean of the effective ranks / min(rows, d), the same on all processes."""
         s, began = self.settings, time.perf_counter()
-        ranks, bound, count = measured["ranks"], measured["bound"], measured["batches"]
-        if isinstance(ranks, Future):
-            ranks = ranks.result()
-        mean = 0.0 if ranks is None else sum(ranks) / count
-        if s.alpha_delay:
+        mean = 0.0
+        if context.comm.rank == 0 or s.alpha_delay is None:
+            mean = sum(measured.effective_ranks()) / measured.batches
+        if s.alpha_delay is not None:
             mean = context.comm.broadcast(mean)
         self.measured = None
-        self.alpha = min(max(mean / bound, 0.0), 1.0)
-        kept = {name: measured[name] for name in ("epoch", "bound", "batches", "seed")}
-        self.history.append({"alpha": self.alpha, "effective_rank": mean, **kept})
+        self.alpha = min(max(mean / measured.bound, 0.0), 1.0)
+        self.history.append(
+            {
+                "epoch": measured.epoch,
+                "alpha": self.alpha,
+                "effective_rank": mean,
+                "bound": measured.bound,
+                "batches": measured.batches,
+                "seed": measured.seed,  # with purpose and epoch, all of the generator's state
+            }
+        )
         context.report(
             {
                 f"rep/effective_rank_{s.alpha_space}_train": mean,
                 "rep/alpha": self.alpha,
                 "rep/beta": self.beta,
-                "perf/alpha_s": measured["seconds"] + time.perf_counter() - began,
+                "perf/alpha_s": measured.seconds + time.perf_counter() - began,
             }
         )
-        few = f", all there are of {s.alpha_batches} asked for" if count < s.alpha_batches else ""
-        when = f", measured after epoch {measured['epoch']}" if s.alpha_delay else ""
+        missing = measured.batches < s.alpha_batches
+        few = f", all there are of {s.alpha_batches} asked for" if missing else ""
+        when = f", measured after epoch {measured.epoch}" if s.alpha_delay is not None else ""
         context.tell(
-            f"alpha {self.alpha:.4f}: effective rank {mean:.1f} of {bound} "
-            f"over {count} global batches{few}{when}"
+            f"alpha {self.alpha:.4f}: effective rank {mean:.1f} of {measured.bound} "
+            f"over {measured.batches} global batches{few}{when}"
         )
 
     def get_extra_state(self) -> dict[str, Any]:
         """alpha, its history and what is being measured, for the checkpoint."""
-        return {"alpha": self.alpha, "history": self.history, "measured": self.measured}
+        measured = None if self.measured is None else self.measured.state()
+        return {"alpha": self.alpha, "history": self.history, "measured": measured}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take alpha, its history and what was being measured from a checkpoint."""
         self.alpha, self.history = float(state["alpha"]), list(state["history"])
-        self.measured = state.get("measured")
+        measured = state.get("measured")
+        self.measured = None if measured is None else Measured.of(measured)
+
+
+@dataclass
+class Measured:
+    """Effective ranks that are not yet in use; on rank 0, while they are computed, of what."""
+
+    epoch: int
+    """Epochs done when it was measured."""
+    due: int
+    """And when it is to be in use."""
+    seed: int
+    bound: int = 1
+    batches: int = 0
+    seconds: float = 0.0
+    ranks: list[float] | None = None
+    matrices: list[Matrix] = field(default_factory=list)
+    _beside: Future[list[float]] | None = None
+
+    def decompose(self) -> list[float]:
+        """One batch after the other."""
+        return [float(matrix.effective_rank()) for matrix in self.matrices]
+
+    def begin(self) -> None:
+        """Decompose in a thread."""
+        self._beside = beside(self.decompose)
+
+    def effective_ranks(self) -> list[float]:
+        """Those of all batches; waits for them."""
+        if self.ranks is None:
+            if self._beside is None:  # resumed
+                self.begin()
+            assert self._beside is not None
+            self.ranks = self._beside.result()
+        return self.ranks
+
+    def state(self) -> dict[str, Any]:
+        """The effective ranks, or what is left to decompose: a checkpoint does not wait."""
+        ranks, beside = self.ranks, self._beside
+        if ranks is None and beside is not None and beside.done():
+            ranks = beside.result()
+        left = [vars(matrix) for matrix in self.matrices] if ranks is None else []
+        named = {name: getattr(self, name) for name in ("epoch", "due", "seed", "bound", "batches")}
+        return named | {"seconds": self.seconds, "ranks": ranks, "matrices": left}
+
+    @staticmethod
+    def of(state: dict[str, Any]) -> Measured:
+        """From `state`."""
+        return Measured(**state | {"matrices": [Matrix(**m) for m in state["matrices"]]})

@@ -145,7 +145,7 @@ class Method(nn.Module, Generic[C]):
         """After each epoch: what is measured between epochs."""
 
     def reads_after(self, epoch: int) -> str | None:
-        """The purpose of `context.batches` in `after_epoch`, to be read during the last steps."""
+        """The purpose of `context.batches` in `after_epoch`; the first is read before."""
 
     # --- given -------------------------------------------------------------------------------
 

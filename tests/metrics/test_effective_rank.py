@@ -131,25 +131,28 @@ def test_batches_are_shared_among_processes(
             assert made == len(range(rank, count, size))
 
 
-def decomposed_by_each(world: World, route: Any, rows: int) -> list[float]:
+def decomposed_by_each(world: World, route: Any, rows: int, center: bool) -> list[float]:
     comm = comm_of(world)
     x = [embeddings(rows, 10) ** (1 + i % 2) for i in range(3)]
     grad = torch.is_grad_enabled()
     found = []
-    for matrix in matrices((b[comm.rows(rows // world.size)] for b in x), route, comm=comm):
+    for matrix in matrices((b[comm.rows(rows // world.size)] for b in x), route, center, comm):
         assert torch.is_grad_enabled() == grad
         found.append(float(matrix.on_cpu().effective_rank()))
     return found
 
 
+@pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize(("route", "rows"), [("gather", 24), ("gram", 24), ("gram", 8)])
-def test_every_process_can_decompose_every_batch(ranks: Ranks, route: str, rows: int) -> None:
+def test_every_process_can_decompose_every_batch(
+    ranks: Ranks, route: str, rows: int, center: bool
+) -> None:
     """As rank 0 does beside training."""
-    alone = World(0, 1, 0, 1, torch.device("cpu"))
-    expected, _, _ = many_ranks(alone, 3, route, rows)
+    x = [embeddings(rows, 10) ** (1 + i % 2) for i in range(3)]
+    expected = [float(effective_rank(b - b.mean(0) if center else b)) for b in x]
     for size in (1, 2, 4):
-        for values in ranks.run(decomposed_by_each, size, route, rows):
-            assert values == pytest.approx(expected, rel=1e-9)
+        for values in ranks.run(decomposed_by_each, size, route, rows, center):
+            assert values == pytest.approx(expected, rel=1e-6 if center else 1e-9)
 
 
 def test_auto_gathers_few_rows_only() -> None:

@@ -153,6 +153,13 @@ def test_what_is_between_epochs_needs_the_number_of_images() -> None:
         assert words in made.notes[0]
 
 
+def test_settings_that_a_run_would_refuse_are_not_proposed() -> None:
+    model = scaling_model.Model(["method.alpha_every=1"], Cluster(images_per_second=9000.0))
+    assert all("alpha_delay" not in " ".join(changes) for changes in model.variants())
+    model = scaling_model.Model(["method.alpha_every=2"], Cluster(images_per_second=9000.0))
+    assert ["method.alpha_delay=1", "method.alpha_batches=1"] in model.variants()
+
+
 def test_what_a_person_sees(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,8 @@
 A ResNet-50 with AdaDim's projector and the momentum of both (36 M parameters) is saved at the
 beginning of `--steps` steps, each a fixed product of matrices in one thread; the same steps without
 a save are taken off. Wall time, in turn within one process, files in a folder under `--dir`. For
-the run's own way the next save does not come before the file is there. Plain `torch.save`, as
+the run's own way the next save does not come before the file is there, and a second core is idle.
+Plain `torch.save`, as
 other trainers call it, neither hashes nor waits for the disk.
 """
 
@@ -53,10 +54,18 @@ class Ways:
     def __init__(self, state: dict[str, Any], folder: Path) -> None:
         self.state, self.folder, self.saver = state, folder, Saver()
         self.count = itertools.count()
+        self.late: list[float] = []  # seconds from the last step to the file
 
     def beside(self) -> Callable[[], object]:
         self.saver.start(self.state, self.write)
-        return lambda: self.saver.outcome(block=True)
+        return self.finish
+
+    def finish(self) -> None:
+        begin = time.perf_counter()
+        outcome = self.saver.outcome(block=True)
+        assert outcome is not None
+        assert not outcome.problem
+        self.late.append(time.perf_counter() - begin)
 
     def before(self) -> Callable[[], object]:
         self.write(self.state)
@@ -134,6 +143,12 @@ def main() -> None:
         f"\n{options.steps} steps alone take {steps:.2f} s. What ours takes from them lies", end=" "
     )
     print(f"{where(taken[OURS], 0)} ms.")
+    unfinished = sum(late > 0.01 for late in ways.late)
+    if unfinished:
+        print(
+            f"In {unfinished} of {len(ways.late)} rounds the file came after the steps; "
+            "more --steps would hold it."
+        )
 
 
 def ratio_of(ours: list[float], theirs: list[float]) -> str:
