@@ -8,7 +8,8 @@ for the next one: learning rate, forward, loss, backward, gradient norm, optimis
 flags, and at logging steps the progress line and the metrics file. After each step (on a GPU after
 `--segment` steps, since waiting for each would hide what overlaps) the run waits inside its loader
 while as many bare steps are timed: forward, loss, backward, optimiser, with a copy of the same
-network. Both are compared in segments of so many steps. What happens between epochs is not counted.
+network. Both are compared in segments of so many steps. What happens between epochs is not counted,
+and no checkpoint is written beside them (tools/bench/saving.py).
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def main() -> None:
                 *(arguments or ["method.alpha_every=1000000", "log.every_steps=7"]),
                 f"run.dir={folder}/run", "eval.every=0", "measure.every=0",
                 "eval.knn=false", "eval.raw_pixels=false", "run.threads=1",
-                f"optim.epochs={options.epochs}",
+                f"optim.epochs={options.epochs}", "checkpoint.every=100000",
             ],
             options.segment,
         )  # fmt: skip
