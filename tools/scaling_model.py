@@ -734,67 +734,33 @@ def _parser() -> argparse.ArgumentParser:
     add("--per-gpu", type=int, default=128, help="images on each GPU (default: %(default)s)")
     add("--fixed-batch", action="store_true", help="the config's batch_size at any number of GPUs")
     add("--node-size", type=int, default=c.node_size, help="GPUs of a node (default: %(default)s)")
-    add(
-        "--intra",
-        type=float,
-        default=c.intra,
-        help="bytes/s of a GPU within its node (%(default)g)",
-    )
-    add("--inter", type=float, default=c.inter, help="bytes/s per GPU between nodes (%(default)g)")
-    add("--latency", type=float, default=c.latency, help="s of a collective (%(default)g)")
-    add(
-        "--latency-per-doubling",
-        type=float,
-        default=c.latency_per_doubling,
-        help="s more per doubling of the nodes (%(default)g)",
-    )
-    add(
-        "--jitter",
-        type=float,
-        default=c.jitter,
-        help="standard deviation of a rank's own time, a fraction (%(default)g)",
-    )
-    add(
-        "--images-per-second",
-        type=float,
-        default=0.0,
-        help="224-pixel crops trained on one GPU; else assumed for " + ", ".join(IMAGES_PER_SECOND),
-    )
-    add("--fp32", type=float, default=c.fp32, help="the losses' products, FLOP/s (%(default)g)")
-    add("--memory", type=float, default=c.memory, help="device memory, bytes/s (%(default)g)")
-    add("--kernel", type=float, default=c.kernel, help="s of the shortest operation (%(default)g)")
-    add(
-        "--fp64",
-        type=float,
-        default=c.fp64,
-        help="float64 products for alpha, FLOP/s (%(default)g)",
-    )
-    add(
-        "--decomposition",
-        type=float,
-        default=c.decomposition,
-        help="decompositions for alpha, FLOP/s (%(default)g)",
-    )
-    add(
-        "--pipeline",
-        type=float,
-        default=c.pipeline,
-        help="s until alpha's first batch (%(default)g)",
-    )
-    add("--hop", type=float, default=c.hop, help="s of a message between hosts (%(default)g)")
-    add(
-        "--host-copy",
-        type=float,
-        default=c.host_copy,
-        help="bytes/s from a GPU to its host (%(default)g)",
-    )
-    add("--disk", type=float, default=c.disk, help="bytes/s of a checkpoint (%(default)g)")
+
+    def rate(name: str, text: str) -> None:
+        default = getattr(c, name)
+        add(f"--{name.replace('_', '-')}", type=float, default=default, help=text)
+
+    rate("intra", "bytes/s of a GPU within its node (%(default)g)")
+    rate("inter", "bytes/s per GPU between nodes (%(default)g)")
+    rate("latency", "s of a collective (%(default)g)")
+    rate("latency_per_doubling", "s more per doubling of the nodes (%(default)g)")
+    rate("jitter", "standard deviation of a rank's own time, a fraction (%(default)g)")
+    known = ", ".join(IMAGES_PER_SECOND)
+    rate("images_per_second", f"224-pixel crops trained on one GPU; else assumed for {known}")
+    rate("fp32", "the losses' products, FLOP/s (%(default)g)")
+    rate("memory", "device memory, bytes/s (%(default)g)")
+    rate("kernel", "s of the shortest operation (%(default)g)")
+    rate("fp64", "float64 products for alpha, FLOP/s (%(default)g)")
+    rate("decomposition", "decompositions for alpha, FLOP/s (%(default)g)")
+    rate("pipeline", "s until alpha's first batch (%(default)g)")
+    rate("hop", "s of a message between hosts (%(default)g)")
+    rate("host_copy", "bytes/s from a GPU to its host (%(default)g)")
+    rate("disk", "bytes/s of a checkpoint (%(default)g)")
     add("--images", type=int, help="training images, where the data set is not a known one")
     add("--alpha", type=float, default=0.5, help="AdaDim's, once measured (default: %(default)s)")
     add("--target", type=float, default=0.85, help="efficiency asked for (default: %(default)s)")
     add("--no-variants", action="store_true", help="leave other settings out")
     add("--plot", type=Path, metavar="FILE", help="also draw 8 to 1024 GPUs")
-    return parser  # fmt: skip
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
