@@ -392,7 +392,7 @@ def data_parallel(
 
     `compression`: what gradients are sent in, if not as they are.
     """
-    if world.size == 1:
+    if not dist.is_initialized():
         return module
     ids = [world.device.index] if world.device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
@@ -662,8 +662,8 @@ def _affine(like: Tensor, views: int, x: Tensor, scale: Tensor, shift: Tensor) -
     return out
 
 
-class _Normalize(torch.autograd.Function):
-    """Normalise each view by its statistics over all processes.
+class _NormalizeOnCPU(torch.autograd.Function):
+    """Normalise each view by its statistics over all processes, in torch's generic operators.
 
     Returns the output and, for the running averages, mean and unbiased variance `[total, C]`.
     """
@@ -741,6 +741,93 @@ class _Normalize(torch.autograd.Function):
         )
 
 
+class _NormalizeOnGPU(torch.autograd.Function):
+    """The same with the kernels that `nn.SyncBatchNorm` uses, each view a slice of the batch.
+
+    One gather per layer for all views, and one all-reduce in backward; neither without `reduce`,
+    where the statistics are this process's own. Updates the running averages of `norm`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: GlobalBatchNorm,
+        layout: ViewLayout,
+        reduce: bool,
+    ) -> Tensor:
+        x = x.contiguous(memory_format=_format(x))
+        views, channels = x.chunk(layout.local), x.shape[1]
+        own = [torch.batch_norm_stats(view, norm.eps) for view in views]
+        count = own[0][0].new_full((1,), views[0].numel() // channels)
+        packed = torch.cat([part for mean, inverse in own for part in (mean, inverse, count)])
+        packed = packed.view(1, len(views), -1)
+        if reduce:
+            everyones = packed.new_empty(dist.get_world_size(), *packed.shape[1:])
+            _meet("norm", _all_gather, everyones, packed)
+            packed = everyones
+        # By view, then by the processes that hold it: [total, shards, 2C + 1].
+        shards = layout.total // layout.local if reduce else 1
+        packed = (
+            packed.view(-1, shards, len(views), packed.shape[2]).permute(2, 1, 0, 3).flatten(0, 1)
+        )
+        means, inverses, counts = torch.split(packed, [channels, channels, 1], 2)
+        momentum, eps, averages = norm.momentum or 0.0, norm.eps, norm.averages
+        merged = [  # the first argument only tells the type
+            torch.batch_norm_gather_stats_with_counts(
+                count, mean, inverse, *averages, momentum, eps, numbers[:, 0]
+            )
+            for mean, inverse, numbers in zip(means, inverses, counts, strict=True)
+        ]
+        norm.count_views(merged, counts)
+        held = merged[layout.held] if reduce else merged
+        out = torch.empty_like(x)
+        for view, part, (mean, inverse) in zip(views, out.chunk(len(views)), held, strict=True):
+            torch.batch_norm_elemt(view, weight, bias, mean, inverse, eps, out=part)
+        ctx.save_for_backward(x, weight, counts[:, :, 0].int(), *(s for pair in held for s in pair))
+        ctx.layout, ctx.reduce, ctx.affine = layout, reduce, any(ctx.needs_input_grad[1:3])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, counts, *pairs = ctx.saved_tensors
+        layout, affine = ctx.layout, ctx.affine
+        grad = grads[0].contiguous(memory_format=_format(x))
+        views, total, k = x.chunk(layout.local), len(counts), layout.local
+        held = list(zip(views, grad.chunk(k), pairs[::2], pairs[1::2], strict=True))
+        # Sums of g and g (x - mean), then the gradients of weight and bias: [2 or 4, k, C].
+        parts = [
+            torch.batch_norm_backward_reduce(g, v, mean, inverse, weight, True, affine, affine)
+            for v, g, mean, inverse in held
+        ]
+        kinds = list(zip(*parts, strict=True))[: 4 if affine else 2]
+        packed = torch.cat([part for kind in kinds for part in kind]).view(len(kinds), k, -1)
+        sums = packed[:2]
+        if ctx.reduce:
+            if total > k:  # the others hold other views
+                sums = packed.new_zeros(2, total, packed.shape[2])
+                sums[:, layout.held] = packed[:2]
+            _meet("norm", dist.all_reduce, sums)
+            if total > k:
+                sums, counts = sums[:, layout.held], counts[layout.held]
+        out: list[Tensor] = [
+            torch.batch_norm_backward_elemt(
+                g, v, mean, inverse, weight, sums[0, i], sums[1, i], counts[i]
+            )
+            for i, (v, g, mean, inverse) in enumerate(held)
+        ]
+        # DDP averages what each rank contributed to the affine parameters.
+        both = packed[2:].sum(1) if affine else (None, None)
+        return (torch.cat(out) if k > 1 else out[0], *both, None, None, None)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether torch has the kernels of a synchronised batch norm for this tensor's device."""
+    return x.is_cuda
+
+
 class GlobalBatchNorm(_BatchNorm):
     """Batch normalisation over the global batch, per view or pooled, on CPU and GPU.
 
@@ -770,36 +857,66 @@ class GlobalBatchNorm(_BatchNorm):
             raise ValueError(f"expected [n, C, ...], got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
+        reduce = self.reduce and dist.is_initialized()
         if not self.training:
             out = super().forward(input)
-        elif self.reduce and dist.is_initialized():
-            out = self._global(input)
-        else:
+        elif not reduce and (not _has_kernels(input) or torch.compiler.is_compiling()):
             out = self._local(input)
+        else:
+            out = self._global(input, reduce)
         return cast(Tensor, self.after(out))
 
     # A collective in the middle breaks the compiled graph either way.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _global(self, input: Tensor) -> Tensor:
+    def _global(self, input: Tensor, reduce: bool) -> Tensor:
         """The statistics of all processes, each view's its own; running averages in view order."""
+        layout = ViewLayout(self.layout.total, self.layout.held)
+        if _has_kernels(input):
+            affine = (self.weight, self.bias) if self.affine else (None, None)
+            return cast(Tensor, _NormalizeOnGPU.apply(input, *affine, self, layout, reduce))
         weight = self.weight if self.affine else input.new_ones(self.num_features)
         bias = self.bias if self.affine else input.new_zeros(self.num_features)
-        layout = ViewLayout(self.layout.total, self.layout.held)
         out, means, variances = cast(
             tuple[Tensor, Tensor, Tensor],
-            _Normalize.apply(input, weight, bias, self.eps, layout),
+            _NormalizeOnCPU.apply(input, weight, bias, self.eps, layout),
         )
-        if self.running_mean is not None and self.running_var is not None:
-            assert self.num_batches_tracked is not None
-            with torch.no_grad():
-                for mean, variance in zip(means, variances, strict=True):
-                    self.num_batches_tracked.add_(1)
-                    momentum = self.momentum
-                    if momentum is None:  # a cumulative average
-                        momentum = 1.0 / float(self.num_batches_tracked)
-                    self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                    self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
+        for mean, variance in zip(means, variances, strict=True):
+            self._average(mean, variance)
         return out
+
+    @property
+    def averages(self) -> tuple[Tensor | None, Tensor | None]:
+        """The running averages that torch's kernels update with a constant momentum."""
+        if self.momentum is None:
+            return None, None
+        return self.running_mean, self.running_var
+
+    @torch.no_grad()
+    def count_views(self, merged: Sequence[tuple[Tensor, Tensor]], counts: Tensor) -> None:
+        """After the kernels, which updated the averages but for a cumulative one.
+
+        `merged`: mean and inverse deviation of each view; `counts` `[views, shards, 1]`.
+        """
+        if self.momentum is not None:
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(len(merged))
+            return
+        for (mean, inverse), number in zip(merged, counts.sum(1), strict=True):
+            variance = inverse.pow(-2) - self.eps
+            self._average(mean, variance * (number / (number - 1).clamp(min=1)))
+
+    @torch.no_grad()
+    def _average(self, mean: Tensor, variance: Tensor) -> None:
+        """One view's part in the running averages; without `momentum` all views count alike."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        for average, value in ((self.running_mean, mean), (self.running_var, variance)):
+            share: Any = self.momentum
+            if share is None:
+                share = self.num_batches_tracked.to(average.dtype).reciprocal()
+            average.lerp_(value.to(average.dtype), share)
 
     def _local(self, input: Tensor) -> Tensor:
         """This process's own statistics, torch's kernels: one call per view held here."""

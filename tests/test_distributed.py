@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -92,6 +95,80 @@ def reference_norm(kind: str, separate: bool) -> Any:
     return loss.detach(), [p.grad for p in net.parameters()], list(net.buffers())
 
 
+class Kernels:
+    """What torch's kernels of a synchronised batch norm compute, as formulas, for a CPU."""
+
+    @staticmethod
+    def _shape(x: Tensor) -> tuple[int, ...]:
+        return (1, -1, *[1] * (x.dim() - 2))
+
+    @staticmethod
+    def batch_norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        rows = x.transpose(0, 1).flatten(1)
+        return rows.mean(1), (rows.var(1, unbiased=False) + eps).rsqrt()
+
+    @staticmethod
+    def batch_norm_gather_stats_with_counts(
+        like: Tensor, means: Tensor, inverses: Tensor, running_mean: Tensor | None,
+        running_var: Tensor | None, momentum: float, eps: float, counts: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        number = counts.sum()
+        share = (counts / number)[:, None]
+        mean = (share * means).sum(0)
+        variance = (share * (inverses.pow(-2) - eps + means.square())).sum(0) - mean.square()
+        if running_mean is not None and running_var is not None:
+            running_mean.lerp_(mean, momentum)
+            running_var.lerp_(variance * number / (number - 1), momentum)
+        return mean, (variance + eps).rsqrt()
+
+    @classmethod
+    def batch_norm_elemt(
+        cls, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse: Tensor,
+        eps: float, out: Tensor,
+    ) -> Tensor:  # fmt: skip
+        shape = cls._shape(x)
+        y = (x - mean.view(shape)) * inverse.view(shape)
+        if weight is not None and bias is not None:
+            y = y * weight.view(shape) + bias.view(shape)
+        return out.copy_(y)
+
+    @classmethod
+    def batch_norm_backward_reduce(
+        cls, grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None,
+        input_g: bool, weight_g: bool, bias_g: bool,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        dims = [d for d in range(x.dim()) if d != 1]
+        first, second = grad.sum(dims), (grad * (x - mean.view(cls._shape(x)))).sum(dims)
+        return (
+            first, second, second * inverse if weight_g else None, first.clone() if bias_g else None
+        )  # fmt: skip
+
+    @classmethod
+    def batch_norm_backward_elemt(
+        cls, grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None,
+        sum_grad: Tensor, sum_grad_x: Tensor, counts: Tensor,
+    ) -> Tensor:  # fmt: skip
+        shape, number = cls._shape(x), counts.sum()
+        slope = (inverse.square() * sum_grad_x / number).view(shape)
+        out = grad - (sum_grad / number).view(shape) - (x - mean.view(shape)) * slope
+        return out * (inverse if weight is None else inverse * weight).view(shape)
+
+
+@contextlib.contextmanager
+def with_kernels() -> Iterator[None]:
+    """Within: tensors on a CPU take the way of those on a GPU."""
+    with contextlib.ExitStack() as stack:
+        for name in (n for n in vars(Kernels) if n.startswith("batch_norm")):
+            stack.enter_context(patch.object(torch, name, getattr(Kernels, name)))
+        stack.enter_context(patch.object(distributed, "_has_kernels", lambda x: True))
+        yield
+
+
+def global_norm_on_a_gpu(*how: Any) -> Any:
+    with with_kernels():
+        return global_norm(*how)
+
+
 def global_norm(world: World, view_shards: int, kind: str, separate: bool, last: bool) -> Any:
     fmt = torch.channels_last if last else torch.contiguous_format
     comm = MeshComm(world, view_shards) if world.size > 1 else comm_of(world)
@@ -112,14 +189,15 @@ def global_norm(world: World, view_shards: int, kind: str, separate: bool, last:
     return loss.detach(), [p.grad for p in net.parameters()], list(net.buffers())
 
 
+@pytest.mark.parametrize("norm", [global_norm, global_norm_on_a_gpu])
 @pytest.mark.parametrize("kind", ["linear", "conv", "cumulative"])
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize(("size", "view_shards"), MESHES)
 def test_global_batch_norm_is_torchs_on_the_whole_batch(
-    ranks: Ranks, kind: str, separate: bool, size: int, view_shards: int
+    ranks: Ranks, norm: Any, kind: str, separate: bool, size: int, view_shards: int
 ) -> None:
     loss, gradients, buffers = reference_norm(kind, separate)
-    results = ranks.run(global_norm, size, view_shards, kind, separate, size != 2)
+    results = ranks.run(norm, size, view_shards, kind, separate, size != 2)
     mean = sum(result[0] for result in results) / size
     assert abs(mean - loss) <= 1e-12 * abs(loss)
     for _, grads, stats in results:
@@ -284,22 +362,70 @@ def test_compressed_gradients_are_rounded_and_equal_everywhere(ranks: Ranks) -> 
         assert 1e-4 < float((found - exact).norm() / exact.norm()) < 1e-2
 
 
+@pytest.fixture(scope="module")
+def nccl() -> Iterator[None]:
+    """A group of this process alone, so that the global path runs."""
+    address = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611"}
+    with patch.dict(os.environ, address):
+        torch.distributed.init_process_group("nccl")
+        yield
+        torch.distributed.destroy_process_group()
+
+
+ON_A_GPU: dict[str, Any] = {
+    "plain": nn.BatchNorm2d,
+    "cumulative": lambda c: nn.BatchNorm2d(c, momentum=None),
+    "without affine": lambda c: nn.BatchNorm2d(c, affine=False),
+    "without averages": lambda c: nn.BatchNorm2d(c, track_running_stats=False),
+    "frozen": lambda c: nn.BatchNorm2d(c).requires_grad_(False),
+    "linear": nn.BatchNorm1d,
+}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_global_batch_norm_equals_sync_batch_norm_on_a_gpu() -> None:
-    import os
+@pytest.mark.parametrize("reduce", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ON_A_GPU)
+def test_global_batch_norm_on_a_gpu_is_torchs_on_a_cpu(
+    nccl: None, kind: str, dtype: torch.dtype, last: bool, reduce: bool
+) -> None:
+    """Two views, each by its own statistics; in float64 on the CPU, one call per view."""
+    shape = (24, 5) if kind == "linear" else (24, 5, 6, 7)
+    fmt = torch.channels_last if last and len(shape) == 4 else torch.contiguous_format
+    x = (some(*shape) * 3 + 2).to(dtype).to(memory_format=fmt)
+    weight = some(*shape, seed=2).to(dtype).to(memory_format=fmt)
+    plain, layout = ON_A_GPU[kind](5).double().train(), ViewLayout()
+    ours = distributed.global_batch_norm(ON_A_GPU[kind](5), layout, reduce).cuda().train()
+    a, b = x.double().requires_grad_(), x.cuda().requires_grad_()
+    torch.cat([plain(view) for view in a.chunk(2)]).mul(weight.double()).sum().backward()
+    with distributed.stacked_views(layout, 2, slice(None)):
+        out = ours(b)
+    (out * weight.cuda()).sum().backward()
+    assert b.grad is not None
+    assert out.dtype == b.grad.dtype == dtype
+    assert out.is_contiguous(memory_format=fmt)
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
+    torch.testing.assert_close(b.grad.double().cpu(), a.grad, **close)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(
+            dict(ours.named_buffers())[name].cpu(), buffer, check_dtype=False, **close
+        )
+    if plain.affine and plain.weight.requires_grad:
+        torch.testing.assert_close(ours.weight.grad.cpu().double(), plain.weight.grad, **close)
+        torch.testing.assert_close(ours.bias.grad.cpu().double(), plain.bias.grad, **close)
 
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29611")
-    torch.distributed.init_process_group("nccl")
-    try:
-        norm = nn.BatchNorm2d(5).cuda()
-        sync = nn.SyncBatchNorm.convert_sync_batchnorm(norm).train()
-        ours = distributed.global_batch_norm(nn.BatchNorm2d(5), ViewLayout()).cuda().train()
-        x = some(8, 5, 6, 6).float().cuda().requires_grad_()
-        y = x.detach().clone().requires_grad_()
-        ours(x).pow(3).mean().backward()
-        sync(y).pow(3).mean().backward()
-        torch.testing.assert_close(x.grad, y.grad)
-        torch.testing.assert_close(ours.running_var, sync.running_var)
-    finally:
-        torch.distributed.destroy_process_group()
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_global_batch_norm_equals_sync_batch_norm_on_a_gpu(nccl: None) -> None:
+    norm = nn.BatchNorm2d(5).cuda()
+    sync = nn.SyncBatchNorm.convert_sync_batchnorm(norm).train()
+    ours = distributed.global_batch_norm(nn.BatchNorm2d(5), ViewLayout()).cuda().train()
+    x = some(8, 5, 6, 6).float().cuda().requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    ours(x).pow(3).mean().backward()
+    sync(y).pow(3).mean().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(ours.running_var, sync.running_var)

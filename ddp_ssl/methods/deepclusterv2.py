@@ -194,7 +194,7 @@ class Memory:
         away = self.rows.shape[1] - 1
         slots = torch.where((ids - self.first) % self.stride == 0, self._slots(ids), away)
         self.rows[:, slots] = rows.to(self.rows.dtype)
-        self.seen[ids] = True
+        self.seen.index_fill_(0, ids, True)
 
     def share(self, view: int) -> tuple[Tensor, Tensor]:
         """Ids `[m]` and rows `[m, d]` of this process's share of the images seen."""

@@ -4,13 +4,14 @@
 
 Gradients are random and made once (a step of ours adds the decay to them). Also printed: operators
 that a step launches, and how often it asks the device for a value (`item`, `bool`), which on a GPU
-stalls the host. solo-learn's takes part where it is installed; as only the file with its LARS is
-loaded, `pip install --no-deps solo-learn==1.0.2` will do.
+stalls the host. lightly's and solo-learn's take part where they are installed; as only the file
+with solo-learn's LARS is loaded, `pip install --no-deps solo-learn==1.0.2` will do.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import sys
 from collections import Counter
@@ -47,7 +48,6 @@ def groups(parameters: list[nn.Parameter]) -> list[dict[str, object]]:
 
 def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     """All contestants, each with parameters of its own."""
-    from lightly.utils.lars import LARS as Lightly
 
     def sgd(**how: bool) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups(with_gradients(model)), 1e-4, momentum=0.9, **how)
@@ -56,8 +56,11 @@ def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
         OURS: LARS(groups(with_gradients(model)), 1e-4, bound_1d=0.5),
         "SGD, foreach": sgd(foreach=True),
         "SGD, fused": sgd(fused=True),
-        "lightly LARS": Lightly(groups(with_gradients(model)), 1e-4, momentum=0.9),
     }
+    with contextlib.suppress(ModuleNotFoundError):
+        from lightly.utils.lars import LARS as Lightly
+
+        made["lightly LARS"] = Lightly(groups(with_gradients(model)), 1e-4, momentum=0.9)
     wrapper = solo_learns()
     if wrapper is not None:
         made["solo-learn LARS"] = wrapper(sgd(), eta=0.02, clip=True, exclude_bias_n_norm=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 
@@ -24,8 +27,15 @@ Feeder = TypeVar("Feeder")
 
 
 @contextmanager
-def trained(arguments: list[str], feed: Callable[[engine.Job], Feeder]) -> Iterator[Feeder]:
-    """A real run, to its end, whose loader is what `feed` makes; it is still open within."""
+def trained(
+    arguments: list[str],
+    feed: Callable[[engine.Job], Feeder],
+    stop: StopRequest | None = None,
+) -> Iterator[Feeder]:
+    """A real run, to its end or until `stop` asks, whose loader is what `feed` makes.
+
+    The run is still open within.
+    """
     resolved = load(arguments)
     world = engine.join(resolved.config)
     log.setup_logging(None, world.rank)
@@ -34,11 +44,61 @@ def trained(arguments: list[str], feed: Callable[[engine.Job], Feeder]) -> Itera
     feeder = feed(job)
     job.loader = feeder  # type: ignore[assignment]
     try:
-        engine.train(job, StopRequest())
+        engine.train(job, stop or StopRequest())
         yield feeder
     finally:
         job.recorder.close()
         watch.close()
+
+
+class RandomLoader:
+    """Stands in for the training loader without DALI: random images, a function of the step alone.
+
+    The same on a CPU and a GPU, and after a resume. `steps_per_epoch` is its own.
+    """
+
+    def __init__(self, config: Config, comm: Comm, device: torch.device, views: Sequence[int],
+                 steps_per_epoch: int) -> None:  # fmt: skip
+        self.steps_per_epoch, self.step, self.failing = steps_per_epoch, 0, None
+        self.device, self.rank, every = device, comm.data_rank, views_of(config.data.views)
+        self.views = [every[k] for k in views]
+        self.order = SimpleNamespace(local_batch=config.data.batch_size // comm.data_shards)
+
+    def __next__(self) -> Batch:
+        generator = torch.Generator().manual_seed(1000 * self.step + self.rank)
+        n = self.order.local_batch
+        views = [
+            torch.randn(n, v.size, v.size, 3, generator=generator).to(self.device)
+            for v in self.views
+        ]
+        ids = torch.arange(n) + self.step * n
+        self.step += 1
+        return Batch([v.permute(0, 3, 1, 2) for v in views], ids, (ids % CLASSES).to(self.device))
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any], step: int) -> None:
+        self.step = step
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def without_input(steps_per_epoch: int) -> Iterator[None]:
+    """Within: runs train on a `RandomLoader` and validate on nothing, so that DALI is not needed."""
+
+    def loader(config: Config, comm: Comm, data: Any, device: torch.device, views: Sequence[int],
+               *rest: Any, **options: Any) -> RandomLoader:  # fmt: skip
+        return RandomLoader(config, comm, device, views, steps_per_epoch)
+
+    load_data = engine.load_data
+    with (
+        patch.object(engine, "train_loader", loader),
+        patch.object(engine, "load_data", lambda *args: replace(load_data(*args), val=None)),
+    ):
+        yield
 
 
 def join(rank: int, size: int, port: int, device: str, timeout_s: float) -> World:

@@ -1,0 +1,607 @@
+"""The rows of `tools/gpu_report.sh`: what a GPU does with a step, measured in minutes.
+
+    python tools/gpu_report.py GROUP OUT [--rehearse]
+
+Each measurement is a line of `OUT/rows.jsonl` and of `OUT/table.md` the moment it is known. A
+measurement that fails, or takes longer than its own limit, is a line with `error`; the next one
+goes on. `--rehearse` takes tiny sizes, on the CPU if there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "bench")]
+
+import lars
+import losses
+from compare import in_turn, peak_mib
+from shared import CLASSES, learner_of, trained, without_input
+
+from ddp_ssl import engine, optim
+from ddp_ssl.comm import ONE_PROCESS
+from ddp_ssl.config import Config, load
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.distributed import World
+from ddp_ssl.methods.base import Progress
+from ddp_ssl.signals import StopRequest
+
+NETWORKS = {"resnet50": "resnet50", "resnet18": "resnet18", "vit_s16": "vit_small_patch16_224"}
+TINY = {  # backbone_args of the rehearsal
+    "resnet50": "{channels: [4, 4, 8, 8], layers: [1, 1, 1, 1]}",
+    "resnet18": "{channels: [4, 4, 8, 8], layers: [1, 1, 1, 1]}",
+    "vit_s16": "{embed_dim: 24, depth: 1, num_heads: 2, img_size: 32}",
+}
+ADADIM, BARLOW = (ROOT / f"configs/imagenet100/{n}.yaml" for n in ("adadim", "barlow_twins"))
+GIB = 2**30
+Row = dict[str, Any]
+
+
+class Report:
+    """Rows, on disk as soon as they are there."""
+
+    def __init__(self, group: str, out: Path, rehearse: bool) -> None:
+        self.group, self.out, self.rehearse = group, out, rehearse
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self._columns: list[str] = []
+
+    def measure(self, limit_s: float, work: Callable[[], Row], **names: Any) -> None:
+        """The row of one measurement: what it is, and what `work` gives or how it failed."""
+
+        def late(*_: Any) -> None:
+            raise TimeoutError(f"stopped after {limit_s:g} s")
+
+        before = signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        try:
+            row = names | work()
+        except (Exception, SystemExit) as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            row = names | {"error": text[:500]}
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        self._write(row)
+        gc.collect()
+        if self.device.type == "cuda" and "error" not in row:
+            torch.cuda.empty_cache()
+
+    def _write(self, row: Row) -> None:
+        with (self.out / "rows.jsonl").open("a") as file:
+            file.write(json.dumps({"group": self.group, **row}) + "\n")
+        columns = list(row)
+        with (self.out / "table.md").open("a") as file:
+            if columns != self._columns:
+                title = "" if self._columns else f"\n## {self.group}\n"
+                file.write(f"{title}\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}\n")
+                self._columns = columns
+            file.write(f"| {' | '.join(_shown(row[name]) for name in columns)} |\n")
+
+    def rates(self) -> tuple[float, float]:
+        """Bytes and bf16 operations per second, as the group `machine` measured them."""
+        with contextlib.suppress(OSError):
+            for line in (self.out / "rows.jsonl").read_text().splitlines():
+                row = json.loads(line)
+                if row["group"] == "machine" and "error" not in row:
+                    return row["copy_gb_per_s"] * 1e9, row["bf16_tflops"] * 1e12
+        raise ValueError("the rates of the machine are not known: its row failed")
+
+
+def _shown(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "/")
+
+
+def timed(step: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Milliseconds of a call: as many as fit into `seconds`, two at least, waited for once."""
+
+    def run(count: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        for _ in range(count):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - began) / count
+
+    return 1e3 * run(max(2, int(seconds / run(1))))
+
+
+# --- the machine ---------------------------------------------------------------------------------
+
+
+def machine(report: Report) -> None:
+    """Chip, driver, versions, and the rates that the limits below are made of."""
+
+    def work() -> Row:
+        from ddp_ssl.log import environment
+
+        device, small = report.device, report.rehearse
+        on_gpu = device.type == "cuda"
+        row: Row = {"chip": torch.cuda.get_device_name(device) if on_gpu else "cpu"}
+        row["driver"] = _driver()
+        found = environment()
+        row |= {"python": found["python"], "cuda": found["cuda"], **found["packages"]}
+        if on_gpu:
+            row["memory_gib"] = torch.cuda.get_device_properties(device).total_memory / GIB
+        count = 2**22 if small else 2**30
+        source = torch.randn(count, device=device)
+        target = torch.empty_like(source)
+        copy_ms = timed(lambda: target.copy_(source), device, 0.1 if small else 0.5)
+        row["copy_gb_per_s"] = 2 * source.nbytes / copy_ms / 1e6
+        del source, target
+        kinds = {"bf16": (torch.bfloat16, 8192), "fp32": (torch.float32, 4096)}
+        for name, (kind, side) in kinds.items():
+            side = 256 if small else side
+            a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
+            timed(lambda a=a, b=b: a @ b, device, 0.1)  # warms up
+            ms = timed(lambda a=a, b=b: a @ b, device, 0.1 if small else 0.5)
+            row[f"{name}_tflops"] = 2 * side**3 / ms / 1e9
+        return row
+
+    report.measure(60, work)
+
+
+def _driver() -> str:
+    with contextlib.suppress(OSError):
+        text = Path("/proc/driver/nvidia/version").read_text()
+        if found := re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text):
+            return found.group()
+    return "none"
+
+
+# --- a step --------------------------------------------------------------------------------------
+
+
+class Count(TorchDispatchMode):
+    """Bytes that operators read and write, products, and the time that both need at least.
+
+    Views move nothing; an expanded dimension is read once. The least time of an operator is the
+    larger of its bytes over the copy rate and its operations over the rate of products.
+    """
+
+    FREE = ("empty", "detach", "alias", "lift_fresh", "_unsafe_view", "record_stream", "set_")
+
+    def __init__(self, rates: tuple[float, float]) -> None:
+        super().__init__()
+        self.rates, self.nbytes, self.flops, self.seconds = rates, 0, 0, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func.overloadpacket
+        if func.is_view or "c10d" in str(packet) or any(n in str(packet) for n in self.FREE):
+            return out
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        nbytes = sum(_stored(x) for x in tensors)
+        flops = 0
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, **kwargs, out_val=out)
+        self.nbytes += nbytes
+        self.flops += flops
+        self.seconds += max(nbytes / self.rates[0], flops / self.rates[1])
+        return out
+
+
+def _stored(x: Tensor) -> int:
+    count = 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        count *= size if stride else 1
+    return count * x.element_size()
+
+
+class Step:
+    """The loop's own step on one batch, without input: forward, loss, backward, optimiser, hooks."""
+
+    def __init__(self, report: Report, recipe: Path, network: str, norm: str, *more: str) -> None:
+        self.report, self.device = report, report.device
+        self.size = 32 if report.rehearse else 224
+        small = ["model.projector=[16, 16]", f"model.backbone_args={TINY[network]}"]
+        self.config = load([
+            str(recipe), "data.root=.", f"model.backbone={NETWORKS[network]}",
+            f"data.views=[{{count: 2, size: {self.size}, recipe: sym}}]",
+            f"model.batch_norm={'local' if norm == 'local' else 'global'}",
+            f"run.device={self.device.type}", *(small if report.rehearse else []), *more,
+        ]).config  # fmt: skip
+        learner = learner_of(self.config, ONE_PROCESS)
+        if norm == "sync" and self.device.type == "cuda":  # torch's has no form for a CPU
+            learner = nn.SyncBatchNorm.convert_sync_batchnorm(learner)
+        self.learner = learner
+        self.module = engine.on_device(learner, self.config, World(0, 1, 0, 1, self.device))
+        self.optimizer = optim.build(
+            self.config.optim, engine.parameter_groups(learner, self.config)
+        )
+        self.parameters = [p for p in learner.method.parameters() if p.requires_grad]
+        self.module.train()
+        self.use(2)
+
+    def use(self, images: int) -> None:
+        """Take a batch of so many images from now on."""
+        shape = (images, self.size, self.size, 3)
+        views = [torch.randn(shape, device=self.device).permute(0, 3, 1, 2) for _ in range(2)]
+        ids = torch.arange(images)
+        self.batch = Batch(views, ids, (ids % CLASSES).to(self.device))
+
+    def __call__(self) -> None:
+        optim.set_learning_rates(self.optimizer, self.config.optim, 256, 100, 100)
+        total, _ = self.module(self.batch)
+        total.backward()
+        progress = Progress(100, 1000, 1, 10)
+        self.learner.method.before_optimizer(progress)
+        engine.gradient_norm(self.parameters, self.config.optim.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.learner.method.after_step(progress)
+
+    def speed(self, images: int) -> Row:
+        """Time, memory, kernels, and the share of the least time that the operators need."""
+        self.use(images)
+        for _ in range(3):
+            self()
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        ms = timed(self, self.device, 0.05 if self.report.rehearse else 1.0)
+        memory = {}
+        if on_gpu:
+            memory["allocated_gib"] = torch.cuda.max_memory_allocated(self.device) / GIB
+            memory["reserved_gib"] = torch.cuda.max_memory_reserved(self.device) / GIB
+        with Count(self.report.rates()) as count:
+            self()
+        return {
+            "ms": ms,
+            "images_per_s": 1e3 * images / ms,
+            "limit_share": 1e3 * count.seconds / ms,
+            "gbytes": count.nbytes / 1e9,
+            "tflop": count.flops / 1e12,
+            **self.trace(),
+            "host_ms": self.host_ms(),
+            **memory,
+        }
+
+    def trace(self) -> Row:
+        """Kernels of one step (a CPU's operators), and how long the device idles between them."""
+        on_gpu = self.device.type == "cuda"
+        activity = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as seen:
+            self()
+            if on_gpu:
+                torch.cuda.synchronize(self.device)
+        assert seen.profiler is not None
+        kind = getattr(torch.autograd.DeviceType, "CUDA" if on_gpu else "CPU")
+        events = [e for e in seen.profiler.kineto_results.events() if e.device_type() == kind]
+        spans = sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events)
+        busy, end = 0, spans[0][0]
+        for start, stop in spans:
+            busy += max(0, stop - max(start, end))
+            end = max(end, stop)
+        return {"kernels": len(spans), "idle_share": 1 - busy / (end - spans[0][0])}
+
+    def host_ms(self) -> float:
+        """Time of a step of two images, where the host sets the pace."""
+        images = len(self.batch.ids)
+        self.use(2)
+        with _no_search():
+            self()
+            ms = timed(self, self.device, 0.1 if self.report.rehearse else 0.3)
+        self.use(images)
+        return ms
+
+
+@contextlib.contextmanager
+def _no_search() -> Iterator[None]:
+    """Within: cuDNN takes its first choice instead of trying all."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextlib.contextmanager
+def group_of_one(device: torch.device) -> Iterator[None]:
+    """A process group with this process alone, so that every collective is called."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533", "RANK": "0", "WORLD_SIZE": "1"}
+    os.environ.update(address)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+        for name in address:
+            del os.environ[name]
+
+
+def steps(report: Report) -> None:
+    """AdaDim in bf16, two views: networks, images and norms."""
+    torch.backends.cudnn.benchmark = True
+    with group_of_one(report.device):
+        for network in NETWORKS:
+            for norm in ("global", "sync", "local"):
+                names = {"network": network, "norm": norm}
+                make = functools.cache(
+                    lambda n=network, b=norm: Step(report, ADADIM, n, b, "optim.precision=bf16")
+                )
+                for images in (4, 2) if report.rehearse else (128, 32):
+                    report.measure(
+                        40, lambda m=make, i=images: m().speed(i), **names, images=images
+                    )
+
+
+def vit(report: Report) -> None:
+    """Barlow Twins with a ViT-S/16: the whole step, and the network's forward and backward alone."""
+    torch.backends.cudnn.benchmark = True
+    images = 4 if report.rehearse else 256
+    settings = ("optim.precision=bf16", "optim.name=adamw", "optim.lr=5e-4")
+
+    def network_alone(step: Step) -> Row:
+        step.use(images)
+        views = torch.cat(step.batch.views)
+        method = step.learner.method
+
+        def work() -> None:
+            with torch.autocast(step.device.type, torch.bfloat16):
+                out = method.projector(method.backbone(views))
+            out.float().sum().backward()
+
+        work()
+        ms = timed(work, step.device, 0.1 if report.rehearse else 1.0)
+        return {"ms": ms, "images_per_s": 1e3 * images / ms}
+
+    with group_of_one(report.device):
+        make = functools.cache(lambda: Step(report, BARLOW, "vit_s16", "global", *settings))
+        names = {"network": "vit_s16", "method": "barlow_twins", "images": images}
+        report.measure(60, lambda: make().speed(images), **names, part="step")
+        report.measure(40, lambda: network_alone(make()), **names, part="network alone")
+
+
+# --- tests, and the whole engine -----------------------------------------------------------------
+
+
+def tests(report: Report) -> None:
+    """The tests marked `gpu` that need no DALI."""
+    marked = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in p.read_text()]
+    files = [str(p.relative_to(ROOT)) for p in marked if p.parent.name != "data"]
+    report.measure(100, lambda: run_tests(report, files), tests="without DALI")
+
+
+def run_tests(report: Report, files: list[str]) -> Row:
+    """Run marked tests of these files; those that fail are named."""
+    with tempfile.NamedTemporaryFile(suffix=".xml") as results:
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider",
+                   f"--junitxml={results.name}", *files]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        (report.out / f"pytest-{report.group}.log").write_text(done.stdout + done.stderr)
+        cases = list(ElementTree.parse(results.name).getroot().iter("testcase"))
+    failed = [c.get("name") for c in cases if c.find("failure") is not None]
+    failed += [c.get("name") for c in cases if c.find("error") is not None]
+    skipped = sum(c.find("skipped") is not None for c in cases)
+    row: Row = {"passed": len(cases) - len(failed) - skipped, "skipped": skipped}
+    if failed or done.returncode not in (0, 5):
+        row["error"] = f"{len(failed)} failed: {', '.join(map(str, failed))}"[:500]
+    return row
+
+
+STEPS = 30  # of a run of the whole engine, in three epochs
+
+
+class StopAfter(StopRequest):
+    """Asks a run to stop after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    def look_for(self, stop_file: Path | None) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+def run_of(
+    report: Report, folder: Path, *more: str, stop: StopRequest | None = None
+) -> list[dict[str, float]]:
+    """A whole run on random images; its rows, one per step."""
+    small = report.rehearse
+    arguments = [
+        f"model.backbone_args={TINY['resnet18'] if small else '{channels: [8, 16, 32, 64]}'}",
+        "model.projector=[64, 64]", f"run.threads={1 if small else 4}",
+        "data.views=[{count: 2, size: 32, recipe: sym}]", f"data.batch_size={16 if small else 64}",
+        "optim.epochs=3", "optim.warmup_epochs=1",
+        f"run.device={report.device.type}",
+        f"run.dir={folder}", "method.alpha_every=1", "log.tensorboard=false", "eval.knn=false",
+        "eval.raw_pixels=false", "optim.precision=fp32", *more,
+    ]  # fmt: skip
+    with without_input(STEPS // 3), trained(arguments, lambda job: job.loader, stop):
+        pass
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "train/loss" in row]
+
+
+def apart(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> Row:
+    """By how much the losses of two runs differ at most, and after ten steps."""
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs] == list(range(1, STEPS + 1))
+    parts = [
+        abs(a["train/loss"] - b["train/loss"]) / abs(b["train/loss"])
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    return {"steps": STEPS, "first_10": max(parts[:10]), "largest": max(parts)}
+
+
+def whole(report: Report) -> None:
+    """Thirty steps of the engine: against the CPU, resumed, in fp16, compiled."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+
+        def run(name: str, *more: str, **how: Any) -> list[dict[str, float]]:
+            return run_of(report, place / name, *more, **how)
+
+        @functools.cache
+        def plain() -> list[dict[str, float]]:
+            return run("plain")
+
+        def resumed() -> Row:
+            run("resumed", stop=StopAfter(STEPS // 2))
+            return apart(run("resumed", "run.resume=auto"), plain())
+
+        def half() -> Row:
+            rows = run("fp16", "optim.precision=fp16")
+            return apart(rows, plain()) | {"last_loss": rows[-1]["train/loss"]}
+
+        def compiled() -> Row:
+            began = time.perf_counter()
+            # A ResNet's graph breaks at every norm's collective: minutes for a CPU's compiler.
+            vit = [
+                f"model.backbone={NETWORKS['vit_s16']}",
+                f"model.backbone_args={TINY['vit_s16']}",
+            ]
+            rows = run("compiled", "model.compile=true", *(vit if report.rehearse else []))
+            return {"seconds": time.perf_counter() - began, "last_loss": rows[-1]["train/loss"]}
+
+        with _exact():
+            report.measure(
+                60, lambda: apart(plain(), run("cpu", "run.device=cpu")), run="and a CPU's"
+            )
+            report.measure(60, resumed, run="stopped at 15 and resumed")
+        report.measure(60, half, run="fp16")
+        report.measure(90, compiled, run="compiled")
+
+
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """Within: convolutions in float32 and not in TF32, which is less exact than the comparison."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+# --- losses and LARS -----------------------------------------------------------------------------
+
+
+def parts(report: Report) -> None:
+    """Losses and LARS against plain forms, in turn."""
+    small = report.rehearse
+    for name, (ours, plain, shapes) in losses.CASES.items():
+        for images, width in [(16, 8)] if small else shapes[:1]:
+
+            def work(ours: Any = ours, plain: Any = plain, n: int = images, d: int = width) -> Row:
+                z = torch.randn(2, n, d, device=report.device).requires_grad_()
+                made = {"ours": losses.step(ours, z), "plain": losses.step(plain, z)}
+                times = in_turn(made, 2 if small else 10, report.device)
+                row = {f"{k}_ms": sorted(v)[len(v) // 2] for k, v in times.items()}
+                return row | {f"{k}_mib": peak_mib(one, report.device) for k, one in made.items()}
+
+            report.measure(30, work, what=name, images=images, width=width)
+
+    def optimizers() -> Row:
+        import timm
+
+        model = timm.create_model("resnet18" if small else "resnet50", num_classes=0)
+        made = lars.optimizers(model.to(report.device))
+        times = in_turn({n: o.step for n, o in made.items()}, 2 if small else 10, report.device)
+        return {f"{k}, ms": sorted(v)[len(v) // 2] for k, v in times.items()}
+
+    report.measure(40, optimizers, what="a step of the optimiser")
+
+
+# --- with DALI -----------------------------------------------------------------------------------
+
+
+def images(report: Report) -> None:
+    """Decoding on the GPU, its pixels beside the CPU's, and training from JPEG files."""
+    if (
+        importlib.util.find_spec("nvidia") is None
+        or importlib.util.find_spec("nvidia.dali") is None
+    ):
+        report.measure(1, lambda: {"left_out": "DALI is not installed"}, what="input")
+        return
+    report.measure(120, lambda: run_tests(report, ["tests/data/test_gpu.py"]), tests="with DALI")
+    bench = importlib.import_module("input")
+    data = importlib.import_module("data")
+    small = report.rehearse
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        (place / "images").mkdir()
+        batch, count = (4, 24) if small else (128, 1024)
+        data.write_pictures(place / "images", count, *((48, 64) if small else (375, 500)))
+
+        def run(network: str, load_: float) -> Row:
+            segments, segment = (2, 4) if small else (4, 12)
+            epoch = count * 9 // 10 // batch
+            steps = segment * (2 * segments + 4)
+            turns = bench.measure(
+                [
+                    str(ADADIM), "data.name=folder", f"data.root={place / 'images'}",
+                    f"model.backbone={network}", f"run.device={report.device.type}",
+                    f"data.batch_size={batch}", f"data.hw_decoder_load={load_}",
+                    f"run.dir={place / f'{network}-{load_}'}", "eval.every=0", "measure.every=0",
+                    "eval.knn=false", "eval.raw_pixels=false", "method.alpha_every=10000",
+                    f"log.every_steps={segment}", f"optim.epochs={-(-steps // epoch)}",
+                    *(["data.views=[{count: 2, size: 32, recipe: asym}]", "optim.precision=fp32",
+                       "run.threads=1", "data.threads=1",
+                       f"model.backbone_args={TINY[network]}", "model.projector=[16, 16]"]
+                      if small else ["optim.precision=bf16"]),
+                ],
+                segment,
+            )  # fmt: skip
+            files, cached = (sorted(turns.rates[k]) for k in ("files", "cached"))
+            middle = files[len(files) // 2], cached[len(cached) // 2]
+            return {"alone": turns.alone, "files": middle[0], "cached": middle[1],
+                    "ratio": middle[0] / middle[1]}  # fmt: skip
+
+        for network, load_ in (("resnet18", 0.65), ("resnet50", 0.65), ("resnet18", 0.5),
+                               ("resnet18", 0.9)):  # fmt: skip
+            report.measure(60, lambda n=network, l=load_: run(n, l), network=network,
+                           hw_decoder_load=load_, unit="images/s")  # fmt: skip
+
+
+GROUPS: dict[str, Callable[[Report], None]] = {
+    "machine": machine, "steps": steps, "tests": tests, "whole": whole, "vit": vit, "parts": parts,
+    "images": images,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--rehearse", action="store_true")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = Report(options.group, options.out, options.rehearse)
+    if report.device.type == "cpu" and not options.rehearse:
+        sys.exit("gpu_report: error: torch finds no GPU here; --rehearse runs on a CPU")
+    GROUPS[options.group](report)
+
+
+if __name__ == "__main__":
+    main()
