@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -615,6 +615,8 @@ class ViewLayout:
 
     total: int = 1
     held: slice = field(default_factory=lambda: slice(None))
+    statistics: list[_Statistics] | None = None
+    """What norm layers on a GPU saw within `stacked_views`, for their running averages."""
 
     @property
     def local(self) -> int:
@@ -625,12 +627,13 @@ class ViewLayout:
 @contextlib.contextmanager
 def stacked_views(layout: ViewLayout, total: int, held: slice) -> Iterator[None]:
     """Within: batches are the views `held` stacked, of `total` over all view shards."""
-    before = layout.total, layout.held
-    layout.total, layout.held = total, held
+    before = layout.total, layout.held, layout.statistics
+    layout.total, layout.held, layout.statistics = total, held, []
     try:
         yield
+        _update_averages(layout.statistics)
     finally:
-        layout.total, layout.held = before
+        layout.total, layout.held, layout.statistics = before
 
 
 def _by_view(x: Tensor, views: int) -> tuple[Tensor, list[int], tuple[int, ...]]:
@@ -741,11 +744,21 @@ class _NormalizeOnCPU(torch.autograd.Function):
         )
 
 
+class _Statistics(NamedTuple):
+    """What a norm layer saw of `number` rows: mean and inverse deviation `[C]` of each view."""
+
+    norm: GlobalBatchNorm
+    means: tuple[Tensor, ...]
+    inverses: tuple[Tensor, ...]
+    number: int
+
+
 class _NormalizeOnGPU(torch.autograd.Function):
     """The same with the kernels that `nn.SyncBatchNorm` uses, each view a slice of the batch.
 
     One gather per layer for all views, and one all-reduce in backward; neither without `reduce`,
-    where the statistics are this process's own. Updates the running averages of `norm`.
+    where the statistics are this process's own. Every process holds as many rows. The kernels take
+    a row of statistics of any length, so that all views are merged in one call.
     """
 
     @staticmethod
@@ -759,68 +772,95 @@ class _NormalizeOnGPU(torch.autograd.Function):
         reduce: bool,
     ) -> Tensor:
         x = x.contiguous(memory_format=_format(x))
-        views, channels = x.chunk(layout.local), x.shape[1]
-        own = [torch.batch_norm_stats(view, norm.eps) for view in views]
-        count = own[0][0].new_full((1,), views[0].numel() // channels)
-        packed = torch.cat([part for mean, inverse in own for part in (mean, inverse, count)])
-        packed = packed.view(1, len(views), -1)
+        local, channels, eps = layout.local, x.shape[1], norm.eps
+        total, held = (layout.total, layout.held) if reduce else (local, slice(None))
+        views = x.chunk(local)
+        rows = views[0].numel() // channels
+        own = [torch.batch_norm_stats(view, eps) for view in views]
+        packed = torch.cat([part for kind in zip(*own, strict=True) for part in kind])[None]
         if reduce:
-            everyones = packed.new_empty(dist.get_world_size(), *packed.shape[1:])
+            everyones = packed.new_empty(dist.get_world_size(), packed.shape[1])
             _meet("norm", _all_gather, everyones, packed)
             packed = everyones
-        # By view, then by the processes that hold it: [total, shards, 2C + 1].
-        shards = layout.total // layout.local if reduce else 1
-        packed = (
-            packed.view(-1, shards, len(views), packed.shape[2]).permute(2, 1, 0, 3).flatten(0, 1)
+            if total > local:  # [data shard, view shard, kind, view, C]: view shards into the row
+                apart = packed.view(-1, total // local, 2, local, channels)
+                packed = apart.permute(0, 2, 3, 1, 4).reshape(len(apart), -1)
+        half = total * channels
+        counts = norm.constant(rows, len(packed), packed)
+        merged = torch.batch_norm_gather_stats_with_counts(
+            counts, packed[:, :half], packed[:, half:], None, None, 0.0, eps, counts
         )
-        means, inverses, counts = torch.split(packed, [channels, channels, 1], 2)
-        momentum, eps, averages = norm.momentum or 0.0, norm.eps, norm.averages
-        merged = [  # the first argument only tells the type
-            torch.batch_norm_gather_stats_with_counts(
-                count, mean, inverse, *averages, momentum, eps, numbers[:, 0]
-            )
-            for mean, inverse, numbers in zip(means, inverses, counts, strict=True)
-        ]
-        norm.count_views(merged, counts)
-        held = merged[layout.held] if reduce else merged
+        means, inverses = (kind.view(total, channels).unbind() for kind in merged)
+        norm.saw(_Statistics(norm, means, inverses, rows * len(packed)))
         out = torch.empty_like(x)
-        for view, part, (mean, inverse) in zip(views, out.chunk(len(views)), held, strict=True):
+        ours = zip(views, out.chunk(local), means[held], inverses[held], strict=True)
+        for view, part, mean, inverse in ours:
             torch.batch_norm_elemt(view, weight, bias, mean, inverse, eps, out=part)
-        ctx.save_for_backward(x, weight, counts[:, :, 0].int(), *(s for pair in held for s in pair))
-        ctx.layout, ctx.reduce, ctx.affine = layout, reduce, any(ctx.needs_input_grad[1:3])
+        # The kernel of the backward sums what it is given.
+        counts = norm.constant(rows * len(packed), 1, packed, torch.int32)
+        ctx.save_for_backward(x, weight, counts, *means[held], *inverses[held])
+        ctx.local, ctx.total, ctx.held, ctx.reduce = local, total, held, reduce
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, counts, *pairs = ctx.saved_tensors
-        layout, affine = ctx.layout, ctx.affine
+        x, weight, counts, *statistics = ctx.saved_tensors
+        local, total, channels = ctx.local, ctx.total, x.shape[1]
+        affine = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         grad = grads[0].contiguous(memory_format=_format(x))
-        views, total, k = x.chunk(layout.local), len(counts), layout.local
-        held = list(zip(views, grad.chunk(k), pairs[::2], pairs[1::2], strict=True))
-        # Sums of g and g (x - mean), then the gradients of weight and bias: [2 or 4, k, C].
+        means, inverses = statistics[:local], statistics[local:]
+        held = list(zip(grad.chunk(local), x.chunk(local), means, inverses, strict=True))
+        # Sums of g and of g (x - mean), gradients of weight and of bias; each of all views held.
         parts = [
-            torch.batch_norm_backward_reduce(g, v, mean, inverse, weight, True, affine, affine)
-            for v, g, mean, inverse in held
+            torch.batch_norm_backward_reduce(*one, weight, True, affine, affine) for one in held
         ]
-        kinds = list(zip(*parts, strict=True))[: 4 if affine else 2]
-        packed = torch.cat([part for kind in kinds for part in kind]).view(len(kinds), k, -1)
-        sums = packed[:2]
+        kinds = list(zip(*parts, strict=True))
+        sums = torch.cat([part for kind in kinds[:2] for part in kind]).view(2, local, channels)
         if ctx.reduce:
-            if total > k:  # the others hold other views
-                sums = packed.new_zeros(2, total, packed.shape[2])
-                sums[:, layout.held] = packed[:2]
-            _meet("norm", dist.all_reduce, sums)
-            if total > k:
-                sums, counts = sums[:, layout.held], counts[layout.held]
-        out: list[Tensor] = [
-            torch.batch_norm_backward_elemt(
-                g, v, mean, inverse, weight, sums[0, i], sums[1, i], counts[i]
-            )
-            for i, (v, g, mean, inverse) in enumerate(held)
-        ]
+            everyones = sums
+            if total > local:  # the others hold other views
+                everyones = sums.new_zeros(2, total, channels)
+                everyones[:, ctx.held] = sums
+            _meet("norm", dist.all_reduce, everyones)
+            sums = everyones[:, ctx.held] if total > local else sums
+        rows = sums.flatten(0, 1).unbind()
+        out = torch.empty_like(x) if local > 1 else x
+        for part, one, first, second in zip(
+            out.chunk(local), held, rows[:local], rows[local:], strict=True
+        ):
+            dx = torch.batch_norm_backward_elemt(*one, weight, first, second, counts)
+            if local == 1:
+                out = dx
+            else:
+                part.copy_(dx)
         # DDP averages what each rank contributed to the affine parameters.
-        both = packed[2:].sum(1) if affine else (None, None)
-        return (torch.cat(out) if k > 1 else out[0], *both, None, None, None)
+        own = [functools.reduce(torch.add, kind) for kind in kinds[2:]] if affine else [None, None]
+        return out, *own, None, None, None
+
+
+@torch.no_grad()
+def _update_averages(seen: Sequence[_Statistics]) -> None:
+    """The running averages of norm layers, all layers at once, in the order of the views."""
+    alike: dict[Any, list[_Statistics]] = {}
+    for one in seen:
+        if one.norm.running_mean is not None:
+            alike.setdefault((one.norm.momentum, len(one.means)), []).append(one)
+    for (momentum, views), group in alike.items():
+        variances = torch._foreach_pow([i for one in group for i in one.inverses], -2)
+        scales = [one.number / max(one.number - 1, 1) for one in group for _ in one.inverses]
+        torch._foreach_sub_(variances, [one.norm.eps for one in group for _ in one.inverses])
+        torch._foreach_mul_(variances, scales)  # unbiased
+        counts = [cast(Tensor, one.norm.num_batches_tracked) for one in group]
+        averages = [cast(Tensor, one.norm.running_mean) for one in group]
+        averages += [cast(Tensor, one.norm.running_var) for one in group]
+        for view in range(views):
+            torch._foreach_add_(counts, 1)
+            new = [one.means[view] for one in group] + list(variances[view::views])
+            if momentum is not None:
+                torch._foreach_lerp_(averages, new, momentum)
+                continue
+            for average, value, count in zip(averages, new, counts * 2, strict=True):
+                average.lerp_(value, count.to(average.dtype).reciprocal())
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -847,6 +887,7 @@ class GlobalBatchNorm(_BatchNorm):
         )
         self.load_state_dict(like.state_dict())
         self.layout, self.reduce = layout, reduce
+        self._constants: dict[Any, Tensor] = {}
         # timm's fused norm layers carry an activation behind the norm.
         self.after = nn.Sequential(
             *(m for m in (getattr(like, "drop", None), getattr(like, "act", None)) if m is not None)
@@ -880,43 +921,33 @@ class GlobalBatchNorm(_BatchNorm):
             tuple[Tensor, Tensor, Tensor],
             _NormalizeOnCPU.apply(input, weight, bias, self.eps, layout),
         )
-        for mean, variance in zip(means, variances, strict=True):
-            self._average(mean, variance)
+        if self.running_mean is not None and self.running_var is not None:
+            assert self.num_batches_tracked is not None
+            with torch.no_grad():
+                for mean, variance in zip(means, variances, strict=True):
+                    self.num_batches_tracked.add_(1)
+                    momentum = self.momentum
+                    if momentum is None:  # a cumulative average
+                        momentum = 1.0 / float(self.num_batches_tracked)
+                    self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                    self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
         return out
 
-    @property
-    def averages(self) -> tuple[Tensor | None, Tensor | None]:
-        """The running averages that torch's kernels update with a constant momentum."""
-        if self.momentum is None:
-            return None, None
-        return self.running_mean, self.running_var
+    def saw(self, one: _Statistics) -> None:
+        """Update the running averages: with those of other layers at the end of `stacked_views`."""
+        if self.layout.statistics is None:
+            _update_averages([one])
+        else:
+            self.layout.statistics.append(one)
 
-    @torch.no_grad()
-    def count_views(self, merged: Sequence[tuple[Tensor, Tensor]], counts: Tensor) -> None:
-        """After the kernels, which updated the averages but for a cumulative one.
-
-        `merged`: mean and inverse deviation of each view; `counts` `[views, shards, 1]`.
-        """
-        if self.momentum is not None:
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(len(merged))
-            return
-        for (mean, inverse), number in zip(merged, counts.sum(1), strict=True):
-            variance = inverse.pow(-2) - self.eps
-            self._average(mean, variance * (number / (number - 1).clamp(min=1)))
-
-    @torch.no_grad()
-    def _average(self, mean: Tensor, variance: Tensor) -> None:
-        """One view's part in the running averages; without `momentum` all views count alike."""
-        if self.running_mean is None or self.running_var is None:
-            return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        for average, value in ((self.running_mean, mean), (self.running_var, variance)):
-            share: Any = self.momentum
-            if share is None:
-                share = self.num_batches_tracked.to(average.dtype).reciprocal()
-            average.lerp_(value.to(average.dtype), share)
+    def constant(
+        self, value: int, count: int, like: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """`count` times `value`, made once: a tensor made in every step costs the host time."""
+        key = (value, count, dtype or like.dtype, like.device)
+        if key not in self._constants:
+            self._constants[key] = torch.full((count,), value, dtype=key[2], device=key[3])
+        return self._constants[key]
 
     def _local(self, input: Tensor) -> Tensor:
         """This process's own statistics, torch's kernels: one call per view held here."""

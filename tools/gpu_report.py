@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import gc
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -36,7 +34,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "bench")]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tools" / "bench"))
 
 import lars
 import losses
@@ -45,9 +44,10 @@ from shared import CLASSES, learner_of, trained, without_input
 
 from ddp_ssl import engine, optim
 from ddp_ssl.comm import ONE_PROCESS
-from ddp_ssl.config import Config, load
+from ddp_ssl.config import load
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import World
+from ddp_ssl.log import environment
 from ddp_ssl.methods.base import Progress
 from ddp_ssl.signals import StopRequest
 
@@ -136,34 +136,42 @@ def timed(step: Callable[[], object], device: torch.device, seconds: float) -> f
 # --- the machine ---------------------------------------------------------------------------------
 
 
+SHOWN = ("torch", "torchvision", "timm", "numpy")
+
+
 def machine(report: Report) -> None:
     """Chip, driver, versions, and the rates that the limits below are made of."""
 
-    def work() -> Row:
-        from ddp_ssl.log import environment
+    device, seconds = report.device, 0.1 if report.rehearse else 0.5
 
-        device, small = report.device, report.rehearse
+    def work() -> Row:
         on_gpu = device.type == "cuda"
-        row: Row = {"chip": torch.cuda.get_device_name(device) if on_gpu else "cpu"}
-        row["driver"] = _driver()
         found = environment()
-        row |= {"python": found["python"], "cuda": found["cuda"], **found["packages"]}
+        row: Row = {
+            "chip": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+            "driver": _driver(),
+            "python": found["python"],
+            "cuda": found["cuda"],
+            **{n: v for n, v in found["packages"].items() if n in SHOWN or "dali-cuda" in n},
+        }
         if on_gpu:
             row["memory_gib"] = torch.cuda.get_device_properties(device).total_memory / GIB
-        count = 2**22 if small else 2**30
-        source = torch.randn(count, device=device)
+        return row | {
+            "copy_gb_per_s": copied(),
+            "bf16_tflops": multiplied(torch.bfloat16, 8192),
+            "fp32_tflops": multiplied(torch.float32, 4096),
+        }
+
+    def copied() -> float:
+        source = torch.randn(2**22 if report.rehearse else 2**30, device=device)
         target = torch.empty_like(source)
-        copy_ms = timed(lambda: target.copy_(source), device, 0.1 if small else 0.5)
-        row["copy_gb_per_s"] = 2 * source.nbytes / copy_ms / 1e6
-        del source, target
-        kinds = {"bf16": (torch.bfloat16, 8192), "fp32": (torch.float32, 4096)}
-        for name, (kind, side) in kinds.items():
-            side = 256 if small else side
-            a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
-            timed(lambda a=a, b=b: a @ b, device, 0.1)  # warms up
-            ms = timed(lambda a=a, b=b: a @ b, device, 0.1 if small else 0.5)
-            row[f"{name}_tflops"] = 2 * side**3 / ms / 1e9
-        return row
+        return 2 * source.nbytes / timed(lambda: target.copy_(source), device, seconds) / 1e6
+
+    def multiplied(kind: torch.dtype, side: int) -> float:
+        side = 256 if report.rehearse else side
+        a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
+        timed(lambda: a @ b, device, 0.1)  # warms up
+        return 2 * side**3 / timed(lambda: a @ b, device, seconds) / 1e9
 
     report.measure(60, work)
 
@@ -217,7 +225,7 @@ def _stored(x: Tensor) -> int:
 
 
 class Step:
-    """The loop's own step on one batch, without input: forward, loss, backward, optimiser, hooks."""
+    """A step of the loop on one batch, without input: forward, loss, backward, optimiser, hooks."""
 
     def __init__(self, report: Report, recipe: Path, network: str, norm: str, *more: str) -> None:
         self.report, self.device = report, report.device
@@ -232,6 +240,9 @@ class Step:
         learner = learner_of(self.config, ONE_PROCESS)
         if norm == "sync" and self.device.type == "cuda":  # torch's has no form for a CPU
             learner = nn.SyncBatchNorm.convert_sync_batchnorm(learner)
+            for module in learner.modules():
+                if isinstance(module, nn.SyncBatchNorm):
+                    module.forward = functools.partial(_synchronised, module)
         self.learner = learner
         self.module = engine.on_device(learner, self.config, World(0, 1, 0, 1, self.device))
         self.optimizer = optim.build(
@@ -314,6 +325,15 @@ class Step:
         return ms
 
 
+def _synchronised(norm: nn.SyncBatchNorm, x: Tensor) -> Tensor:
+    """Its way among several processes; alone it would take that of a plain batch norm."""
+    norm.num_batches_tracked.add_(1)
+    return torch.nn.modules._functions.SyncBatchNorm.apply(
+        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, norm.momentum,
+        torch.distributed.group.WORLD, 1,
+    )  # fmt: skip
+
+
 @contextlib.contextmanager
 def _no_search() -> Iterator[None]:
     """Within: cuDNN takes its first choice instead of trying all."""
@@ -355,7 +375,7 @@ def steps(report: Report) -> None:
 
 
 def vit(report: Report) -> None:
-    """Barlow Twins with a ViT-S/16: the whole step, and the network's forward and backward alone."""
+    """Barlow Twins with a ViT-S/16: the whole step, and the network alone, forward and backward."""
     torch.backends.cudnn.benchmark = True
     images = 4 if report.rehearse else 256
     settings = ("optim.precision=bf16", "optim.name=adamw", "optim.lr=5e-4")
@@ -432,7 +452,7 @@ def run_of(
         f"model.backbone_args={TINY['resnet18'] if small else '{channels: [8, 16, 32, 64]}'}",
         "model.projector=[64, 64]", f"run.threads={1 if small else 4}",
         "data.views=[{count: 2, size: 32, recipe: sym}]", f"data.batch_size={16 if small else 64}",
-        "optim.epochs=3", "optim.warmup_epochs=1",
+        "optim.epochs=3", "optim.warmup_epochs=1", "optim.lr=0.05",
         f"run.device={report.device.type}",
         f"run.dir={folder}", "method.alpha_every=1", "log.tensorboard=false", "eval.knn=false",
         "eval.raw_pixels=false", "optim.precision=fp32", *more,
@@ -444,17 +464,17 @@ def run_of(
 
 
 def apart(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> Row:
-    """By how much the losses of two runs differ at most, and after ten steps."""
+    """By how much the losses of two runs differ: at the first step, until the tenth, at most."""
     assert [r["step"] for r in ours] == [r["step"] for r in theirs] == list(range(1, STEPS + 1))
     parts = [
         abs(a["train/loss"] - b["train/loss"]) / abs(b["train/loss"])
         for a, b in zip(ours, theirs, strict=True)
     ]
-    return {"steps": STEPS, "first_10": max(parts[:10]), "largest": max(parts)}
+    return {"steps": STEPS, "at_1": parts[0], "until_10": max(parts[:10]), "largest": max(parts)}
 
 
 def whole(report: Report) -> None:
-    """Thirty steps of the engine: against the CPU, resumed, in fp16, compiled."""
+    """Thirty steps of the engine: against the CPU, resumed, in fp16."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
 
@@ -473,36 +493,60 @@ def whole(report: Report) -> None:
             rows = run("fp16", "optim.precision=fp16")
             return apart(rows, plain()) | {"last_loss": rows[-1]["train/loss"]}
 
-        def compiled() -> Row:
-            began = time.perf_counter()
-            # A ResNet's graph breaks at every norm's collective: minutes for a CPU's compiler.
-            vit = [
-                f"model.backbone={NETWORKS['vit_s16']}",
-                f"model.backbone_args={TINY['vit_s16']}",
-            ]
-            rows = run("compiled", "model.compile=true", *(vit if report.rehearse else []))
-            return {"seconds": time.perf_counter() - began, "last_loss": rows[-1]["train/loss"]}
-
         with _exact():
             report.measure(
                 60, lambda: apart(plain(), run("cpu", "run.device=cpu")), run="and a CPU's"
             )
             report.measure(60, resumed, run="stopped at 15 and resumed")
         report.measure(60, half, run="fp16")
-        report.measure(90, compiled, run="compiled")
+
+
+def compiled(report: Report) -> None:
+    """A run with `model.compile`."""
+    # A ResNet's graph breaks at every norm's collective: minutes for a CPU's compiler.
+    vit = [f"model.backbone={NETWORKS['vit_s16']}", f"model.backbone_args={TINY['vit_s16']}"]
+    with tempfile.TemporaryDirectory() as name:
+
+        def work() -> Row:
+            began = time.perf_counter()
+            more = vit if report.rehearse else []
+            rows = run_of(report, Path(name) / "run", "model.compile=true", *more)
+            return {"seconds": time.perf_counter() - began, "last_loss": rows[-1]["train/loss"]}
+
+        report.measure(170, work, run="compiled")
 
 
 @contextlib.contextmanager
 def _exact() -> Iterator[None]:
-    """Within: convolutions in float32 and not in TF32, which is less exact than the comparison."""
+    """Within: convolutions in float32 and not in TF32, sums in one order."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+        torch.use_deterministic_algorithms(False)
 
 
 # --- losses and LARS -----------------------------------------------------------------------------
+
+
+def inexact(loss: Callable[[Tensor], Tensor], z: Tensor) -> float:
+    """|g - g64| / |g64| of the gradient, against float64 on the CPU."""
+    exact = z.detach().double().cpu().requires_grad_()
+    (ours,), (theirs,) = (torch.autograd.grad(loss(x), x) for x in (z, exact))
+    return float((ours.double().cpu() - theirs).norm() / theirs.norm())
+
+
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    """Within: float32 products in TF32, on a GPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def parts(report: Report) -> None:
@@ -516,7 +560,11 @@ def parts(report: Report) -> None:
                 made = {"ours": losses.step(ours, z), "plain": losses.step(plain, z)}
                 times = in_turn(made, 2 if small else 10, report.device)
                 row = {f"{k}_ms": sorted(v)[len(v) // 2] for k, v in times.items()}
-                return row | {f"{k}_mib": peak_mib(one, report.device) for k, one in made.items()}
+                row |= {f"{k}_mib": peak_mib(one, report.device) for k, one in made.items()}
+                row["err"] = inexact(ours, z)
+                with _tf32():
+                    tf32 = sorted(in_turn({"": made["ours"]}, 5, report.device)[""])
+                    return row | {"tf32_ms": tf32[2], "tf32_err": inexact(ours, z)}
 
             report.measure(30, work, what=name, images=images, width=width)
 
@@ -542,7 +590,6 @@ def images(report: Report) -> None:
     ):
         report.measure(1, lambda: {"left_out": "DALI is not installed"}, what="input")
         return
-    report.measure(120, lambda: run_tests(report, ["tests/data/test_gpu.py"]), tests="with DALI")
     bench = importlib.import_module("input")
     data = importlib.import_module("data")
     small = report.rehearse
@@ -576,15 +623,18 @@ def images(report: Report) -> None:
             return {"alone": turns.alone, "files": middle[0], "cached": middle[1],
                     "ratio": middle[0] / middle[1]}  # fmt: skip
 
-        for network, load_ in (("resnet18", 0.65), ("resnet50", 0.65), ("resnet18", 0.5),
-                               ("resnet18", 0.9)):  # fmt: skip
-            report.measure(60, lambda n=network, l=load_: run(n, l), network=network,
-                           hw_decoder_load=load_, unit="images/s")  # fmt: skip
+        kinds = [("resnet18", 0.65), ("resnet50", 0.65), ("resnet18", 0.5), ("resnet18", 0.9)]
+        for network, load_ in kinds:
+            report.measure(
+                60, functools.partial(run, network, load_), network=network, hw_decoder_load=load_,
+                unit="images/s",
+            )  # fmt: skip
+    report.measure(120, lambda: run_tests(report, ["tests/data/test_gpu.py"]), tests="with DALI")
 
 
 GROUPS: dict[str, Callable[[Report], None]] = {
     "machine": machine, "steps": steps, "tests": tests, "whole": whole, "vit": vit, "parts": parts,
-    "images": images,
+    "images": images, "compiled": compiled,
 }  # fmt: skip
 
 
@@ -600,6 +650,7 @@ def main() -> None:
     report = Report(options.group, options.out, options.rehearse)
     if report.device.type == "cpu" and not options.rehearse:
         sys.exit("gpu_report: error: torch finds no GPU here; --rehearse runs on a CPU")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products in one order: `_exact`
     GROUPS[options.group](report)
 
 

@@ -40,7 +40,7 @@ left_out() {  # GROUP REASON: a row that failed, for want of time
 }
 
 # In the order of their worth; seconds that each may take.
-for group in machine:40 steps:150 tests:80 whole:120 vit:40 parts:60 images:200; do
+for group in machine:40 steps:150 tests:80 whole:120 vit:60 parts:60 images:300 compiled:180; do
   name=${group%:*} limit=${group#*:} left=$((end - SECONDS))
   if [ "$left" -lt 10 ]; then
     left_out "$name" "left out: the $minutes minutes were over"
