@@ -1,6 +1,6 @@
-# The pinned environment (constraints.txt) as an image, for Docker and, with Pyxis, for Slurm.
+# A pinned set as an image, for Docker and, with Pyxis, for Slurm.
 #
-#   build         docker build -t ddp_ssl .            (DALI for CUDA 13: --build-arg DALI=cuda13)
+#   build         docker build -t ddp_ssl .            (driver of CUDA 12: --build-arg CUDA=cuda12)
 #   one machine   docker run --gpus all --ipc=host -v /data:/data -v "$PWD/runs:/runs" ddp_ssl \
 #                   torchrun --nproc_per_node 8 -m ddp_ssl.train data.root=/data run.dir=/runs/first
 #   Slurm         enroot import -o ddp_ssl.sqsh dockerd://ddp_ssl
@@ -11,7 +11,7 @@
 # runs is the checkout's, which slurm/run.sh mounts, not the image's copy.
 FROM python:3.11-slim-bookworm
 
-ARG DALI=cuda12
+ARG CUDA=cuda13
 # What the NVIDIA runtime lends the container; "video" is for DALI's hardware decoders.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,video \
@@ -20,11 +20,12 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
 WORKDIR /opt/ddp_ssl
-COPY setup.py pyproject.toml constraints.txt README.md ./
+COPY setup.py pyproject.toml constraints.txt constraints-cuda12.txt README.md ./
 COPY ddp_ssl ddp_ssl
 COPY configs configs
 # A C compiler for torch.compile, git for the commit that a run notes.
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev git \
     && rm -rf /var/lib/apt/lists/*
-RUN pip install -c constraints.txt ".[${DALI}]"
+RUN if [ "$CUDA" = cuda12 ]; then pins=constraints-cuda12.txt; else pins=constraints.txt; fi \
+    && pip install -c "$pins" ".[$CUDA]"
 CMD ["python", "-m", "ddp_ssl.train", "--help"]

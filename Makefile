@@ -1,11 +1,11 @@
 # make demo   install into .venv, train AdaDim on handwritten digits with two processes, print the result
 # make test   the test suite                 make check   format, lint, types, tests: what CI runs
+#             CUDA=cuda12 or CUDA=cuda13 installs that pinned set; else the GPU's driver decides
 # make test-faults  a real Slurm, killed and hung ranks, full disks: the tests that take long
 # make bench  every benchmark, into runs/bench.md (25 minutes)
 # make golden rewrite tests/golden (a diff there needs a line in CHANGELOG.md)
 
 PYTHON ?= python3
-DALI ?= cuda12
 VENV := .venv
 BIN := $(VENV)/bin
 NPROC ?= 2
@@ -13,10 +13,13 @@ NPROC ?= 2
 .PHONY: demo test test-faults check bench format golden docs clean
 .DEFAULT_GOAL := test
 
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: setup.py constraints.txt constraints-cuda12.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing the pinned set into $(VENV) (about 7 GB, a few minutes)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(DALI),dev,plots,onnx]'
+	@set -e; set=$${CUDA:-$$($(PYTHON) ddp_ssl/driver.py)}; \
+	case $$set in cuda13) pins=constraints.txt ;; cuda12) pins=constraints-cuda12.txt ;; \
+	  *) echo "make: CUDA=$$set: cuda12 or cuda13 would be accepted" >&2; exit 2 ;; esac; \
+	echo "installing $$pins into $(VENV) (about 7 GB, a few minutes)"; \
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $$pins -e ".[$$set,dev,plots,onnx]"
 	@touch $@
 
 demo: $(VENV)/.installed

@@ -25,7 +25,7 @@ setup(
         "torchvision>=0.23",
         "timm>=1.0.15",
         "pydantic>=2.9,<3",
-        "pyyaml>=6",
+        "pyyaml>=6.0.1",
         "numpy>=1.26",
         "pillow>=10",
         "tensorboard>=2.16",
@@ -37,8 +37,8 @@ setup(
     ],
     extras_require={
         # DALI is built per CUDA major version and runs without a GPU too.
-        "cuda12": ["nvidia-dali-cuda120>=1.50"],
-        "cuda13": ["nvidia-dali-cuda130>=1.52"],
+        "cuda12": ["nvidia-dali-cuda120>=1.53"],
+        "cuda13": ["nvidia-dali-cuda130>=1.53"],
         "plots": ["matplotlib>=3.9"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
         # lightly: an independent implementation of several losses, for the tests alone.

@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp_ssl import clock
 from ddp_ssl.comm import ONE_PROCESS, Comm
+from ddp_ssl.driver import why_no_gpu
 from ddp_ssl.launch import local_rank_and_size, ranges, rank_and_size, restarts
 
 # torch 2.13 renamed the single-tensor collectives and deprecated the old names.
@@ -301,17 +302,22 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     """Join the process group that the launcher describes; one process needs none.
 
     Reads torchrun's variables, or Slurm's when `srun` starts one task per GPU. `device` is `auto`,
-    `cuda` or `cpu`. Raises `ValueError` if CUDA is asked for and missing here, and `Disagreement`
-    on every rank if some have a GPU and others none, or two share one.
+    `cuda` or `cpu`; `auto` is the CPU only where nothing speaks of a GPU (`driver.py`). Raises
+    `ValueError` if a GPU is asked for or meant and missing here, and `Disagreement`, one of these,
+    on every rank if one lacks the GPU that is meant for it, or two share one.
     """
     rank, size = rank_and_size()
     local_rank, local_size = local_rank_and_size()
     traffic.calls = 0
     traffic.counts.clear()
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device: cuda is not available here; auto or cpu would be accepted")
     use_cuda = device != "cpu" and torch.cuda.is_available()
+    missing = None
+    if device != "cpu" and not use_cuda:
+        missing = why_no_gpu(torch.__version__, torch.version.cuda)
+    if device == "cuda" and not use_cuda:
+        reason = missing or "auto or cpu would be accepted"
+        raise ValueError(f"run.device: cuda is not available here; {reason}")
     if use_cuda:
         # --gpus-per-task shows each task one GPU, so the local rank can exceed the count.
         place = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -319,6 +325,8 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     else:
         place = torch.device("cpu")
     if size == 1:
+        if missing:
+            raise ValueError(f"run.device: {missing}")
         return World(0, 1, 0, 1, place)
 
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
@@ -337,7 +345,10 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     side = dist.new_group(backend="gloo", timeout=timeout)
     world = World(rank, size, local_rank, local_size, place, side, timeout)
-    problem = world.broadcast_object(_conflict(world.gather_objects(_place(place))))
+    found = world.gather_objects((_place(place), missing)) or []
+    problem = _conflict([where for where, _ in found])
+    problem = problem or next((f"run.device: {reason}" for _, reason in found if reason), None)
+    problem = world.broadcast_object(problem)
     if problem:
         raise Disagreement(problem)
     return world
@@ -354,11 +365,11 @@ def _place(device: torch.device) -> str:
     return f"cuda {socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
 
 
-def _conflict(places: list[str] | None) -> str | None:
+def _conflict(places: list[str]) -> str | None:
     """Why processes in these places cannot work together, or None."""
-    on_gpu = [place for place in places or [] if place.startswith("cuda")]
-    if on_gpu and len(on_gpu) < len(places or []):
-        first = next(r for r, place in enumerate(places or []) if place == "cpu")
+    on_gpu = [place for place in places if place.startswith("cuda")]
+    if on_gpu and len(on_gpu) < len(places):
+        first = next(r for r, place in enumerate(places) if place == "cpu")
         return f"run.device: rank {first} finds no GPU, others do; run.device=cpu serves all"
     for rank, place in enumerate(on_gpu):
         if place in on_gpu[:rank]:

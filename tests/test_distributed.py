@@ -304,7 +304,7 @@ def test_whether_any_process_has_raised_its_flag(ranks: Ranks, size: int) -> Non
 @pytest.mark.parametrize(
     ("places", "words"),
     [
-        (None, None),
+        ([], None),
         (["cpu", "cpu"], None),
         (["cuda 1a", "cuda 1b"], None),
         (["cuda 1a", "cpu"], "rank 1 finds no GPU"),

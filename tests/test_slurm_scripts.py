@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from ddp_ssl.driver import CONSTRAINTS
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "slurm/imagenet100_adadim.sh"
 SCRIPTS = sorted((ROOT / "slurm").glob("*_*.sh"))
@@ -345,10 +347,11 @@ def test_containers_copy_what_exists_and_install_what_is_pinned() -> None:
     assert all((ROOT / name).exists() for name in copied)
     runs = [rest for word, rest in lines if word == "RUN"] + [sections["post"]]
     for run in [*runs, sections["runscript"]]:
-        script = run.replace("{{ DALI }}", "cuda12")
+        script = run.replace("{{ CUDA }}", "cuda12")
         assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
     installs = [run for run in runs if "pip install" in run]
     assert len(installs) == 2  # one in each file
-    assert all("-c constraints.txt" in run for run in installs)
+    assert all('-c "$pins"' in run for run in installs)
+    assert all(name in run for run in installs for name in CONSTRAINTS.values())
     needed = set(re.findall(r'HERE / "([^"]+)"', (ROOT / "setup.py").read_text()))
     assert {name.partition("/")[0] for name in needed} <= copied

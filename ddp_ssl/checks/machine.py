@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ddp_ssl.checks.base import Bench, Check, Finding, by_value, fail, ok, size, warn
+from ddp_ssl.driver import why_no_gpu
 from ddp_ssl.launch import cpu_share
 
 IN_USE = 2 << 30  # bytes in use on a GPU that this process alone does not explain
@@ -25,10 +26,10 @@ SLOWER = 1.3  # times the median for the same computation
 # --- GPUs ----------------------------------------------------------------------------------------
 
 
-def look_at_gpu(bench: Bench, before: list[Any]) -> dict[str, Any] | None:
-    """This process's GPU, None without one."""
+def look_at_gpu(bench: Bench, before: list[Any]) -> dict[str, Any] | str | None:
+    """This process's GPU; without one why it is missing, or None if none is meant."""
     if bench.device.type != "cuda":
-        return None
+        return why_no_gpu(torch.__version__, torch.version.cuda)
     properties = torch.cuda.get_device_properties(bench.device)
     others = _others_on(str(properties.uuid))  # before this process is there itself
     free, total = torch.cuda.mem_get_info(bench.device)
@@ -75,25 +76,24 @@ def _far_from_cores(properties: Any) -> str | None:
     return f"its cores are all outside of the GPU's NUMA node {node} (cores {listed})"
 
 
-def judge_gpus(bench: Bench, facts: list[dict[str, Any] | None]) -> Iterator[Finding]:
+def judge_gpus(bench: Bench, facts: list[dict[str, Any] | str | None]) -> Iterator[Finding]:
     wanted = bench.config.run.device
-    without = [rank for rank, fact in enumerate(facts) if fact is None]
-    gpus = {rank: fact for rank, fact in enumerate(facts) if fact is not None}
+    gpus = {rank: fact for rank, fact in enumerate(facts) if isinstance(fact, dict)}
+    without = [rank for rank in range(len(facts)) if rank not in gpus]
+    missing = next((fact for fact in facts if isinstance(fact, str)), None)
     if wanted == "cpu":
         yield ok("run.device=cpu: none is used")
         return
-    if without and (gpus or wanted == "cuda"):
-        remedy = "sbatch --gpus-per-node, CUDA_VISIBLE_DEVICES, the driver; or run.device=cpu"
+    if without and (gpus or missing or wanted == "cuda"):
+        remedy = missing or "sbatch --gpus-per-node, CUDA_VISIBLE_DEVICES, or run.device=cpu"
         yield fail(f"{bench.who(without)} found no GPU", remedy)
     if not gpus:
-        if wanted != "cuda" and any(Path("/proc/driver").glob("nvidia")):
-            yield fail("there is a GPU's driver, but torch finds no GPU", "torch.cuda.init() says")
-        elif wanted != "cuda":
+        if wanted != "cuda" and not missing:
             yield ok("no GPU: the run would use the CPU")
         return
     found: list[Finding] = []
-    for ranks in by_value([None if f is None else f["id"] for f in facts]).values():
-        if facts[ranks[0]] is not None and len(ranks) > 1:
+    for ranks in by_value([f["id"] if isinstance(f, dict) else None for f in facts]).values():
+        if ranks[0] in gpus and len(ranks) > 1:
             text = f"{bench.who(ranks)} share one GPU"
             found.append(fail(text, "one process per GPU: --ntasks-per-node, --nproc_per_node"))
     if bench.config.optim.precision == "bf16":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
 import re
@@ -13,6 +12,7 @@ from typing import Any
 
 from ddp_ssl import log
 from ddp_ssl.checks.base import Bench, Check, Finding, by_value, fail, ok, warn
+from ddp_ssl.driver import Driver, find_driver, install_command
 
 NEEDED = ("torch", "torchvision", "timm", "nvidia-dali")
 
@@ -26,30 +26,16 @@ def look_at_versions(bench: Bench, before: list[Any]) -> dict[str, str]:
     found = {name.lower(): version for name, version in environment["packages"].items()}
     found |= {"python": environment["python"], "commit": environment["git_commit"] or "none"}
     found["cuda"] = environment["cuda"] or "none"
-    found["driver"] = driver_supports() or "none"
+    driver = find_driver()
+    found["driver"] = "none" if driver is None else driver.cuda
     return found
-
-
-def driver_supports() -> str | None:
-    """The newest CUDA that the GPU's driver runs, such as `12.4`; None without a driver."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    version = ctypes.c_int(0)
-    if library.cuDriverGetVersion(ctypes.byref(version)) != 0 or not version.value:
-        return None
-    return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def judge_versions(bench: Bench, facts: list[dict[str, str]]) -> Iterator[Finding]:
     mine = facts[0]
     missing = [n for n in NEEDED if not any(found.startswith(n) for found in mine)]
     if missing:
-        yield fail(
-            f"{', '.join(missing)} not installed",
-            "pip install -c constraints.txt -e '.[cuda12]' (or '.[cuda13]')",
-        )
+        yield fail(f"{', '.join(missing)} not installed", install_command(find_driver()))
     differing = False
     for name in sorted(set().union(*facts)):
         values = by_value([fact.get(name, "none") for fact in facts])
@@ -80,7 +66,7 @@ def _cuda_matches(bench: Bench, mine: dict[str, str]) -> Iterator[Finding]:
         elif major.isdigit() and int(major) > driver:
             yield fail(
                 f"the driver supports CUDA {mine['driver']}, {name} is built for {major}",
-                f"a newer driver, or {name} for CUDA {driver}",
+                f"{install_command(Driver('', mine['driver']))}, or a newer driver",
             )
 
 

@@ -19,14 +19,14 @@ import numpy as np
 from ddp_ssl.data.augment import Decoding, PixelFormat, View
 from ddp_ssl.data.order import hashed
 from ddp_ssl.data.scan import EXTENSIONS
+from ddp_ssl.driver import find_driver, install_command
 
 try:
     dali: Any = importlib.import_module("nvidia.dali")
     dali_torch: Any = importlib.import_module("nvidia.dali.plugin.pytorch")
 except ModuleNotFoundError:
     raise ValueError(
-        "nvidia-dali is not installed: pip install 'ddp_ssl[cuda12]' "
-        "(or 'ddp_ssl[cuda13]' for CUDA 13)"
+        f"nvidia-dali is not installed: {install_command(find_driver())} mends it"
     ) from None
 
 IMAGE_KINDS = ";".join(sorted(name.decode()[1:] for name in EXTENSIONS))
