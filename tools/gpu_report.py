@@ -33,9 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tools" / "bench"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 
 import lars
 import losses
@@ -51,6 +50,7 @@ from ddp_ssl.log import environment
 from ddp_ssl.methods.base import Progress
 from ddp_ssl.signals import StopRequest
 
+ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = {"resnet50": "resnet50", "resnet18": "resnet18", "vit_s16": "vit_small_patch16_224"}
 TINY = {  # backbone_args of the rehearsal
     "resnet50": "{channels: [4, 4, 8, 8], layers: [1, 1, 1, 1]}",
@@ -206,8 +206,9 @@ class Count(TorchDispatchMode):
         packet = func.overloadpacket
         if func.is_view or "c10d" in str(packet) or any(n in str(packet) for n in self.FREE):
             return out
-        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
-        nbytes = sum(_stored(x) for x in tensors)
+        read = args[1:] if str(packet) == "aten.copy_" else args  # what is overwritten is not read
+        named = {name: value for name, value in kwargs.items() if not name.startswith("out")}
+        nbytes = sum(_stored(x) for x in tree_leaves((read, named, out)) if isinstance(x, Tensor))
         flops = 0
         if packet in flop_registry:
             flops = flop_registry[packet](*args, **kwargs, out_val=out)
@@ -610,6 +611,7 @@ def images(report: Report) -> None:
                     f"data.batch_size={batch}", f"data.hw_decoder_load={load_}",
                     f"run.dir={place / f'{network}-{load_}'}", "eval.every=0", "measure.every=0",
                     "eval.knn=false", "eval.raw_pixels=false", "method.alpha_every=10000",
+                    "checkpoint.every=100000",
                     f"log.every_steps={segment}", f"optim.epochs={-(-steps // epoch)}",
                     *(["data.views=[{count: 2, size: 32, recipe: asym}]", "optim.precision=fp32",
                        "run.threads=1", "data.threads=1",
