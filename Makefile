@@ -43,7 +43,7 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	@mkdir -p runs && : > runs/bench.md
-	@for name in losses lars step saving options input view_shards metrics scaling growth data; do \
+	@for name in gpu_path losses lars step saving options input view_shards metrics scaling growth data; do \
 	  printf '\n## tools/bench/%s.py\n\n' $$name; $(BIN)/python tools/bench/$$name.py || exit 1; \
 	done 2>runs/bench.err | tee -a runs/bench.md
 

@@ -29,8 +29,6 @@ from xml.etree import ElementTree
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 import lars
 import losses
 from compare import in_turn, peak_mib
+from gpu_path import Moved
 from shared import CLASSES, learner_of, trained, without_input
 
 from ddp_ssl import engine, optim
@@ -187,42 +186,23 @@ def _driver() -> str:
 # --- a step --------------------------------------------------------------------------------------
 
 
-class Count(TorchDispatchMode):
-    """Bytes that operators read and write, products, and the time that both need at least.
+class Count(Moved):
+    """Bytes and products of a step, and the time that both need at least.
 
-    Views move nothing; an expanded dimension is read once. The least time of an operator is the
-    larger of its bytes over the copy rate and its operations over the rate of products.
+    The least time of an operator is the larger of its bytes over the copy rate and its operations
+    over the rate of products.
     """
-
-    FREE = ("empty", "detach", "alias", "lift_fresh", "_unsafe_view", "record_stream", "set_")
 
     def __init__(self, rates: tuple[float, float]) -> None:
         super().__init__()
-        self.rates, self.nbytes, self.flops, self.seconds = rates, 0, 0, 0.0
+        self.rates, self.flops, self.seconds = rates, 0, 0.0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        packet = func.overloadpacket
-        if func.is_view or "c10d" in str(packet) or any(n in str(packet) for n in self.FREE):
-            return out
-        read = args[1:] if str(packet) == "aten.copy_" else args  # what is overwritten is not read
-        named = {name: value for name, value in kwargs.items() if not name.startswith("out")}
-        nbytes = sum(_stored(x) for x in tree_leaves((read, named, out)) if isinstance(x, Tensor))
-        flops = 0
+    def saw(self, func: Any, args: Any, kwargs: Any, out: Any, nbytes: int) -> None:
+        packet, flops = func.overloadpacket, 0
         if packet in flop_registry:
             flops = flop_registry[packet](*args, **kwargs, out_val=out)
-        self.nbytes += nbytes
         self.flops += flops
         self.seconds += max(nbytes / self.rates[0], flops / self.rates[1])
-        return out
-
-
-def _stored(x: Tensor) -> int:
-    count = 1
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        count *= size if stride else 1
-    return count * x.element_size()
 
 
 class Step:
