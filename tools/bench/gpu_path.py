@@ -2,11 +2,11 @@
 
     python tools/bench/gpu_path.py [--networks resnet50 resnet18] [--images 128] [--processes 8]
 
-Tensors have no values (torch's `meta` device), so that nothing is computed: forward and backward of
-two views in bf16, channels-last, as one process of `--processes`. `global` and `local` are this
-package's norm, `sync` is `nn.SyncBatchNorm`, whose statistics are those of both views together. Bytes
-are what operators read and write; the least time is theirs at `--copy` GB/s. `tools/gpu_report.sh`
-measures on a GPU.
+Tensors have no values (torch's `meta` device), so that nothing is computed: forward and backward
+of two views in bf16, channels-last, as one process of `--processes`. `global` and `local` are this
+package's norm. `sync` is `nn.SyncBatchNorm`, whose statistics are those of both views together.
+Bytes are what operators read and write; the least time is theirs at `--copy` GB/s.
+`tools/gpu_report.sh` measures on a GPU.
 """
 
 from __future__ import annotations
