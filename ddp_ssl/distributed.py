@@ -302,9 +302,9 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     """Join the process group that the launcher describes; one process needs none.
 
     Reads torchrun's variables, or Slurm's when `srun` starts one task per GPU. `device` is `auto`,
-    `cuda` or `cpu`; `auto` is the CPU only where nothing speaks of a GPU (`driver.py`). Raises
-    `ValueError` if a GPU is asked for or meant and missing here, and `Disagreement`, one of these,
-    on every rank if one lacks the GPU that is meant for it, or two share one.
+    `cuda` or `cpu`; `auto` is the CPU only where no GPU is meant (`driver.py`). Raises `ValueError`
+    (with several ranks `Disagreement`, on all of them) if a rank lacks the GPU that is asked for or
+    meant for it, if some have a GPU and others none, or if two share one.
     """
     rank, size = rank_and_size()
     local_rank, local_size = local_rank_and_size()
@@ -316,8 +316,7 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     if device != "cpu" and not use_cuda:
         missing = why_no_gpu(torch.__version__, torch.version.cuda)
     if device == "cuda" and not use_cuda:
-        reason = missing or "auto or cpu would be accepted"
-        raise ValueError(f"run.device: cuda is not available here; {reason}")
+        missing = f"cuda is not available here; {missing or 'auto or cpu would be accepted'}"
     if use_cuda:
         # --gpus-per-task shows each task one GPU, so the local rank can exceed the count.
         place = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -345,10 +344,14 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     side = dist.new_group(backend="gloo", timeout=timeout)
     world = World(rank, size, local_rank, local_size, place, side, timeout)
-    found = world.gather_objects((_place(place), missing)) or []
-    problem = _conflict([where for where, _ in found])
-    problem = problem or next((f"run.device: {reason}" for _, reason in found if reason), None)
-    problem = world.broadcast_object(problem)
+    found = world.gather_objects((_place(place), socket.gethostname(), missing)) or []
+    lacking = [
+        f"run.device: rank {lacks} ({host}): {reason}"
+        for lacks, (_, host, reason) in enumerate(found)
+        if reason
+    ]
+    conflict = _conflict([where for where, _, _ in found])
+    problem = world.broadcast_object(lacking[0] if lacking else conflict)
     if problem:
         raise Disagreement(problem)
     return world
@@ -399,7 +402,7 @@ def layout(world: World) -> list[str]:
 def data_parallel(
     module: nn.Module, world: World, compression: Literal["bf16"] | None = None
 ) -> nn.Module:
-    """The module under DDP; buffers are global already and are not broadcast.
+    """The module under DDP, where there is a process group; buffers are global already.
 
     `compression`: what gradients are sent in, if not as they are.
     """
@@ -626,7 +629,7 @@ class ViewLayout:
 
     total: int = 1
     held: slice = field(default_factory=lambda: slice(None))
-    statistics: list[_Statistics] | None = None
+    statistics: dict[GlobalBatchNorm, _Statistics] | None = None
     """What norm layers on a GPU saw within `stacked_views`, for their running averages."""
 
     @property
@@ -639,7 +642,8 @@ class ViewLayout:
 def stacked_views(layout: ViewLayout, total: int, held: slice) -> Iterator[None]:
     """Within: batches are the views `held` stacked, of `total` over all view shards."""
     before = layout.total, layout.held, layout.statistics
-    layout.total, layout.held, layout.statistics = total, held, []
+    _update_averages(before[2])
+    layout.total, layout.held, layout.statistics = total, held, {}
     try:
         yield
         _update_averages(layout.statistics)
@@ -768,8 +772,8 @@ class _NormalizeOnGPU(torch.autograd.Function):
     """The same with the kernels that `nn.SyncBatchNorm` uses, each view a slice of the batch.
 
     One gather per layer for all views, and one all-reduce in backward; neither without `reduce`,
-    where the statistics are this process's own. Every process holds as many rows. The kernels take
-    a row of statistics of any length, so that all views are merged in one call.
+    where the statistics are this process's own. The kernels take a row of statistics of any length,
+    so that all views are merged in one call.
     """
 
     @staticmethod
@@ -787,6 +791,8 @@ class _NormalizeOnGPU(torch.autograd.Function):
         total, held = (layout.total, layout.held) if reduce else (local, slice(None))
         views = x.chunk(local)
         rows = views[0].numel() // channels
+        if len(x) % local:
+            raise ValueError(f"{len(x)} images are not {local} views of as many images each")
         own = [torch.batch_norm_stats(view, eps) for view in views]
         packed = torch.cat([part for kind in zip(*own, strict=True) for part in kind])[None]
         if reduce:
@@ -796,6 +802,8 @@ class _NormalizeOnGPU(torch.autograd.Function):
             if total > local:  # [data shard, view shard, kind, view, C]: view shards into the row
                 apart = packed.view(-1, total // local, 2, local, channels)
                 packed = apart.permute(0, 2, 3, 1, 4).reshape(len(apart), -1)
+        if rows * len(packed) == 1:
+            raise ValueError(f"expected more than one value per channel, got {tuple(x.shape)}")
         half = total * channels
         counts = norm.constant(rows, len(packed), packed)
         merged = torch.batch_norm_gather_stats_with_counts(
@@ -834,28 +842,31 @@ class _NormalizeOnGPU(torch.autograd.Function):
                 everyones[:, ctx.held] = sums
             _meet("norm", dist.all_reduce, everyones)
             sums = everyones[:, ctx.held] if total > local else sums
-        rows = sums.flatten(0, 1).unbind()
-        out = torch.empty_like(x) if local > 1 else x
-        for part, one, first, second in zip(
-            out.chunk(local), held, rows[:local], rows[local:], strict=True
-        ):
-            dx = torch.batch_norm_backward_elemt(*one, weight, first, second, counts)
-            if local == 1:
-                out = dx
-            else:
-                part.copy_(dx)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x)
+            rows = sums.flatten(0, 1).unbind()
+            each = zip(dx.chunk(local), held, rows[:local], rows[local:], strict=True)
+            for part, one, first, second in each:
+                own_dx = torch.batch_norm_backward_elemt(*one, weight, first, second, counts)
+                if local == 1:
+                    dx = own_dx
+                else:
+                    part.copy_(own_dx)
         # DDP averages what each rank contributed to the affine parameters.
         own = [functools.reduce(torch.add, kind) for kind in kinds[2:]] if affine else [None, None]
-        return out, *own, None, None, None
+        return dx, *own, None, None, None
 
 
 @torch.no_grad()
-def _update_averages(seen: Sequence[_Statistics]) -> None:
-    """The running averages of norm layers, all layers at once, in the order of the views."""
+def _update_averages(seen: dict[GlobalBatchNorm, _Statistics] | None) -> None:
+    """Update the running averages of all layers together, in view order; empties `seen`."""
     alike: dict[Any, list[_Statistics]] = {}
-    for one in seen:
+    for one in (seen or {}).values():
         if one.norm.running_mean is not None:
             alike.setdefault((one.norm.momentum, len(one.means)), []).append(one)
+    if seen:
+        seen.clear()
     for (momentum, views), group in alike.items():
         variances = torch._foreach_pow([i for one in group for i in one.inverses], -2)
         scales = [one.number / max(one.number - 1, 1) for one in group for _ in one.inverses]
@@ -867,6 +878,8 @@ def _update_averages(seen: Sequence[_Statistics]) -> None:
         for view in range(views):
             torch._foreach_add_(counts, 1)
             new = [one.means[view] for one in group] + list(variances[view::views])
+            if new[0].dtype != averages[0].dtype:
+                new = [value.to(averages[0].dtype) for value in new]
             if momentum is not None:
                 torch._foreach_lerp_(averages, new, momentum)
                 continue
@@ -884,7 +897,8 @@ class GlobalBatchNorm(_BatchNorm):
 
     Equals `nn.SyncBatchNorm` called once per view, with one all-reduce for all views. State dict
     and attributes are those of `nn.BatchNorm2d`, so weights move freely between the two. With
-    `reduce=False` the statistics are this process's own.
+    `reduce=False` the statistics are this process's own. On a GPU every process must hold as many
+    images as the others.
     """
 
     def __init__(self, like: _BatchNorm, layout: ViewLayout, reduce: bool) -> None:
@@ -897,6 +911,8 @@ class GlobalBatchNorm(_BatchNorm):
             dtype=like.running_mean.dtype if like.running_mean is not None else None,
         )
         self.load_state_dict(like.state_dict())
+        for own, theirs in zip(self.parameters(), like.parameters(), strict=True):
+            own.requires_grad_(theirs.requires_grad)
         self.layout, self.reduce = layout, reduce
         self._constants: dict[Any, Tensor] = {}
         # timm's fused norm layers carry an activation behind the norm.
@@ -945,11 +961,16 @@ class GlobalBatchNorm(_BatchNorm):
         return out
 
     def saw(self, one: _Statistics) -> None:
-        """Update the running averages: with those of other layers at the end of `stacked_views`."""
-        if self.layout.statistics is None:
-            _update_averages([one])
-        else:
-            self.layout.statistics.append(one)
+        """Update the running averages: with those of other layers at the end of `stacked_views`.
+
+        A layer that is used twice within comes first the first time.
+        """
+        seen = {} if self.layout.statistics is None else self.layout.statistics
+        if self in seen:
+            _update_averages(seen)
+        seen[self] = one
+        if seen is not self.layout.statistics:
+            _update_averages(seen)
 
     def constant(
         self, value: int, count: int, like: Tensor, dtype: torch.dtype | None = None
@@ -957,7 +978,8 @@ class GlobalBatchNorm(_BatchNorm):
         """`count` times `value`, made once: a tensor made in every step costs the host time."""
         key = (value, count, dtype or like.dtype, like.device)
         if key not in self._constants:
-            self._constants[key] = torch.full((count,), value, dtype=key[2], device=key[3])
+            with torch.inference_mode(False):
+                self._constants[key] = torch.full((count,), value, dtype=key[2], device=key[3])
         return self._constants[key]
 
     def _local(self, input: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CONSTRAINTS = {"cuda13": "constraints.txt", "cuda12": "constraints-cuda12.txt"}
-HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that mean the CPU
-GRANTED = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS")
+HIDDEN = ("", "-1", "nodevfiles", "none", "void")  # first in CUDA_VISIBLE_DEVICES: the CPU
+LOADED = (Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))  # of a driver; the second in WSL
+INDICES = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS")  # 0 is the first GPU
+COUNTS = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS")  # 0 is none; also a100:2
 
 
 class Driver(NamedTuple):
@@ -31,7 +33,7 @@ class Driver(NamedTuple):
         return int(self.cuda.partition(".")[0])
 
     def __str__(self) -> str:
-        return f"NVIDIA driver {self.version} (CUDA {self.cuda})"
+        return f"{self.version} (CUDA {self.cuda})"
 
 
 def find_driver() -> Driver | None:
@@ -70,7 +72,7 @@ def pinned_set(driver: Driver | None) -> str:
 
 
 def install_command(driver: Driver | None) -> str:
-    """What installs the set that serves a driver, in a checkout."""
+    """What installs the set that serves a driver, in a checkout and a new environment."""
     name = pinned_set(driver)
     return f"pip install -c {CONSTRAINTS[name]} -e '.[{name}]'"
 
@@ -81,19 +83,30 @@ def gpu_is_meant() -> str | None:
     Nothing counts where CUDA_VISIBLE_DEVICES hides all GPUs.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip() in HIDDEN:
-        return None
-    if visible:
+    if visible is not None:
+        if visible.partition(",")[0].strip().lower() in HIDDEN:
+            return None
         return f"CUDA_VISIBLE_DEVICES={visible}"
-    for name in GRANTED:  # SLURM_JOB_GPUS=0 is the GPU with the index 0
+    for name in INDICES + COUNTS:
         value = os.environ.get(name, "")
-        if value and (value != "0" or name in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS")):
+        if value and (name in INDICES or value.rpartition(":")[2] != "0"):
             return f"{name}={value}"
-    files = sorted(Path("/dev").glob("nvidia[0-9]*"))
-    if files:
-        return f"{files[0]} exists"
-    driver = find_driver()
-    return None if driver is None else f"there is an {driver}"
+    files = device_files()
+    usable = [file for file in files if os.access(file, os.R_OK | os.W_OK)]
+    if usable:
+        return f"{usable[0]} exists"
+    # A job without GPUs may see the files of a GPU node and not open them.
+    return "an NVIDIA driver is loaded" if driver_is_loaded() and not files else None
+
+
+def device_files() -> list[Path]:
+    """The GPUs' device files."""
+    return sorted(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def driver_is_loaded() -> bool:
+    """Whether the kernel has a driver; its libraries are also on machines without a GPU."""
+    return any(path.exists() for path in LOADED)
 
 
 def why_no_gpu(torch_version: str, built_for: str | None) -> str | None:
@@ -105,24 +118,24 @@ def why_no_gpu(torch_version: str, built_for: str | None) -> str | None:
     if meant is None:
         return None
     driver = find_driver()
-    mends = f"{install_command(driver)} mends it"
+    mends = f"{install_command(driver)} in a new environment mends it"
     if driver is None:
         cause = "the driver's library libcuda.so.1 is not found"
         mends = "docker run --gpus all, apptainer exec --nv or installing the driver mends it"
     elif driver.major < 12:
-        cause = f"the {driver} is too old"
+        cause = f"the driver is {driver}, which is too old"
         mends = "driver 525 or newer mends it"
     elif built_for is None:
-        cause = f"torch {torch_version} is built without CUDA, the {driver} would serve it"
+        cause = f"torch {torch_version} is built without CUDA, the driver is {driver}"
     elif driver.major < int(built_for.partition(".")[0]):
-        cause = f"torch {torch_version} is built for CUDA {built_for}, but this is {driver}"
+        cause = f"torch {torch_version} is built for CUDA {built_for}, the driver is {driver}"
         mends += ", as would driver 580 or newer"
     else:
-        cause = f"the {driver} shows torch {torch_version} no device"
+        cause = f"the driver, {driver}, shows torch {torch_version} no device"
         mends = "nvidia-smi and the job's request for GPUs (sbatch --gpus-per-node) say why"
     return (
         f"{meant}, but torch finds no GPU: {cause}; {mends}; run.device=cpu or "
-        "CUDA_VISIBLE_DEVICES='' trains on the CPU"
+        "CUDA_VISIBLE_DEVICES='' uses the CPU"
     )
 
 
@@ -130,7 +143,7 @@ def main() -> None:
     """Print the pinned set, and the reason on standard error."""
     driver = find_driver()
     name = pinned_set(driver)
-    where = "no NVIDIA driver, so the CPU is what runs" if driver is None else str(driver)
+    where = "no NVIDIA driver, so the CPU is what runs" if driver is None else f"driver {driver}"
     print(f"{where}: {CONSTRAINTS[name]}", file=sys.stderr)
     print(name)
 

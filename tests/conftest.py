@@ -15,6 +15,10 @@ from PIL import Image
 
 from tests.ranks import Ranks
 
+# Where torch cannot use a GPU that is there, the tests mean the CPU.
+if not torch.cuda.is_available():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # A job in a shell's background ignores Ctrl-C, and so would the processes that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import copy
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -77,7 +77,8 @@ def network(kind: str) -> nn.Module:
     torch.manual_seed(3)
     if kind == "linear":
         return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4))
-    norm = nn.BatchNorm2d(5, momentum=0.3 if kind == "conv" else None)
+    momentum, affine = (None if kind == "cumulative" else 0.3), kind != "without affine"
+    norm = nn.BatchNorm2d(5, momentum=momentum, affine=affine)
     return nn.Sequential(nn.Conv2d(3, 5, 3), norm, nn.ReLU(), nn.Conv2d(5, 4, 3), nn.Flatten())
 
 
@@ -190,7 +191,7 @@ def global_norm(world: World, view_shards: int, kind: str, separate: bool, last:
 
 
 @pytest.mark.parametrize("norm", [global_norm, global_norm_on_a_gpu])
-@pytest.mark.parametrize("kind", ["linear", "conv", "cumulative"])
+@pytest.mark.parametrize("kind", ["linear", "conv", "cumulative", "without affine"])
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize(("size", "view_shards"), MESHES)
 def test_global_batch_norm_is_torchs_on_the_whole_batch(
@@ -248,6 +249,93 @@ def test_batch_norm_takes_any_strides(shape: tuple[int, ...]) -> None:
     (norm(b) * weight).sum().backward()
     torch.testing.assert_close(ours(x), norm(x))
     torch.testing.assert_close(a.grad, b.grad)
+
+
+NORMS: dict[str, Any] = {
+    "plain": nn.BatchNorm2d,
+    "cumulative": lambda c: nn.BatchNorm2d(c, momentum=None),
+    "without affine": lambda c: nn.BatchNorm2d(c, affine=False),
+    "without averages": lambda c: nn.BatchNorm2d(c, track_running_stats=False),
+    "frozen": lambda c: nn.BatchNorm2d(c).requires_grad_(False),
+    "linear": nn.BatchNorm1d,
+    "sequence": nn.BatchNorm1d,
+}
+SHAPES = {"linear": (24, 5), "sequence": (24, 5, 9)}
+
+
+def assert_same_averages(ours: nn.Module, theirs: nn.Module) -> None:
+    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_every_kind_of_norm_on_the_way_of_a_gpu(kind: str) -> None:
+    """One process, two views, each by its own statistics."""
+    x, weight = (some(*SHAPES.get(kind, (24, 5, 6, 7)), seed=seed) * 3 + 2 for seed in (0, 2))
+    plain, layout = NORMS[kind](5).double().train(), ViewLayout()
+    ours = copy.deepcopy(distributed.global_batch_norm(NORMS[kind](5), layout)).double().train()
+    ours.layout = layout
+    a, b = (x.clone().requires_grad_() for _ in range(2))
+    torch.cat([plain(view) for view in a.chunk(2)]).mul(weight).sum().backward()
+    with with_kernels(), distributed.stacked_views(layout, 2, slice(None)):
+        (ours(b) * weight).sum().backward()
+    torch.testing.assert_close(b.grad, a.grad)
+    assert_same_averages(ours, plain)
+    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        assert p.grad is None or q.grad is None or torch.allclose(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_averages_of_a_layer_that_is_used_several_times(momentum: float | None) -> None:
+    """Twice within one context, within another inside it, in one that fails, and outside."""
+    plain, layout = nn.BatchNorm1d(4, momentum=momentum).double().train(), ViewLayout()
+    ours = distributed.global_batch_norm(nn.BatchNorm1d(4, momentum=momentum).double(), layout)
+    batches = [some(6, 4, seed=seed) + seed for seed in range(5)]
+    with with_kernels(), torch.no_grad():
+        with distributed.stacked_views(layout, 1, slice(None)):
+            ours(batches[0])
+            ours(batches[1])
+            with distributed.stacked_views(layout, 1, slice(None)):
+                ours(batches[2])
+            ours(batches[3])
+        ours(batches[4])
+        with (
+            contextlib.suppress(KeyError),
+            distributed.stacked_views(layout, 1, slice(None)),
+        ):
+            ours(batches[0])
+            raise KeyError
+    assert layout == ViewLayout()
+    with torch.no_grad():
+        for batch in batches:
+            plain(batch)
+    assert_same_averages(ours, plain)
+
+
+def test_batches_that_have_no_statistics_are_refused() -> None:
+    layout = ViewLayout()
+    ours = distributed.global_batch_norm(nn.BatchNorm1d(4).double(), layout).train()
+    with with_kernels():
+        with pytest.raises(ValueError, match="more than one value per channel"):
+            ours(some(1, 4))
+        with (
+            distributed.stacked_views(layout, 2, slice(None)),
+            pytest.raises(ValueError, match="5"),
+        ):
+            ours(some(5, 4))
+
+
+def test_averages_in_another_precision() -> None:
+    ours = distributed.global_batch_norm(nn.BatchNorm1d(4).double(), ViewLayout()).train()
+    plain = nn.BatchNorm1d(4).double().train()
+    x = some(6, 4)
+    with with_kernels(), torch.no_grad():
+        ours.weight.data, ours.bias.data = ours.weight.float(), ours.bias.float()
+        ours(x.float())
+        plain(x)
+    for a, b in zip(ours.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_norm_with_activation_keeps_it() -> None:
@@ -365,21 +453,10 @@ def test_compressed_gradients_are_rounded_and_equal_everywhere(ranks: Ranks) -> 
 @pytest.fixture(scope="module")
 def nccl() -> Iterator[None]:
     """A group of this process alone, so that the global path runs."""
-    address = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611"}
-    with patch.dict(os.environ, address):
-        torch.distributed.init_process_group("nccl")
-        yield
-        torch.distributed.destroy_process_group()
-
-
-ON_A_GPU: dict[str, Any] = {
-    "plain": nn.BatchNorm2d,
-    "cumulative": lambda c: nn.BatchNorm2d(c, momentum=None),
-    "without affine": lambda c: nn.BatchNorm2d(c, affine=False),
-    "without averages": lambda c: nn.BatchNorm2d(c, track_running_stats=False),
-    "frozen": lambda c: nn.BatchNorm2d(c).requires_grad_(False),
-    "linear": nn.BatchNorm1d,
-}
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.gpu
@@ -387,17 +464,17 @@ ON_A_GPU: dict[str, Any] = {
 @pytest.mark.parametrize("reduce", [True, False])
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", ON_A_GPU)
+@pytest.mark.parametrize("kind", NORMS)
 def test_global_batch_norm_on_a_gpu_is_torchs_on_a_cpu(
     nccl: None, kind: str, dtype: torch.dtype, last: bool, reduce: bool
 ) -> None:
     """Two views, each by its own statistics; in float64 on the CPU, one call per view."""
-    shape = (24, 5) if kind == "linear" else (24, 5, 6, 7)
+    shape = SHAPES.get(kind, (24, 5, 6, 7))
     fmt = torch.channels_last if last and len(shape) == 4 else torch.contiguous_format
     x = (some(*shape) * 3 + 2).to(dtype).to(memory_format=fmt)
     weight = some(*shape, seed=2).to(dtype).to(memory_format=fmt)
-    plain, layout = ON_A_GPU[kind](5).double().train(), ViewLayout()
-    ours = distributed.global_batch_norm(ON_A_GPU[kind](5), layout, reduce).cuda().train()
+    plain, layout = NORMS[kind](5).double().train(), ViewLayout()
+    ours = distributed.global_batch_norm(NORMS[kind](5), layout, reduce).cuda().train()
     a, b = x.double().requires_grad_(), x.cuda().requires_grad_()
     torch.cat([plain(view) for view in a.chunk(2)]).mul(weight.double()).sum().backward()
     with distributed.stacked_views(layout, 2, slice(None)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,8 +30,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
     def has(found: Driver | None, files: tuple[str, ...] = (), **variables: str) -> None:
         monkeypatch.setattr(driver, "find_driver", lambda: found)
-        monkeypatch.setattr(Path, "glob", lambda self, pattern: [Path("/dev") / f for f in files])
-        for name in ("CUDA_VISIBLE_DEVICES", *driver.GRANTED):
+        monkeypatch.setattr(driver, "driver_is_loaded", lambda: found is not None)
+        monkeypatch.setattr(driver, "device_files", lambda: [Path("/dev") / f for f in files])
+        monkeypatch.setattr(os, "access", lambda path, mode: str(path)[-1] != "9")
+        for name in ("CUDA_VISIBLE_DEVICES", *driver.INDICES, *driver.COUNTS):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -41,7 +44,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def test_where_nothing_speaks_of_a_gpu_the_cpu_is_meant(machine: Machine) -> None:
     machine(None)
     assert driver.why_no_gpu("2.14.1", "13.0") is None
-    for hidden in ("", "-1", "NoDevFiles"):
+    for hidden in ("", "-1", "-1,0", "NoDevFiles", "none"):
         machine(OLD, ("nvidia0",), CUDA_VISIBLE_DEVICES=hidden, SLURM_JOB_GPUS="0")
         assert driver.why_no_gpu("2.14.1", "13.0") is None
 
@@ -58,7 +61,8 @@ def test_where_nothing_speaks_of_a_gpu_the_cpu_is_meant(machine: Machine) -> Non
         ),
         (None, (), {"SLURM_GPUS_ON_NODE": "2"}, "SLURM_GPUS_ON_NODE=2, but torch finds no GPU"),
         (None, ("nvidia0", "nvidia1"), {}, "/dev/nvidia0 exists, but torch finds no GPU"),
-        (OLD, (), {}, "there is an NVIDIA driver 570.86.10 (CUDA 12.8), but torch finds no GPU"),
+        (None, (), {"SLURM_GPUS": "a100:2"}, "SLURM_GPUS=a100:2, but torch finds no GPU"),
+        (OLD, (), {}, "an NVIDIA driver is loaded, but torch finds no GPU: torch 2.14.1 is built"),
     ],
 )
 def test_what_speaks_of_a_gpu(
@@ -71,21 +75,33 @@ def test_what_speaks_of_a_gpu(
     assert "\n" not in line
 
 
-def test_no_gpus_on_the_node_speaks_of_none(machine: Machine) -> None:
-    machine(None, SLURM_GPUS_ON_NODE="0")
+def test_a_job_without_gpus_means_the_cpu(machine: Machine) -> None:
+    """Also on a GPU node, whose device files it sees and may not open."""
+    for variables in ({"SLURM_GPUS_ON_NODE": "0"}, {"SLURM_GPUS": "a100:0"}):
+        machine(None, **variables)
+        assert driver.gpu_is_meant() is None
+    machine(NEW, ("nvidia9",))
     assert driver.gpu_is_meant() is None
+    machine(NEW, ("nvidia1", "nvidia9"))
+    assert driver.gpu_is_meant() == "/dev/nvidia1 exists"
+
+
+def test_libraries_alone_are_no_driver(machine: Machine, monkeypatch: Any) -> None:
+    machine(NEW)
+    monkeypatch.setattr(driver, "driver_is_loaded", lambda: False)
+    assert driver.why_no_gpu("2.14.1", "13.0") is None
 
 
 @pytest.mark.parametrize(
     ("found", "built_for", "cause", "remedy"),
     [
-        (OLD, "13.0", "torch 2.14.1 is built for CUDA 13.0, but this is NVIDIA driver 570.86.10",
-         "pip install -c constraints-cuda12.txt -e '.[cuda12]' mends it, as would driver 580"),
-        (NEW, None, "torch 2.14.1 is built without CUDA, the NVIDIA driver 580.95.05 (CUDA 13.0)",
-         "pip install -c constraints.txt -e '.[cuda13]' mends it"),
-        (NEW, "13.0", "the NVIDIA driver 580.95.05 (CUDA 13.0) shows torch 2.14.1 no device",
+        (OLD, "13.0", "torch 2.14.1 is built for CUDA 13.0, the driver is 570.86.10 (CUDA 12.8)",
+         "pip install -c constraints-cuda12.txt -e '.[cuda12]' in a new environment mends it, as"),
+        (NEW, None, "torch 2.14.1 is built without CUDA, the driver is 580.95.05 (CUDA 13.0)",
+         "pip install -c constraints.txt -e '.[cuda13]' in a new environment mends it"),
+        (NEW, "13.0", "the driver, 580.95.05 (CUDA 13.0), shows torch 2.14.1 no device",
          "nvidia-smi"),
-        (Driver("470.57.02", "11.4"), "12.8", "driver 470.57.02 (CUDA 11.4) is too old",
+        (Driver("470.57.02", "11.4"), "12.8", "driver is 470.57.02 (CUDA 11.4), which is too old",
          "driver 525 or newer"),
         (None, "13.0", "libcuda.so.1 is not found", "docker run --gpus all"),
     ],
@@ -98,7 +114,7 @@ def test_cause_and_remedy(
     assert line is not None
     assert cause in line
     assert remedy in line.split(cause)[1]
-    assert line.endswith("run.device=cpu or CUDA_VISIBLE_DEVICES='' trains on the CPU")
+    assert line.endswith("run.device=cpu or CUDA_VISIBLE_DEVICES='' uses the CPU")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -107,19 +123,19 @@ def test_a_process_refuses_to_start(machine: Machine, monkeypatch: Any) -> None:
         monkeypatch.delenv(name, raising=False)
     machine(NEW)
     for device in ("auto", "cuda"):
-        with pytest.raises(ValueError, match=r"^run.device: .*driver 580.95.05"):
+        with pytest.raises(ValueError, match=r"^run.device: .*driver, 580.95.05"):
             distributed.start(device)
     assert distributed.start("cpu").device.type == "cpu"
     machine(NEW, CUDA_VISIBLE_DEVICES="")
     assert distributed.start("auto").device.type == "cpu"
 
 
-def start_without(rank_without: int) -> str:
+def start_without(device: str, rank_without: int) -> str:
     """What `start` raises where one rank lacks the GPU that is meant for it."""
     lacks = int(os.environ["RANK"]) == rank_without
     before, distributed.why_no_gpu = distributed.why_no_gpu, lambda *_: "no GPU" if lacks else None
     try:
-        distributed.start("auto", 60)
+        distributed.start(device, 60)
     except distributed.Disagreement as error:
         return str(error)
     finally:
@@ -129,8 +145,12 @@ def start_without(rank_without: int) -> str:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_all_processes_refuse_together(ranks: Ranks) -> None:
-    assert ranks.launch(start_without, 3, 1) == ["run.device: no GPU"] * 3
-    assert ranks.launch(start_without, 3, 9) == ["started"] * 3
+    place = f"({socket.gethostname()})"
+    said = f"run.device: rank 1 {place}: no GPU"
+    assert ranks.launch(start_without, 3, "auto", 1) == [said] * 3
+    assert ranks.launch(start_without, 3, "auto", 9) == ["started"] * 3
+    said = f"run.device: rank 0 {place}: cuda is not available here; auto or cpu would be accepted"
+    assert ranks.launch(start_without, 2, "cuda", 9) == [said] * 2
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
@@ -148,8 +168,7 @@ def test_a_driver_too_old_for_torch(tmp_path: Path) -> None:
         source = tmp_path / f"{name}.c"
         source.write_text(text)
         subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / name, source], check=True)
-    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
-    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0"}
 
     def call(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -159,13 +178,11 @@ def test_a_driver_too_old_for_torch(tmp_path: Path) -> None:
 
     chosen = call("ddp_ssl/driver.py")
     assert chosen.stdout == "cuda12\n"
-    assert chosen.stderr.startswith(
-        f"NVIDIA driver 555.42.02 (CUDA {major - 1}.8): constraints-cuda"
-    )
+    assert chosen.stderr.startswith(f"driver 555.42.02 (CUDA {major - 1}.8): constraints-cuda")
     done = call("-m", "ddp_ssl.train", f"run.dir={tmp_path / 'run'}")
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if "ddp_ssl: error" in line]
-    assert f"driver 555.42.02 (CUDA {major - 1}.8)" in line
+    assert f"the driver is 555.42.02 (CUDA {major - 1}.8)" in line
     assert ("constraints-cuda12.txt" in line) == (major == 13)
     assert not (tmp_path / "run").exists()
 

@@ -347,11 +347,11 @@ def test_containers_copy_what_exists_and_install_what_is_pinned() -> None:
     assert all((ROOT / name).exists() for name in copied)
     runs = [rest for word, rest in lines if word == "RUN"] + [sections["post"]]
     for run in [*runs, sections["runscript"]]:
-        script = run.replace("{{ CUDA }}", "cuda12")
+        script = run.replace("{{ PINS }}", "cuda12")
         assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
     installs = [run for run in runs if "pip install" in run]
     assert len(installs) == 2  # one in each file
-    assert all('-c "$pins"' in run for run in installs)
+    assert all('-c "${file:?' in run for run in installs)
     assert all(name in run for run in installs for name in CONSTRAINTS.values())
     needed = set(re.findall(r'HERE / "([^"]+)"', (ROOT / "setup.py").read_text()))
     assert {name.partition("/")[0] for name in needed} <= copied

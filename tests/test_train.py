@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ddp_ssl.driver import find_driver, install_command
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
@@ -62,7 +64,7 @@ def test_missing_dali_is_one_line_that_names_the_extra(photos: Path, tmp_path: P
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]
     assert "nvidia-dali is not installed" in line
-    assert "pip install -c constraints.txt -e '.[cuda13]'" in line
+    assert install_command(find_driver()) in line
     assert not (tmp_path / "run").exists()
 
 

@@ -31,7 +31,7 @@ case "${1:-}-$#" in
     rm -f "$to"/part-*
     # torchmetrics needs torch, which the machine has: without what it needs.
     download "$work/small" --no-deps torchmetrics lightning-utilities
-    download "$work/small" pydantic submitit
+    download "$work/small" pydantic submitit pytest
     download "$work/dali" "$dali"
     rm -f "$work"/*/{numpy,torch,PyYAML,pyyaml}-*
     tar -cf "$to/part-00" -C "$work/small" .
@@ -44,7 +44,7 @@ case "${1:-}-$#" in
     trap 'rm -rf "$work"' EXIT
     tar -xf "$2/part-00" -C "$work"
     if [ -e "$2/part-01" ]; then
-      cat "$2"/part-0[1-9] | tar -x -C "$work"
+      find "$2" -name 'part-*' ! -name part-00 -print0 | sort -z | xargs -0 cat | tar -x -C "$work"
     fi
     "${PYTHON:-python3}" -m pip install --quiet --disable-pip-version-check --no-index --no-deps \
       --no-compile --upgrade --target "$3" "$work"/*.whl

@@ -62,7 +62,7 @@ def _cuda_matches(bench: Bench, mine: dict[str, str]) -> Iterator[Finding]:
     built |= {n: n.removeprefix("nvidia-dali-cuda")[:2] for n in mine if "dali-cuda" in n}
     for name, major in built.items():
         if name == "torch" and major == "none":
-            yield fail("torch is built without CUDA", "pip install a torch with CUDA")
+            yield fail("torch is built without CUDA", install_command(Driver("", mine["driver"])))
         elif major.isdigit() and int(major) > driver:
             yield fail(
                 f"the driver supports CUDA {mine['driver']}, {name} is built for {major}",

@@ -26,7 +26,7 @@ try:
     dali_torch: Any = importlib.import_module("nvidia.dali.plugin.pytorch")
 except ModuleNotFoundError:
     raise ValueError(
-        f"nvidia-dali is not installed: {install_command(find_driver())} mends it"
+        f"nvidia-dali is not installed: {install_command(find_driver())} in a checkout mends it"
     ) from None
 
 IMAGE_KINDS = ";".join(sorted(name.decode()[1:] for name in EXTENSIONS))

@@ -17,7 +17,14 @@ from ddp_ssl.config import ConfigError, Optim
 from ddp_ssl.data import selection
 from ddp_ssl.data.datasets import Split
 from ddp_ssl.data.order import hashed
-from ddp_ssl.distributed import GlobalBatchNorm, ViewLayout, World, data_parallel, global_batch_norm
+from ddp_ssl.distributed import (
+    GlobalBatchNorm,
+    ViewLayout,
+    World,
+    data_parallel,
+    global_batch_norm,
+    stacked_views,
+)
 from ddp_ssl.evals.accuracy import Accuracy
 from ddp_ssl.evals.features import Extractor, Ticker
 from ddp_ssl.evals.linear import random_crops, score
@@ -82,7 +89,7 @@ def _one_seed(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hashed(seed, "finetune"))
         model = Classifier(copy.deepcopy(extractor.backbone), extractor.width, classes)
-    _global_norm(model)
+    layout = _global_norm(model)
     model.to(device).requires_grad_(True)
     if settings.model.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -90,7 +97,7 @@ def _one_seed(
         model.backbone.requires_grad_(False)
     loader = random_crops(settings, train, batch, seed, comm, device, extractor.bad)
     total = f.epochs * loader.steps_per_epoch
-    loss = _train(model, loader, settings, batch, world, f"fine-tuning, seed {seed}, steps")
+    loss = _train(model, layout, loader, settings, batch, world, f"fine-tuning, seed {seed}, steps")
     loader.close()
     tester = Extractor(model, classes, settings, comm, device, bad=extractor.bad)
     logits = tester.features(val)
@@ -100,6 +107,7 @@ def _one_seed(
 
 def _train(
     model: Classifier,
+    layout: ViewLayout,
     loader: Any,
     settings: EvaluateConfig,
     batch: int,
@@ -134,7 +142,10 @@ def _train(
         for step in range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch):
             inputs = next(loader)
             optim.set_learning_rates(optimizer, schedule, batch, step, loader.steps_per_epoch)
-            with torch.autocast(device.type, torch.bfloat16, autocast):
+            with (
+                stacked_views(layout, 1, slice(None)),
+                torch.autocast(device.type, torch.bfloat16, autocast),
+            ):
                 logits = module(inputs.views[0])
             loss = F.cross_entropy(logits.float(), inputs.labels, label_smoothing=f.label_smoothing)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -151,11 +162,13 @@ def _train(
     return mean
 
 
-def _global_norm(model: Classifier) -> None:
+def _global_norm(model: Classifier) -> ViewLayout:
     """Batch norms over the global batch, as in pretraining: the result does not hang on how many
-    images each process has."""
+    images each process has. Returns what they know of the batch."""
     norms = [m for m in model.modules() if isinstance(m, GlobalBatchNorm)]
+    layout = norms[0].layout if norms else ViewLayout()
     for norm in norms:
         norm.reduce = True
     if not norms:
-        global_batch_norm(model, ViewLayout())
+        global_batch_norm(model, layout)
+    return layout

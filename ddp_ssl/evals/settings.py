@@ -44,7 +44,8 @@ class EvaluateRun(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of a timm model's random weights, of the patches and of subsets."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """`auto` takes the GPUs if there are any (NCCL), else the CPU (gloo)."""
+    """`auto` takes the GPUs (NCCL), or the CPU (gloo) where no GPU is meant: no device file, no
+    driver, none given to the job, or CUDA_VISIBLE_DEVICES empty."""
     threads: int = Field(0, ge=0)
     """CPU threads per process for torch; 0 shares the machine's cores among its processes."""
     timeout_s: float = Field(1800, gt=0)

@@ -108,10 +108,11 @@ class DeepClusterV2(Method[DeepClusterV2Config]):
         found = []
         # With view shards each of them has a crop of its own, which is normalised on its own and
         # of which the first one counts.
-        apart = stacked_views(self.layout, self.comm.view_shards, self.comm.views)
-        with self.measuring(batch_statistics=True), apart:
+        apart = (self.layout, self.comm.view_shards, self.comm.views)
+        with self.measuring(batch_statistics=True):
             for batch in context.batches(sys.maxsize, "memory"):
-                _, z = self.embed(batch.views[0])
+                with stacked_views(*apart):
+                    _, z = self.embed(batch.views[0])
                 every_id, every_row = self._gathered(batch.ids.to(z.device), unit_rows(z)[None])
                 found.append((every_id, every_row[:1]))
         ids, rows = (

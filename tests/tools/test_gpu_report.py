@@ -73,7 +73,7 @@ def test_a_group_without_time_is_a_row(tmp_path: Path) -> None:
     subprocess.run([SCRIPT, tmp_path / "out", "--rehearse", "--minutes", "0"], check=True)
     rows = rows_of(tmp_path / "out")
     assert [row["group"] for row in rows] == list(gpu_report.GROUPS)
-    assert all("left out" in row["error"] for row in rows)
+    assert all("left out" in row["left_out"] for row in rows)
 
 
 def test_a_measurement_that_fails_is_a_row_and_the_next_goes_on(tmp_path: Path) -> None:
@@ -91,8 +91,7 @@ def test_a_measurement_that_fails_is_a_row_and_the_next_goes_on(tmp_path: Path) 
     table = (tmp_path / "table.md").read_text()
     assert table.count("## steps") == 1
     assert "| d | 2 |" in table
-    with pytest.raises(ValueError, match="rates of the machine"):
-        report.rates()
+    assert report.rates() is None
 
 
 def test_bytes_and_operations_of_a_product() -> None:

@@ -60,18 +60,21 @@ class RandomLoader:
     def __init__(self, config: Config, comm: Comm, device: torch.device, views: Sequence[int],
                  steps_per_epoch: int) -> None:  # fmt: skip
         self.steps_per_epoch, self.step, self.failing = steps_per_epoch, 0, None
-        self.device, self.rank, every = device, comm.data_rank, views_of(config.data.views)
-        self.views = [every[k] for k in views]
+        self.device, self.first = (
+            device,
+            comm.data_rank * config.data.batch_size // comm.data_shards,
+        )
+        every = views_of(config.data.views)
+        self.view_ids, self.views = list(views), [every[k] for k in views]
         self.order = SimpleNamespace(local_batch=config.data.batch_size // comm.data_shards)
 
     def __next__(self) -> Batch:
-        generator = torch.Generator().manual_seed(1000 * self.step + self.rank)
-        n = self.order.local_batch
-        views = [
-            torch.randn(n, v.size, v.size, 3, generator=generator).to(self.device)
-            for v in self.views
-        ]
-        ids = torch.arange(n) + self.step * n
+        n, views = self.order.local_batch, []
+        for k, view in zip(self.view_ids, self.views, strict=True):
+            generator = torch.Generator().manual_seed(engine.derive(0, self.step, self.first, k))
+            pixels = torch.randn(n, view.size, view.size, 3, generator=generator)
+            views.append(pixels.to(self.device))
+        ids = torch.arange(n) + self.first
         self.step += 1
         return Batch([v.permute(0, 3, 1, 2) for v in views], ids, (ids % CLASSES).to(self.device))
 
