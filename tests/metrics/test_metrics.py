@@ -89,6 +89,8 @@ def test_alpha_req_against_a_weighted_regression() -> None:
         line = np.polyfit(np.log(j), np.log(ratios[j - 1]), 1, w=np.sqrt(1 / j))
         score = r2_score(np.log(ratios[j - 1]), np.polyval(line, np.log(j)), sample_weight=1 / j)
         assert metrics.alpha_req(x, first, last) == pytest.approx((-line[0], score), rel=1e-9)
+    # alpha-ReQ's code: `trange=np.arange(3, 100)`, which counts from 0.
+    assert metrics.alpha_req(x) == metrics.alpha_req(x, 4, 100)
 
 
 def test_centred_or_not() -> None:

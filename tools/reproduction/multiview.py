@@ -18,8 +18,8 @@ CROPS = {"stl10": {"scale": "[0.2, 1.0]", "gray_p": "0.1"}}
 
 # Best weight of the off-diagonal correlations by width, two views: kumarkrishna/fastssl, 96dfa37,
 # sbatch_sh_files/final_exps/BarlowTwins_lambda_pdim_res{,_stl10}.sh; ImageNet-100's: the branch
-# arna/imagenet-try, 856d67e, which has 0.005 too at 4096. On CIFAR-10 at 8192 the paper's best run is
-# that of its fixed weight, 0.0004 (appendix D.1). STL-10: the script's one list of all widths.
+# arna/imagenet-try, 856d67e, which has 0.005 too at 4096. On CIFAR-10 at 8192 the paper's best run
+# is that of its fixed weight, 0.0004 (appendix D.1). STL-10: the script's one list of all widths.
 BARLOW = {
     "cifar10": {64: 0.04, 128: 0.04, 256: 0.02, 512: 0.01, 1024: 0.002, 2048: 0.001,
                 4096: 0.0004, 8192: 0.0004},
