@@ -195,7 +195,7 @@ def transfer(dataset: str) -> list[Cell]:
     other = {"cifar10": "stl10", "stl10": "cifar10"}[dataset]
     return [
         _cell(f"{loss}, {dataset} to {other}", _row(*shape), run_of(loss, dataset, *shape),
-              None, (f"data.name={other}",))
+              None, (f"data.name={other}", f"data.val_size={SETS[other][0]}"))
         for loss in LOSSES
         for shape in SHAPES
     ]  # fmt: skip
