@@ -57,6 +57,7 @@ def on(dataset: str) -> tuple[str, ...]:
         f"data.name={dataset}",
         f"data.views.0.size={size}",
         *(("data.views.0.blur_p=null",) if size >= 64 else ()),
+        *(("data.val_interpolation=bilinear",) if size == 224 else ()),
         f"model.stem={'small_pad2' if small else 'standard'}",
     )
 
