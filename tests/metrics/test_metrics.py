@@ -280,8 +280,8 @@ DEGENERATE = {
     "constant": torch.full((6, 4), 0.3),
     "rank one": torch.arange(1.0, 7.0)[:, None] * torch.ones(4),
     "one column": torch.arange(6.0)[:, None],
-    "huge": 1e30 * torch.eye(6),
-    "half": torch.eye(6, dtype=torch.float16),
+    "huge": 1e30 * torch.eye(7),
+    "half": torch.eye(7, dtype=torch.float16),
 }
 
 
@@ -311,7 +311,7 @@ def test_other_shapes_are_refused(name: str) -> None:
 def test_bad_options_are_refused() -> None:
     with pytest.raises(ValueError, match=r"0 < q <= 1, got 1\.5"):
         metrics.cumulative_explained_variance(torch.eye(3), 1.5)
-    with pytest.raises(ValueError, match=r"from eigenvalue 3 on needs 5 .* got 2"):
+    with pytest.raises(ValueError, match=r"from eigenvalue 4 on needs 6 .* got 2"):
         metrics.alpha_req(torch.eye(3))
     with pytest.raises(ValueError, match="two views or more"):
         metrics.alignment(torch.zeros(1, 3, 4))
