@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
-from ddp_ssl.data.augment import AUGMENTATION_FIELDS, RECIPES
+from ddp_ssl.data.augment import AUGMENTATION_FIELDS, RECIPES, CentralCrop
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0)]
@@ -43,6 +43,10 @@ NORMALISATION: dict[str, tuple[Channels, Channels]] = {
     # MedMNIST's own examples.
     **dict.fromkeys(("blood", "organa", "organc", "organs"), ((0.5,) * 3, (0.5,) * 3)),
 }
+
+# Data sets of small square images, which their sources evaluate uncropped.
+WHOLE = ("digits", "cifar10", "cifar100", "stl10", "tiny_imagenet", "cinic10",
+         "blood", "organa", "organc", "organs")  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -111,8 +115,10 @@ class Model(Section):
     """Any timm model by name."""
     backbone_args: dict[str, Any] = {}
     """More arguments for `timm.create_model`, such as `{channels: [16, 32, 64, 128]}`."""
-    stem: Literal["standard", "small"] = "standard"
-    """`small`, for ResNets on small images: first convolution 3x3 with stride 1, no max-pool."""
+    stem: Literal["standard", "small", "small_pad2"] = "standard"
+    """`small`, for ResNets on small images: first convolution 3x3 with stride 1, no max-pool.
+    `small_pad2`: the same with a padding of 2 and PyTorch's initial weights, as solo-learn's for
+    CIFAR: 34x34 of 32x32 pixels."""
     projector: list[Annotated[int, Field(ge=1)]] = Field([2048, 2048, 2048], min_length=1)
     """Widths of the projection head's linear layers; the last one is the embedding's."""
     projector_norm: Literal["batch", "none"] = "batch"
@@ -232,9 +238,13 @@ class Data(Section):
     val_fraction: float = Field(0.1, gt=0, lt=1)
     """Seeded share of the images kept for validation where there is no validation split."""
     val_resize: int | None = Field(None, ge=8)
-    """Shorter side after resizing for evaluation. Unset: 8/7 of `val_size` from 64 px on."""
+    """Shorter side after resizing for evaluation. Unset: 8/7 of `val_size` from 64 px on, but
+    `val_size` for data sets of small square images, which are seen whole."""
     val_size: int | None = Field(None, ge=8)
     """Side of the central crop for evaluation. Unset: the size of the largest view."""
+    val_interpolation: Literal["bilinear"] | None = None
+    """Kernel of that resizing, antialiased: bilinear, torchvision's default; null: bicubic, as for
+    training."""
     threads: int = Field(0, ge=0)
     """DALI threads per process; 0 shares the machine's cores among its processes."""
     prefetch: int = Field(2, ge=1)
@@ -254,6 +264,14 @@ class Data(Section):
         """Mean and standard deviation per channel."""
         mean, std = NORMALISATION.get(self.name, NORMALISATION["imagenet"])
         return self.mean or mean, self.std or std
+
+    @property
+    def central_crop(self) -> CentralCrop:
+        """How an image is cropped for evaluation."""
+        size = self.val_size or max(group.size for group in self.views)
+        crops = size >= 64 and self.name not in WHOLE
+        resize = self.val_resize or (round(size * 8 / 7) if crops else size)
+        return CentralCrop(resize, size, self.val_interpolation or "bicubic")
 
 
 class Optim(Section):
@@ -920,8 +938,8 @@ def _check(config: Config) -> None:
         raise ValueError(
             "data.dtype: float16 images need autocast; float32 or optim.precision=bf16 is accepted"
         )
-    size = config.data.val_size or max(group.size for group in config.data.views)
-    if config.data.val_resize is not None and config.data.val_resize < size:
+    size = config.data.central_crop.size
+    if config.data.central_crop.resize < size:
         raise ValueError(
             f"data.val_resize: {config.data.val_resize} is smaller than the crop of {size} pixels "
             f"taken from it; {size} or more would be accepted"

@@ -34,9 +34,8 @@ from torch import Tensor, nn
 
 from ddp_ssl import checkpoint, models
 from ddp_ssl.config import Config, ConfigError, Model
-from ddp_ssl.data.loader import default_resize
 from ddp_ssl.evals.settings import config_of_run, find_source
-from ddp_ssl.models import architecture, build_backbone, loading_snippet
+from ddp_ssl.models import STEM_PADDING, architecture, build_backbone, loading_snippet
 
 Form = Literal["timm", "torchvision", "safetensors", "onnx"]
 Features = Callable[[Tensor], Tensor]
@@ -71,8 +70,7 @@ class Trained:
     @property
     def size(self) -> int:
         """Side of the images that the run evaluates on."""
-        data = self.config.data
-        return data.val_size or max(group.size for group in data.views)
+        return self.config.data.central_crop.size
 
     @property
     def identity(self) -> dict[str, str]:
@@ -104,7 +102,7 @@ def load_trained(source: str) -> Trained:
     state = checkpoint.load(path)
     if not {"model", "step", "identity"} <= state.keys():
         raise ValueError(f"{path} is no checkpoint of a run; {accepted}")
-    sizes = [config.data.val_size or max(group.size for group in config.data.views)]
+    sizes = [config.data.central_crop.size]
     backbone, width = build_backbone(architecture(config.model), sizes)
     prefix = "method.backbone."
     weights = {
@@ -161,8 +159,10 @@ def write_torchvision(trained: Trained, file: Path) -> Features:
     torch.save(models.export(trained.backbone), file)
     model = torchvision.models.get_model(name)
     model.fc = nn.Identity()
-    if config.stem == "small":
-        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
+    if config.stem != "standard":
+        model.conv1 = nn.Conv2d(
+            3, model.conv1.out_channels, 3, padding=STEM_PADDING[config.stem], bias=False
+        )
         model.maxpool = nn.Identity()
     model.load_state_dict(torch.load(file, weights_only=True))
     features: nn.Module = model.eval()
@@ -276,7 +276,10 @@ def model_card(trained: Trained, form: Form, file: Path, off: float) -> str:
     config, state, model = trained.config, trained.state, trained.config.model
     arguments = ", ".join(f"{k}={v}" for k, v in architecture(model).backbone_args.items())
     parameters = sum(p.numel() for p in trained.backbone.parameters())
-    stem = ", first convolution 3x3 with stride 1 and no max-pool" if model.stem == "small" else ""
+    stem = ""
+    if model.stem != "standard":
+        padding = STEM_PADDING[model.stem]
+        stem = f", first convolution 3x3 with stride 1 and padding {padding}, no max-pool"
     images = {name: digest for name, digest in trained.identity.items() if " images" in name}
     code = state.get("code", {})
     rows = {
@@ -296,7 +299,7 @@ def model_card(trained: Trained, form: Form, file: Path, off: float) -> str:
     latest: dict[str, float] = state.get("latest", {})
     measured = [(label, latest[name]) for name, label in FIGURES.items() if name in latest]
     mean, std = config.data.normalisation
-    resize = config.data.val_resize or default_resize(trained.size)
+    crop = config.data.central_crop
     lines = [
         f"# {model.backbone}, {config.method.name} on {config.data.name}",
         "",
@@ -323,7 +326,8 @@ def model_card(trained: Trained, form: Form, file: Path, off: float) -> str:
         "",
         f"Input: float32 `[n, 3, {trained.size}, {trained.size}]`, RGB, pixels in [0, 1], minus",
         f"{_numbers(mean)}, divided by {_numbers(std)}.",
-        f"The run evaluates on images resized to {resize} pixels (shorter side), central crop.",
+        f"The run evaluates on images resized to {crop.resize} pixels (shorter side, "
+        f"{crop.interpolation}), central crop.",
         "",
         "## How it was made",
         "",

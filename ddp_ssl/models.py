@@ -13,6 +13,9 @@ from torch import nn
 
 from ddp_ssl.config import Model
 
+# Of the first convolution, by `model.stem`.
+STEM_PADDING = {"small": 1, "small_pad2": 2}
+
 
 def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]:
     """The timm backbone without classifier, `[n, 3, S, S] -> [n, d_R]`, and d_R.
@@ -38,14 +41,16 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
         raise ValueError(
             f"model.backbone_args: {config.backbone_args} refused by {name}: {reason}"
         ) from None
-    if config.stem == "small":
+    if config.stem != "standard":
         if not isinstance(model, ResNet) or not isinstance(model.conv1, nn.Conv2d):
             raise ValueError(
-                f"model.stem: small is for ResNets with one stem convolution, not {name}; "
+                f"model.stem: {config.stem} is for ResNets with one stem convolution, not {name}; "
                 "standard would be accepted"
             )
-        stem = nn.Conv2d(3, model.conv1.out_channels, 3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        padding = STEM_PADDING[config.stem]
+        stem = nn.Conv2d(3, model.conv1.out_channels, 3, stride=1, padding=padding, bias=False)
+        if config.stem == "small":
+            nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         setattr(model, "conv1", stem)  # noqa: B010 (timm's annotations are narrower)
         setattr(model, "maxpool", nn.Identity())  # noqa: B010
     return model, _width(model, config, sizes)
@@ -128,9 +133,10 @@ def loading_snippet(
             "import timm, torch",
             f"model = timm.create_model({config.backbone!r}, num_classes=0{arguments})",
         ]
-    if config.stem == "small":
+    if config.stem != "standard":
         lines += [
-            "model.conv1 = torch.nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)",
+            "model.conv1 = torch.nn.Conv2d(3, model.conv1.out_channels, 3, "
+            f"padding={STEM_PADDING[config.stem]}, bias=False)",
             "model.maxpool = torch.nn.Identity()",
         ]
     if form == "safetensors":

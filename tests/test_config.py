@@ -235,7 +235,16 @@ def test_every_yaml_validates_and_says_where_it_comes_from() -> None:
         config = load([str(path), "data.root=somewhere"]).config
         assert config.data.root == "somewhere"
         head = path.read_text()
-        for word in ("# paper ", "# expected ", "# machine ", "# command ", config.method.name):
+        for word in (
+            "# paper ",
+            "# source ",
+            "# equal ",
+            "# differs ",
+            "# expected ",
+            "# machine ",
+            "# command ",
+            config.method.name,
+        ):
             assert word in head, (path, word)
         assert f"{path.relative_to(ROOT)} data.root=DIR" in head
 

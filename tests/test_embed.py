@@ -14,7 +14,7 @@ from PIL import Image
 from ddp_ssl import embed
 from ddp_ssl.config import NORMALISATION, load
 from ddp_ssl.data import datasets
-from ddp_ssl.data.augment import PixelFormat
+from ddp_ssl.data.augment import CentralCrop, PixelFormat
 from ddp_ssl.data.loader import EvalLoader
 from ddp_ssl.methods.base import Method
 from tests.ranks import Ranks
@@ -46,7 +46,7 @@ def images_of(split: Any) -> torch.Tensor:
     """The photos as the evaluation sees them, all at once."""
     (batch,) = EvalLoader(
         split, np.arange(len(split)), batch_size=len(split), shard=0, num_shards=1,
-        val_resize=None, val_size=24, form=PixelFormat(*NORMALISATION["imagenet"]), threads=1,
+        crop=CentralCrop(24, 24), form=PixelFormat(*NORMALISATION["imagenet"]), threads=1,
         prefetch=1, device=torch.device("cpu"),
     )  # fmt: skip
     return batch.views[0].clone()

@@ -19,10 +19,11 @@ from ddp_ssl.comm import ONE_PROCESS
 from ddp_ssl.config import identity, load, load_method
 from ddp_ssl.evals.probe import Learner
 from ddp_ssl.methods.base import Method
-from ddp_ssl.models import loading_snippet
+from ddp_ssl.models import build_backbone, loading_snippet
 from tests.helpers import config_of, relative
 
 SMALL = ("model.backbone=resnet18", "model.stem=small", "data.views=[{size: 24}]")
+PADDED = ("model.backbone=resnet18", "model.stem=small_pad2", "data.views=[{size: 24}]")
 VIT = (
     "model.backbone=vit_tiny_patch16_224",
     "model.backbone_args={img_size: 32, patch_size: 8, depth: 2}",
@@ -64,6 +65,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Method[Any]]:
 
 
 @pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Method[Any]]:
+    return run_folder(tmp_path_factory.mktemp("padded") / "run", *PADDED)
+
+
+@pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Method[Any]]:
     return run_folder(tmp_path_factory.mktemp("vit") / "run", *VIT)
 
@@ -92,6 +98,8 @@ def features_by_the_card(folder: Path, images: torch.Tensor) -> torch.Tensor:
         ("small", "timm"),
         ("small", "torchvision"),
         ("small", "onnx"),
+        ("padded", "timm"),
+        ("padded", "torchvision"),
         ("vit", "torchvision"),
         ("vit", "safetensors"),
         ("vit", "onnx"),
@@ -107,7 +115,7 @@ def test_features_are_the_runs(
         return
     file, off = export.export(str(run), form, tmp_path / "out")
     assert sorted(p.name for p in file.parent.iterdir()) == ["README.md", export.FILES[form]]
-    size = 24 if kind == "small" else 32
+    size = 32 if kind == "vit" else 24
     images = torch.randn(7, 3, size, size)  # another number of images than at export
     with torch.no_grad():
         expected, _ = method.embed(images)
@@ -125,13 +133,23 @@ def test_features_are_the_runs(
         assert session.get_modelmeta().custom_metadata_map["image_size"] == str(size)
 
 
+@pytest.mark.parametrize(("stem", "first", "last"), [("small", 32, 4), ("small_pad2", 34, 5)])
+def test_stems_of_small_images(stem: str, first: int, last: int) -> None:
+    backbone, _ = build_backbone(
+        config_of("model.backbone=resnet18", f"model.stem={stem}").model, [32]
+    )
+    seen = backbone.conv1(torch.zeros(1, 3, 32, 32))
+    assert seen.shape[2:] == (first, first)
+    assert backbone.forward_features(torch.zeros(1, 3, 32, 32)).shape[2:] == (last, last)
+
+
 def test_the_card_says_what_it_is(small: tuple[Path, Method[Any]], tmp_path: Path) -> None:
     run, _ = small
     export.export(f"{run}:last", "safetensors", tmp_path)
     card = (tmp_path / "README.md").read_text()
     for text in (
         "# resnet18, adadim on digits",
-        "timm `resnet18`, first convolution 3x3 with stride 1 and no max-pool",
+        "timm `resnet18`, first convolution 3x3 with stride 1 and padding 1, no max-pool",
         "512 features; 11.17 M parameters",
         "digits (train images 0123456789ab)",
         "3 of 20 epochs, 33 steps of 128 images x 2 views on 2 processes",

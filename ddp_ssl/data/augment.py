@@ -42,6 +42,15 @@ class PixelFormat(NamedTuple):
     half: bool = False
 
 
+class CentralCrop(NamedTuple):
+    """How an image is evaluated: the shorter side to `resize`, then the central `size` x `size`."""
+
+    resize: int
+    size: int
+    interpolation: str = "bicubic"
+    """Or `bilinear`; both antialiased."""
+
+
 class Decoding(NamedTuple):
     """How a GPU decodes: the hardware's share of the JPEGs, and the width and height to expect."""
 

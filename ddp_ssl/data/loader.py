@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ddp_ssl.data import small
-from ddp_ssl.data.augment import Decoding, PixelFormat, View
+from ddp_ssl.data.augment import CentralCrop, Decoding, PixelFormat, View
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import Ids, Order, hashed
@@ -313,8 +313,7 @@ class EvalLoader:
 
     All shards give the same number of batches of `batch_size` images. What is missing is filled up
     with some image whose id is -1, and so is an image that cannot be used, which is added to `bad`.
-    `val_resize` None is 8/7 of `val_size` from 64 px on, else `val_size`. Each iteration is a new
-    pass.
+    Each iteration is a new pass.
     """
 
     def __init__(
@@ -325,8 +324,7 @@ class EvalLoader:
         batch_size: int,
         shard: int,
         num_shards: int,
-        val_resize: int | None,
-        val_size: int,
+        crop: CentralCrop,
         form: PixelFormat,
         threads: int,
         prefetch: int,
@@ -337,11 +335,11 @@ class EvalLoader:
     ) -> None:
         self._pipeline = _pipeline()
         self.split, self.device, self.batch_size = split, device, batch_size
-        self.size, self.resize = val_size, val_resize or default_resize(val_size)
-        if self.resize < self.size:
+        self.crop = crop
+        if crop.resize < crop.size:
             raise ValueError(
-                f"data.val_resize: {self.resize} is less than the central crop of {self.size}; "
-                f"accepted: {self.size} or more"
+                f"data.val_resize: {crop.resize} is less than the central crop of {crop.size}; "
+                f"accepted: {crop.size} or more"
             )
         self.form, self.decoding = form, decoding
         self.threads, self.prefetch, self.read_threads = threads, prefetch, read_threads
@@ -387,8 +385,7 @@ class EvalLoader:
                 self.split.images is None,
                 self.decoding,
             ),
-            resize=self.resize,
-            size=self.size,
+            crop=self.crop,
             form=self.form,
             batch_size=self.batch_size,
             threads=_threads(self.threads),
@@ -407,11 +404,6 @@ class EvalLoader:
             return self.split.images[np.maximum(ids, 0)], ids[:, None]
         images, ids = source.batch(step)
         return images, ids[:, None]
-
-
-def default_resize(size: int) -> int:
-    """The shorter side from which a central crop of `size` is taken: 256 for 224."""
-    return round(size * 8 / 7) if size >= 64 else size
 
 
 # --- parts ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ddp_ssl.data.augment import Decoding, PixelFormat, View
+from ddp_ssl.data.augment import CentralCrop, Decoding, PixelFormat, View
 from ddp_ssl.data.order import hashed
 from ddp_ssl.data.scan import EXTENSIONS
 from ddp_ssl.driver import find_driver, install_command
@@ -109,8 +109,7 @@ def passing_iterator(
 def eval_iterator(
     reading: Reading,
     *,
-    resize: int,
-    size: int,
+    crop: CentralCrop,
     form: PixelFormat,
     batch_size: int,
     threads: int,
@@ -119,7 +118,7 @@ def eval_iterator(
 ) -> Any:
     """The same with one view and no randomness; ends when the source raises `StopIteration`."""
     pipe = dali.pipeline_def(_eval_graph)(
-        reading, resize, size, form,
+        reading, crop, form,
         batch_size=batch_size, num_threads=threads, device_id=device_id, seed=0,
         prefetch_queue_depth=prefetch, exec_dynamic=True,
     )  # fmt: skip
@@ -154,9 +153,9 @@ def _train_graph(
     return (*[augment(images, view, color_jitter, form, key) for view, key in views], ids)
 
 
-def _eval_graph(reading: Reading, resize: int, size: int, form: PixelFormat) -> Any:
+def _eval_graph(reading: Reading, crop: CentralCrop, form: PixelFormat) -> Any:
     images, ids = reading()
-    return normalize(central_crop(images, resize, size), form), ids
+    return normalize(central_crop(images, crop), form), ids
 
 
 def read(source: Callback, encoded: bool, decoding: Decoding) -> tuple[Node, Node]:
@@ -297,7 +296,11 @@ def jitter_draws(view: View, key: Key) -> list[Node | None]:
 
 
 def random_crop(x: Node, view: View, seed: int) -> Node:
-    """torchvision's RandomResizedCrop, bicubic and antialiased."""
+    """torchvision's RandomResizedCrop, bicubic and antialiased.
+
+    After ten draws that do not fit in the image both take its largest part of an allowed aspect
+    ratio: torchvision the central one, DALI one at random. They differ for long images alone.
+    """
     return fn.random_resized_crop(
         x,
         size=(view.size, view.size),
@@ -309,19 +312,20 @@ def random_crop(x: Node, view: View, seed: int) -> Node:
     )
 
 
-def central_crop(x: Node, resize: int, size: int) -> Node:
-    """The shorter side to `resize`, bicubic and antialiased; then the central `size` x `size`.
+def central_crop(x: Node, crop: CentralCrop) -> Node:
+    """The shorter side to `crop.resize`, antialiased; then the central `crop.size` squared.
 
     The longer side is rounded down and the crop's place to even, as in torchvision.
     """
     shape = fn.cast(x.shape(), dtype=types.FLOAT)
     height, width = shape[0], shape[1]
     shorter = dmath.min(height, width)
-    height, width = (dmath.floor(side * float(resize) / shorter) for side in (height, width))
+    height, width = (dmath.floor(side * float(crop.resize) / shorter) for side in (height, width))
     new = fn.stack(height, width)
-    x = fn.resize(x, size=new, interp_type=types.INTERP_CUBIC, antialias=True)
-    start = fn.stack(half(height - size), half(width - size))
-    return fn.slice(x, fn.cast(start, dtype=types.INT32), [size, size], axes=[0, 1])
+    kernel = types.INTERP_LINEAR if crop.interpolation == "bilinear" else types.INTERP_CUBIC
+    x = fn.resize(x, size=new, interp_type=kernel, antialias=True)
+    start = fn.stack(half(height - crop.size), half(width - crop.size))
+    return fn.slice(x, fn.cast(start, dtype=types.INT32), [crop.size] * 2, axes=[0, 1])
 
 
 def half(n: Node) -> Node:

@@ -194,8 +194,7 @@ class Models:
         if self.learner is None:
             probe = weights.get("probe.weight")
             method = engine.make_method(self.config, self.comm)
-            data = self.config.data
-            size = data.val_size or max(group.size for group in data.views)
+            size = self.config.data.central_crop.size
             try_size(method.backbone, self.config.model.backbone, size)
             self.learner = Learner(method, 0 if probe is None else len(probe))
             self.learner.to(self.world.device)
@@ -244,7 +243,7 @@ def fingerprint(config: Config, data: Dataset, world_size: int) -> str:
         evaluation,
         config.measure.model_dump(exclude={"every"}),
         [None if split is None else split.digest for split in (data.labelled, data.val)],
-        [config.data.val_size, config.data.val_resize, config.data.normalisation],
+        [config.data.central_crop, config.data.normalisation],
         config.run.seed,
     ]
     if config.measure.views:  # drawn by each process for itself

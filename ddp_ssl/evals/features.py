@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ddp_ssl.comm import Comm
 from ddp_ssl.data.augment import Decoding, View, views_of
 from ddp_ssl.data.datasets import Split, reading
-from ddp_ssl.data.loader import EvalLoader, default_resize
+from ddp_ssl.data.loader import EvalLoader
 from ddp_ssl.data.order import hashed
 from ddp_ssl.data.source import BadImages, EvalSource, Reader
 from ddp_ssl.evals.settings import EvaluateConfig
@@ -188,8 +188,7 @@ class Extractor:
             batch_size=min(self.settings.eval.batch_size, len(ids)),
             shard=0,
             num_shards=1,
-            val_resize=data.val_resize,
-            val_size=self.settings.image_size,
+            crop=data.central_crop,
             **reading(data),
             device=self.device,
             bad=self.bad,
@@ -217,7 +216,9 @@ class Extractor:
         network = re.sub(r"0x[0-9a-f]+", "", repr(self.backbone))
         key: list[Any] = [KEPT, self.digest, model.backbone, sorted(model.backbone_args.items())]
         key += [model.stem, network, self.device.type, split.digest, _stamps(split), side]
-        key += [data.val_resize or default_resize(side), data.normalisation, patches]
+        key += [data.central_crop.resize, data.normalisation, patches]
+        if data.val_interpolation is not None:
+            key.append(data.val_interpolation)
         if patches > 1:
             key += [patch_view(self.settings), data.color_jitter, self.settings.run.seed]
             key.append(self.settings.eval.batch_size)

@@ -98,7 +98,7 @@ def load_pretrained(
         return _of_file(source.file, settings, sizes or [224], model.prefix, None)
     config = config_of_run(source.home)
     path, data = source.file, config.data
-    sizes = sizes or [data.val_size or max(group.size for group in data.views)]
+    sizes = sizes or [data.central_crop.size]
     if path is None:
         good = checkpoint.newest_good(source.home)
         if good is None:
@@ -299,7 +299,7 @@ def _incomplete(
         problems.append(f"{len(missing)} missing, the first {missing[0]}")
     hint = ""
     if misfits == ["conv1.weight"]:
-        hint = f"; model.stem={'standard' if model.stem == 'small' else 'small'} may be meant"
+        hint = f"; model.stem={'small' if model.stem == 'standard' else 'standard'} may be meant"
     elif len(missing) == len(needed):
         hint = f"; its names are such as {next(iter(part), 'none')}; timm's names are accepted"
     return (

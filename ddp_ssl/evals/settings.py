@@ -216,7 +216,7 @@ class EvaluateConfig(Section):
     @property
     def image_size(self) -> int:
         """Side of the crop that is evaluated."""
-        return self.data.val_size or max(group.size for group in self.data.views)
+        return self.data.central_crop.size
 
 
 # --- where the weights are -----------------------------------------------------------------------
@@ -284,7 +284,7 @@ def is_run(folder: Path) -> bool:
 # --- reading -------------------------------------------------------------------------------------
 
 # Of a run's data, what says where one data set lies and means nothing for another.
-OF_ONE_DATA_SET = ("root", "files", "val_files", "skip", "stage", "val_resize")
+OF_ONE_DATA_SET = ("root", "files", "val_files", "skip", "stage", "val_resize", "val_interpolation")
 # What only pretraining uses; its counterpart here.
 OF_PRETRAINING = {
     "data.batch_size": "linear.batch_size, finetune.batch_size and eval.batch_size are",

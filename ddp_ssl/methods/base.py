@@ -106,7 +106,7 @@ class Method(nn.Module, Generic[C]):
             model.views_forward == "auto" and config.num_views == 2
         )
         sizes = {group.size for group in config.data.views}
-        sizes.add(config.data.val_size or max(sizes))
+        sizes.add(config.data.central_crop.size)
         self.backbone, self.feature_width = build_backbone(model, sorted(sizes))
         self.projector: nn.Module = projection_head(
             self.feature_width,

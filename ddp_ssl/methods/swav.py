@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import sinkhorn, swav
 from ddp_ssl.losses.common import at_least_float32, unit_rows
 from ddp_ssl.methods._queue import Queue, check_queue_size
-from ddp_ssl.methods.base import Method, Output, Progress
+from ddp_ssl.methods.base import Context, Method, Output, Progress
 
 
 class SwAVConfig(MethodConfig):
@@ -36,6 +36,10 @@ class SwAVConfig(MethodConfig):
     use all prototypes; 0: none."""
     queue_epoch: int = Field(50, ge=0)
     """Epoch from which on the queue is filled; it is used once it is full."""
+    variant: Literal["solo"] | None = None
+    """`solo`: solo-learn's, whose prototypes are weight-normed rows of free length, which move
+    three to four times as far at the same rate, and whose queue is filled from the first step on
+    and used from `queue_epoch` on; null: the official code's."""
 
     recipe = {  # noqa: RUF012
         "model": {"projector": [2048, 128]},
@@ -73,7 +77,7 @@ class SwAV(Method[SwAVConfig]):
 
     Differences from the official code: the sum over a queue is exact at any number of processes
     (there each one has a queue of its own), and the prototypes are scaled to length one after each
-    step instead of before the next.
+    step instead of before the next. `variant: solo` has two more, which docs/methods.md names.
     """
 
     config_class = SwAVConfig
@@ -81,9 +85,16 @@ class SwAV(Method[SwAVConfig]):
     def __init__(self, config: Config, comm: Comm) -> None:
         super().__init__(config, comm)
         s, width = self.settings, config.model.projector[-1]
-        self.prototypes = nn.Parameter(unit_rows(torch.randn(s.prototypes, width)))
+        # Rows of solo-learn's start as a linear layer's, about 0.58 long.
+        rows = (
+            nn.Linear(width, s.prototypes, bias=False).weight.detach()
+            if s.variant == "solo"
+            else unit_rows(torch.randn(s.prototypes, width))
+        )
+        self.prototypes = nn.Parameter(rows)
         self.queue = Queue(s.queue_size, width, self.num_large) if s.queue_size else None
         self.queued = 0  # images that went into the queue
+        self.epoch = 0
         self._newest: Tensor | None = None
 
     def forward(self, batch: Batch) -> Output:
@@ -91,7 +102,7 @@ class SwAV(Method[SwAVConfig]):
         r, z = self.encode(batch.views)
         with torch.autocast(z.device.type, enabled=False):
             unit = unit_rows(at_least_float32(z))
-            scores = unit @ self.prototypes.T  # [k, n, P]
+            scores = unit @ self._directions().T  # [k, n, P]
         large = unit[: self.held_large].detach()
         assignments = self.all_views(self._assign(large, scores.detach()))
         loss = self.over_pairs(
@@ -101,15 +112,21 @@ class SwAV(Method[SwAVConfig]):
             self._newest = self.comm.gather(large)
         return Output(loss, {}, r, z)
 
+    def _directions(self) -> Tensor:
+        """The prototypes, of length one."""
+        solo = self.settings.variant == "solo"
+        return unit_rows(self.prototypes) if solo else self.prototypes
+
     @torch.no_grad()
     def _assign(self, large: Tensor, scores: Tensor) -> Tensor:
         """Assignments `[k, n, P]` of the large views held here, balanced with the queue's."""
         s, images = self.settings, large.shape[1]
         scores = scores[: len(large)]
-        if self.queue is not None and self.queued >= s.queue_size:
+        waits = s.variant == "solo" and self.epoch < s.queue_epoch
+        if self.queue is not None and self.queued >= s.queue_size and not waits:
             part = slice(self.comm.data_rank, None, self.comm.data_shards)
             rows = self.queue.rows[self.comm.views, part]
-            scores = torch.cat([scores, rows @ self.prototypes.T], 1)
+            scores = torch.cat([scores, rows @ self._directions().T], 1)
         return sinkhorn(scores, s.epsilon, s.iterations, self.comm)[:, :images]
 
     def before_optimizer(self, progress: Progress) -> None:
@@ -120,17 +137,24 @@ class SwAV(Method[SwAVConfig]):
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
         """Prototypes to length one; the batch into the queue."""
-        self.prototypes.copy_(unit_rows(self.prototypes))
-        if self.queue is not None and progress.epoch >= self.settings.queue_epoch:
+        solo = self.settings.variant == "solo"
+        if not solo:
+            self.prototypes.copy_(unit_rows(self.prototypes))
+        if self.queue is not None and (solo or progress.epoch >= self.settings.queue_epoch):
             assert self._newest is not None
             self.queue.append(self._newest)
             self.queued += self._newest.shape[1]
         self._newest = None
 
+    def after_epoch(self, context: Context) -> None:
+        """Which epoch begins."""
+        self.epoch = context.epoch + 1
+
     def get_extra_state(self) -> dict[str, Any]:
-        """How far the queue is filled."""
-        return {"queued": self.queued}
+        """How far the queue is filled, and the epoch."""
+        return {"queued": self.queued, "epoch": self.epoch}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take it from a checkpoint."""
         self.queued = int(state["queued"])
+        self.epoch = int(state.get("epoch", 0))  # older checkpoints do not need it

@@ -114,14 +114,15 @@ def cumulative_explained_variance(x: Tensor | Spectrum, q: float = 0.3) -> float
     return float(spectrum.shares[: math.ceil(q * spectrum.width - 1e-9)].sum())
 
 
-def alpha_req(x: Tensor | Spectrum, first: int = 3, last: int = 100) -> tuple[float, float]:
+def alpha_req(x: Tensor | Spectrum, first: int = 4, last: int = 100) -> tuple[float, float]:
     """Exponent a of the decay j^-a of the covariance's eigenvalues, and the fit's R^2.
 
     `x`: `[M, d]`, which is centred here, or the `Spectrum` of a centred matrix. A line through the
-    logarithm of eigenvalue / sum over log j, for j in `first`..`last` (shortened to the
-    numerical rank), least squares weighted by 1 / j, and so is R^2 (1 for a perfect fit).
+    logarithm of eigenvalue / sum over log j, for j in `first`..`last`, counted from 1 (shortened to
+    the numerical rank), least squares weighted by 1 / j, and so is R^2 (1 for a perfect fit).
     Raises `ValueError` with fewer than three such eigenvalues.
-    Source: Agrawal et al. 2022 (alpha-ReQ); Stringer et al. 2019 for the weights.
+    Source: Agrawal et al. 2022 (alpha-ReQ), whose code fits `arange(3, 100)` counted from 0;
+    Stringer et al. 2019 for the weights.
     """
     shares = (x if isinstance(x, Spectrum) else Spectrum.of(x, center=True)).shares
     rank = int((shares > REAL).sum())

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_ssl.data.augment import PixelFormat, View
-from ddp_ssl.data.loader import Batch, EvalLoader, default_resize
+from ddp_ssl.config import load
+from ddp_ssl.data.augment import CentralCrop, PixelFormat, View
+from ddp_ssl.data.loader import Batch, EvalLoader
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import permutation
 from tests.data.images import HALF, array_of, folder_of, loader_of, picture
@@ -231,8 +232,7 @@ def eval_of(split: Split, ids: Any, shard: int = 0, shards: int = 1, **changes: 
         "batch_size": 4,
         "shard": shard,
         "num_shards": shards,
-        "val_resize": None,
-        "val_size": 16,
+        "crop": CentralCrop(16, 16),
         "form": PixelFormat(HALF, HALF),
         "threads": 1,
         "prefetch": 2,
@@ -278,7 +278,19 @@ def test_no_images_are_no_batches(files: Split) -> None:
     assert list(eval_of(files, np.arange(0))) == []
 
 
-def test_the_default_resize() -> None:
-    assert [default_resize(size) for size in (32, 63, 64, 96, 224)] == [32, 63, 73, 110, 256]
+def test_what_an_evaluation_sees() -> None:
+    def crop(name: str, *keys: str) -> CentralCrop:
+        return load([f"data.name={name}", *keys]).config.data.central_crop
+
+    def at(size: int) -> str:
+        return f"data.views=[{{size: {size}}}]"
+
+    sizes = [crop("imagenet", at(size)).resize for size in (32, 63, 64, 96, 224)]
+    assert sizes == [32, 63, 73, 110, 256]
+    # solo-learn's STL-10 is `Resize((96, 96))`, CIFAR's nothing.
+    assert crop("stl10", at(96)) == (96, 96, "bicubic")
+    assert crop("tiny_imagenet", at(64)) == (64, 64, "bicubic")
+    assert crop("stl10", at(96), "data.val_size=64", "data.val_resize=70") == (70, 64, "bicubic")
+    assert crop("imagenet", at(224), "data.val_interpolation=bilinear") == (256, 224, "bilinear")
     with pytest.raises(ValueError, match=r"^data.val_resize: 12 is less than .* 16; accepted: 16"):
-        eval_of(array_of(3), np.arange(3), val_resize=12)
+        eval_of(array_of(3), np.arange(3), crop=CentralCrop(12, 16))

@@ -19,7 +19,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from ddp_ssl.data import pipeline, small
-from ddp_ssl.data.augment import RECIPES, PixelFormat, View, views_of
+from ddp_ssl.data.augment import RECIPES, CentralCrop, PixelFormat, View, views_of
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import hashed
 from tests.data.images import HALF, Pixels, array_of, loader_of, picture, write
@@ -152,14 +152,15 @@ def test_crop_shows_the_part_that_torchvision_would() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (50, 75), (81, 40), (33, 100)])
 @pytest.mark.parametrize(("resize", "size"), [(36, 32), (37, 32), (32, 32), (73, 64)])
-def test_central_crop(height: int, width: int, resize: int, size: int) -> None:
+@pytest.mark.parametrize("kernel", ["bicubic", "bilinear"])
+def test_central_crop(height: int, width: int, resize: int, size: int, kernel: str) -> None:
     images = np.stack([picture(i, height, width) for i in range(3)])
 
     def theirs(x: Tensor) -> Tensor:
-        x = tv.resize(x, [resize], InterpolationMode.BICUBIC, antialias=True)
+        x = tv.resize(x, [resize], InterpolationMode(kernel), antialias=True)
         return tv.center_crop(x, [size, size])
 
-    ours = run(lambda x: pipeline.central_crop(x, resize, size), images)
+    ours = run(lambda x: pipeline.central_crop(x, CentralCrop(resize, size, kernel)), images)
     assert off(ours, reference(theirs, images=images)) <= 0.3
 
 

@@ -36,7 +36,9 @@ DINO = (
     "method.teacher_temperature=0.07",
     "method.warmup_teacher_epochs=4",
 )
+SOLO = (*SWAV, "method.variant=solo")
 METHODS = {"swav": SWAV, "deepclusterv2": DEEPCLUSTER, "dino": DINO}
+RUNS = METHODS | {"swav_solo": SOLO}
 STEPS = 3  # an epoch, of 12 of the 40 images each
 
 
@@ -132,15 +134,15 @@ def assert_same_state(ours: Any, theirs: Any, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(("size", "view_shards"), [(3, 1), (4, 2)])
-@pytest.mark.parametrize("name", ["swav", "deepclusterv2"])
+@pytest.mark.parametrize("name", ["swav", "swav_solo", "deepclusterv2"])
 def test_epochs_are_the_same_at_any_world_size(
     ranks: Ranks, name: str, size: int, view_shards: int
 ) -> None:
     """Loss, parameters, queue, centroids, memory and assignments after two epochs in which some
     images are left out (tests/methods/test_state.py has the other methods and sizes)."""
-    ((losses, state, reports),) = ranks.run(run, 1, 1, METHODS[name], 2)
+    ((losses, state, reports),) = ranks.run(run, 1, 1, RUNS[name], 2)
     assert len(losses) == 6
-    results = ranks.run(run, size, view_shards, METHODS[name], 2)
+    results = ranks.run(run, size, view_shards, RUNS[name], 2)
     means = [sum(values) / size for values in zip(*(r[0] for r in results), strict=True)]
     assert means == pytest.approx(losses, rel=1e-9)
     # Rank 0's is what a checkpoint holds, and all there is.
@@ -151,18 +153,18 @@ def test_epochs_are_the_same_at_any_world_size(
         assert_same_state(own, {k: state["method"][k] for k in own}, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["swav", "deepclusterv2"])
+@pytest.mark.parametrize("name", ["swav", "swav_solo", "deepclusterv2"])
 def test_going_on_from_a_state_changes_nothing(ranks: Ranks, name: str) -> None:
     """In the middle of the second epoch, at another number of processes too."""
-    whole = ranks.run(run, 3, 1, METHODS[name], 2)
-    stopped = ranks.run(run, 3, 1, METHODS[name], 2, 4)
+    whole = ranks.run(run, 3, 1, RUNS[name], 2)
+    stopped = ranks.run(run, 3, 1, RUNS[name], 2, 4)
     state = stopped[0][1]  # rank 0's, as from a checkpoint
-    again = ranks.run(run, 3, 1, METHODS[name], 2, None, state)
+    again = ranks.run(run, 3, 1, RUNS[name], 2, None, state)
     for before, after, expected in zip(stopped, again, whole, strict=True):
         # DDP's sums may differ in the last bit, since its buckets are rebuilt after one step.
         assert before[0] + after[0] == pytest.approx(expected[0], rel=1e-12)
         assert_same_state(after[1]["method"], expected[1]["method"], 1e-9)
-    ((losses, _, _),) = ranks.run(run, 1, 1, METHODS[name], 2, None, state)
+    ((losses, _, _),) = ranks.run(run, 1, 1, RUNS[name], 2, None, state)
     mean = [sum(values) / 3 for values in zip(*(r[0] for r in again), strict=True)]
     assert losses == pytest.approx(mean, rel=1e-9)
 
@@ -205,6 +207,47 @@ def test_the_queue_is_used_once_it_is_full() -> None:
             {n: v for n, v in method.state_dict().items() if not n.startswith("queue.")}
         )
         seen.append(one_step(method, epoch) == pytest.approx(one_step(plain, 0), rel=1e-12))
+    assert seen == [True, True, True, False]
+
+
+def test_solos_prototypes_are_weight_normed() -> None:
+    """Against PyTorch's weight norm, whose gradient is divided by a row's length."""
+    method = method_of(config_of(*SOLO))
+    start = method.prototypes.detach().clone()
+    assert float(start.norm(dim=1).mean()) == pytest.approx(3**-0.5, rel=0.1)
+    linear = torch.nn.Linear(start.shape[1], len(start), bias=False, dtype=torch.float64)
+    theirs = torch.nn.utils.parametrizations.weight_norm(linear)
+    theirs.parametrizations.weight.original0.data.fill_(1)
+    theirs.parametrizations.weight.original1.data.copy_(start)
+    rows = unit_rows(torch.randn(6, start.shape[1], dtype=torch.float64))
+    for weight in (method._directions(), theirs.weight):
+        (rows @ weight.T).square().sum().backward()
+    assert torch.allclose(method._directions(), theirs.weight, rtol=1e-12)
+    assert relative(method.prototypes.grad, theirs.parametrizations.weight.original1.grad) < 1e-12
+    official = method_of(config_of(*SWAV))
+    official.prototypes.data.copy_(unit_rows(start))
+    (rows @ official._directions().T).square().sum().backward()
+    # The tangential part; the official form's radial part is undone after the step.
+    ours, directions = official.prototypes.grad, unit_rows(start)
+    tangent = ours - (ours * directions).sum(1, keepdim=True) * directions
+    assert relative(method.prototypes.grad, tangent / start.norm(dim=1, keepdim=True)) < 1e-12
+    one_step(method, 1)
+    assert not torch.allclose(method.prototypes.norm(dim=1), torch.ones(7, dtype=torch.float64))
+
+
+def test_solos_queue_is_filled_from_the_first_step() -> None:
+    """Two steps fill it in epoch 0; it is used from epoch 1 on, at once."""
+    method = method_of(config_of(*SOLO))
+    plain = method_of(config_of(*SOLO, "method.queue_size=0"))
+    seen = []
+    for epoch in (0, 0, 0, 1):
+        if epoch == 1:
+            method.after_epoch(context_at(Comm(), 0, 2, []))
+        plain.load_state_dict(
+            {n: v for n, v in method.state_dict().items() if not n.startswith("queue.")}
+        )
+        seen.append(one_step(method, epoch) == pytest.approx(one_step(plain, 0), rel=1e-12))
+    assert method.queued == 48
     assert seen == [True, True, True, False]
 
 

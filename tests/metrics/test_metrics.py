@@ -89,6 +89,8 @@ def test_alpha_req_against_a_weighted_regression() -> None:
         line = np.polyfit(np.log(j), np.log(ratios[j - 1]), 1, w=np.sqrt(1 / j))
         score = r2_score(np.log(ratios[j - 1]), np.polyval(line, np.log(j)), sample_weight=1 / j)
         assert metrics.alpha_req(x, first, last) == pytest.approx((-line[0], score), rel=1e-9)
+    # alpha-ReQ's code: `trange=np.arange(3, 100)`, which counts from 0.
+    assert metrics.alpha_req(x) == metrics.alpha_req(x, 4, 100)
 
 
 def test_centred_or_not() -> None:
@@ -278,8 +280,8 @@ DEGENERATE = {
     "constant": torch.full((6, 4), 0.3),
     "rank one": torch.arange(1.0, 7.0)[:, None] * torch.ones(4),
     "one column": torch.arange(6.0)[:, None],
-    "huge": 1e30 * torch.eye(6),
-    "half": torch.eye(6, dtype=torch.float16),
+    "huge": 1e30 * torch.eye(7),
+    "half": torch.eye(7, dtype=torch.float16),
 }
 
 
@@ -309,7 +311,7 @@ def test_other_shapes_are_refused(name: str) -> None:
 def test_bad_options_are_refused() -> None:
     with pytest.raises(ValueError, match=r"0 < q <= 1, got 1\.5"):
         metrics.cumulative_explained_variance(torch.eye(3), 1.5)
-    with pytest.raises(ValueError, match=r"from eigenvalue 3 on needs 5 .* got 2"):
+    with pytest.raises(ValueError, match=r"from eigenvalue 4 on needs 6 .* got 2"):
         metrics.alpha_req(torch.eye(3))
     with pytest.raises(ValueError, match="two views or more"):
         metrics.alignment(torch.zeros(1, 3, 4))

@@ -15,7 +15,8 @@ from functools import cache
 
 from .cells import ROOT, Cell, Simulation, Table, published
 
-# Side of the crops, whether the stem is for small images. The paper does not say; as in `configs/`.
+# Side of the crops, whether the stem is for small images (padding 2, the code base's). The paper
+# does not say; as in `configs/`.
 SETS = {
     "cifar100": (32, True),
     "cifar10": (32, True),
@@ -44,7 +45,8 @@ METHODS = {
     "SwAV": "swav",
 }
 # Table 17, where it differs from the recipes of `configs/cifar`. Of methods with a predictor its
-# three widths are solo-learn's: projector's hidden layer, predictor's hidden layer, output.
+# three widths are solo-learn's: projector's hidden layer, predictor's hidden layer, output. MoCo's
+# momentum, 0.9 to 0.99 there, stays solo-learn's.
 TABLE_17 = {"simsiam": ("optim.name=lars",)}
 
 
@@ -55,7 +57,8 @@ def on(dataset: str) -> tuple[str, ...]:
         f"data.name={dataset}",
         f"data.views.0.size={size}",
         *(("data.views.0.blur_p=null",) if size >= 64 else ()),
-        f"model.stem={'small' if small else 'standard'}",
+        *(("data.val_interpolation=bilinear",) if size == 224 else ()),
+        f"model.stem={'small_pad2' if small else 'standard'}",
     )
 
 

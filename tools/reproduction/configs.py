@@ -44,6 +44,7 @@ def _small(cell: Cell) -> list[str]:
         keys += [
             f"model.projector={full.model.projector}",
             f"model.projector_bias={str(full.model.projector_bias).lower()}",
+            f"model.views_forward={full.model.views_forward}",
             f"data.fraction={full.data.fraction:g}",
             "data.batch_size=128",
             # The schema's rate is per 256 images.
