@@ -88,14 +88,13 @@ class Graph:
         return float(torch.linalg.svdvals(q.T @ r).min())
 
 
-def all_pairs(looks: Tensor, copies: int = 4) -> Tensor:
-    """Every pair of augmentations of every image, several times `[2, N]`.
+def all_pairs(looks: Tensor) -> Tensor:
+    """Every pair of augmentations of every image `[2, N]`: a batch as the losses take it.
 
-    A batch as the losses take it. They compare no pair with itself: of all pairs of pairs a share
-    of 1 / N is missing, which copies make small.
+    The spectral contrastive loss compares no pair with itself: of the distribution's pairs of pairs
+    a share of 1 / N is missing.
     """
-    pairs = [torch.cartesian_prod(row, row) for row in looks]
-    return torch.cat(pairs).repeat(copies, 1).T
+    return torch.cat([torch.cartesian_prod(row, row) for row in looks]).T
 
 
 def of_looks(looks: Tensor) -> Graph:
