@@ -207,11 +207,11 @@ def test_the_search_has_every_coefficient_for_every_width_alike() -> None:
         best = [multiview.coefficient(loss, "cifar10", 2, width) for width in multiview.WIDTHS]
         best = best if loss == "barlow_twins" else [1 / weight for weight in best]
         assert min(multiview.GRID) < min(best) < max(best) < max(multiview.GRID)
-    barlow = full("coefficient", "512, 0.05", "cifar10", "barlow_twins")
-    assert barlow.method.model_dump()["off_diagonal"] == 0.05
+    barlow = full("coefficient", "512, 0.04", "cifar10", "barlow_twins")
+    assert barlow.method.model_dump()["off_diagonal"] == 0.04
     assert barlow.model.projector == [512, 512]
-    keys = full("coefficient", "64, 0.0005", "cifar10", "vicreg").method.model_dump()
-    assert (keys["invariance"], keys["variance"], keys["covariance"]) == (2000, 2000, 1)
+    keys = full("coefficient", "64, 0.0004", "cifar10", "vicreg").method.model_dump()
+    assert (keys["invariance"], keys["variance"], keys["covariance"]) == (2500, 2500, 1)
     # The runs of `projector` with the same coefficient are these.
     shared = {c.run for c in made} & {c.run for c in table("projector").cells("cifar10")}
     assert len(shared) > 5
@@ -426,9 +426,9 @@ def test_minutes_have_no_mean_unless_every_seed_got_there(tmp_path: Path) -> Non
 
 
 SEARCH = {  # width -> coefficient -> accuracy of two seeds
-    64: {0.0005: (0.5, 0.5), 0.002: (0.6, 0.6), 0.05: (0.895, 0.895), 0.2: (0.8, 0.9)},
-    256: {0.002: (0.7, 0.7), 0.02: (0.9, 0.92), 0.05: (0.91, 0.8)},
-    1024: {0.0005: (0.7, 0.7), 0.002: (0.8, 0.9), 0.01: (0.7, 0.8)},
+    64: {0.0004: (0.5, 0.5), 0.002: (0.6, 0.6), 0.04: (0.895, 0.895), 0.2: (0.8, 0.9)},
+    256: {0.002: (0.7, 0.7), 0.02: (0.9, 0.92), 0.04: (0.91, 0.8)},
+    1024: {0.0004: (0.7, 0.7), 0.002: (0.8, 0.9), 0.01: (0.7, 0.8)},
 }
 
 
@@ -447,17 +447,17 @@ def test_the_search_prints_the_best_and_the_slope_of_their_law(
     command = ["coefficient", "--collect", "--seeds", "2", "--out", str(tmp_path)]
     assert reproduce.main(command) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "| 64 | 0.05 | 3.2 | 89.50 | 0.05 to 0.05 |" in text
+    assert "| 64 | 0.04 | 2.6 | 89.50 | 0.04 to 0.04 |" in text
     assert "| 256 | 0.02 | 5.1 | 91.00 | 0.02 to 0.02 |" in text
     # By hand: least squares over three equal steps of log 4, then the t interval.
-    logs = [math.log(beta) for beta in (0.002, 0.02, 0.05)]
+    logs = [math.log(beta) for beta in (0.002, 0.02, 0.04)]
     step = math.log(4)
     slope = (logs[2] - logs[0]) / (2 * step)
     middle = sum(logs) / 3
     residuals = [y - middle - slope * x for y, x in zip(logs, (-step, 0, step), strict=True)]
     error = math.sqrt(sum(r * r for r in residuals) / (2 * step**2))
     half = error * t.ppf(0.975, 1)
-    assert slope == pytest.approx(math.log(25) / math.log(16))
+    assert slope == pytest.approx(math.log(20) / math.log(16))
     found_law = json.loads((tmp_path / "full" / "coefficient-cifar10.json").read_text())["slopes"]
     assert found_law["barlow_twins"] == pytest.approx([slope, half])
     assert found_law["vicreg"] is None
@@ -472,7 +472,7 @@ def test_the_search_prints_the_best_and_the_slope_of_their_law(
 
 def test_a_best_at_the_end_of_the_grid_and_what_is_near_it_are_said(tmp_path: Path) -> None:
     each = table("coefficient")
-    accuracy = {"64, 0.01": 0.8, "64, 0.05": 0.91, "64, 0.1": 0.915, "64, 0.2": 0.92}
+    accuracy = {"64, 0.01": 0.8, "64, 0.04": 0.91, "64, 0.1": 0.915, "64, 0.2": 0.92}
     planned = runs.plan(each, "cifar10", "full", 1, tmp_path, ["vicreg"])
     for run in planned:
         if run.cell.row in accuracy:
@@ -480,7 +480,7 @@ def test_a_best_at_the_end_of_the_grid_and_what_is_near_it_are_said(tmp_path: Pa
     rows = results.collect(each, planned)["vicreg"]
     (best,) = results.bests(rows)
     assert (best.width, best.coefficient, best.inside) == (64, 0.2, False)
-    assert best.near == (0.05, 0.1, 0.2)
+    assert best.near == (0.04, 0.1, 0.2)
     assert results.law([best, best]) is None
     text = results.markdown(each, "cifar10", "full", {"vicreg": rows}, "")
     assert "0.2, end of the grid" in text

@@ -375,11 +375,8 @@ class Best:
 
 
 def searched(rows: Sequence[Row]) -> dict[int, dict[float, float]]:
-    """Accuracy by width and coefficient, of rows named `width, coefficient`.
-
-    By the offline probe, or by the online one where it is not there for all that has ended.
-    """
-    measure = "linear" if all(r.of("linear") for r in rows if r.ended()) else "probe"
+    """Accuracy by width and coefficient, of rows named `width, coefficient`."""
+    measure = _search_by(rows)
     found: dict[int, dict[float, float]] = {}
     for row in rows:
         width, _, coefficient = row.cell.row.partition(", ")
@@ -387,6 +384,11 @@ def searched(rows: Sequence[Row]) -> dict[int, dict[float, float]]:
         if accuracy:
             found.setdefault(int(width), {})[float(coefficient)] = accuracy[0]
     return found
+
+
+def _search_by(rows: Sequence[Row]) -> str:
+    """The offline probe, or the online one where that is not there for all that has ended."""
+    return "linear" if all(row.of("linear") for row in rows if row.ended()) else "probe"
 
 
 def bests(rows: Sequence[Row]) -> list[Best]:
@@ -415,7 +417,8 @@ def _search_lines(rows: Sequence[Row]) -> list[str]:
     found = bests(rows)
     if not found:
         return []
-    heading = ["width", "best coefficient", "times width", "accuracy, %", "within a point of it"]
+    heading = ["width", "best coefficient", "times width", TITLES[_search_by(rows)],
+               "within a point of it"]  # fmt: skip
     lines = [
         [str(best.width), f"{best.coefficient:g}" + ("" if best.inside else ", end of the grid"),
          f"{best.coefficient * best.width:.2g}", f"{best.accuracy:.2f}",
