@@ -15,9 +15,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from ddp_ssl import config, submit
 from ddp_ssl.config import Config, identity
@@ -499,6 +501,11 @@ def test_curves_are_drawn_over_epochs_and_minutes(
     pretend(planned[0], [0.5, 0.6, 0.7])
     pretend(planned[1], [0.7, 0.8])  # a shorter one of the same row
     pretend(planned[4], [0.6, 0.9])
+    # The evaluation before training is not drawn.
+    before = json.dumps({"step": 0, "epoch": 0, "eval/probe_top1": 0.1})
+    for run in (planned[0], planned[1], planned[4]):
+        rows = run.folder / "metrics.jsonl"
+        rows.write_text(f"{before}\n{rows.read_text()}")
     groups = results.collect(each, planned)
     monkeypatch.setattr(pyplot, "close", lambda figure: None)
     file = tmp_path / "curves.png"
@@ -818,6 +825,36 @@ def test_the_offline_probe_follows_and_transfer_names_the_other_data_set(tmp_pat
     pretend(run, [0.5], linear=0.6)
     assert run.state() == "done"
     assert run.evaluated.name == "linear-adam-stl10.json"
+
+
+def test_a_small_transfer_goes_to_the_digits_in_negative(tmp_path: Path) -> None:
+    group = "vicreg, digits to their negative"
+    planned = runs.plan(table("transfer"), "cifar10", "small", 1, tmp_path, [group])
+    assert [run.cell.row for run in planned] == [
+        "2 views, 256", "4 views, 256", "4 views, 256, half", "8 views, 256, a quarter",
+    ]  # fmt: skip
+    folder = tmp_path / "small" / runs.NEGATIVE
+    made = runs.evaluate_command(planned[0], {})
+    assert {"data.name=folder", f"data.root={folder}"} < set(made)
+    assert planned[0].evaluated.name == "linear-adam-folder.json"
+    runs.write_configs(planned[:1], "small", [], {}, "test")
+    files = sorted(folder.rglob("*.jpg"))
+    assert len(files) == 1797
+    assert {str(f.relative_to(folder).parent) for f in files} == {
+        f"{split}/{label}" for split in ("train", "val") for label in range(10)
+    }
+    written = files[0].stat().st_mtime_ns
+    runs.write_configs(planned[:1], "small", [], {}, "test")
+    assert files[0].stat().st_mtime_ns == written  # made once
+    label, number = files[0].parent.name, int(files[0].stem)
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    assert str(labels[number]) == label
+    with Image.open(files[0]) as image:
+        negative = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=float)
+    plain = images[number].reshape(8, 8) * 255 / 16
+    assert np.corrcoef(negative.flatten(), plain.flatten())[0, 1] < -0.9
 
 
 def test_runs_at_the_same_time_share_out_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,11 +117,13 @@ def _curves(groups: dict[str, list[Row]], file: Path) -> None:
             found = [each for each in found if each.accuracy]
             if not found:
                 continue
-            length = min(len(each.accuracy) for each in found)
-            accuracy = np.array([each.accuracy[:length] for each in found])
-            minutes = np.array([each.seconds[:length] for each in found]).mean(0) / 60
+            shown = slice(  # not the one before training, at chance
+                found[0].epoch.count(0), min(len(each.accuracy) for each in found)
+            )
+            accuracy = np.array([each.accuracy[shown] for each in found])
+            minutes = np.array([each.seconds[shown] for each in found]).mean(0) / 60
             mean, deviation = accuracy.mean(0), accuracy.std(0, ddof=min(1, len(found) - 1))
-            for axis, x in zip(line, (found[0].epoch[:length], minutes), strict=True):
+            for axis, x in zip(line, (found[0].epoch[shown], minutes), strict=True):
                 (drawn,) = axis.plot(x, mean, marker="o", markersize=3, label=row.cell.row)
                 if len(found) > 1:
                     axis.fill_between(x, mean - deviation, mean + deviation, alpha=0.2,
