@@ -1,4 +1,4 @@
-"""AdaDim's Gaussian simulation: I(R;Z) between blobs and their projection (Fig. 2, 10 and 11).
+"""AdaDim's Gaussian simulation: I(R;Z) of blobs and their projection (Fig. 2, 10, 11; Eq. 3).
 
     python tools/simulate_gaussian.py [--out DIR] [--repetitions 100] [--seeds-from 0]
     python tools/simulate_gaussian.py --network [--out DIR] [--seeds 8] [--seeds-from 0]
@@ -122,6 +122,22 @@ def log_determinants(eigenvalues: Array, components: int) -> dict[str, Array]:
     }
 
 
+def bound_terms(eigenvalues: Array, components: int, delta: float = DELTA) -> dict[str, Array]:
+    """The three terms of Eq. 3, whose sum is H(R) - I(R;Z), with the noise floor of `information`.
+
+    Of R's first principal components seen through noise of variance j: S_Z has lambda_i + j, and
+    S_Z|R is j I.
+    """
+    floor = delta * eigenvalues.mean(-1)
+    of_z = np.log(eigenvalues[..., :components] + floor[..., None]).sum(-1)
+    n = eigenvalues.shape[-1]
+    return {
+        "variance differential": (np.log(eigenvalues).sum(-1) - of_z) / 2,
+        "conditional": components / 2 * np.log(floor),
+        "total dimension": np.full_like(floor, n / 2 * np.log(2 * np.pi * np.e)),
+    }
+
+
 def treatments(r: Array, z: Array) -> dict[str, float]:
     """I(R;Z) by several ways to deal with a joint covariance that is singular, Z = PCA of R."""
     n, joint = r.shape[1], np.cov(np.hstack([r, z]), rowvar=False)
@@ -154,13 +170,22 @@ def row(samples: Sequence[Array]) -> dict[str, list[float]]:
 
 
 def sweep(seeds: Sequence[int]) -> dict[str, Any]:
-    """Both sweeps, the terms of Fig. 10 and the share of the variance that Z keeps, as
-    `{panel: {curve: {mean, sd}}}`."""
+    """Both sweeps, the terms of Eq. 1 (Fig. 10) and of Eq. 3, and the share of the variance that Z
+    keeps, as `{panel: {curve: {mean, sd}}}`."""
     cells = {(n, s) for _, s in ACCEPTED_BY_FEATURES for n in FEATURES}
     cells |= {(n, s) for _, n in ACCEPTED_BY_STD for s in STDS}
     found = {(n, s): spectra(n, s, seeds) for n, s in sorted(cells)}
     terms = [log_determinants(found[25, s], 2) for s in STDS]
+    swept = {"n": [found[n, 0.5] for n in FEATURES], "std": [found[25, s] for s in STDS]}
     return {
+        "bound": {
+            (k, moving): {
+                name: row([bound_terms(at, k)[name] for at in spectra_])
+                for name in bound_terms(spectra_[0], k)
+            }
+            for k in (10, 2)
+            for moving, spectra_ in swept.items()
+        },
         "features": {
             curve: row([pca_information(found[n, curve[1]], curve[0]) for n in FEATURES])
             for curve in ACCEPTED_BY_FEATURES
@@ -444,6 +469,14 @@ def run_pca(out: Path, seeds: Sequence[int]) -> list[str]:
     print(f"{'terms, k = 2, n = 25; std =':<28}" + "".join(f"{s:>7g}" for s in STDS))
     for name, term in results["terms"].items():
         print(f"  {name:<26}" + "".join(f"{v:>7.1f}" for v in term["mean"]))
+    for (k, moving), bound in results["bound"].items():
+        positions, fixed = (FEATURES, "std = 0.5") if moving == "n" else (STDS, "n = 25")
+        title = f"bound, k = {k}, {fixed}; {moving} ="
+        print(f"\n{title:<28}" + "".join(f"{x:>7g}" for x in positions))
+        for name, term in bound.items():
+            print(f"  {name:<26}" + "".join(f"{v:>7.1f}" for v in term["mean"]))
+        sums = np.sum([term["mean"] for term in bound.values()], 0)
+        print(f"  {'H(R) - I(R;Z)':<26}" + "".join(f"{v:>7.1f}" for v in sums))
     draw_pca(results, out)
     tree = {
         "samples": SAMPLES, "centers": CENTERS, "delta": DELTA, "seeds": list(seeds),
@@ -451,6 +484,7 @@ def run_pca(out: Path, seeds: Sequence[int]) -> list[str]:
         "by_features": [{"k": k, "std": s, **c} for (k, s), c in results["features"].items()],
         "by_std": [{"k": k, "features": n, **c} for (k, n), c in results["std"].items()],
         "terms": results["terms"], "kept": results["kept"],
+        "bound": [{"k": k, "moving": m, **b} for (k, m), b in results["bound"].items()],
     }  # fmt: skip
     _write(out / "simulation.json", tree)
     return off + missed_trends(results)

@@ -11,6 +11,7 @@ from ddp_ssl.losses.mutual_information import mutual_information
 from ddp_ssl.losses.nnclr import nearest_rows, nnclr
 from ddp_ssl.losses.ressl import ressl
 from ddp_ssl.losses.simsiam import simsiam
+from ddp_ssl.losses.spectral_contrastive import spectral_contrastive
 from ddp_ssl.losses.swav import sinkhorn, swav
 from ddp_ssl.losses.vicreg import VICReg, vicreg, vicreg_multiview
 
@@ -31,6 +32,7 @@ __all__ = [
     "ressl",
     "simsiam",
     "sinkhorn",
+    "spectral_contrastive",
     "spherical_kmeans",
     "swav",
     "vicreg",

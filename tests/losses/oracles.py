@@ -257,3 +257,19 @@ def ressl(query: Tensor, key: Tensor, queue: Tensor, tq: float, tk: float) -> Te
         target = torch.stack([w / sum(weights) for w in weights])
         terms.append(cross_entropy(target, torch.stack([cosine(q, row) / tq for row in queue])))
     return sum(terms) / len(terms)
+
+
+def spectral_contrastive(z: Tensor) -> Tensor:
+    """-2 mean z_ki . z_mi + mean (z_ki . z_mj)^2 over ordered pairs of views, and of images."""
+    views, n, _ = z.shape
+    positive, negative = z.new_zeros(()), z.new_zeros(())
+    pairs = [(a, b) for a in range(views) for b in range(views) if a != b]
+    for a, b in pairs:
+        for i in range(n):
+            for j in range(n):
+                product = z[a, i] @ z[b, j]
+                if i == j:
+                    positive = positive + product / n
+                else:
+                    negative = negative + product**2 / (n * (n - 1))
+    return (negative - 2 * positive) / len(pairs)

@@ -9,14 +9,17 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from ddp_ssl import config, submit
 from ddp_ssl.config import Config, identity
@@ -28,8 +31,11 @@ from tools.reproduction import (
     graph,
     multiview,
     orthogonalisation,
+    pictures,
     results,
     runs,
+    sphere,
+    theorem,
 )
 from tools.reproduction.cells import CONFIGS, ROOT, Cell, Table, _published
 
@@ -112,6 +118,9 @@ def test_the_small_scale_has_the_rows_that_are_promised() -> None:
         "table6": 10,
         "projector": 12,  # 64, 256, 1024 for two losses, fixed and best
         "views": 4,  # 2 and 4 views for two losses
+        "samples": 6,  # 2, 4 and 8 views with as many fewer images
+        "transfer": 8,  # the same and 4 views of all images
+        "coefficient": 30,  # five for each of three widths
     }.items():
         each = table(name)
         assert each.small is not None
@@ -199,6 +208,57 @@ def test_multi_view_runs_are_table_4s() -> None:
     assert [(g.count, g.size) for g in crops.data.views] == [(2, 64), (6, 32)]
     assert crops.data.views[0].hue == 0
     assert full("longer", "8 views, 256", "cifar10").optim.epochs == 400
+    assert own.model.views_forward == "stacked"
+    assert configs.resolve(cell("views", "2 views, 256", "cifar10", "vicreg"), "small", 0
+                           ).config.model.views_forward == "stacked"  # fmt: skip
+
+
+def test_the_search_has_every_coefficient_for_every_width_alike() -> None:
+    made = table("coefficient").cells("cifar10")
+    assert len(made) == 2 * 8 * len(multiview.GRID)
+    for loss in multiview.LOSSES:
+        tried: dict[str, set[str]] = {}
+        for each in made:
+            if each.group == loss:
+                width, _, beta = each.row.partition(", ")
+                tried.setdefault(width, set()).add(beta)
+        assert set(tried) == {str(width) for width in multiview.WIDTHS}
+        assert len({frozenset(betas) for betas in tried.values()}) == 1
+        # Both ends leave room for what the authors' scripts have.
+        best = [multiview.coefficient(loss, "cifar10", 2, width) for width in multiview.WIDTHS]
+        best = best if loss == "barlow_twins" else [1 / weight for weight in best]
+        assert min(multiview.GRID) < min(best) < max(best) < max(multiview.GRID)
+    barlow = full("coefficient", "512, 0.04", "cifar10", "barlow_twins")
+    assert barlow.method.model_dump()["off_diagonal"] == 0.04
+    assert barlow.model.projector == [512, 512]
+    keys = full("coefficient", "64, 0.0004", "cifar10", "vicreg").method.model_dump()
+    assert (keys["invariance"], keys["variance"], keys["covariance"]) == (2500, 2500, 1)
+    # The runs of `projector` with the same coefficient are these.
+    shared = {c.run for c in made} & {c.run for c in table("projector").cells("cifar10")}
+    assert len(shared) > 5
+
+
+def test_the_projectors_have_the_published_number_of_parameters() -> None:
+    """Appendix D.1's table: 135k to 83.9M for 64 to 8192 dimensions, after 2048 features."""
+    published = {64: 135e3, 128: 278e3, 256: 589e3, 512: 1.3e6, 1024: 3.1e6, 2048: 8.3e6,
+                 4096: 25.2e6, 8192: 83.9e6}  # fmt: skip
+    for width, count in published.items():
+        model = full("projector", str(width), "cifar10", "vicreg optimal").model
+        widths = [2048, *model.projector]
+        weights = sum(a * b for a, b in pairwise(widths))
+        # The paper cuts digits off (278,528 is 278k; 8,388,608 is 8.3M) or rounds them.
+        assert count - 0.005 * count < weights < 1.02 * count, width
+
+
+def test_transfer_has_the_runs_of_views_and_of_samples() -> None:
+    made = {c.run for c in table("transfer").cells("cifar10")}
+    views = {c.run for c in table("views").cells("cifar10") if ", 8192" not in c.row[1:]}
+    samples = {c.run for c in table("samples").cells("cifar10")}
+    assert views | samples <= made
+    row = "8 views, 256, a quarter"
+    few = cell("transfer", row, "stl10", "vicreg, stl10 to cifar10")
+    assert few.evaluate == ("data.name=cifar10",)
+    assert full("transfer", row, "stl10", few.group).data.fraction == 0.25
 
 
 def test_the_cost_is_what_the_constants_say() -> None:
@@ -384,6 +444,106 @@ def test_minutes_have_no_mean_unless_every_seed_got_there(tmp_path: Path) -> Non
     assert (found["reached"], found["ended"], found["mean"]) == (1, 3, None)
     assert found["difference"] is None
     assert results.beyond_noise([target, some], "minutes") is None
+
+
+SEARCH = {  # width -> coefficient -> accuracy of two seeds
+    64: {0.0004: (0.5, 0.5), 0.002: (0.6, 0.6), 0.04: (0.895, 0.895), 0.2: (0.8, 0.9)},
+    256: {0.002: (0.7, 0.7), 0.02: (0.9, 0.92), 0.04: (0.91, 0.8)},
+    1024: {0.0004: (0.7, 0.7), 0.002: (0.8, 0.9), 0.01: (0.7, 0.8)},
+}
+
+
+def test_the_search_prints_the_best_and_the_slope_of_their_law(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    from scipy.stats import t
+
+    each = table("coefficient")
+    for run in runs.plan(each, "cifar10", "full", 2, tmp_path, ["barlow_twins"]):
+        width, _, beta = run.cell.row.partition(", ")
+        found = SEARCH.get(int(width), {}).get(float(beta))
+        if found:
+            pretend(run, [0.1, 0.99], linear=found[run.seed])  # the online probe decides nothing
+    command = ["coefficient", "--collect", "--seeds", "2", "--out", str(tmp_path)]
+    assert reproduce.main(command) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "| 64 | 0.04 | 2.6 | 89.50 | 0.04 to 0.04 |" in text
+    assert "| 256 | 0.02 | 5.1 | 91.00 | 0.02 to 0.02 |" in text
+    # By hand: least squares over three equal steps of log 4, then the t interval.
+    logs = [math.log(beta) for beta in (0.002, 0.02, 0.04)]
+    step = math.log(4)
+    slope = (logs[2] - logs[0]) / (2 * step)
+    middle = sum(logs) / 3
+    residuals = [y - middle - slope * x for y, x in zip(logs, (-step, 0, step), strict=True)]
+    error = math.sqrt(sum(r * r for r in residuals) / (2 * step**2))
+    half = error * t.ppf(0.975, 1)
+    assert slope == pytest.approx(math.log(20) / math.log(16))
+    found_law = json.loads((tmp_path / "full" / "coefficient-cifar10.json").read_text())["slopes"]
+    assert found_law["barlow_twins"] == pytest.approx([slope, half])
+    assert found_law["vicreg"] is None
+    low, high = results.signed(slope - half), results.signed(slope + half)
+    assert f"width: +{slope:.2f}, 95 % interval {low} to {high} over 3 widths" in text
+    assert "(theory: +1, which is within it)" in text
+    exact = [results.Best(w, 9 / w**2, 1, (0, 1), ()) for w in (64, 256, 512, 1024)]
+    assert results.law(exact) == pytest.approx((2, 0), abs=1e-6)
+    picture = tmp_path / "full" / "coefficient-cifar10.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_best_at_the_end_of_the_grid_and_what_is_near_it_are_said(tmp_path: Path) -> None:
+    each = table("coefficient")
+    accuracy = {"64, 0.01": 0.8, "64, 0.04": 0.91, "64, 0.1": 0.915, "64, 0.2": 0.92}
+    planned = runs.plan(each, "cifar10", "full", 1, tmp_path, ["vicreg"])
+    for run in planned:
+        if run.cell.row in accuracy:
+            pretend(run, [accuracy[run.cell.row]])  # not evaluated yet
+    rows = results.collect(each, planned)["vicreg"]
+    (best,) = results.bests(rows)
+    assert (best.width, best.coefficient, best.inside) == (64, 0.2, False)
+    assert best.near == (0.04, 0.1, 0.2)
+    assert results.law([best, best]) is None
+    text = results.markdown(each, "cifar10", "full", {"vicreg": rows}, "")
+    assert "0.2, end of the grid" in text
+    assert "three widths are needed" in text
+
+
+def test_curves_are_drawn_over_epochs_and_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    each = table("samples")
+    planned = runs.plan(each, "cifar10", "full", 2, tmp_path, ["barlow_twins"])
+    pretend(planned[0], [0.5, 0.6, 0.7])
+    pretend(planned[1], [0.7, 0.8])  # a shorter one of the same row
+    pretend(planned[4], [0.6, 0.9])
+    # The evaluation before training is not drawn.
+    before = json.dumps({"step": 0, "epoch": 0, "eval/probe_top1": 0.1})
+    for run in (planned[0], planned[1], planned[4]):
+        rows = run.folder / "metrics.jsonl"
+        rows.write_text(f"{before}\n{rows.read_text()}")
+    groups = results.collect(each, planned)
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    file = tmp_path / "curves.png"
+    assert pictures.draw("curves", groups, file) == f"picture: {file}"
+    assert file.read_bytes().startswith(b"\x89PNG")
+    epochs, minutes = pyplot.gcf().axes
+    drawn = [(line.get_label(), list(line.get_xdata()), list(line.get_ydata()))
+             for axis in (epochs, minutes) for line in axis.lines]  # fmt: skip
+    first, third = planned[0].cell.row, planned[4].cell.row
+    expected = [
+        (first, [1, 2], [60.0, 70.0]),
+        (third, [1, 2], [60.0, 90.0]),
+        (first, [2 / 60, 4 / 60], [60.0, 70.0]),
+        (third, [2 / 60, 4 / 60], [60.0, 90.0]),
+    ]
+    for (label, x, y), (row, at, values) in zip(drawn, expected, strict=True):
+        assert label == row
+        assert x == pytest.approx(at)
+        assert y == pytest.approx(values)
 
 
 def test_rank_and_entropy_are_correlated_over_runs_and_within_them(
@@ -686,6 +846,36 @@ def test_the_offline_probe_follows_and_transfer_names_the_other_data_set(tmp_pat
     assert run.evaluated.name == "linear-adam-stl10.json"
 
 
+def test_a_small_transfer_goes_to_the_digits_in_negative(tmp_path: Path) -> None:
+    group = "vicreg, digits to their negative"
+    planned = runs.plan(table("transfer"), "cifar10", "small", 1, tmp_path, [group])
+    assert [run.cell.row for run in planned] == [
+        "2 views, 256", "4 views, 256", "4 views, 256, half", "8 views, 256, a quarter",
+    ]  # fmt: skip
+    folder = tmp_path / "small" / runs.NEGATIVE
+    made = runs.evaluate_command(planned[0], {})
+    assert {"data.name=folder", f"data.root={folder}"} < set(made)
+    assert planned[0].evaluated.name == "linear-adam-folder.json"
+    runs.write_configs(planned[:1], "small", [], {}, "test")
+    files = sorted(folder.rglob("*.jpg"))
+    assert len(files) == 1797
+    assert {str(f.relative_to(folder).parent) for f in files} == {
+        f"{split}/{label}" for split in ("train", "val") for label in range(10)
+    }
+    written = files[0].stat().st_mtime_ns
+    runs.write_configs(planned[:1], "small", [], {}, "test")
+    assert files[0].stat().st_mtime_ns == written  # made once
+    label, number = files[0].parent.name, int(files[0].stem)
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    assert str(labels[number]) == label
+    with Image.open(files[0]) as image:
+        negative = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=float)
+    plain = images[number].reshape(8, 8) * 255 / 16
+    assert np.corrcoef(negative.flatten(), plain.flatten())[0, 1] < -0.9
+
+
 def test_runs_at_the_same_time_share_out_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
     given = [runs._environment(slot, 2, 2) for slot in range(2)]
@@ -736,12 +926,14 @@ def test_the_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for number in (3, 6, 9, 12, 15, 18, 19, 22):
         assert f"  table{number} " in text
-    for figure in ("1a", "1b", 2, 3, 5, 6, 7, 8, 11, 12, 13, 14, 15, 17, 18):
+    for figure in ("1a", "1b", "1c", 2, 3, 5, 6, 7, 8, 11, 12, 13, 14, 15, 17, 18):
         assert f"  figure{figure} " in text
-    for name in ("projector", "views", "samples", "pareto", "transfer", "swav", "longer"):
+    for name in ("projector", "coefficient", "views", "samples", "pareto", "transfer", "swav",
+                 "longer"):  # fmt: skip
         assert f"  {name} " in text
     assert "orthogonalisation" in text
     assert "  graph " in text
+    assert "  theorem " in text
     assert "2,470 images/s" in text
     assert max(map(len, text.splitlines())) <= 100
 
@@ -788,17 +980,93 @@ def test_the_graph_of_four_images() -> None:
     assert found.tie[1] == pytest.approx(by_hand, abs=0.06)
 
 
-@pytest.mark.parametrize("main", [graph.main], ids=["graph"])
+@pytest.mark.parametrize(
+    ("example", "options", "claims"),
+    [
+        (graph, ["--draws", "500"], 6),
+        (theorem, ["--starts", "1"], 12),
+        (sphere, ["--repetitions", "8"], 6),
+    ],
+    ids=["graph", "theorem", "sphere"],
+)
 def test_an_example_writes_text_and_picture(
-    main: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    example: Any,
+    options: list[str],
+    claims: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--draws", "500"])
-    assert main() == 0
-    assert (tmp_path / "graph.png").read_bytes().startswith(b"\x89PNG")
-    rows = json.loads((tmp_path / "graph.json").read_text())
-    assert len(rows) == 6
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), *options])
+    assert example.main() == 0
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = json.loads(picture.with_suffix(".json").read_text())
+    assert len(rows) == claims
     assert all(row["agrees"] for row in rows), rows
+
+
+def test_the_operators_of_a_graph_are_those_of_counting() -> None:
+    looks = theorem.augmentations(seed=3)
+    whole = theorem.of_looks(looks)
+    assert set(looks.flatten().tolist()) == set(range(theorem.LOOKS))
+    joint = torch.zeros(theorem.LOOKS, theorem.LOOKS, dtype=torch.float64)
+    for row in looks.tolist():
+        for x in row:
+            for y in row:
+                joint[x, y] += 1 / theorem.IMAGES / theorem.COUNT**2
+    marginal = joint.sum(0)
+    assert whole.marginal.tolist() == pytest.approx(marginal.tolist())
+    torch.testing.assert_close(whole.kernel, joint / marginal[:, None] / marginal)
+    values, functions = whole.spectrum()
+    torch.testing.assert_close(
+        whole.inner(functions, functions), torch.eye(theorem.LOOKS, dtype=torch.float64)
+    )
+    torch.testing.assert_close(whole.adjoint(whole.average(functions)), values * functions)
+    assert torch.allclose(functions[:, 0].abs(), torch.ones_like(marginal))  # the constant
+    # The distance from the mean, one augmentation after the other, and its value by eigenvalue.
+    f = functions[:, [1, 4]]
+    distance = sum(
+        float((f[x] - f[row].mean(0)).square().sum()) for row in looks for x in row
+    ) / looks.numel()  # fmt: skip
+    assert distance == pytest.approx(float((1 - values[[1, 4]]).sum()))
+    assert float(whole.invariance(f)) == pytest.approx(distance)
+    assert whole.cosine(f, f @ torch.tensor([[1.0, 2], [3, 4]]).double()) == pytest.approx(1)
+    assert whole.cosine(f, functions[:, [1, 2]]) < 1e-6
+
+
+def test_minimisers_are_told_from_other_spaces() -> None:
+    """The eigenspace of another graph, and what the loss's maximum spans."""
+    looks = theorem.augmentations()
+    whole, pairs = theorem.of_looks(looks), theorem.all_pairs(looks)
+    leading = whole.spectrum()[1][:, : theorem.WIDTH]
+    start = torch.randn(theorem.LOOKS, theorem.WIDTH, dtype=torch.float64,
+                        generator=torch.Generator().manual_seed(0))  # fmt: skip
+    loss = theorem.objectives(whole, pairs)["spectral contrastive"]
+    learned = theorem.minimise(loss, start)[-1]
+    assert whole.cosine(learned, leading) > 0.9999
+    other = theorem.of_looks(theorem.augmentations(seed=1))
+    assert whole.cosine(learned, other.spectrum()[1][:, : theorem.WIDTH]) < 0.99
+    negative = theorem.minimise(lambda f: -whole.invariance(theorem.orthonormal(f, whole.inner)),
+                                start)[-1]  # fmt: skip
+    assert whole.cosine(negative, leading) < 0.1
+    # The losses' batch has every pair but those with itself: 1 / N from the distribution's.
+    f = 0.5 * start
+    gap = float(loss(f) - theorem.population(whole, f))
+    assert abs(gap) < 5 / pairs.shape[1] * float((f @ f.T).square().max())
+    assert abs(theorem.decomposition(whole, f)) < 1e-12
+
+
+def test_closed_forms_of_uniform_points() -> None:
+    # On the sphere u.v is uniform in [-1, 1]; on the circle E exp(4 cos) is a Bessel function.
+    assert sphere.uniform_uniformity(3) == pytest.approx(math.log(math.sinh(4) / 4) - 4)
+    bessel = float(torch.special.i0(torch.tensor(4.0, dtype=torch.float64)))
+    assert sphere.uniform_uniformity(2) == pytest.approx(math.log(bessel) - 4)
+    assert sphere.uniform_uniformity(10**6) == pytest.approx(-4, abs=1e-4)
+    # On the circle E cos^2 sin^2 = 1/8, and the diagonal is 1/2.
+    assert sphere.uniform_covariance(50, 2) == pytest.approx(math.sqrt(1 / 8 / 50) / (1 / 2))
+    x = torch.tensor([[1.0, 0], [0, 1], [0.6, 0.8]], dtype=torch.float64)
+    assert sphere.covariance(x) == pytest.approx((0.48 / 3 * 2) ** 2)
 
 
 def test_an_example_that_does_not_agree_exits_with_1(

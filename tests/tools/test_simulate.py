@@ -85,6 +85,24 @@ def test_the_terms_add_up() -> None:
     assert terms["log|S_R|Z|"] + terms["log|S_Z|"] == pytest.approx(terms["log|S_R|"])
 
 
+@pytest.mark.parametrize("k", [2, 10])
+def test_the_terms_of_the_bound_are_those_of_the_formula(k: int) -> None:
+    """From covariances with a regression, and H(R) - I(R;Z) by their sum."""
+    r = tool.blobs(25, 2.0, seed=4)
+    terms = tool.bound_terms(tool.spectra(25, 2.0, [4]), k)
+    z = PCA(k).fit_transform(r)
+    s_r, s_z = np.cov(r, rowvar=False), np.atleast_2d(np.cov(z, rowvar=False))
+    floor = tool.DELTA * np.trace(s_r) / 25
+    rest = z - (r - r.mean(0)) @ np.linalg.lstsq(r - r.mean(0), z, rcond=None)[0]
+    given = np.cov(rest, rowvar=False) + floor * np.eye(k)
+    logs = [np.linalg.slogdet(x)[1] for x in (s_r, s_z + floor * np.eye(k), given)]
+    dimension = 25 / 2 * math.log(2 * math.pi * math.e)
+    expected = [(logs[0] - logs[1]) / 2, logs[2] / 2, dimension]
+    assert [float(term[0]) for term in terms.values()] == pytest.approx(expected, rel=1e-7)
+    entropy = logs[0] / 2 + dimension
+    assert sum(expected) == pytest.approx(entropy - tool.information(r, z), rel=1e-9)
+
+
 def test_values_and_trends_are_as_accepted(results: dict[str, Any]) -> None:
     lines, off = tool.compare(results, REPETITIONS)
     assert off == []
@@ -116,6 +134,9 @@ def test_the_command(
     assert tree["seeds"] == [7, 8, 9]
     assert len(tree["by_std"]) == 4
     assert len(tree["by_std"][0]["mean"]) == len(tool.STDS)
+    assert [(b["k"], b["moving"]) for b in tree["bound"]] == [
+        (10, "n"), (10, "std"), (2, "n"), (2, "std"),
+    ]  # fmt: skip
     for kind in ("png", "svg"):
         assert (tmp_path / f"simulation.{kind}").stat().st_size > 10_000
     shifted = {c: tuple(v + 2 for v in values) for c, values in tool.ACCEPTED_BY_STD.items()}

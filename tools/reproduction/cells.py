@@ -54,7 +54,7 @@ class Table:
     small: Callable[[Cell], bool] | None = None
     """Which cells are made with `--scale small`; None: not at that scale."""
     picture: str | None = None
-    """`dynamics`, `balance`, `entropy` or `pareto`, from the runs."""
+    """`dynamics`, `balance`, `entropy`, `pareto`, `curves` or `coefficient`, from the runs."""
     correlate: bool = False
     """Also print |Pearson r| of accuracy with rank, information and their ratio, per group."""
 

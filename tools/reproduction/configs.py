@@ -7,6 +7,8 @@ from pathlib import Path
 
 from ddp_ssl import config
 from ddp_ssl.config import Config, ConfigError, Resolved
+from ddp_ssl.data.cache import write_atomically
+from ddp_ssl.data.sources import digits
 
 from .cells import Cell
 
@@ -60,6 +62,25 @@ def _small(cell: Cell) -> list[str]:
             f"optim.warmup_epochs={full.optim.warmup_epochs * ratio:g}",
         ]
     return [*keys, "eval.every=5", "measure.every=5", "eval.raw_pixels=false"]
+
+
+def negative_digits(folder: Path) -> None:
+    """The embedded digits with black and white exchanged, as class folders, if not there yet.
+
+    The other data set of a transfer at small scale.
+    """
+    from PIL import Image, ImageOps
+
+    def make(place: Path) -> None:
+        digits.write(place)
+        for path in place.rglob("*.jpg"):
+            with Image.open(path) as image:
+                negative = ImageOps.invert(image)
+            negative.save(path, "JPEG", quality=95)
+
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder, make)
 
 
 def write(path: Path, resolved: Resolved, heading: str, keep: bool = False) -> None:

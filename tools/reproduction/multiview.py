@@ -7,6 +7,8 @@ number of views, else 3 / width, the law they fit.
 
 from __future__ import annotations
 
+from itertools import product
+
 from .cells import Cell, Number, Simulation, Table, published
 
 LOSSES = ("barlow_twins", "vicreg")
@@ -145,6 +147,22 @@ def projector(dataset: str) -> list[Cell]:
     return cells
 
 
+# The same for every width, so that nothing but the accuracy can make a law of the best ones: the
+# authors' sweep (fastssl, sbatch_sh_files/resnet50_barlow_sweep.sh) and three at the upper end.
+GRID = (0.0001, 0.0002, 0.0004, 0.0008, 0.001, 0.002, 0.004, 0.006, 0.01, 0.02, 0.04, 0.1, 0.2)
+
+
+def search(dataset: str) -> list[Cell]:
+    """Every coefficient for every width. VICReg's is covariance over invariance and variance."""
+    cells = []
+    for loss in LOSSES:
+        for width, beta in product(WIDTHS, GRID):
+            weight = beta if loss == "barlow_twins" else round(1 / beta, 6)
+            made = run_of(loss, dataset, 2, width, 1, weight)
+            cells.append(_cell(loss, f"{width}, {beta:g}", made))
+    return cells
+
+
 SHAPES = ((2, 8192), (2, 256), (4, 256), (8, 256))
 
 
@@ -166,13 +184,15 @@ def views(dataset: str) -> list[Cell]:
 
 
 SHARES = {1: "all images", 0.5: "half", 0.25: "a quarter", 0.75: "three quarters"}
+# Fewer images, as many more views of each.
+FEWER = (((4, 256), 0.5), ((8, 256), 0.25))
 
 
 def samples(dataset: str) -> list[Cell]:
     """Fewer images, more views, their product being constant."""
     cells = []
     for loss in LOSSES:
-        for shape, share in zip(SHAPES, (1, 1, 0.5, 0.25), strict=True):
+        for shape, share in [((2, 8192), 1), ((2, 256), 1), *FEWER]:
             row = f"{_row(*shape)}, {SHARES[share]}"
             paper = published("samples_minutes", row, loss, "minutes")
             made = run_of(loss, dataset, *shape, share)
@@ -191,14 +211,16 @@ def pareto(dataset: str) -> list[Cell]:
 
 
 def transfer(dataset: str) -> list[Cell]:
-    """Pretrained on one data set, linear probe on another."""
+    """Pretrained on one data set, linear probe on another: the runs of `views` and `samples`."""
     other = {"cifar10": "stl10", "stl10": "cifar10"}[dataset]
-    return [
-        _cell(f"{loss}, {dataset} to {other}", _row(*shape), run_of(loss, dataset, *shape),
-              None, (f"data.name={other}", f"data.val_size={SETS[other][0]}"))
-        for loss in LOSSES
-        for shape in SHAPES
-    ]  # fmt: skip
+    cells = []
+    for loss in LOSSES:
+        for shape, share in [*((shape, 1) for shape in SHAPES), *FEWER]:
+            row = _row(*shape) + ("" if share == 1 else f", {SHARES[share]}")
+            cells.append(_cell(f"{loss}, {dataset} to {other}", row,
+                               run_of(loss, dataset, *shape, share), None,
+                               (f"data.name={other}",)))  # fmt: skip
+    return cells
 
 
 def swav(dataset: str) -> list[Cell]:
@@ -252,8 +274,21 @@ def _small_widths(cell: Cell) -> bool:
     return cell.row in ("64", "256", "1024")
 
 
+def _small_search(cell: Cell) -> bool:
+    width, _, beta = cell.row.partition(", ")
+    return width in ("64", "256", "1024") and float(beta) in (0.0004, 0.002, 0.01, 0.04, 0.2)
+
+
 def _small_views(cell: Cell) -> bool:
     return cell.row in (_row(2, 256), _row(4, 256))
+
+
+def _small_samples(cell: Cell) -> bool:
+    return "8192" not in cell.row
+
+
+def _small_transfer(cell: Cell) -> bool:
+    return _small_samples(cell) and cell.row != _row(8, 256)
 
 
 TABLES: list[Table | Simulation] = [
@@ -261,24 +296,36 @@ TABLES: list[Table | Simulation] = [
           projector, ("linear", "probe"), seeds=3, small=_small_widths,
           notes="fixed: the coefficient of the widest projector for all widths. VICReg's best "
           "coefficients are CIFAR-10's on every data set."),
+    Table("coefficient", P, "the best coefficient of every width of the projector",
+          ("cifar10", "stl10", "imagenet100"), search, ("linear", "probe"), seeds=3,
+          small=_small_search, picture="coefficient",
+          notes="Rows are width, coefficient: the off-diagonal weight of Barlow Twins; of VICReg "
+          "covariance over invariance, which is variance. The best ones are "
+          "published as a picture, their law in words: coefficient proportional to 1 / width."),
     Table("views", P, "two, four and eight views, with the time to an accuracy",
           ("cifar10", "stl10", "imagenet100"), views, ("linear", "probe", "minutes"), TIME,
-          seeds=3, small=_small_views),
+          seeds=3, small=_small_views, picture="curves"),
     Table("samples", P, "fewer images with more views", ("cifar10", "stl10", "imagenet100"),
-          samples, ("linear", "probe", "minutes"), TIME, seeds=3),
+          samples, ("linear", "probe", "minutes"), TIME, seeds=3, small=_small_samples,
+          picture="curves"),
     Table("pareto", P, "accuracy over time for every number of views and share of images",
           ("cifar10", "stl10"), pareto, ("linear", "probe", "minutes_all"), seeds=3,
           notes="Published as a picture only. The shares of the images are ours.",
           picture="pareto"),
-    Table("transfer", P, "pretraining on one data set, probe on another", ("cifar10", "stl10"),
-          transfer, ("linear",), "Published as a picture only.", seeds=3),
+    Table("transfer", P, "pretraining on one data set, probe on another; all images and fewer",
+          ("cifar10", "stl10"), transfer, ("linear",),
+          "Published as a picture only, over epochs; here at the end of training.", seeds=3,
+          small=_small_transfer),
     Table("swav", P, "two large crops and small ones", ("stl10", "cifar10", "imagenet100"), swav,
-          ("linear", "probe", "minutes"), "Published as a picture only. " + TIME, seeds=3),
+          ("linear", "probe", "minutes"), "Published as a picture only. " + TIME, seeds=3,
+          picture="curves"),
     Table("longer", P, "400 epochs", ("cifar10",), longer, ("best", "best_epoch", "linear"),
-          "best: of the online probe, over epochs.", seeds=3),
+          "best: of the online probe, over epochs.", seeds=3, picture="curves"),
     Simulation("orthogonalisation", P, "weak against strong orthogonalisation in two dimensions",
                ("-m", "tools.reproduction.orthogonalisation", "--out", "{out}"),
                "seconds"),
     Simulation("graph", P, "the augmentation graph of four images, few against many views",
                ("-m", "tools.reproduction.graph", "--out", "{out}"), "seconds"),
+    Simulation("theorem", P, "what the losses' minimisers span, on finite graphs",
+               ("-m", "tools.reproduction.theorem", "--out", "{out}"), "a minute"),
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cells import ROOT
-from .results import ENDED, Row, curve, entropies
+from .results import ENDED, Row, bests, curve, entropies, law, searched
 from .runs import Run
 
 TOOLS = {"dynamics": "plot_dynamics.py", "balance": "plot_balance.py"}
@@ -23,11 +23,9 @@ def draw(kind: str, groups: dict[str, list[Row]], file: Path) -> str:
     }
     if not any(ended.values()):
         return "no picture: no run has ended yet"
-    if kind == "pareto":
-        _pareto(groups, file)
-        return f"picture: {file}"
-    if kind == "entropy":
-        _entropy(groups, file)
+    own = {"pareto": _pareto, "entropy": _entropy, "curves": _curves, "coefficient": _coefficient}
+    if kind in own:
+        own[kind](groups, file)
         return f"picture: {file}"
     if kind == "dynamics":  # one seed: more make it unreadable
         first = [run for group in ended.values() for run in group if run.seed == 0]
@@ -97,6 +95,79 @@ def _pareto(groups: dict[str, list[Row]], file: Path) -> None:
         axis.set(title=group, xlabel="minutes of training", ylabel="accuracy, %")
         if lines:
             axis.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def _curves(groups: dict[str, list[Row]], file: Path) -> None:
+    """The online probe over epochs and over minutes of training: mean and deviation over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        len(groups), 2, figsize=(11, 4 * len(groups)), squeeze=False, sharey="row"
+    )
+    for line, (group, rows) in zip(axes, groups.items(), strict=True):
+        for row in rows:
+            found = [curve(run.folder) for run in row.runs if run.state() in ENDED]
+            found = [each for each in found if each.accuracy]
+            if not found:
+                continue
+            shown = slice(  # not the one before training, at chance
+                found[0].epoch.count(0), min(len(each.accuracy) for each in found)
+            )
+            accuracy = np.array([each.accuracy[shown] for each in found])
+            minutes = np.array([each.seconds[shown] for each in found]).mean(0) / 60
+            mean, deviation = accuracy.mean(0), accuracy.std(0, ddof=min(1, len(found) - 1))
+            for axis, x in zip(line, (found[0].epoch[shown], minutes), strict=True):
+                (drawn,) = axis.plot(x, mean, marker="o", markersize=3, label=row.cell.row)
+                if len(found) > 1:
+                    axis.fill_between(x, mean - deviation, mean + deviation, alpha=0.2,
+                                      color=drawn.get_color())  # fmt: skip
+        line[0].set(title=group, xlabel="epoch", ylabel="online probe, %")
+        line[1].set(title=group, xlabel="minutes of training")
+        if line[0].lines:
+            line[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def _coefficient(groups: dict[str, list[Row]], file: Path) -> None:
+    """Accuracy over the coefficient, a line for each width; the best ones over 1 / width."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(groups), 2, figsize=(11, 4 * len(groups)), squeeze=False)
+    for (left, right), (group, rows) in zip(axes, groups.items(), strict=True):
+        for width, by in searched(rows).items():
+            left.plot(*zip(*sorted(by.items()), strict=True), marker="o", label=f"width {width}")
+        left.set(title=group, xlabel="coefficient", ylabel="accuracy, %", xscale="log")
+        found = bests(rows)
+        if found:
+            left.legend(fontsize=8)
+            x = [1 / best.width for best in found]
+            right.plot(x, [best.coefficient for best in found], "o", label="best of the grid")
+            for best in found:
+                right.plot([1 / best.width] * 2, [min(best.near), max(best.near)], color="C0",
+                           linewidth=1)  # fmt: skip
+            middle = [best.coefficient * best.width for best in found]
+            scale = sorted(middle)[len(middle) // 2]
+            right.plot(x, [scale * value for value in x], "--", color="gray",
+                       label=f"slope 1: {scale:.2g} / width")  # fmt: skip
+            right.legend(fontsize=8)
+        slope = law(found)
+        title = "bars: within a point of the best"
+        if slope:
+            title = f"slope {slope[0]:.2f} ± {slope[1]:.2f}; {title}"
+        right.set(title=title, xlabel="1 / width", ylabel="best coefficient",
+                  xscale="log", yscale="log")  # fmt: skip
     figure.tight_layout()
     figure.savefig(file, dpi=150)
     pyplot.close(figure)

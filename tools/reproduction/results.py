@@ -266,6 +266,8 @@ def _remarks(table: Table, dataset: str, group: str, rows: list[Row]) -> list[st
         lines += _correlation_lines(dataset, group, rows)
     if "entropy" in table.measures:
         lines += _entropy_lines(rows)
+    if table.picture == "coefficient":
+        lines += _search_lines(rows)
     return lines
 
 
@@ -353,6 +355,88 @@ def correlations(rows: Sequence[Row]) -> list[float] | None:
         [v["information"] / v["rank"] for v in runs],
     )
     return [abs(float(pearsonr(accuracy, other).statistic)) for other in others]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best coefficient of one width."""
+
+    width: int
+    coefficient: float
+    accuracy: float
+    tried: tuple[float, ...]
+    near: tuple[float, ...]
+    """Coefficients whose accuracy is within one point of the best."""
+
+    @property
+    def inside(self) -> bool:
+        """Whether the grid goes on at both sides of it."""
+        return min(self.tried) < self.coefficient < max(self.tried)
+
+
+def searched(rows: Sequence[Row]) -> dict[int, dict[float, float]]:
+    """Accuracy by width and coefficient, of rows named `width, coefficient`."""
+    measure = _search_by(rows)
+    found: dict[int, dict[float, float]] = {}
+    for row in rows:
+        width, _, coefficient = row.cell.row.partition(", ")
+        accuracy = row.mean(measure)
+        if accuracy:
+            found.setdefault(int(width), {})[float(coefficient)] = accuracy[0]
+    return found
+
+
+def _search_by(rows: Sequence[Row]) -> str:
+    """The offline probe, or the online one where that is not there for all that has ended."""
+    return "linear" if all(row.of("linear") for row in rows if row.ended()) else "probe"
+
+
+def bests(rows: Sequence[Row]) -> list[Best]:
+    """The best coefficient of each width of which two or more have ended."""
+    made = []
+    for width, by in searched(rows).items():
+        best = max(by, key=lambda beta: by[beta])
+        near = tuple(beta for beta in by if by[beta] >= by[best] - 1)
+        if len(by) > 1:
+            made.append(Best(width, best, by[best], tuple(by), near))
+    return made
+
+
+def law(found: Sequence[Best]) -> tuple[float, float] | None:
+    """Slope of log coefficient over log 1 / width by least squares, and half its 95 % interval."""
+    from scipy.stats import linregress, t
+
+    if len(found) < 3:
+        return None
+    x = [-math.log(best.width) for best in found]
+    fit = linregress(x, [math.log(best.coefficient) for best in found])
+    return float(fit.slope), float(fit.stderr * t.ppf(0.975, len(found) - 2))
+
+
+def _search_lines(rows: Sequence[Row]) -> list[str]:
+    found = bests(rows)
+    if not found:
+        return []
+    heading = ["width", "best coefficient", "times width", TITLES[_search_by(rows)],
+               "within a point of it"]  # fmt: skip
+    lines = [
+        [str(best.width), f"{best.coefficient:g}" + ("" if best.inside else ", end of the grid"),
+         f"{best.coefficient * best.width:.2g}", f"{best.accuracy:.2f}",
+         f"{min(best.near):g} to {max(best.near):g}"]
+        for best in found
+    ]  # fmt: skip
+    text = "Slope of log best coefficient over log 1 / width"
+    slope = law(found)
+    if slope is None:
+        text += ": three widths are needed."
+    else:
+        low, high = slope[0] - slope[1], slope[0] + slope[1]
+        within = "within" if low <= 1 <= high else "NOT within"
+        text += (
+            f": {signed(slope[0])}, 95 % interval {signed(low)} to {signed(high)} over "
+            f"{len(found)} widths (theory: +1, which is {within} it)."
+        )
+    return ["", *aligned([heading, *lines]), "", text]
 
 
 def _correlation_lines(dataset: str, group: str, rows: list[Row]) -> list[str]:
@@ -450,5 +534,8 @@ def as_json(table: Table, dataset: str, scale: str, groups: dict[str, list[Row]]
         },
         "correlations": {group: correlations(members) for group, members in groups.items()}
         if table.correlate
+        else None,
+        "slopes": {group: law(bests(members)) for group, members in groups.items()}
+        if table.picture == "coefficient"
         else None,
     }

@@ -25,6 +25,7 @@ from . import configs
 from .cells import ROOT, Cell, Table
 
 OFFLINE = "linear"  # the measure that the offline evaluation makes
+NEGATIVE = "digits-in-negative"
 WAITING = ("queued", "evaluation queued")  # in Slurm's queue or running there
 
 
@@ -93,11 +94,7 @@ def plan(
     if scale == "small":
         if table.small is None:
             raise ConfigError(f"--scale: {table.name} is made at full scale only")
-        cells = [
-            replace(cell, group=cell.group.replace(dataset, "digits"))
-            for cell in cells
-            if table.small(cell)
-        ]
+        cells = [_small(cell, dataset, out) for cell in cells if table.small(cell)]
     rows = {cell.row for cell in cells} | {cell.group for cell in cells}
     for name in only:
         if name not in rows:
@@ -116,6 +113,19 @@ def plan(
         for cell in cells
         for seed in range(seeds)
     ]
+
+
+def _small(cell: Cell, dataset: str, out: Path) -> Cell:
+    """The cell as it is called at small scale; a transfer's other data set is the negative."""
+    group = cell.group.replace(dataset, "digits")
+    if not cell.evaluate:
+        return replace(cell, group=group)
+    other = out.absolute() / "small" / NEGATIVE
+    return replace(
+        cell,
+        group=f"{group.partition(' to ')[0]} to their negative",
+        evaluate=("data.name=folder", f"data.root={other}"),
+    )
 
 
 def distinct(runs: Sequence[Run]) -> list[Run]:
@@ -376,6 +386,8 @@ def write_configs(
 
     A queued job will read its file, which therefore stays as it was submitted.
     """
+    if scale == "small" and any(run.other for run in runs):
+        configs.negative_digits(runs[0].folder.parents[2] / NEGATIVE)
     for run in runs:
         keys = list(overrides)
         resolved = configs.resolve(run.cell, scale, run.seed, keys)
