@@ -17,6 +17,7 @@ import os
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, cast
@@ -311,7 +312,9 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     traffic.calls = 0
     traffic.counts.clear()
 
-    use_cuda = device != "cpu" and torch.cuda.is_available()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's about an old driver: `why_no_gpu` says more
+        use_cuda = device != "cpu" and torch.cuda.is_available()
     missing = None
     if device != "cpu" and not use_cuda:
         missing = why_no_gpu(torch.__version__, torch.version.cuda)

@@ -181,7 +181,8 @@ def test_a_driver_too_old_for_torch(tmp_path: Path) -> None:
     assert chosen.stderr.startswith(f"driver 555.42.02 (CUDA {major - 1}.8): constraints-cuda")
     done = call("-m", "ddp_ssl.train", f"run.dir={tmp_path / 'run'}")
     assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if "ddp_ssl: error" in line]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("ddp_ssl: error: run.device: CUDA_VISIBLE_DEVICES=0, but torch finds")
     assert f"the driver is 555.42.02 (CUDA {major - 1}.8)" in line
     assert ("constraints-cuda12.txt" in line) == (major == 13)
     assert not (tmp_path / "run").exists()
