@@ -82,7 +82,9 @@ class DINO(MomentumMethod[DINOConfig]):
             if isinstance(layer, nn.ReLU):
                 self.projector[index] = nn.GELU()
             elif isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
+                # The official code cuts at 100 deviations: never. torch's versions draw that cut
+                # in different ways, a normal distribution in one.
+                nn.init.normal_(layer.weight, std=0.02)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
         self.prototypes = Prototypes(config.model.projector[-1], s.prototypes, s.norm_last_layer)
