@@ -325,7 +325,8 @@ def central_crop(x: Node, crop: CentralCrop) -> Node:
     kernel = types.INTERP_LINEAR if crop.interpolation == "bilinear" else types.INTERP_CUBIC
     x = fn.resize(x, size=new, interp_type=kernel, antialias=True)
     start = fn.stack(half(height - crop.size), half(width - crop.size))
-    return fn.slice(x, fn.cast(start, dtype=types.INT32), [crop.size] * 2, axes=[0, 1])
+    # A size among the inputs would be a constant on the GPU, which DALI copies back and waits for.
+    return fn.slice(x, start=fn.cast(start, dtype=types.INT32), shape=[crop.size] * 2, axes=[0, 1])
 
 
 def half(n: Node) -> Node:
