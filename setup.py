@@ -37,8 +37,8 @@ setup(
     ],
     extras_require={
         # DALI is built per CUDA major version and runs without a GPU too.
-        "cuda12": ["nvidia-dali-cuda120>=1.53"],
-        "cuda13": ["nvidia-dali-cuda130>=1.53"],
+        "cuda12": ["nvidia-dali-cuda120>=2.2"],
+        "cuda13": ["nvidia-dali-cuda130>=2.2"],
         "plots": ["matplotlib>=3.9"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
         # lightly: an independent implementation of several losses, for the tests alone.
