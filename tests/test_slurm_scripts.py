@@ -129,7 +129,7 @@ def test_every_script_names_a_config_and_asks_for_what_a_stop_needs(script: Path
 def test_shellcheck() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    scripts = [str(path) for path in (ROOT / "slurm").glob("*.sh")]
+    scripts = [str(path) for place in ("slurm", "tools") for path in (ROOT / place).glob("*.sh")]
     done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

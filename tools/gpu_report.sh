@@ -37,6 +37,7 @@ printf '# GPU report, %s\n' "$(date +%F)" >"$out/table.md"
 
 note() {  # GROUP KEY TEXT: a row about a group as a whole
   local text
+  # shellcheck disable=SC1003
   text=$(printf '%s' "$3" | tr -cd '[:print:]' | tr -d '"\\')
   printf '{"group": "%s", "%s": "%s"}\n' "$1" "$2" "$text" >>"$out/rows.jsonl"
   printf '\n## %s\n\n%s\n' "$1" "$text" >>"$out/table.md"
