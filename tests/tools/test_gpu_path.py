@@ -23,7 +23,7 @@ def test_the_global_norm_moves_what_torchs_kernels_move(processes: int) -> None:
     assert calls == 2 * NORMS
 
 
-def test_the_local_norm_makes_no_copy_of_a_view_and_no_call() -> None:
+def test_the_local_norm_moves_no_more_and_makes_no_call() -> None:
     seen, calls = count("resnet50", "local", 128, 8)
     assert seen.nbytes < 131e9
     assert calls == 0
