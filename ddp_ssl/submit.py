@@ -12,12 +12,15 @@ handler, which requeues the job.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -62,6 +65,8 @@ class Training:
         environment = submitit.JobEnvironment()
         requeue = signal.getsignal(signal.SIGUSR2)  # before the trainer's handlers replace it
         group = submitit.helpers.TorchDistributedEnvironment()
+        # submitit draws a port from those that Linux gives to outgoing connections: it may be taken.
+        group.master_port = int(os.environ["MASTER_PORT"])
         if environment.cluster == "slurm":
             group.master_addr = os.environ["MASTER_ADDR"]
         else:
@@ -247,6 +252,7 @@ def _run_here(training: Training, name: str, per_node: int, options: argparse.Na
     """Run to the end in this process (`debug`) or in processes on this machine (`local`)."""
     import submitit
 
+    os.environ["MASTER_PORT"] = str(_free_port())
     stamp = time.strftime("%Y%m%d-%H%M%S")
     training.folder = training.folder.replace("%A", stamp)
     executor = submitit.AutoExecutor(folder=_log_folder(options), cluster=options.cluster)
@@ -329,6 +335,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--sbatch", type=_pair, action="append", default=[], metavar="KEY=VALUE",
         help="a further argument of sbatch, such as qos=high; may be repeated")  # fmt: skip
     return parser
+
+
+def _free_port() -> int:
+    """A port of this machine that is free, below those that Linux gives to outgoing connections."""
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def _count(text: str) -> int:

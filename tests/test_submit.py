@@ -124,6 +124,9 @@ def test_local_runs_several_processes(photos: Path, tmp_path: Path) -> None:
     assert bad == f"{tmp_path}/out/root=nowhere"
     assert json.loads((Path(good) / "status.json").read_text())["state"] == "done"
     assert json.loads((Path(good) / "environment.json").read_text())["world_size"] == 2
+    # Linux gives the ports from 32768 on to outgoing connections, so one of them may be taken.
+    log = (Path(good) / "train.log").read_text()
+    assert 10_000 <= int(log.partition("rendezvous 127.0.0.1:")[2].partition(";")[0]) < 30_000
     assert f"touch {good}/STOP" in done.stdout
     assert f"done: {good}\n" in done.stdout
     assert f"not started: {bad}\n" in done.stdout
