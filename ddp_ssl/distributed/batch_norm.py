@@ -1,0 +1,394 @@
+"""Batch normalisation over the global batch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ddp_ssl.distributed.primitives import _all_gather, _meet
+
+
+@dataclass
+class ViewLayout:
+    """The views that a stacked batch holds. `stacked_views` sets it for all norm layers at once."""
+
+    total: int = 1
+    held: slice = field(default_factory=lambda: slice(None))
+    statistics: dict[GlobalBatchNorm, _Statistics] | None = None
+    """Statistics of the norm layers on a GPU within `stacked_views`, for their running averages."""
+
+    @property
+    def local(self) -> int:
+        """Number of views stacked here."""
+        return len(range(self.total)[self.held])
+
+
+@contextlib.contextmanager
+def stacked_views(layout: ViewLayout, total: int, held: slice) -> Iterator[None]:
+    """In this context a batch is the stacked views `held`, out of `total` over all view shards."""
+    before = layout.total, layout.held, layout.statistics
+    _update_averages(before[2])
+    layout.total, layout.held, layout.statistics = total, held, {}
+    try:
+        yield
+        _update_averages(layout.statistics)
+    finally:
+        layout.total, layout.held, layout.statistics = before
+
+
+def _by_view(x: Tensor, views: int) -> tuple[Tensor, list[int], tuple[int, ...]]:
+    """Split `x` `[views * n, C, ...]` by view.
+
+    Returns the split tensor, the dimensions to reduce and the shape of the statistics.
+    """
+    channels = x.shape[1]
+    if x.dim() == 2:
+        return x.reshape(views, -1, channels), [1], (-1, 1, channels)
+    if x.dim() == 4 and _format(x) == torch.channels_last:
+        return x.permute(0, 2, 3, 1).reshape(views, -1, channels), [1], (-1, 1, channels)
+    shape = (views, x.shape[0] // views, channels, -1)
+    return x.reshape(shape), [1, 3], (-1, 1, channels, 1)
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _affine(like: Tensor, views: int, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`x * scale + shift` for `x` from `_by_view`, as a fresh tensor laid out as `like`."""
+    out = torch.empty_like(like, memory_format=_format(like))
+    rows = _by_view(out, views)[0]
+    assert rows.data_ptr() == out.data_ptr()  # `rows` is a view of `out`, not a copy
+    if out.dtype == x.dtype:
+        torch.addcmul(shift, x, scale, out=rows)
+    else:
+        rows.copy_(torch.addcmul(shift, x, scale))
+    return out
+
+
+class _NormalizeOnCPU(torch.autograd.Function):
+    """Normalise each view by its statistics over all processes, in torch's generic operators.
+
+    Returns the output and, for the running averages, mean and unbiased variance `[total, C]`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        layout: ViewLayout,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        channels, total, held, views = x.shape[1], layout.total, layout.held, layout.local
+        rows, dims, shape = _by_view(x, views)
+        work = rows.to(torch.promote_types(x.dtype, torch.float32))
+        count = rows.numel() // (views * channels)
+        # Local mean and centred squares in the working precision, combined in float64. So a large
+        # mean cancels nothing, and one all-reduce is enough.
+        mean = work.mean(dims).double()
+        squares = (work - mean.to(work.dtype).view(shape)).square_().sum(dims).double()
+        moments = x.new_zeros((total, 2 * channels + 1), dtype=torch.float64)
+        moments[held, 0] = count
+        moments[held, 1 : channels + 1] = count * mean
+        moments[held, channels + 1 :] = squares + count * mean.square()
+        _meet("norm", dist.all_reduce, moments)
+        number = moments[:, :1]
+        means = moments[:, 1 : channels + 1] / number
+        variances = (moments[:, channels + 1 :] / number - means.square()).clamp_(min=0)
+
+        mean = means[held]
+        inverse = (variances[held] + eps).rsqrt()
+        scale = inverse * weight.double()
+        shift = bias.double() - mean * scale
+        kind = work.dtype
+        out = _affine(x, views, work, scale.to(kind).view(shape), shift.to(kind).view(shape))
+        ctx.save_for_backward(x, weight, mean, inverse, number)
+        ctx.total, ctx.held, ctx.views = total, held, views
+        unbiased = variances * (number / (number - 1).clamp(min=1))
+        ctx.mark_non_differentiable(means, unbiased)
+        return out, means, unbiased
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse, number = ctx.saved_tensors
+        channels, held, views = x.shape[1], ctx.held, ctx.views
+        grad = grads[0]
+        assert grad is not None
+        grad = grad.contiguous(memory_format=_format(x))
+        rows, dims, shape = _by_view(x, views)
+        kind = torch.promote_types(x.dtype, torch.float32)
+        work = rows.to(kind)
+        grad_rows = _by_view(grad, views)[0].to(kind)
+        sum_grad = grad_rows.sum(dims).double()
+        centred = (work - mean.to(kind).view(shape)).mul_(grad_rows)
+        sum_grad_x = centred.sum(dims).double() * inverse
+
+        sums = x.new_zeros((ctx.total, 2 * channels), dtype=torch.float64)
+        sums[held] = torch.cat([sum_grad, sum_grad_x], 1)
+        _meet("norm", dist.all_reduce, sums)
+        mean_grad, mean_grad_x = (sums[held] / number[held]).split(channels, 1)
+        # dx = w/s (g - mean g - x^ mean(g x^)) is one affine map of g and x per channel.
+        scale = inverse * weight.double()
+        slope = -scale * inverse * mean_grad_x
+        offset = -scale * mean_grad - mean * slope
+        offset_rows = torch.addcmul(
+            offset.to(kind).view(shape), grad_rows, scale.to(kind).view(shape)
+        )
+        return (
+            _affine(x, views, work, slope.to(kind).view(shape), offset_rows),
+            sum_grad_x.sum(0).to(weight.dtype),  # DDP averages the ranks' parts
+            sum_grad.sum(0).to(weight.dtype),
+            None,
+            None,
+        )
+
+
+class _Statistics(NamedTuple):
+    """Mean and inverse standard deviation `[C]` of each view, over `number` rows."""
+
+    norm: GlobalBatchNorm
+    means: tuple[Tensor, ...]
+    inverses: tuple[Tensor, ...]
+    number: int
+
+
+class _NormalizeOnGPU(torch.autograd.Function):
+    """The same with the kernels that `nn.SyncBatchNorm` uses. Each view is a slice of the batch.
+
+    Each layer gathers once for all views in forward and all-reduces once in backward. Without
+    `reduce` it does neither: the statistics are this process's own. The kernels take a row of
+    statistics of any length, so one call merges all views.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: GlobalBatchNorm,
+        layout: ViewLayout,
+        reduce: bool,
+    ) -> Tensor:
+        x = x.contiguous(memory_format=_format(x))
+        local, channels, eps = layout.local, x.shape[1], norm.eps
+        total, held = (layout.total, layout.held) if reduce else (local, slice(None))
+        views = x.chunk(local)
+        rows = views[0].numel() // channels
+        if len(x) % local:
+            raise ValueError(f"{len(x)} images are not {local} views of as many images each")
+        own = [torch.batch_norm_stats(view, eps) for view in views]
+        packed = torch.cat([part for kind in zip(*own, strict=True) for part in kind])[None]
+        if reduce:
+            everyones = packed.new_empty(dist.get_world_size(), packed.shape[1])
+            _meet("norm", _all_gather, everyones, packed)
+            packed = everyones
+            if total > local:  # [data shard, view shard, kind, view, C]: view shards into the row
+                apart = packed.view(-1, total // local, 2, local, channels)
+                packed = apart.permute(0, 2, 3, 1, 4).reshape(len(apart), -1)
+        if rows * len(packed) == 1:
+            raise ValueError(f"expected more than one value per channel, got {tuple(x.shape)}")
+        half = total * channels
+        counts = norm.constant(rows, len(packed), packed)
+        merged = torch.batch_norm_gather_stats_with_counts(
+            counts, packed[:, :half], packed[:, half:], None, None, 0.0, eps, counts
+        )
+        means, inverses = (kind.view(total, channels).unbind() for kind in merged)
+        norm.saw(_Statistics(norm, means, inverses, rows * len(packed)))
+        out = torch.empty_like(x)
+        ours = zip(views, out.chunk(local), means[held], inverses[held], strict=True)
+        for view, part, mean, inverse in ours:
+            torch.batch_norm_elemt(view, weight, bias, mean, inverse, eps, out=part)
+        # The backward kernel sums these counts.
+        counts = norm.constant(rows * len(packed), 1, packed, torch.int32)
+        ctx.save_for_backward(x, weight, counts, *means[held], *inverses[held])
+        ctx.local, ctx.total, ctx.held, ctx.reduce = local, total, held, reduce
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, counts, *statistics = ctx.saved_tensors
+        local, total, channels = ctx.local, ctx.total, x.shape[1]
+        affine = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        grad = grads[0].contiguous(memory_format=_format(x))
+        means, inverses = statistics[:local], statistics[local:]
+        held = list(zip(grad.chunk(local), x.chunk(local), means, inverses, strict=True))
+        # For each view held: sums of g and of g (x - mean), gradients of weight and of bias.
+        parts = [
+            torch.batch_norm_backward_reduce(*one, weight, True, affine, affine) for one in held
+        ]
+        kinds = list(zip(*parts, strict=True))
+        sums = torch.cat([part for kind in kinds[:2] for part in kind]).view(2, local, channels)
+        if ctx.reduce:
+            everyones = sums
+            if total > local:  # the others hold other views
+                everyones = sums.new_zeros(2, total, channels)
+                everyones[:, ctx.held] = sums
+            _meet("norm", dist.all_reduce, everyones)
+            sums = everyones[:, ctx.held] if total > local else sums
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x)
+            rows = sums.flatten(0, 1).unbind()
+            each = zip(dx.chunk(local), held, rows[:local], rows[local:], strict=True)
+            for part, one, first, second in each:
+                own_dx = torch.batch_norm_backward_elemt(*one, weight, first, second, counts)
+                if local == 1:
+                    dx = own_dx
+                else:
+                    part.copy_(own_dx)
+        # DDP averages the ranks' parts to the affine parameters.
+        own = [functools.reduce(torch.add, kind) for kind in kinds[2:]] if affine else [None, None]
+        return dx, *own, None, None, None
+
+
+@torch.no_grad()
+def _update_averages(seen: dict[GlobalBatchNorm, _Statistics] | None) -> None:
+    """Update the running averages of all layers together, in view order, and empty `seen`."""
+    alike: dict[Any, list[_Statistics]] = {}
+    for one in (seen or {}).values():
+        if one.norm.running_mean is not None:
+            alike.setdefault((one.norm.momentum, len(one.means)), []).append(one)
+    if seen:
+        seen.clear()
+    for (momentum, views), group in alike.items():
+        variances = torch._foreach_pow([i for one in group for i in one.inverses], -2)
+        scales = [one.number / max(one.number - 1, 1) for one in group for _ in one.inverses]
+        torch._foreach_sub_(variances, [one.norm.eps for one in group for _ in one.inverses])
+        torch._foreach_mul_(variances, scales)  # unbiased
+        counts = [cast(Tensor, one.norm.num_batches_tracked) for one in group]
+        averages = [cast(Tensor, one.norm.running_mean) for one in group]
+        averages += [cast(Tensor, one.norm.running_var) for one in group]
+        for view in range(views):
+            torch._foreach_add_(counts, 1)
+            new = [one.means[view] for one in group] + list(variances[view::views])
+            if new[0].dtype != averages[0].dtype:
+                new = [value.to(averages[0].dtype) for value in new]
+            if momentum is not None:
+                torch._foreach_lerp_(averages, new, momentum)
+                continue
+            for average, value, count in zip(averages, new, counts * 2, strict=True):
+                average.lerp_(value, count.to(average.dtype).reciprocal())
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether torch has the kernels of a synchronised batch norm for this tensor's device."""
+    return x.is_cuda
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """Batch normalisation over the global batch, per view or pooled, on CPU and GPU.
+
+    The result equals that of `nn.SyncBatchNorm` called once per view, with one collective for all
+    views. State dict and attributes are those of `nn.BatchNorm2d`, so weights move freely between
+    the two. With `reduce=False` the statistics are this process's own. On a GPU all processes must
+    hold the same number of images.
+    """
+
+    def __init__(self, like: _BatchNorm, layout: ViewLayout, reduce: bool) -> None:
+        super().__init__(
+            like.num_features,
+            like.eps,
+            like.momentum,
+            like.affine,
+            like.track_running_stats,
+            dtype=like.running_mean.dtype if like.running_mean is not None else None,
+        )
+        self.load_state_dict(like.state_dict())
+        for own, theirs in zip(self.parameters(), like.parameters(), strict=True):
+            own.requires_grad_(theirs.requires_grad)
+        self.layout, self.reduce = layout, reduce
+        self._constants: dict[Any, Tensor] = {}
+        # timm's fused norm layers apply an activation after the norm.
+        self.after = nn.Sequential(
+            *(m for m in (getattr(like, "drop", None), getattr(like, "act", None)) if m is not None)
+        )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected [n, C, ...], got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        reduce = self.reduce and dist.is_initialized()
+        if not self.training:
+            out = super().forward(input)
+        elif not reduce and (not _has_kernels(input) or torch.compiler.is_compiling()):
+            out = self._local(input)
+        else:
+            out = self._global(input, reduce)
+        return cast(Tensor, self.after(out))
+
+    # A collective breaks the compiled graph in any case.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _global(self, input: Tensor, reduce: bool) -> Tensor:
+        """Normalise each view by the statistics of all processes."""
+        layout = ViewLayout(self.layout.total, self.layout.held)
+        if _has_kernels(input):
+            affine = (self.weight, self.bias) if self.affine else (None, None)
+            return cast(Tensor, _NormalizeOnGPU.apply(input, *affine, self, layout, reduce))
+        weight = self.weight if self.affine else input.new_ones(self.num_features)
+        bias = self.bias if self.affine else input.new_zeros(self.num_features)
+        out, means, variances = cast(
+            tuple[Tensor, Tensor, Tensor],
+            _NormalizeOnCPU.apply(input, weight, bias, self.eps, layout),
+        )
+        if self.running_mean is not None and self.running_var is not None:
+            assert self.num_batches_tracked is not None
+            with torch.no_grad():
+                for mean, variance in zip(means, variances, strict=True):
+                    self.num_batches_tracked.add_(1)
+                    momentum = self.momentum
+                    if momentum is None:  # a cumulative average
+                        momentum = 1.0 / float(self.num_batches_tracked)
+                    self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                    self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
+        return out
+
+    def saw(self, one: _Statistics) -> None:
+        """Update the running averages: at once, or at the end of `stacked_views` for all layers.
+
+        A layer that is used twice in one context is updated after its first use.
+        """
+        seen = {} if self.layout.statistics is None else self.layout.statistics
+        if self in seen:
+            _update_averages(seen)
+        seen[self] = one
+        if seen is not self.layout.statistics:
+            _update_averages(seen)
+
+    def constant(
+        self, value: int, count: int, like: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A tensor of `count` times `value`, cached: to make it in every step costs host time."""
+        key = (value, count, dtype or like.dtype, like.device)
+        if key not in self._constants:
+            with torch.inference_mode(False):
+                self._constants[key] = torch.full((count,), value, dtype=key[2], device=key[3])
+        return self._constants[key]
+
+    def _local(self, input: Tensor) -> Tensor:
+        """Normalise each view held here by this process's own statistics, with torch's kernels."""
+        views = input.chunk(self.layout.local)
+        out = [super(GlobalBatchNorm, self).forward(view) for view in views]
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+
+def global_batch_norm(module: nn.Module, layout: ViewLayout, reduce: bool = True) -> nn.Module:
+    """`module` with every batch norm replaced by `GlobalBatchNorm`, weights kept."""
+    if isinstance(module, _BatchNorm):
+        return GlobalBatchNorm(module, layout, reduce)
+    for name, child in list(module.named_children()):
+        setattr(module, name, global_batch_norm(child, layout, reduce))
+    return module

@@ -1,0 +1,116 @@
+"""The data x view mesh and its collectives, each with its adjoint."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ddp_ssl.comm import ONE_PROCESS, Comm
+from ddp_ssl.distributed.primitives import _all_gather, _meet, _reduce_scatter
+from ddp_ssl.distributed.world import World
+
+
+class _Gather(torch.autograd.Function):
+    """[n, ...] -> [W, n, ...]; backward is a reduce-scatter of the cotangents."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
+        _meet("gather", _all_gather, out, x.contiguous())
+        return out.view(-1, *x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,) = grads
+        out = grad.new_empty(grad.shape[1:])
+        _meet("scatter", _reduce_scatter, out, grad.contiguous().flatten(0, 1))
+        return out
+
+
+class _Sum(torch.autograd.Function):
+    """All-reduce; backward is an all-reduce of the cotangents over the same group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        _meet("sum" if group is None else "view sum", dist.all_reduce, total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        _meet("sum" if ctx.group is None else "view sum", dist.all_reduce, total, group=ctx.group)
+        return total, None
+
+
+class MeshComm(Comm):
+    """The data x view mesh: rank r is data shard r // V and view shard r % V.
+
+    A view group (V neighbours) holds different views of the same images; view shard s holds the
+    views k with k mod V = s.
+    """
+
+    def __init__(self, world: World, view_shards: int = 1) -> None:
+        if world.size % view_shards:
+            raise ValueError(f"{view_shards} view shards do not divide {world.size} processes")
+        self.world = world
+        self.rank, self.world_size, self.view_shards = world.rank, world.size, view_shards
+        self._view_group: Any = None
+        self._view_side: Any = None  # gloo, for the hosts
+        if view_shards > 1:
+            first = world.rank // view_shards * view_shards
+            common: dict[str, Any] = {
+                "ranks": list(range(first, first + view_shards)),
+                "timeout": world.timeout,
+                "use_local_synchronization": True,  # only the members wait for each other
+            }
+            self._view_group = dist.new_group(**common)
+            self._view_side = dist.new_group(**common, backend="gloo")
+
+    def gather(self, x: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return x
+        k, n, *rest = x.shape
+        stacked = cast(Tensor, _Gather.apply(x)).view(
+            self.data_shards, self.view_shards, k, n, *rest
+        )
+        order = stacked.permute(2, 1, 0, 3, *range(4, stacked.dim()))
+        return order.reshape(k * self.view_shards, self.data_shards * n, *rest)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x if self.world_size == 1 else cast(Tensor, _Sum.apply(x, None))
+
+    def view_sum(self, x: Tensor) -> Tensor:
+        return x if self.view_shards == 1 else cast(Tensor, _Sum.apply(x, self._view_group))
+
+    def view_union(self, found: dict[int, str]) -> dict[int, str]:
+        if self.view_shards == 1:
+            return found
+        # The counts first: nearly always there is nothing to exchange.
+        count = torch.tensor([len(found)])
+        _meet("host", dist.all_reduce, count, group=self._view_side)
+        if not int(count):
+            return found
+        everyones: list[Any] = [None] * self.view_shards
+        # Not counted, since other view groups skip this and all counts must agree.
+        dist.all_gather_object(everyones, found, group=self._view_side)
+        union: dict[int, str] = {}
+        for part in everyones:
+            union = part | union
+        return union
+
+    def broadcast(self, value: float) -> float:
+        # On the host group: the others may wait here for a long computation on rank 0.
+        return float(self.world.broadcast_object(value))
+
+    def numbers(self, value: float) -> list[float]:
+        return [row[0] for row in self.world.gather_numbers([value])]
+
+
+def comm_of(world: World, view_shards: int = 1) -> Comm:
+    """The `Comm` of this world: the identity for one process."""
+    return MeshComm(world, view_shards) if world.size > 1 else ONE_PROCESS
