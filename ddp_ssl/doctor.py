@@ -89,7 +89,7 @@ def _examine(config: Config, arguments: Sequence[str]) -> int:
     problem = None
     try:
         # On the CPU whatever the run uses: a missing GPU is a finding, and must not end this.
-        world = distributed.patient(distributed.start("cpu", timeout_s), LONGEST_S)
+        world = distributed.with_timeout(distributed.start("cpu", timeout_s), LONGEST_S)
     except Exception as error:
         problem = one_line(error)
         if rank:

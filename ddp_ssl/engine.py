@@ -36,7 +36,7 @@ from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.loader import StreamLoader, TrainLoader
 from ddp_ssl.data.order import hashed
 from ddp_ssl.data.source import Agree, BadImages, UnreadableError
-from ddp_ssl.distributed import LateFlag, World, others_failed, traffic
+from ddp_ssl.distributed import StopFlag, World, comm_stats, others_failed
 from ddp_ssl.evals.probe import Learner
 from ddp_ssl.evals.validation import Validation
 from ddp_ssl.launch import cpu_share, job_end, layout_lines, rank_and_size, restarts
@@ -244,7 +244,7 @@ def train(job: Job, stop: StopRequest) -> log.State:
     config, world, method, watch = job.config, job.world, job.method, job.watch
     steps_per_epoch, epochs = job.loader.steps_per_epoch, config.optim.epochs
     total_steps, stop_file = steps_per_epoch * epochs, job.folder / "STOP"
-    late, recorder, optimizer, scaler = LateFlag(world), job.recorder, job.optimizer, job.scaler
+    late, recorder, optimizer, scaler = StopFlag(world), job.recorder, job.optimizer, job.scaler
     profiler = Profiler(config, world, job.folder)
     parameters = [p for p in method.parameters() if p.requires_grad]
     job.module.train()
@@ -264,7 +264,7 @@ def train(job: Job, stop: StopRequest) -> log.State:
             )
             total, figures = job.module(batch)
             scaler.scale(total).backward()
-            traffic.gradients_reduced()
+            comm_stats.gradients_reduced()
             scaler.unscale_(optimizer)
             progress = Progress(job.step, total_steps, job.epoch, epochs)
             method.before_optimizer(progress)
@@ -289,7 +289,7 @@ def train(job: Job, stop: StopRequest) -> log.State:
             if stopping:
                 profiler.close()
                 save(job, insist=True)
-                late.settle()
+                late.wait()
                 stop_if_bad(world, job.loader.failing)
                 return "preempted"
             if is_due(config.checkpoint.every_steps, job.step) and not last:
@@ -305,7 +305,7 @@ def train(job: Job, stop: StopRequest) -> log.State:
             save(job, permanent, best, insist=done)
     profiler.close()
     recorder.share_bad()  # of the last validation; others come up at the next logging step
-    late.settle()
+    late.wait()
     return "done"
 
 

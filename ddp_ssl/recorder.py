@@ -15,7 +15,7 @@ from torch import Tensor
 from ddp_ssl import clock, log
 from ddp_ssl.config import Config
 from ddp_ssl.data.source import BadImages, write_list
-from ddp_ssl.distributed import World, traffic
+from ddp_ssl.distributed import World, comm_stats
 
 logger = logging.getLogger("ddp_ssl")
 
@@ -83,7 +83,7 @@ class Recorder:
         sampled = self.logs(step)
         if self.world.size > 1 and sampled:
             self._sample_start = time.perf_counter()
-            traffic.sample(self.world.device)
+            comm_stats.sample(self.world.device)
         return sampled
 
     def logs(self, step: int) -> bool:
@@ -157,7 +157,7 @@ class Recorder:
             self._saving = 0.0
         if probe is not None:
             table[-1]["perf/probe_ms"] = 1000 * clock.seconds_between(*probe)
-        if traffic.sampling:
+        if comm_stats.sampling:
             table[-1] |= self._skew()
         too_many = self._share_bad() if news[0] else None
         steps_done = host[-1][0]
@@ -193,7 +193,7 @@ class Recorder:
 
     def _skew(self) -> dict[str, float]:
         """How long the processes wait for each other; the slowest, which waits least, is named."""
-        waited = traffic.waited()
+        waited = comm_stats.waited()
         took = time.perf_counter() - self._sample_start
         waits, steps = zip(*self.world.gather_numbers([waited, took]), strict=True)
         skew = (max(waits) - min(waits)) / max(steps)

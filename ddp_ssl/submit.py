@@ -65,7 +65,7 @@ class Training:
         environment = submitit.JobEnvironment()
         requeue = signal.getsignal(signal.SIGUSR2)  # before the trainer's handlers replace it
         group = submitit.helpers.TorchDistributedEnvironment()
-        # submitit draws a port from those that Linux gives to outgoing connections: it may be taken.
+        # submitit draws a port at random, which an outgoing connection may hold.
         group.master_port = int(os.environ["MASTER_PORT"])
         if environment.cluster == "slurm":
             group.master_addr = os.environ["MASTER_ADDR"]

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ddp_ssl.config import Run
-from ddp_ssl.distributed import Whiteboard, World, traffic
+from ddp_ssl.distributed import HeartbeatStore, World, comm_stats
 
 logger = logging.getLogger("ddp_ssl")
 
@@ -60,7 +60,7 @@ class Watchdog:
         self._mute_since: float | None = None  # since when the notes cannot be read
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        self._board: Whiteboard | None = world.whiteboard(max(5.0, 5 * self.period))
+        self._board: HeartbeatStore | None = world.heartbeats(max(5.0, 5 * self.period))
         if self._board is not None:
             self._beat()
             world.barrier()  # everyone's first note is there
@@ -211,7 +211,7 @@ class Watchdog:
         """A sign of life, if it can be given."""
         with self._lock:
             self._note.beat += 1
-            self._note.collectives = traffic.calls
+            self._note.collectives = comm_stats.calls
             text = json.dumps(vars(self._note))
         if self._board is not None:
             with contextlib.suppress(RuntimeError):

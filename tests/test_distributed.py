@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ddp_ssl import distributed
-from ddp_ssl.distributed import LateFlag, MeshComm, ViewLayout, World, comm_of
+from ddp_ssl.distributed import MeshComm, StopFlag, ViewLayout, World, comm_of
 from tests.helpers import assert_same_gradients
 from tests.ranks import Ranks
 
@@ -161,7 +161,7 @@ def with_kernels() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in (n for n in vars(Kernels) if n.startswith("batch_norm")):
             stack.enter_context(patch.object(torch, name, getattr(Kernels, name)))
-        stack.enter_context(patch.object(distributed, "_has_kernels", lambda x: True))
+        stack.enter_context(patch.object(distributed.batch_norm, "_has_kernels", lambda x: True))
         yield
 
 
@@ -351,9 +351,9 @@ def test_norm_with_activation_keeps_it() -> None:
 
 
 def raise_flags(world: World) -> Any:
-    late = LateFlag(world)
+    late = StopFlag(world)
     seen = [late.exchange(step == 2 and world.rank == world.size - 1) for step in range(5)]
-    return seen, late.settle()
+    return seen, late.wait()
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -365,7 +365,7 @@ def test_flags_are_seen_by_all_at_the_same_step(ranks: Ranks, size: int) -> None
 
 def raise_now(world: World, step: int) -> list[bool]:
     """Rank 0 raises its flag at `step`; step 3 is the one that nobody goes beyond unasked."""
-    late = LateFlag(world)
+    late = StopFlag(world)
     flags = [world.is_main and s == step for s in range(4)]
     return [*[late.exchange(flag) for flag in flags[:3]], late.now(flags[3])]
 
@@ -401,7 +401,7 @@ def test_whether_any_process_has_raised_its_flag(ranks: Ranks, size: int) -> Non
     ],
 )
 def test_places_that_cannot_work_together(places: Any, words: str | None) -> None:
-    found = distributed._conflict(places)
+    found = distributed.world._conflict(places)
     assert (found is None) == (words is None)
     assert words is None or words in str(found)
 
@@ -426,7 +426,7 @@ def gradients(world: World, compression: Any) -> Any:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 1))
     parallel = distributed.data_parallel(net, world, compression)
-    distributed.traffic.counts.clear()
+    distributed.comm_stats.counts.clear()
     sent, reduce = 0, torch.distributed.all_reduce
 
     def counting(tensor: Tensor, *args: Any, **options: Any) -> Any:
@@ -438,7 +438,7 @@ def gradients(world: World, compression: Any) -> Any:
     with patch.object(torch.distributed, "all_reduce", counting):
         parallel(some(9, 6, seed=world.rank).float()).square().mean().backward()
     found = torch.cat([p.grad.flatten() for p in net.parameters()])
-    return found, sent, distributed.traffic.counts["gradients"][1]
+    return found, sent, distributed.comm_stats.counts["gradients"][1]
 
 
 def test_compressed_gradients_are_rounded_and_equal_everywhere(ranks: Ranks) -> None:

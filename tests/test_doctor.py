@@ -173,7 +173,7 @@ def no_exchange() -> Any:
     def fails(*args: Any) -> None:
         raise RuntimeError("NCCL error: unhandled system error")
 
-    return mock.patch.object(distributed, "bandwidth", fails)
+    return mock.patch.object(distributed, "measure_bandwidth", fails)
 
 
 FAULTS = {

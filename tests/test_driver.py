@@ -133,13 +133,16 @@ def test_a_process_refuses_to_start(machine: Machine, monkeypatch: Any) -> None:
 def start_without(device: str, rank_without: int) -> str:
     """What `start` raises where one rank lacks the GPU that is meant for it."""
     lacks = int(os.environ["RANK"]) == rank_without
-    before, distributed.why_no_gpu = distributed.why_no_gpu, lambda *_: "no GPU" if lacks else None
+    before, distributed.world.why_no_gpu = (
+        distributed.world.why_no_gpu,
+        lambda *_: "no GPU" if lacks else None,
+    )
     try:
         distributed.start(device, 60)
     except distributed.Disagreement as error:
         return str(error)
     finally:
-        distributed.why_no_gpu = before
+        distributed.world.why_no_gpu = before
     return "started"
 
 

@@ -153,7 +153,7 @@ class Step:
         return sum(event.seconds for event in self.events)
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """Calls and bytes by kind, as `distributed.traffic` counts them."""
+        """Calls and bytes by kind, as `distributed.comm_stats` counts them."""
         found: dict[str, tuple[int, int]] = {}
         for event in self.events:
             if event.kind != "end":

@@ -37,7 +37,7 @@ def exchange(bench: Bench, before: list[Any]) -> distributed.Exchange | None:
         return None
     # A failing collective raises, where otherwise NCCL's watchdog would end the process.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-    return distributed.bandwidth(bench.world, bench.device, NBYTES, bench.timeout_s / 2)
+    return distributed.measure_bandwidth(bench.world, bench.device, NBYTES, bench.timeout_s / 2)
 
 
 def _can_talk(places: list[str]) -> bool:

@@ -12,48 +12,47 @@ anywhere. docs/distributed.md derives it.
 
 from __future__ import annotations
 
-from ddp_ssl.distributed.bandwidth import Exchange, bandwidth
+from ddp_ssl.distributed.bandwidth import Exchange, measure_bandwidth
 from ddp_ssl.distributed.batch_norm import (
     GlobalBatchNorm,
     ViewLayout,
     global_batch_norm,
     stacked_views,
 )
-from ddp_ssl.distributed.collectives import MeshComm, comm_of
-from ddp_ssl.distributed.data_parallel import data_parallel
-from ddp_ssl.distributed.heartbeat import Whiteboard
-from ddp_ssl.distributed.primitives import Traffic, others_failed, traffic
-from ddp_ssl.distributed.stop_flag import LateFlag
+from ddp_ssl.distributed.collectives import MeshComm, comm_of, data_parallel
+from ddp_ssl.distributed.heartbeat import HeartbeatStore
+from ddp_ssl.distributed.primitives import CommStats, comm_stats, others_failed
+from ddp_ssl.distributed.stop_flag import StopFlag
 from ddp_ssl.distributed.world import (
     Disagreement,
     World,
     layout,
-    patient,
     start,
     stop,
     wait_for_all,
+    with_timeout,
 )
 
 __all__ = [
+    "CommStats",
     "Disagreement",
     "Exchange",
     "GlobalBatchNorm",
-    "LateFlag",
+    "HeartbeatStore",
     "MeshComm",
-    "Traffic",
+    "StopFlag",
     "ViewLayout",
-    "Whiteboard",
     "World",
-    "bandwidth",
     "comm_of",
+    "comm_stats",
     "data_parallel",
     "global_batch_norm",
     "layout",
+    "measure_bandwidth",
     "others_failed",
-    "patient",
     "stacked_views",
     "start",
     "stop",
-    "traffic",
     "wait_for_all",
+    "with_timeout",
 ]

@@ -30,7 +30,9 @@ class Exchange:
     """Seconds to receive `nbytes` from the rank before while all ranks send: the best of three."""
 
 
-def bandwidth(world: World, device: torch.device, nbytes: int, timeout_s: float) -> Exchange:
+def measure_bandwidth(
+    world: World, device: torch.device, nbytes: int, timeout_s: float
+) -> Exchange:
     """Measure an all-reduce between all processes: NCCL on GPUs, gloo on CPUs.
 
     A collective: all processes call it, each with a GPU of its own or none. It uses a group of its

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ddp_ssl.distributed.primitives import _all_gather, _meet
+from ddp_ssl.distributed.primitives import all_gather_single, run_collective
 
 
 @dataclass
@@ -103,7 +103,7 @@ class _NormalizeOnCPU(torch.autograd.Function):
         moments[held, 0] = count
         moments[held, 1 : channels + 1] = count * mean
         moments[held, channels + 1 :] = squares + count * mean.square()
-        _meet("norm", dist.all_reduce, moments)
+        run_collective("norm", dist.all_reduce, moments)
         number = moments[:, :1]
         means = moments[:, 1 : channels + 1] / number
         variances = (moments[:, channels + 1 :] / number - means.square()).clamp_(min=0)
@@ -137,7 +137,7 @@ class _NormalizeOnCPU(torch.autograd.Function):
 
         sums = x.new_zeros((ctx.total, 2 * channels), dtype=torch.float64)
         sums[held] = torch.cat([sum_grad, sum_grad_x], 1)
-        _meet("norm", dist.all_reduce, sums)
+        run_collective("norm", dist.all_reduce, sums)
         mean_grad, mean_grad_x = (sums[held] / number[held]).split(channels, 1)
         # dx = w/s (g - mean g - x^ mean(g x^)) is one affine map of g and x per channel.
         scale = inverse * weight.double()
@@ -192,9 +192,9 @@ class _NormalizeOnGPU(torch.autograd.Function):
         own = [torch.batch_norm_stats(view, eps) for view in views]
         packed = torch.cat([part for kind in zip(*own, strict=True) for part in kind])[None]
         if reduce:
-            everyones = packed.new_empty(dist.get_world_size(), packed.shape[1])
-            _meet("norm", _all_gather, everyones, packed)
-            packed = everyones
+            gathered = packed.new_empty(dist.get_world_size(), packed.shape[1])
+            run_collective("norm", all_gather_single, gathered, packed)
+            packed = gathered
             if total > local:  # [data shard, view shard, kind, view, C]: view shards into the row
                 apart = packed.view(-1, total // local, 2, local, channels)
                 packed = apart.permute(0, 2, 3, 1, 4).reshape(len(apart), -1)
@@ -232,12 +232,12 @@ class _NormalizeOnGPU(torch.autograd.Function):
         kinds = list(zip(*parts, strict=True))
         sums = torch.cat([part for kind in kinds[:2] for part in kind]).view(2, local, channels)
         if ctx.reduce:
-            everyones = sums
+            gathered = sums
             if total > local:  # the others hold other views
-                everyones = sums.new_zeros(2, total, channels)
-                everyones[:, ctx.held] = sums
-            _meet("norm", dist.all_reduce, everyones)
-            sums = everyones[:, ctx.held] if total > local else sums
+                gathered = sums.new_zeros(2, total, channels)
+                gathered[:, ctx.held] = sums
+            run_collective("norm", dist.all_reduce, gathered)
+            sums = gathered[:, ctx.held] if total > local else sums
         dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)

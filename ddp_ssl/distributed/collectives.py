@@ -1,15 +1,23 @@
-"""The data x view mesh and its collectives, each with its adjoint."""
+"""The data x view mesh, its collectives with their adjoints, and the mean of gradients."""
 
-from __future__ import annotations
+from __future__ import functools
 
-from typing import Any, cast
+import inspect
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.distributed.primitives import _all_gather, _meet, _reduce_scatter
+from ddp_ssl.distributed.primitives import (
+    all_gather_single,
+    comm_stats,
+    reduce_scatter_single,
+    run_collective,
+)
 from ddp_ssl.distributed.world import World
 
 
@@ -19,14 +27,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         out = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
-        _meet("gather", _all_gather, out, x.contiguous())
+        run_collective("gather", all_gather_single, out, x.contiguous())
         return out.view(-1, *x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (grad,) = grads
         out = grad.new_empty(grad.shape[1:])
-        _meet("scatter", _reduce_scatter, out, grad.contiguous().flatten(0, 1))
+        run_collective("scatter", reduce_scatter_single, out, grad.contiguous().flatten(0, 1))
         return out
 
 
@@ -37,13 +45,15 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
         total = x.clone(memory_format=torch.contiguous_format)
-        _meet("sum" if group is None else "view sum", dist.all_reduce, total, group=group)
+        run_collective("sum" if group is None else "view sum", dist.all_reduce, total, group=group)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].clone(memory_format=torch.contiguous_format)
-        _meet("sum" if ctx.group is None else "view sum", dist.all_reduce, total, group=ctx.group)
+        run_collective(
+            "sum" if ctx.group is None else "view sum", dist.all_reduce, total, group=ctx.group
+        )
         return total, None
 
 
@@ -92,14 +102,14 @@ class MeshComm(Comm):
             return found
         # The counts first: nearly always there is nothing to exchange.
         count = torch.tensor([len(found)])
-        _meet("host", dist.all_reduce, count, group=self._view_side)
+        run_collective("host", dist.all_reduce, count, group=self._view_side)
         if not int(count):
             return found
-        everyones: list[Any] = [None] * self.view_shards
+        gathered: list[Any] = [None] * self.view_shards
         # Not counted, since other view groups skip this and all counts must agree.
-        dist.all_gather_object(everyones, found, group=self._view_side)
+        dist.all_gather_object(gathered, found, group=self._view_side)
         union: dict[int, str] = {}
-        for part in everyones:
+        for part in gathered:
             union = part | union
         return union
 
@@ -114,3 +124,29 @@ class MeshComm(Comm):
 def comm_of(world: World, view_shards: int = 1) -> Comm:
     """The `Comm` of this world: the identity for one process."""
     return MeshComm(world, view_shards) if world.size > 1 else ONE_PROCESS
+
+
+def data_parallel(
+    module: nn.Module, world: World, compression: Literal["bf16"] | None = None
+) -> nn.Module:
+    """The module under DDP, or the module itself without a process group.
+
+    Buffers are not broadcast, since they are equal on all processes. `compression` is the type in
+    which gradients are sent, if it is not their own.
+    """
+    if not dist.is_initialized():
+        return module
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    known = inspect.signature(DistributedDataParallel).parameters
+    # torch has renamed the option.
+    no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {no_sync: False}
+    itemsize = None if compression is None else torch.bfloat16.itemsize
+    ready = functools.partial(comm_stats.gradient_ready, itemsize=itemsize)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            cast(Any, parameter).register_post_accumulate_grad_hook(ready)
+    parallel = DistributedDataParallel(module, ids, gradient_as_bucket_view=True, **options)
+    if compression is not None:
+        parallel.register_comm_hook(None, bf16_compress_hook)
+    return parallel

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 
-class Whiteboard:
+class HeartbeatStore:
     """One heartbeat (a text) per process, in the launcher's store, read without a collective.
 
     The store lives in torchrun's first agent, or in rank 0 under srun. This class has a connection

@@ -12,13 +12,13 @@ from torch import Tensor
 from ddp_ssl import clock
 
 # torch 2.13 renamed the single-tensor collectives and deprecated the old names.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Traffic:
+class CommStats:
     """Calls and bytes of this process's collectives, and, while `sampling`, the time in them.
 
     The slowest process waits least, since the others wait for it.
@@ -73,19 +73,19 @@ class Traffic:
         return sum(clock.seconds_between(start, end) for start, end in spans)
 
 
-traffic = Traffic()
+comm_stats = CommStats()
 
 
-def _meet(kind: str, collective: Callable[..., Any], *args: Any, **options: Any) -> None:
+def run_collective(kind: str, operation: Callable[..., Any], *args: Any, **options: Any) -> None:
     """Run a blocking collective; count its bytes and, while sampling, its time."""
-    traffic.calls += 1
-    traffic.count(kind, max((a.nbytes for a in args if isinstance(a, Tensor)), default=0))
-    if not traffic.sampling:
-        collective(*args, **options)
+    comm_stats.calls += 1
+    comm_stats.count(kind, max((a.nbytes for a in args if isinstance(a, Tensor)), default=0))
+    if not comm_stats.sampling:
+        operation(*args, **options)
         return
-    start = traffic.mark()
-    collective(*args, **options)
-    traffic.span(start)
+    start = comm_stats.mark()
+    operation(*args, **options)
+    comm_stats.span(start)
 
 
 def others_failed(error: BaseException) -> bool:

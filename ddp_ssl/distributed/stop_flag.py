@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ddp_ssl.distributed.primitives import traffic
+from ddp_ssl.distributed.primitives import comm_stats
 from ddp_ssl.distributed.world import World
 
 
-class LateFlag:
+class StopFlag:
     """A flag that any process may raise. All processes see it raised at the same step.
 
     The all-reduce runs in the background, on the hosts, and is read one step late, so that no step
@@ -33,7 +33,7 @@ class LateFlag:
             self._work.wait()
             self.raised = self.raised or bool(self._tensor.item())
         self._tensor = torch.full((1,), float(flag))
-        traffic.count("flag", self._tensor.nbytes)
+        comm_stats.count("flag", self._tensor.nbytes)
         self._work = dist.all_reduce(
             self._tensor, dist.ReduceOp.MAX, group=self.world.side, async_op=True
         )
@@ -41,11 +41,11 @@ class LateFlag:
 
     def now(self, flag: bool) -> bool:
         """Send this step's flag and wait for the others'. Synchronises with the device."""
-        before = self.settle()
+        before = self.wait()
         self.raised = self.world.any(flag or before)
         return self.raised
 
-    def settle(self) -> bool:
+    def wait(self) -> bool:
         """Wait for the flag in flight; the answer is the same on every process."""
         if self._work is not None:
             self._work.wait()

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from ddp_ssl.distributed.heartbeat import Whiteboard
-from ddp_ssl.distributed.primitives import _all_gather, _meet, traffic
+from ddp_ssl.distributed.heartbeat import HeartbeatStore
+from ddp_ssl.distributed.primitives import all_gather_single, comm_stats, run_collective
 from ddp_ssl.driver import why_no_gpu
 from ddp_ssl.launch import local_rank_and_size, ranges, rank_and_size, restarts
 
@@ -46,7 +46,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_main else None
-        _meet("host", dist.gather_object, value, values, dst=0, group=self.side)
+        run_collective("host", dist.gather_object, value, values, dst=0, group=self.side)
         return values
 
     def broadcast_object(self, value: Any) -> Any:
@@ -54,7 +54,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        _meet("host", dist.broadcast_object_list, box, src=0, group=self.side)
+        run_collective("host", dist.broadcast_object_list, box, src=0, group=self.side)
         return box[0]
 
     def any(self, flag: bool) -> bool:
@@ -65,18 +65,18 @@ class World:
         if self.size == 1:
             return flag
         raised = torch.tensor([float(flag)], device=self.device)
-        _meet("flag", dist.all_reduce, raised, dist.ReduceOp.MAX)
+        run_collective("flag", dist.all_reduce, raised, dist.ReduceOp.MAX)
         return bool(raised.item())
 
     def barrier(self) -> None:
         """Wait for every process, on the host."""
         if self.size > 1:
-            _meet("host", dist.barrier, group=self.side)
+            run_collective("host", dist.barrier, group=self.side)
 
     def mean_rows(self, rows: Tensor) -> Tensor:
         """Mean over processes of a tensor on the device."""
         if self.size > 1:
-            _meet("log", dist.all_reduce, rows)
+            run_collective("log", dist.all_reduce, rows)
             rows = rows / self.size
         return rows
 
@@ -85,16 +85,16 @@ class World:
         mine = torch.tensor([numbers], dtype=torch.float64)
         if self.size == 1:
             return cast(list[list[float]], mine.tolist())
-        everyones = mine.new_empty(self.size, len(numbers))
-        _meet("host", _all_gather, everyones, mine, group=self.side)
-        return cast(list[list[float]], everyones.tolist())
+        gathered = mine.new_empty(self.size, len(numbers))
+        run_collective("host", all_gather_single, gathered, mine, group=self.side)
+        return cast(list[list[float]], gathered.tolist())
 
-    def whiteboard(self, timeout_s: float) -> Whiteboard | None:
+    def heartbeats(self, timeout_s: float) -> HeartbeatStore | None:
         """The store of all processes' heartbeats; None for one process."""
         if self.size == 1:
             return None
         token = self.broadcast_object(os.urandom(8).hex())  # keeps an earlier start's apart
-        return Whiteboard(token, self.size, timeout_s)
+        return HeartbeatStore(token, self.size, timeout_s)
 
 
 class Disagreement(ValueError):
@@ -109,8 +109,8 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     (with several ranks `Disagreement`, on all of them) if a rank lacks the GPU that is asked for or
     meant for it, if some ranks have a GPU and others none, or if two ranks share one.
     """
-    traffic.calls = 0
-    traffic.counts.clear()
+    comm_stats.calls = 0
+    comm_stats.counts.clear()
     rank, size = rank_and_size()
     local_rank, local_size = local_rank_and_size()
     place, missing = _find_device(device, local_rank)
@@ -209,7 +209,7 @@ def layout(world: World) -> list[str]:
     return world.gather_objects(f"{socket.gethostname()} {name} cpus {cpus}") or []
 
 
-def patient(world: World, timeout_s: float) -> World:
+def with_timeout(world: World, timeout_s: float) -> World:
     """The same processes with another timeout of host-side collectives."""
     if world.size == 1:
         return world

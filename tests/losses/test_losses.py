@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddp_ssl.distributed import MeshComm, World, comm_of, traffic
+from ddp_ssl.distributed import MeshComm, World, comm_of, comm_stats
 from ddp_ssl.losses import barlow_twins, info_nce, mutual_information, vicreg
 from ddp_ssl.losses.common import unit_rows
 from tests.helpers import relative
@@ -230,9 +230,9 @@ def what_is_sent(world: World, dtype: torch.dtype, view_shards: int) -> Any:
         lambda: vicreg(z, comm=comm, route="gather").loss,
         lambda: barlow_twins(z, comm=comm, route="gather"),
     ):
-        before = traffic.counts.get("gather", (0, 0))[1]
+        before = comm_stats.counts.get("gather", (0, 0))[1]
         value = loss()
-        nbytes = traffic.counts.get("gather", (0, 0))[1] - before
+        nbytes = comm_stats.counts.get("gather", (0, 0))[1] - before
         (gradient,) = torch.autograd.grad(value, z)
         found.append((float(value.detach()), nbytes, gradient.double() / world.size))
     return found

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ddp_ssl import distributed
-from ddp_ssl.distributed import ViewLayout, traffic
+from ddp_ssl.distributed import ViewLayout, comm_stats
 
 NORMS = ("global", "sync", "local")
 SIZE = 224
@@ -111,7 +111,7 @@ def as_on_a_gpu(processes: int) -> Iterator[None]:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
         with (
-            patch.object(distributed, "_has_kernels", lambda x: True),
+            patch.object(distributed.batch_norm, "_has_kernels", lambda x: True),
             # `nn.SyncBatchNorm` picks the processes with images, for which a GPU's host waits.
             patch.object(torch.fx.experimental._config, "meta_nonzero_assume_all_nonzero", True),
         ):
@@ -154,11 +154,11 @@ def count(name: str, norm: str, images: int, processes: int) -> tuple[Moved, int
     made = network(name, norm, layout, processes)
     with as_on_a_gpu(processes), Moved() as seen:
         x = torch.empty(2 * images, SIZE, SIZE, 3, device="meta", dtype=torch.bfloat16)
-        before = traffic.calls
+        before = comm_stats.calls
         with distributed.stacked_views(layout, 2, slice(None)):
             out = made(x.permute(0, 3, 1, 2))
         out.float().square().sum().backward()
-        return seen, traffic.calls - before
+        return seen, comm_stats.calls - before
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def step_of(world: World, arguments: Sequence[str], how: str = "", **ddp: bool) 
     def told(*given: Any, **options: Any) -> nn.Module:
         return DistributedDataParallel(*given, **{**options, **ddp})
 
-    with patch.object(distributed, "DistributedDataParallel", told):
+    with patch.object(distributed.collectives, "DistributedDataParallel", told):
         module: nn.Module = engine.on_device(learner, config, world)
     made = random_batch(config, comm)
     shape = torch.channels_last if config.model.channels_last else torch.contiguous_format

@@ -4,7 +4,7 @@
     python tools/bench/scaling.py --link 200 [key=value ...]      (as root)
 
 The first prints calls and bytes of one training step of the embedded default by kind of collective:
-as the model says and as counted (`ddp_ssl.distributed.traffic`; DDP's gradients in its own
+as the model says and as counted (`ddp_ssl.distributed.comm_stats`; DDP's gradients in its own
 communication hook). Exit code 1 if any differ.
 
 The second joins two network namespaces by a cable of so many megabits a second (tc tbf), takes
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ddp_ssl import distributed, engine
 from ddp_ssl.config import load
-from ddp_ssl.distributed import LateFlag, World, traffic
+from ddp_ssl.distributed import StopFlag, World, comm_stats
 from ddp_ssl.methods.base import Progress
 from tools.bench.shared import ALPHA, CLASSES, join, learner_of, random_batch
 from tools.scaling_model import SUMS, Cluster, elapsed, record
@@ -76,7 +76,7 @@ class Steps:
         self.compressed = config.optim.gradient_compression is not None
         if isinstance(self.module, DistributedDataParallel) and not self.compressed:
             self.module.register_comm_hook(self.buckets, _count)
-        self.flag = LateFlag(world)
+        self.flag = StopFlag(world)
         self.batch = random_batch(config, comm)
         self.step()  # DDP fixes its buckets here
 
@@ -84,20 +84,20 @@ class Steps:
         """Forward, backward and what else a step sends; no optimiser."""
         total, _ = self.module(self.batch)
         total.backward()
-        traffic.gradients_reduced()
+        comm_stats.gradients_reduced()
         self.learner.method.after_step(Progress(0, 100, 0, 10))
         self.flag.exchange(False)
         self.module.zero_grad(set_to_none=True)
 
     def counted(self) -> Counts:
         """Calls and bytes of one step, by kind."""
-        self.flag.settle()
-        traffic.counts.clear()
+        self.flag.wait()
+        comm_stats.counts.clear()
         self.buckets.clear()
         with self._counting_compressed() if self.compressed else nullcontext():
             self.step()
-        self.flag.settle()
-        counts = dict(traffic.counts)
+        self.flag.wait()
+        counts = dict(comm_stats.counts)
         if "gradients" in counts:
             assert counts["gradients"] == (0, sum(self.buckets)), "not what DDP reduced"
             counts["gradients"] = len(self.buckets), sum(self.buckets)
@@ -230,11 +230,11 @@ def one_end(arguments: Sequence[str], mbit: float, repeats: int) -> None:
             begin = time.perf_counter()
             steps.step()
             seconds.append(time.perf_counter() - begin)
-        steps.flag.settle()
+        steps.flag.wait()
         return seconds, (int(sent.read_text()) - before) / repeats
 
     measure()
-    latency = distributed.bandwidth(world, world.device, 1 << 12, 60).latency
+    latency = distributed.measure_bandwidth(world, world.device, 1 << 12, 60).latency
     free, _ = measure()
     world.barrier()
     _run("tc", "qdisc", "add", "dev", end, "root", "tbf",
