@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["ddp_ssl", "ddp_ssl.*"]),
-    package_data={"ddp_ssl": ["py.typed", "data/imagenet100_classes.txt"]},
+    package_data={"ddp_ssl": ["py.typed", "data/imagenet100_classes.txt", "config/digits/*.yaml"]},
     python_requires=">=3.10,<3.13",
     install_requires=[
         "torch>=2.8",

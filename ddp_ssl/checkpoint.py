@@ -396,16 +396,6 @@ def load(
     return _read(path, map_location)
 
 
-def compare_identity(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Differences, one line each: `optim.lr: 0.4 in the checkpoint, 0.1 now`."""
-    keys = [*saved, *(key for key in now if key not in saved)]
-    return [
-        f"{key}: {saved.get(key, 'not set')} in the checkpoint, {now.get(key, 'not set')} now"
-        for key in keys
-        if saved.get(key) != now.get(key)
-    ]
-
-
 def _scan(home: Path) -> tuple[list[Found], list[Path]]:
     """Readable manifests, the last saved first, and unreadable ones."""
     found: list[Found] = []

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from ddp_ssl import checkpoint, distributed, folder, log, optim
 from ddp_ssl.checkpoint import CheckpointError, SaveError
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import Config, ConfigError, Resolved, load_method
+from ddp_ssl.config import Config, ConfigError, Resolved
+from ddp_ssl.config.views import views_of
 from ddp_ssl.data import datasets
-from ddp_ssl.data.augment import views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.loader import StreamLoader, TrainLoader
 from ddp_ssl.data.order import hashed
@@ -40,11 +40,13 @@ from ddp_ssl.distributed import StopFlag, World, comm_stats, others_failed
 from ddp_ssl.evals.probe import Learner
 from ddp_ssl.evals.validation import Validation
 from ddp_ssl.launch import cpu_share, job_end, layout_lines, rank_and_size, restarts
+from ddp_ssl.methods._registry import load_method
 from ddp_ssl.methods.base import Context, Method, Progress, trainable
 from ddp_ssl.models import export, loading_snippet
 from ddp_ssl.picture import view_grid
 from ddp_ssl.profile import Profiler
 from ddp_ssl.recorder import BadDataError, NonFiniteError, Recorder, ViewGroupError
+from ddp_ssl.run.identity import check_identity, compare_identity, whole_identity
 from ddp_ssl.saver import Saver
 from ddp_ssl.signals import StopRequest
 from ddp_ssl.threads import beside
@@ -456,7 +458,7 @@ def build(resolved: Resolved, world: World, watch: Watchdog, claimed: list[Path]
     )
     together(world, lambda: initial_weights(learner, config))
     # The folder is created last: whatever is wrong before leaves no trace.
-    identity = folder.whole_identity(config, data)
+    identity = whole_identity(config, data)
     watch.next("loading the checkpoint")
     state, path = together(world, lambda: load(identity, start))
     watch.next("building the run")
@@ -930,7 +932,7 @@ def whole_state(job: Job, ranks: list[bytes]) -> dict[str, Any]:
         "metrics_offset": job.recorder.offset(),
         "of_steps": sorted(job.recorder.of_steps),
         "bad_images": job.recorder.bad_images(),
-        "identity": folder.whole_identity(job.config, job.data),
+        "identity": whole_identity(job.config, job.data),
         "code": job.code,
         "ranks": [torch.frombuffer(bytearray(own), dtype=torch.uint8) for own in ranks],
     }
@@ -969,7 +971,7 @@ def load(
     if start.checkpoint is None:
         return None, None
     state = checkpoint.load(start.checkpoint, sha256=start.sha256)
-    folder.check_identity(identity, state["identity"], start.checkpoint)
+    check_identity(identity, state["identity"], start.checkpoint)
     return state, start.checkpoint
 
 
@@ -987,7 +989,7 @@ def restore(job: Job, state: dict[str, Any], path: Path) -> None:
     warning = job.loader.load_state(mine["loader"], job.step)
     if warning and job.world.is_main:
         logger.warning("%s", warning)
-    differing = checkpoint.compare_identity(state.get("code", {}), job.code)
+    differing = compare_identity(state.get("code", {}), job.code)
     if job.world.is_main and differing:
         logger.warning("the code has changed, numbers may: %s", "; ".join(differing))
     if len(state["ranks"]) == job.world.size:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ddp_ssl import checkpoint
-from ddp_ssl.config import Config, ConfigError, identity
-from ddp_ssl.data.datasets import Dataset
+from ddp_ssl.config import Config, ConfigError
 from ddp_ssl.launch import restarts
 
 log = logging.getLogger(__name__)
@@ -100,28 +99,6 @@ def create(folder: Path) -> None:
 
 def _has_own_checkpoint(config: Config) -> bool:
     return config.run.dir is not None and bool(checkpoint.find(Path(config.run.dir)))
-
-
-def whole_identity(config: Config, data: Dataset) -> dict[str, str]:
-    """What makes the run this experiment: its config's identity and the images themselves."""
-    val = "none" if data.val is None else data.val.digest
-    images = {"train images": data.train.digest, "validation images": val}
-    return identity(config) | {name: digest[:12] for name, digest in images.items()}
-
-
-def check_identity(now: dict[str, str], saved: dict[str, str], path: Path) -> None:
-    """Raise `ConfigError` if the checkpoint is of another experiment than this one.
-
-    A setting that the checkpoint does not know counts as null: so a new setting's null has to mean
-    what was done before there was one.
-    """
-    off = {key: value for key, value in now.items() if value == "null"}
-    differing = checkpoint.compare_identity(off | saved, now)
-    if differing:
-        raise ConfigError(
-            f"run.resume: {path} is another experiment: {'; '.join(differing)}; "
-            "run.init_from takes its weights alone"
-        )
 
 
 def default_name(config: Config) -> str:

@@ -6,9 +6,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import timm
 import torch
-from timm.models.resnet import ResNet
 from torch import nn
 
 from ddp_ssl.config import Model
@@ -25,6 +23,9 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
     ResNets keep torchvision's initialisation (the last norm of a block is not zeroed), which is
     what the papers' code builds on. Raises `ValueError` for a name or arguments timm refuses.
     """
+    import timm  # here, so that `--help` does not wait for it
+    from timm.models.resnet import ResNet
+
     name = config.backbone
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), 1, 0.4)

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import ddp_ssl
-from ddp_ssl.config import ConfigError, check_world_size, load
+from ddp_ssl.config import ConfigError, check_world_size
+from ddp_ssl.run.configure import load
 
 # Run once a job, before srun. Slurm knows its nodes by addresses; their names need not resolve. All
 # CPUs of a node are shared out, since what sbatch is told of CPUs per task does not reach srun.

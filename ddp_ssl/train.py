@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from ddp_ssl.config import Config, ConfigError, check_world_size, load, reference
+from ddp_ssl.config import Config, ConfigError, check_world_size, reference
 from ddp_ssl.launch import rank_and_size
+from ddp_ssl.run.configure import load
 from ddp_ssl.signals import StopRequest, stop_with_parent
 
 LEAVE_WITHIN_S = 120

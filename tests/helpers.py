@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.config import Config, load, load_method
+from ddp_ssl.config import Config
 from ddp_ssl.data.batch import Batch
+from ddp_ssl.methods._registry import load_method
 from ddp_ssl.methods.base import Method
+from ddp_ssl.run.configure import load
 
 TINY = (
     "model.backbone_args={channels: [8, 8, 16, 16]}",

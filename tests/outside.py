@@ -5,6 +5,7 @@ from __future__ import annotations
 from ddp_ssl.config import MethodConfig
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.methods.base import Method, Output
+from ddp_ssl.methods.byol import BYOL, BYOLConfig
 
 
 class OutsideConfig(MethodConfig):
@@ -36,3 +37,25 @@ class LargeOnly(Outside):
     """Takes views of one size."""
 
     config_class = LargeOnlyConfig
+
+
+class OtherBYOLConfig(BYOLConfig):
+    """No settings of its own for the embedded default."""
+
+
+class OtherBYOL(BYOL):
+    """BYOL under another name."""
+
+    config_class = OtherBYOLConfig
+
+
+class OwnBYOLConfig(BYOLConfig):
+    """Its own settings in place of BYOL's."""
+
+    embedded = {"optim": {"lr": 0.7}}  # noqa: RUF012
+
+
+class OwnBYOL(BYOL):
+    """BYOL with other settings on the digits."""
+
+    config_class = OwnBYOLConfig

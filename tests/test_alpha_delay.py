@@ -13,9 +13,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from ddp_ssl import checkpoint, engine, folder
-from ddp_ssl.config import ConfigError, identity
+from ddp_ssl import checkpoint, engine
+from ddp_ssl.config import ConfigError
 from ddp_ssl.metrics.effective_rank import Matrix
+from ddp_ssl.run.identity import check_identity, identity
 from tests.helpers import config_of
 from tests.ranks import Ranks
 from tests.test_resume import arguments, rows, status, train
@@ -300,7 +301,7 @@ def test_a_run_begun_before_delays_goes_on(tmp_path: Path) -> None:
     now = identity(config_of())
     before = {key: value for key, value in now.items() if "alpha_delay" not in key}
     assert len(before) == len(now) - 1
-    folder.check_identity(now, before, tmp_path)
+    check_identity(now, before, tmp_path)
     method = AdaDim.__new__(AdaDim)
     torch.nn.Module.__init__(method)
     method.set_extra_state({"alpha": 0.25, "history": []})

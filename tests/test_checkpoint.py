@@ -18,6 +18,7 @@ import torch
 from ddp_ssl import checkpoint, folder
 from ddp_ssl.checkpoint import CheckpointError
 from ddp_ssl.config import ConfigError
+from ddp_ssl.run.identity import check_identity, compare_identity
 
 IDENTITY = {"optim.lr": "0.4", "run.seed": "0"}
 
@@ -408,20 +409,20 @@ def test_kill_at_any_point_of_a_save_leaves_a_good_one(tmp_path: Path) -> None:
 def test_identities_are_compared_line_by_line() -> None:
     saved = {"optim.lr": "0.4", "run.seed": "0", "old.key": "1"}
     now = {"optim.lr": "0.1", "run.seed": "0", "new.key": "2"}
-    assert checkpoint.compare_identity(saved, now) == [
+    assert compare_identity(saved, now) == [
         "optim.lr: 0.4 in the checkpoint, 0.1 now",
         "old.key: 1 in the checkpoint, not set now",
         "new.key: not set in the checkpoint, 2 now",
     ]
-    assert checkpoint.compare_identity(saved, dict(reversed(saved.items()))) == []
+    assert compare_identity(saved, dict(reversed(saved.items()))) == []
 
 
 def test_a_setting_that_did_not_exist_was_off(tmp_path: Path) -> None:
     saved = {"optim.lr": "0.4", "optim.grad_clip": "1.0"}
-    folder.check_identity({**saved, "optim.new": "null"}, saved, tmp_path)
+    check_identity({**saved, "optim.new": "null"}, saved, tmp_path)
     for other in ({"optim.new": "bf16"}, {"optim.grad_clip": "null"}):
         with pytest.raises(ConfigError, match="is another experiment"):
-            folder.check_identity({**saved, **other}, saved, tmp_path)
+            check_identity({**saved, **other}, saved, tmp_path)
 
 
 def test_packed_states(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import subprocess
 import sys
@@ -10,17 +11,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from ddp_ssl import config as config_module
-from ddp_ssl.config import (
-    ConfigError,
-    builtin_methods,
-    check_world_size,
-    identity,
-    load,
-    read_yaml,
-    reference,
-)
+from ddp_ssl.config import ConfigError, check_world_size, read_yaml, reference
 from ddp_ssl.launch import cpu_share
+from ddp_ssl.methods._registry import builtin_methods, load_method
+from ddp_ssl.run.configure import DIGITS, load
+from ddp_ssl.run.identity import FREE_ON_RESUME, NOT_FREE, identity
 
 ROOT = Path(__file__).parent.parent
 YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -70,6 +65,21 @@ def test_a_method_has_its_own_entry_in_the_embedded_default(tmp_path: Path) -> N
     assert in_file.config.method.queue_size == 65536
     (views,) = load(["method.name=ressl", "data.views.0.size=16"]).config.data.views
     assert (views.size, views.recipe, views.scale) == (16, "ressl", (0.4, 1.0))
+
+
+def test_a_method_from_outside_takes_the_settings_of_its_parent_or_its_own() -> None:
+    outside = f"method.name={__name__.rpartition('.')[0]}.outside"
+    parent = load(["method.name=byol"]).config
+    config = load([f"{outside}:OtherBYOL"]).config
+    assert (config.data, config.optim, config.model) == (parent.data, parent.optim, parent.model)
+    resolved = load([f"{outside}:OwnBYOL"])
+    assert (resolved.config.optim.lr, resolved.config.optim.name) == (0.7, "lars")
+    assert resolved.origins["optim.lr"] == "embedded default"
+
+
+def test_the_package_has_settings_of_its_own_methods_alone() -> None:
+    names = {path.stem for path in DIGITS.glob("*.yaml")}
+    assert names - {"default"} < set(builtin_methods())
 
 
 def test_a_key_of_another_method_is_refused_when_the_user_gives_it() -> None:
@@ -191,6 +201,12 @@ def test_identity_is_the_experiment_not_where_it_runs() -> None:
         assert identity(load([change]).config) != a
 
 
+def test_every_free_key_is_a_key_of_the_schema() -> None:
+    keys = [row[0] for row in reference()]
+    for pattern in (*FREE_ON_RESUME, *NOT_FREE):
+        assert fnmatch.filter(keys, pattern), pattern
+
+
 def test_a_method_from_outside_the_package() -> None:
     name = f"{__name__.rpartition('.')[0]}.outside:Outside"
     config = load([f"method.name={name}", "method.strength=2"]).config
@@ -229,6 +245,16 @@ def test_no_torch_before_the_config_is_valid() -> None:
     assert done.stderr == ("ddp_ssl: error: optim.epoch: unknown key; did you mean optim.epochs?\n")
 
 
+def test_help_imports_neither_networks_nor_image_readers() -> None:
+    code = (
+        "import sys; from ddp_ssl.train import main; main(['--help']); "
+        "sys.exit(bool({'timm', 'torchvision', 'nvidia.dali'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "optim.lr" in done.stdout
+
+
 def test_every_yaml_validates_and_says_where_it_comes_from() -> None:
     assert len(YAMLS) >= 6
     for path in YAMLS:
@@ -259,7 +285,7 @@ def test_every_key_is_documented_and_the_reference_is_up_to_date() -> None:
     assert set(contract.split()) <= {row[0] for row in rows}
     assert [row[0] for row in rows if not row[3]] == []
     for name in builtin_methods():
-        method = config_module.load_method(name).config_class
+        method = load_method(name).config_class
         assert all(row[3] for row in reference(method))
     page = subprocess.run(
         [sys.executable, "tools/config_reference.py"],

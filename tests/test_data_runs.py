@@ -158,8 +158,8 @@ def spoiled(ranks: Ranks, photos: Path, tmp_path_factory: pytest.TempPathFactory
         for kind, data in folders.items()
     }
     good = ranks.launch(watch, 2, args["good"])
-    from ddp_ssl.config import load
     from ddp_ssl.data import datasets
+    from ddp_ssl.run.configure import load
 
     split = datasets.load(load(args["bad"]).config.data, 0).train
     hit = [int(permutation(0, epoch, 43)[place]) for epoch, place in ((0, 14), (1, 2), (1, 20))]
@@ -284,8 +284,8 @@ def test_bad_validation_images_are_said_after_the_epoch_counts(
     ranks: Ranks, photos: Path, tmp_path: Path
 ) -> None:
     """All of them: no figures, one clear line, nothing measured twice after it was mended."""
-    from ddp_ssl.config import load
     from ddp_ssl.data import datasets
+    from ddp_ssl.run.configure import load
 
     data, folder = tmp_path / "data", tmp_path / "run"
     shutil.copytree(photos, data)

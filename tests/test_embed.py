@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 
 from ddp_ssl import embed
-from ddp_ssl.config import NORMALISATION, load
+from ddp_ssl.config import NORMALISATION
+from ddp_ssl.config.views import CentralCrop
 from ddp_ssl.data import datasets
-from ddp_ssl.data.augment import CentralCrop, PixelFormat
+from ddp_ssl.data.formats import PixelFormat
 from ddp_ssl.data.loader import EvalLoader
 from ddp_ssl.methods.base import Method
+from ddp_ssl.run.configure import load
 from tests.ranks import Ranks
 from tests.test_export import run_folder
 

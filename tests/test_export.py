@@ -16,10 +16,12 @@ from safetensors import safe_open
 
 from ddp_ssl import checkpoint, export
 from ddp_ssl.comm import ONE_PROCESS
-from ddp_ssl.config import identity, load, load_method
 from ddp_ssl.evals.probe import Learner
+from ddp_ssl.methods._registry import load_method
 from ddp_ssl.methods.base import Method
 from ddp_ssl.models import build_backbone, loading_snippet
+from ddp_ssl.run.configure import load
+from ddp_ssl.run.identity import identity
 from tests.helpers import config_of, relative
 
 SMALL = ("model.backbone=resnet18", "model.stem=small", "data.views=[{size: 24}]")

@@ -21,8 +21,9 @@ import pytest
 import torch
 
 from ddp_ssl import checkpoint, engine, folder, launch, log, watchdog
-from ddp_ssl.config import ConfigError, Run, load
+from ddp_ssl.config import ConfigError, Run
 from ddp_ssl.distributed import World
+from ddp_ssl.run.configure import load
 from ddp_ssl.signals import Keyboard, StopRequest
 from tests.helpers import config_of
 from tests.ranks import Ranks

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from ddp_ssl import profile
-from ddp_ssl.config import ConfigError, load
+from ddp_ssl.config import ConfigError
 from ddp_ssl.distributed import World
 from ddp_ssl.profile import Profiler
+from ddp_ssl.run.configure import load
 from tests.helpers import config_of
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ddp_ssl.config import load
-from ddp_ssl.data.augment import View, views_of
+from ddp_ssl.config.views import View, views_of
+from ddp_ssl.run.configure import load
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

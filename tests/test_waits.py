@@ -16,8 +16,9 @@ import pytest
 from torch import Tensor
 
 from ddp_ssl import engine, log
-from ddp_ssl.config import builtin_methods, load
+from ddp_ssl.methods._registry import builtin_methods
 from ddp_ssl.recorder import Recorder
+from ddp_ssl.run.configure import load
 from ddp_ssl.signals import StopRequest
 from ddp_ssl.watchdog import Watchdog
 from tests.golden import Training

@@ -24,11 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ddp_ssl.config import load
 from ddp_ssl.data import datasets
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.progress import Progress, tell
 from ddp_ssl.data.verify import Bytes, Decoder, first_line, looks_whole
+from ddp_ssl.run.configure import load
 
 PART = 256  # images a worker is given at a time
 READERS = 16  # threads of a worker: they wait for the file system

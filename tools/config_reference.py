@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from ddp_ssl.config import (
-    Config,
-    ViewGroup,
-    builtin_methods,
-    describe_fields,
-    load_method,
-    reference,
-)
+import textwrap
+
+from ddp_ssl.config import Config, ViewGroup, describe_fields, reference
+from ddp_ssl.methods._registry import builtin_methods, load_method
+from ddp_ssl.run.identity import FREE_ON_RESUME, NOT_FREE
 
 HEAD = """# Configuration reference
 
@@ -18,9 +15,6 @@ or on the command line as `section.key=value` (items of a list by index: `data.v
 Later wins: the defaults below, the method's own recipe, the embedded default's overrides (only
 where no YAML is given), the YAML file, the command line. `--print-config` shows the resolved tree
 and where each value came from; the run folder keeps it as `config.yaml`.
-
-On resume every key must be equal to the checkpoint's except `run.*` (but `run.seed`),
-`checkpoint.*`, `eval.*`, `measure.*`, `log.*`, `data.root`, `data.threads` and `data.prefetch`.
 """
 
 
@@ -33,6 +27,17 @@ def table(rows: list[tuple[str, str, str, str]]) -> list[str]:
     return lines
 
 
+def resuming() -> str:
+    """The paragraph about the keys that may change on resume."""
+    free = ", ".join(f"`{key}`" for key in FREE_ON_RESUME)
+    fixed = ", ".join(f"`{key}`" for key in NOT_FREE)
+    text = (
+        "A resumed run must have the settings and the images of its checkpoint. Only these keys "
+        f"may change: {free}; but not {fixed}."
+    )
+    return textwrap.fill(text, 100, break_on_hyphens=False)
+
+
 def first_line(thing: type) -> str:
     """The summary of a docstring."""
     return (thing.__doc__ or "").partition("\n")[0]
@@ -40,7 +45,7 @@ def first_line(thing: type) -> str:
 
 def main() -> str:
     """The whole page."""
-    lines = [HEAD]
+    lines = [HEAD, resuming(), ""]
     rows = list(reference())
     for section, field in Config.model_fields.items():
         if section == "method":

@@ -41,12 +41,12 @@ from shared import CLASSES, learner_of, trained, without_input
 
 from ddp_ssl import engine, optim
 from ddp_ssl.comm import ONE_PROCESS
-from ddp_ssl.config import load
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import World
 from ddp_ssl.driver import find_driver
 from ddp_ssl.log import environment
 from ddp_ssl.methods.base import Progress
+from ddp_ssl.run.configure import load
 from ddp_ssl.signals import StopRequest
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,8 +20,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ddp_ssl.config import builtin_methods
 from ddp_ssl.log import read_metrics
+from ddp_ssl.methods._registry import builtin_methods
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "methods.md"
 BEGIN, END = "<!-- digits: begin -->", "<!-- digits: end -->"

@@ -36,13 +36,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp_ssl.config import load
 from ddp_ssl.data import datasets, selection, shards
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import generator
 from ddp_ssl.data.progress import Progress, tell
 from ddp_ssl.data.scan import EXTENSIONS
 from ddp_ssl.files import sync_folder
+from ddp_ssl.run.configure import load
 
 BLOCK, RECORD = 512, 10240  # tar's
 OVERHEAD = 3 * BLOCK + 2 * BLOCK + BLOCK  # headers, class and id, padding at most

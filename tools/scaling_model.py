@@ -35,8 +35,8 @@ from torch.utils.flop_counter import flop_registry
 
 from ddp_ssl import engine
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import Config, ConfigError, check_world_size, load
-from ddp_ssl.data.augment import views_of
+from ddp_ssl.config import Config, ConfigError, check_world_size
+from ddp_ssl.config.views import views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import GlobalBatchNorm
 from ddp_ssl.evals.probe import Learner
@@ -44,6 +44,7 @@ from ddp_ssl.losses import pairs
 from ddp_ssl.methods.base import Progress
 from ddp_ssl.metrics.effective_rank import GATHERED
 from ddp_ssl.models import build_backbone
+from ddp_ssl.run.configure import load
 
 # Crops of 224 px a second, forward and backward, bf16, on one H100 SXM: assumed, not measured here.
 # docs/scaling.md says where they come from and what another value does.

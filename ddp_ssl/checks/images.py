@@ -17,7 +17,7 @@ import torch
 from ddp_ssl import distributed
 from ddp_ssl.checks.base import Bench, Check, Finding, by_value, fail, file_system, ok, size, warn
 from ddp_ssl.data import datasets
-from ddp_ssl.data.augment import Decoding
+from ddp_ssl.data.formats import Decoding
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.source import BadImages
 from ddp_ssl.data.verify import Decoder, first_line, why, worth_trying

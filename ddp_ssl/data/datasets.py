@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddp_ssl.data import selection, shards
-from ddp_ssl.data.augment import Decoding, PixelFormat
+from ddp_ssl.data.formats import Decoding, PixelFormat
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.sources import arrays, digits, folders, lists
 from ddp_ssl.data.sources.base import Dataset, Source, absolute, labelled_part

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ddp_ssl.config.views import CentralCrop, View
 from ddp_ssl.data import small
-from ddp_ssl.data.augment import CentralCrop, Decoding, PixelFormat, View
 from ddp_ssl.data.batch import Batch
+from ddp_ssl.data.formats import Decoding, PixelFormat
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import Ids, Order, hashed
 from ddp_ssl.data.source import (

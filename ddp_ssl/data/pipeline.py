@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ddp_ssl.data.augment import CentralCrop, Decoding, PixelFormat, View
+from ddp_ssl.config.views import CentralCrop, View
+from ddp_ssl.data.formats import Decoding, PixelFormat
 from ddp_ssl.data.order import hashed
 from ddp_ssl.data.scan import EXTENSIONS
 from ddp_ssl.driver import find_driver, install_command

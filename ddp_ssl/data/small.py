@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddp_ssl.data.augment import PixelFormat, View
+from ddp_ssl.config.views import View
+from ddp_ssl.data.formats import PixelFormat
 from ddp_ssl.data.order import generator
 
 VERSION = "small 1"  # in the place of the graph's: counts changes of what is drawn and made here

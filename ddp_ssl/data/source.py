@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from ddp_ssl.data.augment import Decoding
+from ddp_ssl.data.formats import Decoding
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import Ids, Order, hashed
 from ddp_ssl.data.verify import Bytes, Decoder, first_line, worth_trying

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp_ssl.data.augment import Decoding
+from ddp_ssl.data.formats import Decoding
 
 Bytes = NDArray[np.uint8]
 

@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddp_ssl.comm import Comm
-from ddp_ssl.data.augment import Decoding, View, views_of
+from ddp_ssl.config.views import View, views_of
 from ddp_ssl.data.datasets import Split, reading
+from ddp_ssl.data.formats import Decoding
 from ddp_ssl.data.loader import EvalLoader
 from ddp_ssl.data.order import hashed
 from ddp_ssl.data.source import BadImages, EvalSource, Reader

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ddp_ssl import checkpoint
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.config import Channels, Config, Model, load_method
+from ddp_ssl.config import Channels, Config, Model
 from ddp_ssl.evals.probe import Learner
 from ddp_ssl.evals.settings import (
     Backbone,
@@ -27,6 +27,7 @@ from ddp_ssl.evals.settings import (
     config_of_run,
     find_source,
 )
+from ddp_ssl.methods._registry import load_method
 from ddp_ssl.methods.base import Method
 from ddp_ssl.models import build_backbone
 

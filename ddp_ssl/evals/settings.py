@@ -12,17 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from ddp_ssl.config import (
-    Config,
-    ConfigError,
-    Data,
-    Eval,
-    Measure,
-    Positive,
-    Section,
-    load,
-    load_as,
-)
+from ddp_ssl.config import Config, ConfigError, Data, Eval, Measure, Positive, Section, load_as
+from ddp_ssl.run.configure import load
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]

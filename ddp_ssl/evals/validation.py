@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ddp_ssl import metrics
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError
-from ddp_ssl.data.augment import views_of
+from ddp_ssl.config.views import views_of
 from ddp_ssl.data.datasets import Dataset, Split, reading
 from ddp_ssl.data.loader import EvalLoader, TrainLoader
 from ddp_ssl.data.order import hashed

@@ -9,7 +9,7 @@ from pydantic import Field
 from ddp_ssl.config import Strength
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses.barlow_twins import mean_correlations, pair_correlations
-from ddp_ssl.methods.base import MILD_DIGITS, Method, NeedsVariance, Output
+from ddp_ssl.methods.base import Method, NeedsVariance, Output
 
 
 class BarlowTwinsConfig(NeedsVariance):
@@ -33,16 +33,6 @@ class BarlowTwinsConfig(NeedsVariance):
     recipe = {  # noqa: RUF012
         "data": {"views": [{"count": 2, "recipe": "asym"}]},
         "optim": {"lr": 0.3},
-    }
-    # With 11 steps an epoch and 512 features, more than a batch has images, they only correlate.
-    embedded = {  # noqa: RUF012
-        "method": {"off_diagonal": "auto"},
-        "model": {"projector": [512, 512, 64]},
-        "data": {
-            "batch_size": 64,
-            "views": MILD_DIGITS,
-        },
-        "optim": {"name": "adam", "lr": 4e-3, "weight_decay": 1e-6},
     }
 
 

@@ -25,13 +25,6 @@ from ddp_ssl.models import build_backbone, projection_head
 C = TypeVar("C", bound=MethodConfig)
 
 
-# Views of the embedded digits for methods without negatives: small crops of two digits can be
-# alike, and nothing else would keep the digits apart.
-MILD_DIGITS = [
-    {"count": 2, "size": 32, "recipe": "weak", "scale": [0.7, 1.0], "blur_p": 0.0, "flip_p": 0.0}
-]
-
-
 class NeedsVariance(MethodConfig):
     """Base of the configs of losses with a variance over the images."""
 

@@ -9,7 +9,7 @@ from ddp_ssl.config import Config
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import byol
 from ddp_ssl.methods._momentum import MomentumConfig, MomentumMethod
-from ddp_ssl.methods.base import MILD_DIGITS, Output
+from ddp_ssl.methods.base import Output
 from ddp_ssl.models import projection_head
 
 
@@ -24,15 +24,6 @@ class BYOLConfig(MomentumConfig):
         "model": {"projector": [4096, 256]},
         "data": {"views": [{"count": 2, "recipe": "asym"}]},
         "optim": {"lr": 0.5, "weight_decay": 1e-6},
-    }
-    embedded = {  # noqa: RUF012
-        "method": {"predictor_hidden": 512},
-        "model": {"projector": [512, 128]},
-        "data": {
-            "batch_size": 32,  # without negatives it takes more steps
-            "views": MILD_DIGITS,
-        },
-        "optim": {"name": "sgd", "weight_decay": 1e-5, "lr": 0.3},
     }
 
 

@@ -42,11 +42,6 @@ class DeepClusterV2Config(MethodConfig):
             "final_lr_fraction": 1e-3,
         },
     }
-    # 1,437 images of ten classes: a few clusters a class.
-    embedded = {  # noqa: RUF012
-        "method": {"prototypes": [60, 60, 60], "temperature": 0.1},
-        "model": {"projector": [512, 128]},
-    }
 
 
 class DeepClusterV2(Method[DeepClusterV2Config]):

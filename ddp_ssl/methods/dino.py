@@ -47,19 +47,6 @@ class DINOConfig(MomentumConfig):
         "data": {"views": [{"count": 2, "recipe": "asym"}]},
         "optim": {"lr": 0.3, "weight_decay": 1e-6},
     }
-    # Embeddings of digits differ little at first: a warmer teacher is uniform and stays so. With
-    # batch norm in the head, unlike the recipe.
-    embedded = {  # noqa: RUF012
-        "method": {
-            "prototypes": 256,
-            "momentum": 0.99,
-            "teacher_temperature": 0.02,
-            "warmup_teacher_epochs": 0,
-        },
-        "model": {"projector": [512, 512, 64], "projector_norm": "batch"},
-        "data": {"batch_size": 64},
-        "optim": {"lr": 0.4},
-    }
 
 
 class DINO(MomentumMethod[DINOConfig]):

@@ -24,7 +24,6 @@ class MMCRConfig(MethodConfig):
         "data": {"views": [{"count": 2, "recipe": "asym"}]},
         "optim": {"lr": 0.6, "weight_decay": 1e-6},
     }
-    embedded = {"model": {"projector": [512, 512, 128]}}  # noqa: RUF012
 
 
 class MMCR(Method[MMCRConfig]):

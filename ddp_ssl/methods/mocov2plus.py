@@ -34,13 +34,6 @@ class MoCoV2PlusConfig(MomentumConfig):
         "optim": {"name": "sgd", "lr": 0.3},
         "eval": {"probe_lr": 0.3},
     }
-    embedded = {  # noqa: RUF012
-        # A longer queue would hold most images' own earlier keys.
-        "method": {"queue_size": 256},
-        "model": {"projector": [512, 128], "projector_norm": "batch"},
-        "data": {"batch_size": 32},
-        "optim": {"lr": 0.1},
-    }
 
     def check(self, config: Config) -> None:
         """Refuse a queue smaller than a batch."""

@@ -34,11 +34,6 @@ class MoCoV3Config(MomentumConfig):
         "optim": {"lr": 0.3, "weight_decay": 1e-6},
         "eval": {"probe_lr": 0.3},
     }
-    embedded = {  # noqa: RUF012
-        "method": {"predictor_hidden": 512, "momentum": 0.9},
-        "model": {"projector": [512, 128]},
-        "optim": {"lr": 1.0},
-    }
 
 
 class MoCoV3(MomentumMethod[MoCoV3Config]):

@@ -33,11 +33,6 @@ class NNCLRConfig(MethodConfig):
         "data": {"views": [{"count": 2, "recipe": "asym"}]},
         "optim": {"lr": 0.4, "weight_decay": 1e-5},
     }
-    embedded = {  # noqa: RUF012
-        "method": {"predictor_hidden": 512, "queue_size": 1024},
-        "model": {"projector": [512, 512, 128]},
-        "optim": {"lr": 1.0},
-    }
 
     def check(self, config: Config) -> None:
         """Refuse a queue smaller than a batch."""

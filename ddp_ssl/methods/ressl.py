@@ -32,17 +32,6 @@ class ReSSLConfig(MomentumConfig):
         "data": {"views": [{"count": 2, "recipe": "ressl"}]},
         "optim": {"name": "sgd", "lr": 0.3},
     }
-    embedded = {  # noqa: RUF012
-        "method": {"queue_size": 256},
-        "model": {"projector": [512, 128], "projector_norm": "batch"},
-        "optim": {"lr": 0.1},
-        "data": {
-            "batch_size": 32,
-            "views": [
-                {"count": 2, "size": 32, "recipe": "ressl", "scale": [0.4, 1.0], "flip_p": 0.0}
-            ],
-        },
-    }
     small_crops = False
 
     def check(self, config: Config) -> None:

@@ -11,7 +11,7 @@ from ddp_ssl.config import Config, MethodConfig
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import simsiam
 from ddp_ssl.losses.common import at_least_float32
-from ddp_ssl.methods.base import MILD_DIGITS, Method, Output, trainable
+from ddp_ssl.methods.base import Method, Output, trainable
 from ddp_ssl.models import projection_head
 
 
@@ -26,15 +26,6 @@ class SimSiamConfig(MethodConfig):
         "model": {"projector": [2048, 2048, 2048], "projector_bias": False},
         "data": {"views": [{"count": 2, "recipe": "asym"}]},
         "optim": {"name": "sgd", "lr": 0.5, "weight_decay": 1e-5},
-    }
-    embedded = {  # noqa: RUF012
-        "method": {"predictor_hidden": 64},
-        "model": {"projector": [512, 512, 128]},
-        "data": {
-            "batch_size": 32,  # without negatives it takes more steps
-            "views": MILD_DIGITS,
-        },
-        "optim": {"lr": 0.2},
     }
 
 

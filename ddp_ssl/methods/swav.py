@@ -46,21 +46,6 @@ class SwAVConfig(MethodConfig):
         "data": {"views": [{"count": 2, "recipe": "sym"}]},
         "optim": {"lr": 0.6, "weight_decay": 1e-6},
     }
-    # 1,437 images of ten classes: a few prototypes a class. Embeddings of digits differ little at
-    # first, so that with a larger epsilon assignments are uniform and stay so.
-    embedded = {  # noqa: RUF012
-        "method": {
-            "prototypes": 60,
-            "temperature": 0.1,
-            "epsilon": 0.01,
-            "freeze_epochs": 1,
-            "queue_size": 256,
-            "queue_epoch": 5,
-        },
-        "model": {"projector": [512, 128]},
-        "data": {"batch_size": 64},
-        "optim": {"lr": 0.4},
-    }
 
     def check(self, config: Config) -> None:
         """Refuse a queue that one batch would overrun."""

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddp_ssl.data.augment import PixelFormat, View
+from ddp_ssl.config.views import View
+from ddp_ssl.data.formats import PixelFormat
 from ddp_ssl.data.loader import TrainLoader
 from ddp_ssl.data.manifest import Split
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_ssl.data.augment import CentralCrop, Decoding, View
+from ddp_ssl.config.views import CentralCrop, View
+from ddp_ssl.data.formats import Decoding
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.source import BadImages
 from tests.data.images import array_of, folder_of, loader_of, write

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_ssl.config import load
-from ddp_ssl.data.augment import CentralCrop, PixelFormat, View
+from ddp_ssl.config.views import CentralCrop, View
+from ddp_ssl.data.formats import PixelFormat
 from ddp_ssl.data.loader import Batch, EvalLoader
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import permutation
+from ddp_ssl.run.configure import load
 from tests.data.images import HALF, array_of, folder_of, loader_of, picture
 
 

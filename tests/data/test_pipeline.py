@@ -18,8 +18,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
+from ddp_ssl.config.views import RECIPES, CentralCrop, View, views_of
 from ddp_ssl.data import pipeline, small
-from ddp_ssl.data.augment import RECIPES, CentralCrop, PixelFormat, View, views_of
+from ddp_ssl.data.formats import PixelFormat
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import hashed
 from tests.data.images import HALF, Pixels, array_of, loader_of, picture, write

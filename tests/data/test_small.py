@@ -13,8 +13,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
+from ddp_ssl.config.views import View
 from ddp_ssl.data import pipeline, small
-from ddp_ssl.data.augment import PixelFormat, View
+from ddp_ssl.data.formats import PixelFormat
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.small import Draws
 from tests.data.images import Pixels, array_of, loader_of, picture

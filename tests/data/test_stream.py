@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from ddp_ssl.config import ConfigError, Data
+from ddp_ssl.config.views import View
 from ddp_ssl.data import datasets
-from ddp_ssl.data.augment import PixelFormat, View
+from ddp_ssl.data.formats import PixelFormat
 from ddp_ssl.data.loader import StreamLoader
 from ddp_ssl.data.manifest import Split
 from tests.data.images import HALF, loader_of, write

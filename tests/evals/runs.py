@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from ddp_ssl import checkpoint
-from ddp_ssl.config import Resolved, load
+from ddp_ssl.config import Resolved
 from ddp_ssl.data import datasets
 from ddp_ssl.evals.probe import Learner
 from ddp_ssl.models import export
+from ddp_ssl.run.configure import load
 from tests.helpers import TINY, method_of
 
 DATA = ("data.val_fraction=0.3", "eval.batch_size=16")

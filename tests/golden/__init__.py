@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ddp_ssl import optim
-from ddp_ssl.config import builtin_methods
 from ddp_ssl.data.batch import Batch
+from ddp_ssl.methods._registry import builtin_methods
 from ddp_ssl.methods.base import Context, Output, Progress
 from tests.helpers import batch_of, config_of, images, method_of
 

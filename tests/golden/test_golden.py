@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ddp_ssl.config import builtin_methods
+from ddp_ssl.methods._registry import builtin_methods
 from tests.golden import FOLDER, STEPS, losses
 
 

@@ -12,11 +12,12 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ddp_ssl import optim
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import ConfigError, load
+from ddp_ssl.config import ConfigError
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import MeshComm, World, comm_of
 from ddp_ssl.losses.common import unit_rows
 from ddp_ssl.methods.base import Context, Method, Progress
+from ddp_ssl.run.configure import load
 from tests.helpers import batch_of, config_of, images, method_of, relative
 from tests.ranks import Ranks
 

@@ -10,9 +10,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import ConfigError, builtin_methods
+from ddp_ssl.config import ConfigError
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import MeshComm, World, comm_of
+from ddp_ssl.methods._registry import builtin_methods
 from ddp_ssl.methods.base import Context
 from tests.helpers import (
     assert_same_gradients,

@@ -10,8 +10,8 @@ import torch
 
 from ddp_ssl import optim
 from ddp_ssl.comm import ONE_PROCESS
-from ddp_ssl.config import builtin_methods
 from ddp_ssl.data.batch import Batch
+from ddp_ssl.methods._registry import builtin_methods
 from ddp_ssl.methods.base import Context, Method, Progress
 from tests.helpers import config_of, images, method_of
 from tests.methods.test_state import SETTINGS

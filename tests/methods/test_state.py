@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ddp_ssl import optim
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.config import builtin_methods
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import MeshComm, World, comm_of, data_parallel
+from ddp_ssl.methods._registry import builtin_methods
 from ddp_ssl.methods.base import Context, Method, Progress
 from tests.helpers import config_of, images, method_of
 from tests.ranks import Ranks

@@ -21,8 +21,10 @@ import torch
 import yaml
 from PIL import Image
 
-from ddp_ssl import config, submit
-from ddp_ssl.config import Config, identity
+from ddp_ssl import submit
+from ddp_ssl.config import Config
+from ddp_ssl.run.configure import load
+from ddp_ssl.run.identity import identity
 from tools import reproduce
 from tools.reproduction import (
     adadim,
@@ -133,13 +135,13 @@ def test_the_small_scale_has_the_rows_that_are_promised() -> None:
      ("medmnist", "blood"), ("medmnist", "organs"), ("cifar", "cifar100")],
 )  # fmt: skip
 def test_adadim_on_a_data_set_is_the_recipe_in_its_folder(folder: str, dataset: str) -> None:
-    recipe = config.load([str(CONFIGS / folder / "adadim.yaml"), f"data.name={dataset}"]).config
+    recipe = load([str(CONFIGS / folder / "adadim.yaml"), f"data.name={dataset}"]).config
     assert identity(full("table15", "AdaDim", dataset)) == identity(recipe)
 
 
 def test_table_6_and_12_are_the_files_as_they_are() -> None:
     for made in table("table6").cells("cifar100"):
-        of_file = config.load([str(CONFIGS / made.base)]).config
+        of_file = load([str(CONFIGS / made.base)]).config
         assert identity(configs.resolve(made, "full", 0).config) == identity(of_file)
     for made in table("table12").cells("imagenet100"):
         assert not made.overrides
@@ -735,7 +737,7 @@ def test_slurm_commands_are_arrays_that_submit_accepts(
     assert (options.gpus_per_node, options.partition) == (2, "gpu")
     sweep = submit.sweep(options.arguments)
     assert len(sweep) == 3
-    loaded = [config.load(each).config for each in sweep]
+    loaded = [load(each).config for each in sweep]
     assert [c.run.seed for c in loaded] == [0, 1, 2]
     assert {c.data.root for c in loaded} == {str(tmp_path)}
     options.alone = False

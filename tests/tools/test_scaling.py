@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddp_ssl.config import load
 from ddp_ssl.distributed import World
+from ddp_ssl.run.configure import load
 from tests.ranks import Ranks
 from tools import scaling_model
 from tools.bench import growth, scaling

@@ -44,8 +44,9 @@ from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import InterpolationMode, v2
 
+from ddp_ssl.config.views import RECIPES, View
 from ddp_ssl.data import pipeline
-from ddp_ssl.data.augment import RECIPES, Decoding, PixelFormat, View
+from ddp_ssl.data.formats import Decoding, PixelFormat
 from ddp_ssl.data.loader import StreamLoader, TrainLoader
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.shards import open_shards

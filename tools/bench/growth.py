@@ -32,11 +32,11 @@ from compare import peak_mib
 
 from ddp_ssl import checkpoint, engine
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.config import load
+from ddp_ssl.config.views import views_of
 from ddp_ssl.data import datasets
-from ddp_ssl.data.augment import views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import barlow_twins, info_nce, mutual_information, vicreg
+from ddp_ssl.run.configure import load
 
 CPU = torch.device("cpu")
 Loss = Callable[[Tensor, Comm], Tensor]

@@ -30,9 +30,9 @@ from compare import device_line, in_turn, spread, verdict
 from shared import join, learner_of, random_batch
 
 from ddp_ssl import distributed, engine
-from ddp_ssl.config import load
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import World
+from ddp_ssl.run.configure import load
 
 PLAIN = "as it is"
 Step = Callable[[], object]

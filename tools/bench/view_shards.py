@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from ddp_ssl.config import ViewGroup
-from ddp_ssl.data.augment import PixelFormat, views_of
+from ddp_ssl.config.views import views_of
+from ddp_ssl.data.formats import PixelFormat
 from ddp_ssl.data.loader import TrainLoader
 from ddp_ssl.data.manifest import Split
 

@@ -33,7 +33,7 @@ class Cell:
 
     @property
     def arguments(self) -> list[str]:
-        """As for `ddp_ssl.config.load`."""
+        """As for `ddp_ssl.run.configure.load`."""
         return [str(CONFIGS / self.base), *self.overrides]
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddp_ssl import config
 from ddp_ssl.config import Config, ConfigError, Resolved
 from ddp_ssl.data.cache import write_atomically
 from ddp_ssl.data.sources import digits
+from ddp_ssl.run.configure import load
+from ddp_ssl.run.identity import identity
 
 from .cells import Cell
 
@@ -28,12 +29,12 @@ def resolve(cell: Cell, scale: str, seed: int, overrides: Sequence[str] = ()) ->
     """The config of one run; `overrides` of the command line come last."""
     keys = (f"run.seed={seed}", *overrides)
     if scale == "full":
-        return config.load([*cell.arguments, *keys])
-    return config.load([*_small(cell), *keys])
+        return load([*cell.arguments, *keys])
+    return load([*_small(cell), *keys])
 
 
 def _small(cell: Cell) -> list[str]:
-    full = config.load(cell.arguments).config
+    full = load(cell.arguments).config
     epochs = max(full.optim.epochs // SHARE, LEAST)
     ratio = epochs / full.optim.epochs
     keys = [f"optim.epochs={epochs}", f"data.views.0.count={full.num_views}"]
@@ -91,7 +92,7 @@ def write(path: Path, resolved: Resolved, heading: str, keep: bool = False) -> N
     """
     text = f"# {heading}\n{resolved.to_yaml(origins=False)}"
     if path.exists():
-        old, new = config.identity(read(path)), config.identity(resolved.config)
+        old, new = identity(read(path)), identity(resolved.config)
         differing = [key for key in new if old.get(key) != new[key]]
         if differing:
             key = differing[0]
@@ -107,4 +108,4 @@ def write(path: Path, resolved: Resolved, heading: str, keep: bool = False) -> N
 
 def read(path: Path) -> Config:
     """The config in a file written by `write`."""
-    return config.load([str(path)]).config
+    return load([str(path)]).config

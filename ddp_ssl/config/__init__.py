@@ -1,0 +1,51 @@
+"""The config: its schema and its reader. No torch here."""
+
+from ddp_ssl.config.reader import Resolved, load_as, read_yaml
+from ddp_ssl.config.reference import describe_fields, reference, reference_of
+from ddp_ssl.config.rules import check_world_size
+from ddp_ssl.config.schema import (
+    NORMALISATION,
+    Checkpoint,
+    Config,
+    Data,
+    Eval,
+    Log,
+    Measure,
+    MethodConfig,
+    Model,
+    Optim,
+    Run,
+)
+from ddp_ssl.config.section import Below1, Channels, Positive, Probability, Section, Size, Strength
+from ddp_ssl.config.views import ViewGroup
+from ddp_ssl.errors import ConfigError
+
+__all__ = [
+    "NORMALISATION",
+    "Below1",
+    "Channels",
+    "Checkpoint",
+    "Config",
+    "ConfigError",
+    "Data",
+    "Eval",
+    "Log",
+    "Measure",
+    "MethodConfig",
+    "Model",
+    "Optim",
+    "Positive",
+    "Probability",
+    "Resolved",
+    "Run",
+    "Section",
+    "Size",
+    "Strength",
+    "ViewGroup",
+    "check_world_size",
+    "describe_fields",
+    "load_as",
+    "read_yaml",
+    "reference",
+    "reference_of",
+]

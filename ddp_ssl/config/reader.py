@@ -1,0 +1,293 @@
+"""Reads YAML files and `key=value` into one frozen and validated tree of sections.
+
+Values come in layers, the lowest first; a layer replaces single keys of those below it. An error is
+a `ConfigError` of one line with the key, its place, and the value that would be accepted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ddp_ssl.config.schema import Config
+from ddp_ssl.config.section import S, Section
+from ddp_ssl.config.views import ViewGroup
+from ddp_ssl.errors import ConfigError
+from ddp_ssl.utils.text import one_line, suggest
+
+Layer = tuple[str, dict[str, Any]]
+"""An origin, such as a file's path, and a tree of values."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The frozen config, and the origin of each dotted key that is not a default."""
+
+    config: Config
+    origins: Mapping[str, str]
+
+    def to_yaml(self, origins: bool = True) -> str:
+        """The whole tree as YAML: one key a line, with its origin as a comment."""
+        lines: list[str] = []
+        for name, section in self.config.model_dump(mode="json").items():
+            lines.append(f"{name}:")
+            for key, value in section.items():
+                text = f"  {key}: {flow(value)}"
+                origin = self.origins.get(f"{name}.{key}", "default")
+                lines.append(f"{text:<60}  # {origin}" if origins else text)
+        return "\n".join(lines) + "\n"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML. `1e-4` is a number, `off` and `20:23` are words, a repeated key is an error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (declared by the base class)
+        first: [
+            (tag, pattern)
+            for tag, pattern in pairs
+            if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int")
+        ]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+# YAML 1.1's integers without those to base 60: `20:23` is a range of steps.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"),
+    list("-+0123456789"),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; a `ConfigError` of one line if there is none."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file; a YAML file would be accepted") from None
+    try:
+        tree = yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as `optim:`, got {flow(tree)[:60]}")
+    return tree
+
+
+def load_as(
+    schema: type[S], arguments: Sequence[str], below: Sequence[Layer] = ()
+) -> tuple[S, dict[str, str]]:
+    """Resolve `[CONFIG.yaml] [key=value ...]` into another tree of sections than a run's.
+
+    `below`: layers under the YAML. Returns the tree and the origin of each value that is not a
+    default. Raises `ConfigError`.
+    """
+    path, overrides = split_arguments(arguments)
+    file = [] if path is None else [(str(path), read_yaml(path))]
+    merged, origins = merge(with_overrides([*below, *file], overrides, schema))
+    check_sections(merged, schema, origins)
+    return validate(merged, schema, origins), origins
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The YAML file, if one is given, and the `key=value` arguments."""
+    path: Path | None = None
+    overrides: list[str] = []
+    for argument in arguments:
+        # A file's path may contain `=`: the folders of a sweep are called `seed=0`.
+        if "=" in argument and not Path(argument).is_file():
+            overrides.append(argument)
+        elif argument.startswith("-"):
+            raise ConfigError(
+                f"{argument}: unknown option; --help and --print-config are the options, "
+                "everything else is written key=value"
+            )
+        elif path is not None:
+            raise ConfigError(f"{argument}: one config file is accepted, {path} is given already")
+        elif not argument.endswith((".yaml", ".yml")) and not Path(argument).exists():
+            raise ConfigError(f"{argument}: expected CONFIG.yaml or key=value")
+        else:
+            path = Path(argument)
+    return path, overrides
+
+
+def with_overrides(
+    layers: Sequence[Layer], overrides: Sequence[str], schema: type[Section]
+) -> list[Layer]:
+    """The layers and, on top, one of the `key=value` arguments."""
+    top = [("command line", _tree_of(overrides, layers, schema))] if overrides else []
+    return [*layers, *top]
+
+
+def _tree_of(
+    overrides: Sequence[str], layers: Sequence[Layer], schema: type[Section]
+) -> dict[str, Any]:
+    """`["optim.lr=0.1", "data.views.0.size=96"]` as a nested dict.
+
+    An item of a list replaces that item of the layers' list, or of the default.
+    """
+    below, _ = merge(layers)
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        dotted, _, text = override.partition("=")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{dotted}: not a YAML value: {one_line(error)}") from None
+        parts = dotted.split(".")
+        if len(parts) < 2 or not all(parts):
+            same = [k for k in _known_keys(schema) if k.rpartition(".")[2] == dotted]
+            sections = ", ".join(schema.model_fields)
+            hint = f"did you mean {' or '.join(same)}?" if same else f"sections are {sections}"
+            raise ConfigError(f"{dotted}: expected section.key=value; {hint}")
+        if len(parts) > 2 and parts[2].isdigit():
+            value = _set_item(tree, below, parts, value, schema)
+            parts = parts[:2]
+        node = tree
+        for part in parts[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{dotted}: {part} is not a section")
+        node[parts[-1]] = value
+    return tree
+
+
+def _set_item(
+    tree: dict[str, Any],
+    below: dict[str, Any],
+    parts: list[str],
+    value: Any,
+    schema: type[Section],
+) -> Any:
+    """The list at `parts[:2]`, with one item, or one key of it, replaced by the value."""
+    section, key, index, *rest = parts
+    default: Any = None
+    if section in schema.model_fields:
+        kind = schema.model_fields[section].annotation
+        assert isinstance(kind, type)
+        if key in kind.model_fields:
+            default = kind().model_dump(mode="json", exclude_none=True).get(key)
+    current = tree.get(section, {}).get(key) or below.get(section, {}).get(key) or default
+    if not isinstance(current, list) or int(index) >= len(current) or len(rest) > 1:
+        length = len(current) if isinstance(current, list) else 0
+        raise ConfigError(f"{'.'.join(parts)}: {section}.{key} has {length} items to set")
+    items = list(current)
+    if rest and not isinstance(items[int(index)], dict):
+        raise ConfigError(f"{'.'.join(parts)}: {section}.{key}.{index} is {items[int(index)]}")
+    items[int(index)] = {**items[int(index)], rest[0]: value} if rest else value
+    return items
+
+
+def merge(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
+    """One tree of all layers, and the origin of each dotted key in it."""
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for source, tree in layers:
+        for section, values in tree.items():
+            if isinstance(values, dict) and isinstance(merged.get(section, {}), dict):
+                merged[section] = {**merged.get(section, {}), **values}
+                origins.update({f"{section}.{key}": source for key in values})
+            elif values is not None:
+                merged[section] = values
+                origins[section] = source
+    return merged, origins
+
+
+def check_sections(
+    tree: Mapping[str, Any], schema: type[Section], origins: Mapping[str, str]
+) -> None:
+    """Raise `ConfigError` for a section that the schema does not have."""
+    for section in tree:
+        if section not in schema.model_fields:
+            sections = ", ".join(schema.model_fields)
+            hint = suggest(str(section), schema.model_fields) or f"; sections are {sections}"
+            raise ConfigError(f"{section}: unknown section{_where(section, origins)}{hint}")
+
+
+def validate(tree: dict[str, Any], schema: type[S], origins: Mapping[str, str]) -> S:
+    """The frozen tree. Raises `ConfigError` with the first problem and the number of others."""
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        problems = [_problem(dict(e), schema, origins) for e in error.errors()]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    raise ConfigError(problems[0] + more)
+
+
+def _problem(error: dict[str, Any], schema: type[Section], origins: Mapping[str, str]) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        return _unknown(location[-1], key, _known_keys(schema), origins)
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    got = "" if error["type"] in ("value_error", "missing") else f", got {flow(error['input'])}"
+    if len(got) > 80:
+        got = got[:77] + "..."
+    return f"{key}: {message}{got}{_where(key, origins)}"
+
+
+def _unknown(last: str, key: str, known: Sequence[str], origins: Mapping[str, str]) -> str:
+    siblings = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
+    close = (
+        difflib.get_close_matches(key, siblings, 1, 0.5)
+        or difflib.get_close_matches(key, known, 1, 0.6)
+        or [k for k in known if k.rpartition(".")[2] == last][:1]
+    )
+    hint = f"; did you mean {close[0]}?" if close else "; --help lists the keys"
+    return f"{key}: unknown key{_where(key, origins)}{hint}"
+
+
+def _known_keys(schema: type[Section]) -> list[str]:
+    keys: list[str] = []
+    for section, field in schema.model_fields.items():
+        kind = field.annotation
+        assert isinstance(kind, type)
+        keys += [f"{section}.{key}" for key in kind.model_fields]
+    keys += [f"data.views.0.{key}" for key in ViewGroup.model_fields]
+    return keys
+
+
+def _where(key: str, origins: Mapping[str, str]) -> str:
+    parts = key.split(".")
+    for end in range(len(parts), 0, -1):
+        origin = origins.get(".".join(parts[:end]))
+        if origin and origin != "command line":
+            return f" ({origin})"
+        if origin:
+            return ""
+    return ""
+
+
+def flow(value: Any) -> str:
+    """A value as one line of YAML."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
+    return text.strip().removesuffix("...").strip()

@@ -1,0 +1,91 @@
+"""Combinations of keys that cannot be run. Each message names the key and an accepted value."""
+
+from __future__ import annotations
+
+from ddp_ssl.config.schema import Config
+from ddp_ssl.errors import ConfigError
+
+
+def check(config: Config) -> None:
+    """Raise `ValueError` for a combination that no method can run."""
+    method, views = config.method, config.num_views
+    if config.optim.accumulate > 1 and method.batch_coupled:
+        raise ValueError(
+            f"optim.accumulate: only 1 is accepted with {method.name}: its loss couples all images "
+            "of a batch, so the mean over small batches is another loss, not the large batch's"
+        )
+    if config.optim.accumulate > 1:
+        raise ValueError("optim.accumulate: only 1 is accepted")
+    if views < method.min_views:
+        raise ValueError(
+            f"data.views: {method.name} compares views of an image and needs at least "
+            f"{method.min_views}, got {views}"
+        )
+    if method.max_views is not None and views > method.max_views:
+        raise ValueError(
+            f"data.views: {method.name} takes {method.max_views} views at most, got {views}"
+        )
+    if not method.small_crops and len({group.size for group in config.data.views}) > 1:
+        raise ValueError(f"data.views: {method.name} takes views of one size only")
+    if config.model.batch_norm == "global" and config.data.batch_size < 2:
+        raise ValueError(
+            "data.batch_size: batch normalisation needs 2 images or more, got "
+            f"{config.data.batch_size}"
+        )
+    counts: dict[int, int] = {}
+    for group in config.data.views:
+        counts[group.size] = counts.get(group.size, 0) + group.count
+    for size, count in counts.items():
+        if count % config.data.view_shards:
+            raise ValueError(
+                f"data.view_shards: {config.data.view_shards} does not divide the {count} views of "
+                f"{size} pixels; {_divisors(*counts.values())} would be accepted"
+            )
+    if config.data.url and (config.eval.knn or config.eval.raw_pixels):
+        key = "knn" if config.eval.knn else "raw_pixels"
+        raise ValueError(
+            f"eval.{key}: its bank reads training images by their place in a file, which data.url "
+            f"has none of; eval.{key}=false is accepted"
+        )
+    if config.data.dtype == "float16" and config.optim.precision == "fp32":
+        raise ValueError(
+            "data.dtype: float16 images need autocast; float32 or optim.precision=bf16 is accepted"
+        )
+    size = config.data.central_crop.size
+    if config.data.central_crop.resize < size:
+        raise ValueError(
+            f"data.val_resize: {config.data.val_resize} is smaller than the crop of {size} pixels "
+            f"taken from it; {size} or more would be accepted"
+        )
+    if config.run.resume not in ("never", "") and config.run.init_from:
+        raise ValueError("run.init_from: starts anew from weights; run.resume continues: give one")
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Raise `ConfigError` unless images and views split evenly over the processes."""
+    batch, shares = config.data.batch_size, config.data.view_shards
+    if world_size % shares:
+        raise ConfigError(
+            f"data.view_shards: {shares} does not divide the {world_size} processes; "
+            f"{_divisors(world_size)} would be accepted"
+        )
+    parts = world_size // shares
+    over = f"{parts} processes" if shares == 1 else f"{parts} groups of {shares} processes"
+    if batch % parts:
+        below, above = batch // parts * parts, -(-batch // parts) * parts
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"data.batch_size: {batch} images cannot be split evenly over {over}; "
+            f"{nearest} would be accepted"
+        )
+    if config.model.batch_norm == "local" and batch < 2 * parts:
+        raise ConfigError(
+            f"data.batch_size: {batch} images over {over} leave one each; a "
+            f"local batch norm needs 2; {2 * parts} or model.batch_norm=global is accepted"
+        )
+
+
+def _divisors(*numbers: int) -> str:
+    """The common divisors, as words of a message."""
+    common = [str(d) for d in range(1, min(numbers) + 1) if not any(n % d for n in numbers)]
+    return " or ".join(common) if len(common) < 3 else f"one of {', '.join(common)}"

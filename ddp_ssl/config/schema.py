@@ -1,0 +1,348 @@
+"""The schema of a run: its sections, their keys, defaults and limits.
+
+The docstrings under the keys are the reference (`--help` and docs/config.md). No torch here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, SerializeAsAny, field_validator
+
+from ddp_ssl.config.section import Below1, Channels, Positive, Section, Size
+from ddp_ssl.config.views import CentralCrop, ViewGroup
+
+NORMALISATION: dict[str, tuple[Channels, Channels]] = {
+    "digits": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
+    "stl10": ((0.4914, 0.4823, 0.4466), (0.247, 0.243, 0.261)),  # solo-learn's
+    "cinic10": ((0.4789, 0.4723, 0.4305), (0.2421, 0.2383, 0.2587)),  # its authors'
+    # MedMNIST's own examples.
+    **dict.fromkeys(("blood", "organa", "organc", "organs"), ((0.5,) * 3, (0.5,) * 3)),
+}
+
+# Data sets of small square images, which their sources evaluate without a crop.
+WHOLE = ("digits", "cifar10", "cifar100", "stl10", "tiny_imagenet", "cinic10",
+         "blood", "organa", "organc", "organs")  # fmt: skip
+
+
+class Run(Section):
+    """Where the run lives, how it starts, what it runs on."""
+
+    dir: str | None = None
+    """Run folder. Unset: `runs/DATA-METHOD-BACKBONE-ID`, ID from the job or the start time."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of weights, sample order and augmentations."""
+    resume: str = "never"
+    """`never`; `auto` (continue from the folder's newest good checkpoint, or start); or the path of
+    a checkpoint or run folder. A restart by torchrun or Slurm implies `auto`."""
+    init_from: str | None = None
+    """Checkpoint or run folder to take the weights from, and nothing else."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto` takes the GPUs (NCCL), or the CPU (gloo) where no GPU is meant: no device file, no
+    driver, none given to the job, or CUDA_VISIBLE_DEVICES empty."""
+    threads: int = Field(0, ge=0)
+    """CPU threads per process for torch; 0 shares the machine's cores among its processes."""
+    start_timeout_s: float = Field(1800, gt=0)
+    """Seconds that may pass without progress until the first step is done, and at any time while
+    something else than a step is under way (validation, a checkpoint, a measurement)."""
+    timeout_s: float = Field(300, gt=0)
+    """Seconds without progress after which a step, or a process that gives no sign of life, ends
+    the run on all processes."""
+    max_hours: float | None = Field(None, gt=0)
+    """Stop, with a checkpoint, this many hours after the start of the process."""
+    end_margin_s: float = Field(120, ge=0)
+    """Stop this many seconds before a Slurm job's end (a tenth of what is left at the start, if
+    that is less)."""
+    profile: str | None = None
+    """`FROM:TO`, steps to trace with torch's profiler, such as `20:23`, into `profile/` of the run
+    folder: rank 0 and the last rank."""
+
+    @field_validator("profile")
+    @classmethod
+    def _is_window(cls, value: str | None) -> str | None:
+        if value is not None:
+            first, _, end = value.partition(":")
+            if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+                raise ValueError(f"expected FROM:TO with FROM < TO, such as 20:23, got {value}")
+        return value
+
+
+class Model(Section):
+    """The encoder and its projection head."""
+
+    backbone: str = "resnet18"
+    """Any timm model by name."""
+    backbone_args: dict[str, Any] = Field({})
+    """More arguments for `timm.create_model`, such as `{channels: [16, 32, 64, 128]}`."""
+    stem: Literal["standard", "small", "small_pad2"] = "standard"
+    """`small`, for ResNets on small images: first convolution 3x3 with stride 1, no max-pool.
+    `small_pad2`: the same with a padding of 2 and PyTorch's initial weights, as solo-learn's for
+    CIFAR: 34x34 of 32x32 pixels."""
+    projector: list[Annotated[int, Field(ge=1)]] = Field([2048, 2048, 2048], min_length=1)
+    """Widths of the projection head's linear layers; the last one is the embedding's."""
+    projector_norm: Literal["batch", "none"] = "batch"
+    """Normalisation between the head's layers."""
+    projector_bias: bool = True
+    """Whether the head's linear layers have a bias (the last one always follows this too)."""
+    batch_norm: Literal["global", "local"] = "global"
+    """Statistics over the global batch (exact at any world size) or over each process's part."""
+    views_forward: Literal["auto", "separate", "stacked"] = "auto"
+    """Batch statistics per view or pooled over the views of one size. The choice changes the
+    gradient. `auto`: per view for two views, pooled for more."""
+    channels_last: bool = True
+    """Memory format of weights and images."""
+    compile: bool = False
+    """`torch.compile` the backbone."""
+
+
+class Data(Section):
+    """Which images, how many at a time, and the views made of each."""
+
+    name: str = "folder"
+    """`imagenet`, `imagenet100`, `inat21`, `inat21_mini`, `cifar10`, `cifar100`, `stl10`,
+    `tiny_imagenet`, `cinic10`, `blood`, `organa`, `organc`, `organs`, `digits`, `folder` or `list`;
+    docs/data.md says what each one looks for."""
+    root: str | None = None
+    """Folder of the data, or of shards that `tools/pack_shards.py` made of them. `folder`: class
+    folders under `train/` and `val/`, class folders, or a flat folder of unlabelled images."""
+    files: str | None = None
+    """`name: list`: a text or CSV file with a path and, if there are labels, a class per line;
+    paths are relative to `root`, or to the file where that is unset."""
+    val_files: str | None = None
+    """`name: list`: the same for validation. Unset: a `val_fraction` of `files`."""
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Seeded share of the training images used for pretraining; the probe and k-NN of
+    `ddp_ssl.evaluate` keep all labels."""
+    skip: str | None = None
+    """File of images to leave out, one path a line, as `tools/check_data.py` writes it."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Images that cannot be decoded are replaced and listed; a larger share stops the run."""
+    reader: Literal["indexed", "streamed"] = "indexed"
+    """Shards: `indexed` reads each image by its offset, in the run's own order; `streamed` reads
+    them in sequence through DALI, for object storage, and gives up what docs/data.md lists."""
+    url: str | None = None
+    """Streamed shards: where the training tar files are if not in `root`, such as
+    `s3://bucket/folder`; the index stays in `root`."""
+    stage: str | None = None
+    """Node-local folder that shards are copied to first, once per node."""
+    batch_size: int = Field(256, ge=1)
+    """Images per step over all processes; must be divisible by the number of data shards."""
+    views: list[ViewGroup] = Field([ViewGroup()], min_length=1)
+    """View groups, such as `[{count: 2, size: 224, recipe: asym}, {count: 6, size: 96}]`."""
+    view_shards: int = Field(1, ge=1)
+    """Processes that share the views of an image: each decodes it and makes its part of the views.
+    Divides the number of processes and the count of each resolution's views."""
+    color_jitter: Literal["fast", "seq", "exact"] = "seq"
+    """`fast`: one fused linear operator; `seq`: torchvision's contrast and clamping in a fixed
+    order; `exact`: torchvision's hue and random order too, at about five times the cost."""
+    mean: tuple[float, float, float] | None = None
+    """Normalisation mean per channel, for pixels in [0, 1]. Unset: the data set's or ImageNet's."""
+    std: tuple[Positive, Positive, Positive] | None = None
+    """Normalisation standard deviation per channel. Unset: the data set's or ImageNet's."""
+    val_fraction: float = Field(0.1, gt=0, lt=1)
+    """Seeded share of the images kept for validation where there is no validation split."""
+    val_resize: int | None = Field(None, ge=8)
+    """Shorter side after resizing for evaluation. Unset: 8/7 of `val_size` from 64 px on, but
+    `val_size` for data sets of small square images, which are seen whole."""
+    val_size: int | None = Field(None, ge=8)
+    """Side of the central crop for evaluation. Unset: the size of the largest view."""
+    val_interpolation: Literal["bilinear"] | None = None
+    """Kernel of that resizing, antialiased: bilinear, torchvision's default; null: bicubic, as for
+    training."""
+    threads: int = Field(0, ge=0)
+    """DALI threads per process; 0 shares the machine's cores among its processes."""
+    prefetch: int = Field(2, ge=1)
+    """Batches that DALI prepares ahead."""
+    read_threads: int = Field(16, ge=1)
+    """Threads per process that read files ahead; more hide a file system's latency."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Type of the views that DALI hands over; float16 halves their memory."""
+    hw_decoder_load: float = Field(0.65, ge=0, le=1)
+    """GPU: share of the JPEGs that the hardware decoder takes."""
+    preallocate: tuple[Size, Size] | None = None
+    """GPU: width and height of the largest images expected, so that the decoder's buffers are
+    allocated once."""
+
+    @property
+    def normalisation(self) -> tuple[Channels, Channels]:
+        """Mean and standard deviation per channel."""
+        mean, std = NORMALISATION.get(self.name, NORMALISATION["imagenet"])
+        return self.mean or mean, self.std or std
+
+    @property
+    def central_crop(self) -> CentralCrop:
+        """How an image is cropped for evaluation."""
+        size = self.val_size or max(group.size for group in self.views)
+        crops = size >= 64 and self.name not in WHOLE
+        resize = self.val_resize or (round(size * 8 / 7) if crops else size)
+        return CentralCrop(resize, size, self.val_interpolation or "bicubic")
+
+
+class Optim(Section):
+    """Optimiser, schedule and precision."""
+
+    name: Literal["lars", "sgd", "adam", "adamw"] = "lars"
+    """`adam` couples weight decay to the gradient (L2), `adamw` decouples it."""
+    epochs: int = Field(100, ge=1)
+    """Passes over the training images."""
+    lr: float = Field(0.4, gt=0)
+    """Base learning rate per 256 images: the peak is `lr * data.batch_size / 256`."""
+    warmup_epochs: float = Field(10, ge=0)
+    """Epochs of linear warm-up, clipped to the epochs there are."""
+    warmup_lr: float = Field(3e-5, ge=0)
+    """Learning rate (not scaled) where the warm-up starts."""
+    final_lr_fraction: float = Field(0.0, ge=0, le=1)
+    """The cosine ends at this fraction of the peak."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Weight decay; under LARS, Adam and AdamW not on 1-D parameters (biases, norms)."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of LARS and SGD."""
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
+    """Adam's and AdamW's averages."""
+    lars_variant: Literal["solo", "vicreg"] = "solo"
+    """`solo`: solo-learn's trust ratio; `vicreg`: the official VICReg's."""
+    lars_eta: float = Field(0.02, gt=0)
+    """LARS trust coefficient (official VICReg: 0.001)."""
+    lars_clip: bool = True
+    """Bound the `solo` variant's trust ratio so that a step is never longer than SGD's."""
+    lars_bound_1d: float | None = Field(0.5, gt=0)
+    """Under LARS, the most that one step, momentum included, moves an element of a bias or norm
+    (which have no trust ratio); null: no bound, as solo-learn, where a steep gradient can end in
+    NaN."""
+    grad_clip: float | None = Field(None, gt=0)
+    """Upper bound of the gradient's global norm; unset: none."""
+    accumulate: int = Field(1, ge=1)
+    """Only 1: gradient accumulation is not the large batch for losses that couple images."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Autocast of the networks. fp16 uses a gradient scaler, which waits for the device at every
+    step. Losses are always in float32."""
+    gradient_compression: Literal["bf16"] | None = None
+    """Send gradients in bf16: half the bytes, rounded to 8 bits before and while they are added,
+    so that a run is no longer the same at every number of processes. Only with several."""
+
+
+class Eval(Section):
+    """k-NN and the online linear probe on the validation split."""
+
+    every: int = Field(10, ge=0)
+    """Epochs between evaluations; 0 evaluates only at the start and at the end."""
+    batch_size: int = Field(256, ge=1)
+    """Images per process and step."""
+    knn: bool = True
+    """Weighted k-NN on the representation, with the training images as bank."""
+    knn_k: int = Field(20, ge=1)
+    """Neighbours."""
+    knn_temperature: float = Field(0.07, gt=0)
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+    knn_bank: int = Field(50_000, ge=1)
+    """Training images in the bank at most, a seeded subset."""
+    probe: bool = True
+    """Train a linear classifier on detached representations alongside."""
+    probe_lr: float = Field(0.1, gt=0)
+    """The probe's base learning rate per 256 images."""
+    raw_pixels: bool = False
+    """Also print k-NN accuracy on the raw pixels, the figure to compare with."""
+
+
+class Measure(Section):
+    """Spectrum, mutual information and uniformity of the validation split, for every method."""
+
+    every: int = Field(10, ge=0)
+    """Epochs between measurements; 0 measures only at the start and at the end."""
+    max_images: int = Field(10_000, ge=2)
+    """Validation images used at most."""
+    views: int = Field(0, ge=0)
+    """Also draw this many training views of validation images, for alignment and LiDAR: 2 or more;
+    0: neither is measured. Each costs a pass over `view_images`."""
+    view_images: int = Field(1000, ge=2)
+    """Images whose views are drawn, at most; a seeded subset of those measured."""
+
+    @field_validator("views")
+    @classmethod
+    def _none_or_two(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("one view cannot be compared; 0 or 2 and more are accepted")
+        return value
+
+
+class Checkpoint(Section):
+    """What is kept of the run."""
+
+    every: int = Field(1, ge=1)
+    """Epochs between checkpoints; after the last, the best, and those of `keep_every` there is
+    always one."""
+    every_steps: int = Field(0, ge=0)
+    """Steps between checkpoints within an epoch; 0: none."""
+    keep: int = Field(2, ge=2)
+    """Newest checkpoints kept."""
+    keep_every: int = Field(0, ge=0)
+    """Epochs between checkpoints that are kept for good; 0: none."""
+    max_failures: int = Field(10, ge=1)
+    """Failing saves in a row after which the run ends; each is tried again at the next logging
+    step."""
+    best: str | None = "eval/knn_top1"
+    """Figure of the validation (`eval/*`, `rep/*`) whose best epoch is kept as `best.pt`; with a
+    leading `-` the lowest is the best; null: none."""
+
+
+class Log(Section):
+    """What is written while the run goes on."""
+
+    every_steps: int = Field(10, ge=1)
+    """Steps between progress lines; metrics have one row per step, written at these steps."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside `metrics.jsonl`."""
+
+
+class MethodConfig(Section):
+    """Base of a method's own section; the subclass stands in the method's file."""
+
+    name: str = "adadim"
+    """A built-in method, or `module:Class` from outside the package."""
+
+    recipe: ClassVar[dict[str, Any]] = {}
+    """The method's defaults for the other sections: nested, as in a YAML file."""
+    embedded: ClassVar[dict[str, Any]] = {}
+    """Settings for the embedded default, nested like `recipe`, the method's own section included.
+    They count only where no YAML is given. Those of the package's methods are in `digits/`."""
+    min_views: ClassVar[int] = 2
+    max_views: ClassVar[int | None] = None
+    small_crops: ClassVar[bool] = True
+    batch_coupled: ClassVar[bool] = True
+
+    def check(self, config: Config) -> None:
+        """Raise `ValueError` for a combination that the method cannot run."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: Run = Run()
+    method: SerializeAsAny[MethodConfig] = MethodConfig()
+    model: Model = Model()
+    data: Data = Data()
+    optim: Optim = Optim()
+    eval: Eval = Eval()
+    measure: Measure = Measure()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @property
+    def num_views(self) -> int:
+        """K, the number of views of one image."""
+        return sum(group.count for group in self.data.views)
+
+
+def with_method(method: type[MethodConfig]) -> type[Config]:
+    """`Config` with the method's own section in place."""
+
+    class Typed(Config):
+        method: method  # type: ignore[valid-type]
+
+    Typed.__name__ = "Config"
+    Typed.model_rebuild(_types_namespace={"method": method})
+    return Typed

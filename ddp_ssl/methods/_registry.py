@@ -1,0 +1,53 @@
+"""Methods by name: the files of this folder, and classes from outside the package."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+from ddp_ssl.errors import ConfigError
+from ddp_ssl.utils.text import one_line, suggest
+
+
+def builtin_methods() -> list[str]:
+    """Names of the package's methods.
+
+    They are the files of `ddp_ssl/methods`, except `base` and those with a leading underscore.
+    """
+    files = pkgutil.iter_modules([str(Path(__file__).parent)])
+    return sorted(m.name for m in files if m.name != "base" and not m.name.startswith("_"))
+
+
+def load_method(name: str) -> Any:
+    """The method's class, from its file (`simclr`) or from outside (`module:Class`).
+
+    Imports torch. Raises `ConfigError` for a name that is neither.
+    """
+    names = builtin_methods()
+    if ":" not in name and name not in names:
+        raise ConfigError(
+            f"method.name: unknown method {name!r}{suggest(name, names)}; "
+            f"accepted: {', '.join(names)}, or module:Class"
+        )
+    from ddp_ssl.methods.base import Method  # here, since it brings torch
+
+    if ":" not in name:
+        module = importlib.import_module(f"ddp_ssl.methods.{name}")
+        (found,) = (
+            value
+            for value in vars(module).values()
+            if isinstance(value, type)
+            and issubclass(value, Method)
+            and value.__module__ == module.__name__
+        )
+        return found
+    module_name, _, class_name = name.partition(":")
+    try:
+        outside = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"method.name: cannot import {name!r}: {one_line(error)}") from None
+    if not (isinstance(outside, type) and issubclass(outside, Method)):
+        raise ConfigError(f"method.name: {name!r} is not a subclass of ddp_ssl.methods.base.Method")
+    return outside

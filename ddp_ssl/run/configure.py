@@ -1,0 +1,101 @@
+"""The config of a run, from the command line.
+
+Layers, later wins: the schema's defaults, the method's recipe, the embedded default (only where no
+YAML is given), the YAML file, `key=value`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ddp_ssl.config import schema
+from ddp_ssl.config.reader import (
+    Layer,
+    Resolved,
+    check_sections,
+    flow,
+    merge,
+    read_yaml,
+    split_arguments,
+    validate,
+    with_overrides,
+)
+from ddp_ssl.config.rules import check
+from ddp_ssl.config.schema import Config, MethodConfig, with_method
+from ddp_ssl.errors import ConfigError
+from ddp_ssl.methods._registry import load_method
+from ddp_ssl.utils.text import one_line
+
+# The embedded default: AdaDim on 1,797 handwritten digits, and each method's settings for them.
+DIGITS = Path(schema.__file__).parent / "digits"
+EMBEDDED = "embedded default"
+
+
+def load(arguments: Sequence[str]) -> Resolved:
+    """Resolve `[CONFIG.yaml] [key=value ...]` into a validated tree.
+
+    The keys of `method` are validated last, since the method's file has to be imported for them,
+    and torch with it. Raises `ConfigError`.
+    """
+    path, overrides = split_arguments(arguments)
+    if path is None:
+        layers: list[Layer] = [(EMBEDDED, _embedded_default(overrides))]
+    else:
+        layers = [(str(path), read_yaml(path))]
+    name = _method_name(*merge(with_overrides(layers, overrides, Config)))
+
+    method = load_method(name).config_class
+    if path is None:
+        layers = _for_method(layers[0][1], method)
+    recipe = (f"recipe of {name}", method.recipe)
+    merged, origins = merge([recipe, *with_overrides(layers, overrides, Config)])
+    merged["method"] = {**merged.get("method", {}), "name": name}
+    config = validate(merged, with_method(method), origins)
+    try:
+        check(config)
+        config.method.check(config)
+    except ValueError as error:
+        raise ConfigError(one_line(error)) from None
+    return Resolved(config, origins)
+
+
+def _method_name(tree: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+    """`method.name`, after everything but the other keys of `method` has been validated."""
+    check_sections(tree, Config, origins)
+    method = tree.get("method", {})
+    if not isinstance(method, dict):
+        raise ConfigError(f"method: expected keys such as `name:`, got {flow(method)}")
+    name = str(method.get("name", MethodConfig.model_fields["name"].default))
+    validate({**tree, "method": {"name": name}}, Config, origins)
+    return name
+
+
+def _embedded_default(overrides: Sequence[str]) -> dict[str, Any]:
+    """The embedded default; another backbone does not take its backbone's arguments."""
+    tree = read_yaml(DIGITS / "default.yaml")
+    if any(override.startswith("model.backbone=") for override in overrides):
+        del tree["model"]["backbone_args"]
+    return tree
+
+
+def _for_method(default: dict[str, Any], method: type[MethodConfig]) -> list[Layer]:
+    """The embedded default with the keys that the method has, and the method's own settings."""
+    own = {key: value for key, value in default["method"].items() if key in method.model_fields}
+    return [(EMBEDDED, {**default, "method": own}), (EMBEDDED, _settings_of(method))]
+
+
+def _settings_of(method: type[MethodConfig]) -> dict[str, Any]:
+    """The settings for the embedded default, or those of the class that the method derives from.
+
+    A method of the package has them in `digits/NAME.yaml`, one from outside in `embedded`.
+    """
+    for kind in method.mro():
+        package, _, name = kind.__module__.rpartition(".")
+        file = DIGITS / f"{name}.yaml"
+        if package == "ddp_ssl.methods" and file.is_file():
+            return read_yaml(file)
+        if "embedded" in vars(kind):
+            break
+    return method.embedded

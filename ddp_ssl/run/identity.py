@@ -1,0 +1,84 @@
+"""The identity of a run: the settings and images that must be the same when it is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ddp_ssl.config import Config, ConfigError
+from ddp_ssl.config.reader import flow
+
+if TYPE_CHECKING:
+    from ddp_ssl.data.datasets import Dataset
+
+# Keys that may change when a run is resumed. All others belong to its identity.
+FREE_ON_RESUME = (
+    "run.*",
+    "checkpoint.*",
+    "eval.*",
+    "measure.*",
+    "log.*",
+    "data.root",
+    "data.url",
+    "data.stage",
+    "data.files",
+    "data.val_files",
+    "data.skip",
+    "data.view_shards",
+    "data.threads",
+    "data.prefetch",
+    "data.read_threads",
+    "data.hw_decoder_load",
+    "data.preallocate",
+    "data.max_bad_fraction",
+)
+NOT_FREE = ("run.seed",)
+
+
+def free_on_resume(key: str) -> bool:
+    """Whether a dotted key may change when a run is resumed."""
+    return key not in NOT_FREE and any(fnmatchcase(key, free) for free in FREE_ON_RESUME)
+
+
+def identity(config: Config) -> dict[str, str]:
+    """The settings that must be the same on resume: dotted key to value as text."""
+    return {
+        f"{section}.{key}": flow(value)
+        for section, values in config.model_dump(mode="json").items()
+        for key, value in values.items()
+        if not free_on_resume(f"{section}.{key}")
+    }
+
+
+def whole_identity(config: Config, data: Dataset) -> dict[str, str]:
+    """The identity of the config, and digests of the images."""
+    val = "none" if data.val is None else data.val.digest
+    images = {"train images": data.train.digest, "validation images": val}
+    return identity(config) | {name: digest[:12] for name, digest in images.items()}
+
+
+def check_identity(now: dict[str, str], saved: dict[str, str], path: Path) -> None:
+    """Raise `ConfigError` if the checkpoint belongs to another experiment.
+
+    A setting that the checkpoint does not know counts as null. So the null of a new setting must
+    mean the behaviour before that setting existed.
+    """
+    off = {key: value for key, value in now.items() if value == "null"}
+    differing = compare_identity(off | saved, now)
+    if differing:
+        raise ConfigError(
+            f"run.resume: {path} is another experiment: {'; '.join(differing)}; "
+            "run.init_from takes its weights alone"
+        )
+
+
+def compare_identity(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Differences, one line each: `optim.lr: 0.4 in the checkpoint, 0.1 now`."""
+    keys = [*saved, *(key for key in now if key not in saved)]
+    return [
+        f"{key}: {saved.get(key, 'not set')} in the checkpoint, {now.get(key, 'not set')} now"
+        for key in keys
+        if saved.get(key) != now.get(key)
+    ]
