@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from ddp_ssl import checkpoint
 from ddp_ssl.config import Config, ConfigError, identity
-from ddp_ssl.data.datasets import Dataset
+from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.launch import restarts
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ddp_ssl import config
 from ddp_ssl.config import Config, ConfigError, Resolved
-from ddp_ssl.data.cache import write_atomically
-from ddp_ssl.data.sources import digits
+from ddp_ssl.data.datasets import digits
+from ddp_ssl.data.datasets.cache import write_atomically
 
 from .cells import Cell
 
