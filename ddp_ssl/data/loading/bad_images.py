@@ -19,11 +19,11 @@ class BadImages:
         self.known: dict[str, str] = {}
         """All bad images, by `Split.where`."""
         self.unreported: dict[str, str] = {}
-        """Those that the other processes have not been told of."""
+        """Bad images that the other processes have not been told of."""
         self._by_split: dict[str, dict[int, str]] = {}
 
     def of(self, split: Split) -> Mapping[int, str]:
-        """The bad images of a split by id; it shows later additions too."""
+        """The bad images of a split by id, a view that also shows later additions."""
         return self._of(split.digest)
 
     def add(self, split: Split, i: int, reason: str) -> None:
@@ -34,19 +34,19 @@ class BadImages:
         self._add_name(split.where(i), reason)
 
     def take_unreported(self) -> dict[str, str]:
-        """The unreported images, which count as reported from now on."""
+        """Return the unreported images and count them as reported."""
         taken, self.unreported = self.unreported, {}
         return taken
 
     def copy(self) -> BadImages:
-        """All that is known now, for a reader in another thread; nothing in it is unreported."""
+        """A copy for a reader in another thread, without unreported images."""
         made = BadImages()
         made.known = dict(self.known)
         made._by_split = {digest: dict(found) for digest, found in self._by_split.items()}
         return made
 
     def merge(self, other: BadImages) -> None:
-        """Add the images that were found with a copy of this."""
+        """Add the images that a reader found with a copy of this."""
         for where, reason in other.unreported.items():
             self._add_name(where, reason)
         for digest, found in other._by_split.items():
