@@ -30,8 +30,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ddp_ssl import distributed, log
 from ddp_ssl.config import Config, ConfigError
-from ddp_ssl.data import datasets
-from ddp_ssl.data.datasets import Dataset, Split
+from ddp_ssl.data.datasets import registry
+from ddp_ssl.data.datasets.base import Dataset
+from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import World
 from ddp_ssl.engine import load_data, together
 from ddp_ssl.evals.features import Block, Extractor, gather_rows
@@ -136,7 +137,7 @@ def run(source: Source, settings: EvaluateConfig, wanted: Wanted) -> int:
 def embed(source: Source, settings: EvaluateConfig, wanted: Wanted, world: World) -> None:
     """Extract on all processes, write on rank 0."""
     tell = logger.info if world.is_main else _silent
-    together(world, lambda: datasets.find(settings.data))
+    together(world, lambda: registry.find(settings.data))
     size = settings.image_size
     pretrained = together(
         world, lambda: load_pretrained(source, settings.model, [size], seed=settings.run.seed)
@@ -144,7 +145,7 @@ def embed(source: Source, settings: EvaluateConfig, wanted: Wanted, world: World
     settings = normalised(settings, pretrained)
     network = together(world, lambda: Network(pretrained, wanted.embeddings))
     tell(pretrained.description)
-    together(world, lambda: datasets.stage(settings.data))
+    together(world, lambda: registry.stage(settings.data))
     data = load_data(cast(Config, settings), world)  # which reads `data` and `run.seed`
     split = together(world, lambda: _split(data, wanted.split))
     together(world, lambda: _make_room(wanted) if world.is_main else None)

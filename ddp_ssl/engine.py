@@ -31,11 +31,14 @@ from ddp_ssl.checkpoint import CheckpointError, SaveError
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError, Resolved
 from ddp_ssl.config.views import views_of
-from ddp_ssl.data import datasets
 from ddp_ssl.data.batch import Batch
-from ddp_ssl.data.loader import StreamLoader, TrainLoader
-from ddp_ssl.data.order import hashed
-from ddp_ssl.data.source import Agree, BadImages, UnreadableError
+from ddp_ssl.data.datasets import registry
+from ddp_ssl.data.datasets.base import Dataset
+from ddp_ssl.data.loading.bad_images import BadImages
+from ddp_ssl.data.loading.loader import StreamLoader, TrainLoader
+from ddp_ssl.data.loading.order import Order
+from ddp_ssl.data.loading.reader import Agree, UnreadableError
+from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 from ddp_ssl.distributed import StopFlag, World, comm_stats, others_failed
 from ddp_ssl.evals.probe import Learner
 from ddp_ssl.evals.validation import Validation
@@ -50,6 +53,7 @@ from ddp_ssl.run.identity import check_identity, compare_identity, whole_identit
 from ddp_ssl.saver import Saver
 from ddp_ssl.signals import StopRequest
 from ddp_ssl.threads import beside
+from ddp_ssl.utils.seeds import hashed
 from ddp_ssl.watchdog import Watchdog
 
 logger = logging.getLogger("ddp_ssl")
@@ -83,7 +87,7 @@ class Job:
     config: Config
     world: World
     folder: Path
-    data: datasets.Dataset
+    data: Dataset
     learner: Learner
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -434,7 +438,7 @@ def build(resolved: Resolved, world: World, watch: Watchdog, claimed: list[Path]
     if config.optim.precision == "bf16" and device.type == "cuda":
         together(world, require_bf16)
     watch.next("finding the data")
-    together(world, lambda: datasets.find(config.data))
+    together(world, lambda: registry.find(config.data))
     start = claim_folder(config, world)
     comm = distributed.comm_of(world, config.data.view_shards)
     bad = BadImages()
@@ -442,7 +446,7 @@ def build(resolved: Resolved, world: World, watch: Watchdog, claimed: list[Path]
     torch.manual_seed(config.run.seed)  # the same weights on every rank
     method = together(world, lambda: make_method(config, comm))
     watch.next("copying the data to the node")
-    together(world, lambda: datasets.stage(config.data))
+    together(world, lambda: registry.stage(config.data))
     watch.next("reading the data set")
     data = load_data(config, world)
     watch.next("building the run")
@@ -544,11 +548,11 @@ def make_method(config: Config, comm: Any) -> Method[Any]:
     return method
 
 
-def load_data(config: Config, world: World) -> datasets.Dataset:
+def load_data(config: Config, world: World) -> Dataset:
     """The data set on every rank, the same on all; rank 0 first, which writes what is cached."""
 
-    def read() -> datasets.Dataset:
-        return datasets.load(config.data, config.run.seed)
+    def read() -> Dataset:
+        return registry.load(config.data, config.run.seed)
 
     first = together(world, lambda: read() if world.is_main else None)
     data = together(world, lambda: read() if first is None else first)
@@ -567,7 +571,7 @@ def load_data(config: Config, world: World) -> datasets.Dataset:
 def train_loader(
     config: Config,
     comm: Comm,
-    data: datasets.Dataset,
+    data: Dataset,
     device: torch.device,
     views: Sequence[int],
     bad: BadImages,
@@ -583,18 +587,12 @@ def train_loader(
     if d.reader == "streamed":
         assert data.train.shards is not None
         kind = functools.partial(StreamLoader, **data.train.shards.stream(d.url))
+    seed = config.run.seed if seed is None else seed
     return kind(
         data.train,
-        [every[k] for k in views],
-        view_ids=views,
-        global_batch=d.batch_size,
-        shard=comm.data_rank,
-        num_shards=comm.data_shards,
-        seed=config.run.seed if seed is None else seed,
-        salt=comm.rank,
-        color_jitter=d.color_jitter,
-        **datasets.reading(d, half=d.dtype == "float16"),
-        device=device,
+        Order(len(data.train), d.batch_size, comm.data_rank, comm.data_shards, seed),
+        Augmentation([every[k] for k in views], d.color_jitter, comm.rank, view_ids=views),
+        LoaderSettings.of(d, device, half=d.dtype == "float16"),
         bad=bad,
         agree=agree,
     )
@@ -721,7 +719,7 @@ class Sample:
 
     def __init__(self, job: Job, purpose: str) -> None:
         self.purpose, self.epoch, self.data = purpose, job.epoch, job.data.train
-        self.bad = job.recorder.bad.copy(self.data)  # another thread may come upon more of them
+        self.bad = job.recorder.bad.copy()  # another thread may come upon more of them
         self.open = functools.partial(
             train_loader,
             job.config,
@@ -815,7 +813,7 @@ def context_of(job: Job) -> Context:
                 yield batch
         finally:
             sample.close()
-            job.recorder.bad.take(sample.bad, sample.data)
+            job.recorder.bad.merge(sample.bad)
 
     def report(figures: dict[str, float]) -> None:
         job.latest.update(figures)

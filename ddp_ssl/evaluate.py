@@ -29,7 +29,8 @@ from ddp_ssl.launch import cpu_share, rank_and_size
 from ddp_ssl.signals import stop_with_parent
 
 if TYPE_CHECKING:
-    from ddp_ssl.data.datasets import Dataset, Split
+    from ddp_ssl.data.datasets.base import Dataset
+    from ddp_ssl.data.datasets.split import Split
     from ddp_ssl.distributed import World
     from ddp_ssl.evals.features import Extractor
     from ddp_ssl.evals.pretrained import Pretrained
@@ -219,7 +220,7 @@ def end_alone(error: Exception, world: World) -> NoReturn:
     """
     import logging
 
-    from ddp_ssl.data.source import UnreadableError
+    from ddp_ssl.data.loading.reader import UnreadableError
     from ddp_ssl.distributed import others_failed
 
     logger, text = logging.getLogger("ddp_ssl"), " ".join(str(error).split())
@@ -236,13 +237,13 @@ def prepare(command: str, source: Source, settings: EvaluateConfig, world: World
     """Find the data, load the weights, claim a place for the results; on all processes."""
     import torch
 
-    from ddp_ssl.data import datasets
+    from ddp_ssl.data.datasets import registry
     from ddp_ssl.distributed import comm_of
     from ddp_ssl.engine import load_data, together
     from ddp_ssl.evals.features import Extractor
     from ddp_ssl.evals.pretrained import load_pretrained, normalised
 
-    together(world, lambda: datasets.find(settings.data))
+    together(world, lambda: registry.find(settings.data))
     pretrained = together(
         world,
         lambda: load_pretrained(
@@ -252,7 +253,7 @@ def prepare(command: str, source: Source, settings: EvaluateConfig, world: World
     tell = _teller(world)
     tell(pretrained.description)
     settings = normalised(settings, pretrained)
-    together(world, lambda: datasets.stage(settings.data))
+    together(world, lambda: registry.stage(settings.data))
     data = load_data(cast(Config, settings), world)  # which reads `data` and `run.seed`
     train, val = _splits(settings, data)
     default = source.home or Path("runs") / f"evaluate-{source.name}"

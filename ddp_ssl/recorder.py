@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddp_ssl import clock, log
 from ddp_ssl.config import Config
-from ddp_ssl.data.source import BadImages, write_list
+from ddp_ssl.data.loading.bad_images import BadImages, write_list
 from ddp_ssl.distributed import World, comm_stats
 
 logger = logging.getLogger("ddp_ssl")
@@ -123,7 +123,7 @@ class Recorder:
         if not self._rows:
             return
         stacked = torch.stack(self._rows)
-        fresh = torch.full_like(stacked[:1], len(self.bad.fresh))
+        fresh = torch.full_like(stacked[:1], len(self.bad.unreported))
         # Summed over a view group this is zero if all traces are equal, exactly.
         shares = self.config.data.view_shards
         weight = 1 - shares if self.world.rank % shares == 0 else 1
@@ -215,8 +215,7 @@ class Recorder:
 
     def _share_bad(self) -> str | None:
         """The same; returns why there are too many, or None."""
-        parts = self.world.gather_objects(self.bad.fresh)
-        self.bad.fresh = {}
+        parts = self.world.gather_objects(self.bad.take_unreported())
         told: tuple[int, str | None] | None = None
         if parts is not None:
             found: dict[str, str] = {}

@@ -273,8 +273,8 @@ def test_batches_that_only_one_process_cannot_read(
 
 
 def unreadable_on_rank_1(args: list[str]) -> int | str:
-    from ddp_ssl.data.loader import TrainLoader
-    from ddp_ssl.data.source import UnreadableError
+    from ddp_ssl.data.loading.loader import TrainLoader
+    from ddp_ssl.data.loading.reader import UnreadableError
 
     original, seen = TrainLoader.__next__, [0]
 

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from ddp_ssl.data.order import permutation
+from ddp_ssl.data.loading.order import permutation
 from tests.ranks import Ranks
 from tests.test_resume import arguments, rows, status, train
 
@@ -92,7 +92,7 @@ def test_a_view_sharded_run_resumes_exactly(ranks: Ranks, sharded: Any, tmp_path
 
 def diverge(args: list[str]) -> int | str:
     """A run in which an odd rank sees another image at the fifth step."""
-    from ddp_ssl.data.loader import TrainLoader
+    from ddp_ssl.data.loading.loader import TrainLoader
 
     original = TrainLoader.__next__
 
@@ -158,10 +158,10 @@ def spoiled(ranks: Ranks, photos: Path, tmp_path_factory: pytest.TempPathFactory
         for kind, data in folders.items()
     }
     good = ranks.launch(watch, 2, args["good"])
-    from ddp_ssl.data import datasets
+    from ddp_ssl.data.datasets import registry
     from ddp_ssl.run.configure import load
 
-    split = datasets.load(load(args["bad"]).config.data, 0).train
+    split = registry.load(load(args["bad"]).config.data, 0).train
     hit = [int(permutation(0, epoch, 43)[place]) for epoch, place in ((0, 14), (1, 2), (1, 20))]
     for i, content in zip(hit, (b"", b"no image" * 99, None), strict=True):
         path = Path(split.where(i))
@@ -284,13 +284,13 @@ def test_bad_validation_images_are_said_after_the_epoch_counts(
     ranks: Ranks, photos: Path, tmp_path: Path
 ) -> None:
     """All of them: no figures, one clear line, nothing measured twice after it was mended."""
-    from ddp_ssl.data import datasets
+    from ddp_ssl.data.datasets import registry
     from ddp_ssl.run.configure import load
 
     data, folder = tmp_path / "data", tmp_path / "run"
     shutil.copytree(photos, data)
     args = arguments(data, folder)
-    val = datasets.load(load(args).config.data, 0).val
+    val = registry.load(load(args).config.data, 0).val
     assert val is not None
     spoiled = [Path(val.where(i)) for i in range(len(val))]
     before = [path.read_bytes() for path in spoiled]

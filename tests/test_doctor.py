@@ -24,7 +24,7 @@ import torch
 from ddp_ssl import cli, distributed, doctor, log
 from ddp_ssl.checks import images, machine, network, slurm, software, storage
 from ddp_ssl.checks.base import Bench, Check, Finding, file_system, ok
-from ddp_ssl.data.manifest import Split
+from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import Exchange, World
 from tests.helpers import config_of
 from tests.ranks import Ranks

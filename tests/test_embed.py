@@ -14,9 +14,11 @@ from PIL import Image
 from ddp_ssl import embed
 from ddp_ssl.config import NORMALISATION
 from ddp_ssl.config.views import CentralCrop
-from ddp_ssl.data import datasets
-from ddp_ssl.data.formats import PixelFormat
-from ddp_ssl.data.loader import EvalLoader
+from ddp_ssl.data.datasets import registry
+from ddp_ssl.data.datasets.base import Dataset
+from ddp_ssl.data.loading.formats import PixelFormat
+from ddp_ssl.data.loading.loader import EvalLoader
+from ddp_ssl.data.loading.settings import LoaderSettings
 from ddp_ssl.methods.base import Method
 from ddp_ssl.run.configure import load
 from tests.ranks import Ranks
@@ -28,7 +30,7 @@ QUIET = ("run.device=cpu", "run.threads=1")
 @pytest.fixture(scope="module")
 def run(
     photos: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Method[Any], datasets.Dataset]:
+) -> tuple[Path, Method[Any], Dataset]:
     """A run on the 48 photos, 14 of them for validation, and its data."""
     overrides = [
         "data.name=folder", f"data.root={photos}", "data.val_fraction=0.3",
@@ -36,7 +38,7 @@ def run(
         "eval.batch_size=4",
     ]  # fmt: skip
     place, method = run_folder(tmp_path_factory.mktemp("embed") / "run", *overrides)
-    return place, method, datasets.load(load([str(place / "config.yaml")]).config.data, 0)
+    return place, method, registry.load(load([str(place / "config.yaml")]).config.data, 0)
 
 
 def launched(*arguments: str) -> int:
@@ -47,15 +49,17 @@ def launched(*arguments: str) -> int:
 def images_of(split: Any) -> torch.Tensor:
     """The photos as the evaluation sees them, all at once."""
     (batch,) = EvalLoader(
-        split, np.arange(len(split)), batch_size=len(split), shard=0, num_shards=1,
-        crop=CentralCrop(24, 24), form=PixelFormat(*NORMALISATION["imagenet"]), threads=1,
-        prefetch=1, device=torch.device("cpu"),
-    )  # fmt: skip
+        split,
+        np.arange(len(split)),
+        CentralCrop(24, 24),
+        LoaderSettings(PixelFormat(*NORMALISATION["imagenet"]), torch.device("cpu"), 1, 1),
+        batch_size=len(split),
+    )
     return batch.views[0].clone()
 
 
 def test_the_features_are_the_methods(
-    run: tuple[Path, Method[Any], datasets.Dataset], tmp_path: Path
+    run: tuple[Path, Method[Any], Dataset], tmp_path: Path
 ) -> None:
     place, method, data = run
     out = tmp_path / "new" / "val.npz"
@@ -90,7 +94,7 @@ def test_training_images_are_the_whole_splits_also_of_a_run_on_a_share_of_them(
 @pytest.mark.parametrize("size", [2, 3])
 def test_any_number_of_processes_gives_the_same(
     size: int,
-    run: tuple[Path, Method[Any], datasets.Dataset],
+    run: tuple[Path, Method[Any], Dataset],
     ranks: Ranks,
     tmp_path: Path,
 ) -> None:
@@ -108,7 +112,7 @@ def test_any_number_of_processes_gives_the_same(
 
 
 def test_rows_are_gathered_in_parts(
-    run: tuple[Path, Method[Any], datasets.Dataset],
+    run: tuple[Path, Method[Any], Dataset],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -124,7 +128,7 @@ def test_rows_are_gathered_in_parts(
 
 
 def test_images_without_a_label_and_bad_ones(
-    run: tuple[Path, Method[Any], datasets.Dataset],
+    run: tuple[Path, Method[Any], Dataset],
     photos: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -146,7 +150,7 @@ def test_images_without_a_label_and_bad_ones(
 
 
 def test_the_projector_shows_the_right_pictures(
-    run: tuple[Path, Method[Any], datasets.Dataset], tmp_path: Path
+    run: tuple[Path, Method[Any], Dataset], tmp_path: Path
 ) -> None:
     place, _, data = run
     out, folder = tmp_path / "x.npz", tmp_path / "projector"
@@ -176,7 +180,7 @@ def test_the_projector_shows_the_right_pictures(
 
 
 def test_weights_of_others(
-    run: tuple[Path, Method[Any], datasets.Dataset], photos: Path, tmp_path: Path
+    run: tuple[Path, Method[Any], Dataset], photos: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "x.npz"
     arguments = ["timm:resnet18", "--data", "folder", f"data.root={photos}", "--out", str(out)]
@@ -186,7 +190,7 @@ def test_weights_of_others(
 
 
 def test_what_cannot_be_done_is_one_line(
-    run: tuple[Path, Method[Any], datasets.Dataset],
+    run: tuple[Path, Method[Any], Dataset],
     photos: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

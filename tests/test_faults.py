@@ -246,7 +246,7 @@ def test_a_nan_on_one_rank_stops_all_together(ranks: Ranks, photos: Path, tmp_pa
 
 
 def nan_on_one_rank(args: list[str]) -> int | str:
-    from ddp_ssl.data.loader import TrainLoader
+    from ddp_ssl.data.loading.loader import TrainLoader
 
     original, seen = TrainLoader.__next__, [0]
 
@@ -277,7 +277,7 @@ def metrics(place: Path) -> list[dict[str, Any]]:
 
 
 def slow_rank(args: list[str]) -> int | str:
-    from ddp_ssl.data.loader import TrainLoader
+    from ddp_ssl.data.loading.loader import TrainLoader
 
     original = TrainLoader.__next__
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddp_ssl import recorder as module
-from ddp_ssl.data.source import BadImages
+from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.distributed import World
 from ddp_ssl.recorder import Recorder
 from tests.helpers import config_of

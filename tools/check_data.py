@@ -24,11 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ddp_ssl.data import datasets
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.progress import Progress, tell
-from ddp_ssl.data.verify import Bytes, Decoder, first_line, looks_whole
+from ddp_ssl.data.datasets import registry
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading.decodable import Bytes, Decoder, first_line, looks_whole
 from ddp_ssl.run.configure import load
+from ddp_ssl.utils.progress import Progress, tell
 
 PART = 256  # images a worker is given at a time
 READERS = 16  # threads of a worker: they wait for the file system
@@ -191,10 +191,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.workers < 1:
             raise ValueError(f"--workers: expected 1 or more, got {options.workers}")
         data = load(options.config).config.data
-        datasets.find(data)
+        registry.find(data)
         try_out(options.out)
         try:
-            dataset = datasets.source_of(data).load(data)
+            dataset = registry.definition_of(data).load(data)
             splits = {"train": dataset.train} | ({"val": dataset.val} if dataset.val else {})
             start = time.monotonic()
             bad = check(splits, full=options.full, workers=options.workers)

@@ -36,13 +36,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp_ssl.data import datasets, selection, shards
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.order import generator
-from ddp_ssl.data.progress import Progress, tell
-from ddp_ssl.data.scan import EXTENSIONS
+from ddp_ssl.data.datasets import registry, selection, shards
+from ddp_ssl.data.datasets.base import absolute
+from ddp_ssl.data.datasets.scan import EXTENSIONS
+from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.files import sync_folder
 from ddp_ssl.run.configure import load
+from ddp_ssl.utils.progress import Progress, tell
+from ddp_ssl.utils.seeds import generator
 
 BLOCK, RECORD = 512, 10240  # tar's
 OVERHEAD = 3 * BLOCK + 2 * BLOCK + BLOCK  # headers, class and id, padding at most
@@ -132,7 +133,7 @@ def pack(data: Any, out: Path, *, shard_size: int, seed: int, workers: int) -> N
     """
     if shard_size < 1 or workers < 1:
         raise ValueError("--shard-size and --workers: expected a positive number")
-    datasets.find(data)
+    registry.find(data)
     _keep_apart(data, out)
     with _alone(out):  # before the data is looked through, which may take long
         total, tars = _pack(data, out, shard_size, seed, workers)
@@ -142,7 +143,7 @@ def pack(data: Any, out: Path, *, shard_size: int, seed: int, workers: int) -> N
 
 def _pack(data: Any, out: Path, shard_size: int, seed: int, workers: int) -> tuple[int, int]:
     """Numbers of images and of shards."""
-    dataset = datasets.source_of(data).load(data)
+    dataset = registry.definition_of(data).load(data)
     splits = {"train": dataset.train} | ({"val": dataset.val} if dataset.val else {})
     packed = {name: _to_pack(split, data) for name, split in splits.items()}
     if not len(packed["train"]):
@@ -191,8 +192,8 @@ def _to_pack(split: Split, data: Any) -> Ids:
     """The ids of a split that `data.skip` does not list."""
     if not data.skip:
         return np.arange(len(split))
-    root = datasets.absolute(data.root) if data.root else Path.cwd()
-    skip = selection.Skip.of_file(datasets.absolute(data.skip), str(root))
+    root = absolute(data.root) if data.root else Path.cwd()
+    skip = selection.Skip.of_file(absolute(data.skip), str(root))
     return np.flatnonzero(skip.keep(split))
 
 
@@ -283,7 +284,7 @@ def _keep_apart(data: Any, out: Path) -> None:
     """Raw data with shards in its folder would be read as shards from then on."""
     if not data.root:
         return
-    root, to = (Path(os.path.realpath(path)) for path in (datasets.absolute(data.root), out))
+    root, to = (Path(os.path.realpath(path)) for path in (absolute(data.root), out))
     # A list's root is only what its paths are relative to, maybe `/`.
     if to == root or (root in to.parents and data.name != "list"):
         where = "is" if to == root else "is inside"

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ddp_ssl.config import Data
-from ddp_ssl.data import datasets
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.sources.base import prepare
+from ddp_ssl.data.datasets import registry
+from ddp_ssl.data.datasets.base import prepare
+from ddp_ssl.data.datasets.split import Split
 
 
 class Counts(NamedTuple):
@@ -125,7 +125,7 @@ def fetching(url: str, md5: str, then: str) -> Iterator[None]:
 
 def check(name: str, root: str | None) -> list[str]:
     """Load the data set, print what it holds, and return what is wrong with it."""
-    made = datasets.load(Data(name=name, root=root), seed=0)
+    made = registry.load(Data(name=name, root=root), seed=0)
     assert made.val is not None
     wrong = []
     for split, images in (("train", made.train), ("val", made.val)):

@@ -14,9 +14,9 @@ import torch
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.config import Config
-from ddp_ssl.data.datasets import Dataset
-from ddp_ssl.data.loader import TrainLoader
-from ddp_ssl.data.source import BadImages
+from ddp_ssl.data.datasets.base import Dataset
+from ddp_ssl.data.loading.bad_images import BadImages
+from ddp_ssl.data.loading.loader import TrainLoader
 from ddp_ssl.distributed import World
 from ddp_ssl.launch import ranges
 

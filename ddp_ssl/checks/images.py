@@ -16,11 +16,12 @@ import torch
 
 from ddp_ssl import distributed
 from ddp_ssl.checks.base import Bench, Check, Finding, by_value, fail, file_system, ok, size, warn
-from ddp_ssl.data import datasets
-from ddp_ssl.data.formats import Decoding
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.source import BadImages
-from ddp_ssl.data.verify import Decoder, first_line, why, worth_trying
+from ddp_ssl.data.datasets import registry
+from ddp_ssl.data.datasets.base import Dataset
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading.bad_images import BadImages
+from ddp_ssl.data.loading.decodable import Decoder, first_line, why, worth_trying
+from ddp_ssl.data.loading.formats import Decoding
 from ddp_ssl.engine import train_loader
 
 SCAN_S = 1800.0  # for finding the images, at most (`doctor.LONGEST_S` is the limit of all)
@@ -54,9 +55,9 @@ def keep(bench: Bench, before: list[Any]) -> str:
     return digest
 
 
-def _load(bench: Bench) -> datasets.Dataset:
+def _load(bench: Bench) -> Dataset:
     # Shards stay where they are: copying them to the node would take longer than all checks.
-    return datasets.load(
+    return registry.load(
         bench.config.data.model_copy(update={"stage": None}), bench.config.run.seed
     )
 

@@ -1,1 +1,1 @@
-"""From names to batches: datasets, sample order, views, the DALI pipeline and its loader."""
+"""From a data set's name to batches: `datasets/` finds the images, `loading/` makes batches."""

@@ -1,4 +1,4 @@
-"""What the data gives the methods."""
+"""The batch that loaders give to methods."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 class Batch:
     """One process's part of a step.
 
-    `views`: a list of `[n, 3, S, S]` float32 tensors, channels-last, large crops first; under view
-    sharding the views held here. `ids` `[n]`: indices in the split. `labels` `[n]`: -1 for none.
+    `views`: `[n, 3, S, S]` float32 tensors, channels-last, large crops first; under view sharding
+    only the views of this process. `ids` `[n]`: indices in the split. `labels` `[n]`: -1 for none.
     """
 
     views: list[Tensor]

@@ -26,9 +26,9 @@ from ddp_ssl import checkpoint, distributed, engine
 from ddp_ssl.checkpoint import Found
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError
-from ddp_ssl.data import datasets
-from ddp_ssl.data.datasets import Dataset
-from ddp_ssl.data.source import BadImages
+from ddp_ssl.data.datasets import registry
+from ddp_ssl.data.datasets.base import Dataset
+from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.distributed import World
 from ddp_ssl.evals.pretrained import try_size
 from ddp_ssl.evals.probe import Learner
@@ -129,8 +129,8 @@ def measure(config: Config, home: Path, out: Path, world: World, own: str) -> in
     )
     if not found:
         raise ConfigError(f"{home / 'checkpoints'}: no checkpoint; a run that saved one is needed")
-    engine.together(world, lambda: datasets.find(config.data))
-    engine.together(world, lambda: datasets.stage(config.data))
+    engine.together(world, lambda: registry.find(config.data))
+    engine.together(world, lambda: registry.stage(config.data))
     data = engine.load_data(config, world)
     if data.val is None or not len(data.val):
         raise ConfigError(f"data.name: {config.data.name} has no images for validation here")

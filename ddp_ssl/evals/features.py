@@ -5,7 +5,6 @@ A process holds a contiguous part of the split, so that what is kept serves any 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import os
@@ -25,19 +24,19 @@ from torch import Tensor, nn
 
 from ddp_ssl.comm import Comm
 from ddp_ssl.config.views import View, views_of
-from ddp_ssl.data.datasets import Split, reading
-from ddp_ssl.data.formats import Decoding
-from ddp_ssl.data.loader import EvalLoader
-from ddp_ssl.data.order import hashed
-from ddp_ssl.data.source import BadImages, EvalSource, Reader
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading.bad_images import BadImages
+from ddp_ssl.data.loading.loader import EvalLoader, PatchLoader
+from ddp_ssl.data.loading.reader import Reader
+from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 from ddp_ssl.evals.settings import EvaluateConfig
-from ddp_ssl.launch import cpu_share
+from ddp_ssl.utils.progress import Ticker
+from ddp_ssl.utils.seeds import hashed
 
 logger = logging.getLogger("ddp_ssl")
 Ids = npt.NDArray[np.int64]
 Tell = Callable[[str], None]
 
-EVERY_S = 10.0  # between progress lines where they are not rewritten in place
 KEPT = 2  # version of what is kept on disk, and of what its key says
 SAMPLED = 1000  # files of a split whose size and time are part of the key
 CHUNKS = (128, 4096)  # fewest and most images that are augmented from one seed
@@ -61,27 +60,6 @@ class Block:
     def where(self, mask: Tensor) -> Block:
         """The images of a boolean mask `[m]`."""
         return Block(self.features[mask], self.labels[mask], self.ids[mask])
-
-
-class Ticker:
-    """A progress line now and then: one that is rewritten in a terminal, else every ten seconds."""
-
-    def __init__(self, what: str, total: int, speaks: bool) -> None:
-        self.what, self.total, self.speaks = what, total, speaks
-        self.start = self.said = time.perf_counter()
-        self.in_place = os.isatty(2)
-
-    def at(self, done: int, more: str = "") -> None:
-        """Say how far it is, if it is time to."""
-        now = time.perf_counter()
-        if not self.speaks or now - self.said < (0.2 if self.in_place else EVERY_S):
-            return
-        self.said = now
-        left = (now - self.start) * (self.total - done) / max(done, 1)
-        logger.info(
-            "%s: %d of %d%s, %.0f s left", self.what, done, self.total, more, left,
-            extra={"progress": True},
-        )  # fmt: skip
 
 
 def patch_view(settings: EvaluateConfig) -> View:
@@ -170,30 +148,22 @@ class Extractor:
         """Views of images `[n, 3, S, S]` and ids `[n]`, -1 for what is none of them."""
         if first == end:
             return
-        for batch in self._loader(EvalLoader, split, np.arange(first, end)):
+        data, size, bad = self.settings.data, self.settings.eval.batch_size, self.bad
+        how = LoaderSettings.of(data, self.device)
+        every = np.arange(first, end)
+        for batch in EvalLoader(
+            split, every, data.central_crop, how, batch_size=min(size, len(every)), bad=bad
+        ):
             yield batch.views, batch.ids.cpu()
+        patch = Augmentation([patch_view(self.settings)] * (patches - 1), data.color_jitter)
         for begin in range(first, end, chunk) if patches > 1 else ():
-            # The draws depend on the chunk and not on which process makes it.
-            loader = self._loader(PatchLoader, split, np.arange(begin, min(begin + chunk, end)))
-            loader.views = [patch_view(self.settings)] * (patches - 1)
-            loader.color_jitter = self.settings.data.color_jitter
-            loader.seed = hashed(self.settings.run.seed, "patches", begin)
-            for batch in loader:
-                yield list(batch.views[0].unflatten(2, (patches - 1, -1)).unbind(2)), batch.ids
-
-    def _loader(self, kind: type[EvalLoader], split: Split, ids: Ids) -> Any:
-        data = self.settings.data
-        return kind(
-            split,
-            ids,
-            batch_size=min(self.settings.eval.batch_size, len(ids)),
-            shard=0,
-            num_shards=1,
-            crop=data.central_crop,
-            **reading(data),
-            device=self.device,
-            bad=self.bad,
-        )
+            # The draws depend on the chunk and not on the process that makes it.
+            some = np.arange(begin, min(begin + chunk, end))
+            seed = hashed(self.settings.run.seed, "patches", begin)
+            for batch in PatchLoader(
+                split, some, patch, how, seed=seed, batch_size=min(size, len(some)), bad=bad
+            ):
+                yield batch.views, batch.ids
 
     @torch.no_grad()
     def embed(self, view: Tensor) -> Tensor:
@@ -232,15 +202,8 @@ class Extractor:
             return True
         if split.images is not None:
             return False
-        data = self.settings.data
-        reader = Reader(
-            split,
-            lambda step: lacking,
-            threads=1,
-            device_id=None if self.device.type == "cpu" else torch.cuda.current_device(),
-            decoding=Decoding(data.hw_decoder_load, data.preallocate),
-            bad=self.bad,
-        )
+        how = replace(LoaderSettings.of(self.settings.data, self.device), read_threads=1)
+        reader = Reader(split, lambda step: lacking, how, self.bad)
         reader.examine(lacking)
         reader.close()
         return all(int(i) in reader.problems for i in lacking)
@@ -256,40 +219,6 @@ class Extractor:
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             logger.warning("features are not kept: %s: %s", path, " ".join(str(error).split()))
-
-
-class PatchLoader(EvalLoader):
-    """Random views of each image, one above the other: `[n, 3, V * S, S]` as a batch's one view."""
-
-    views: list[View]
-    color_jitter: str
-    seed: int
-
-    def _build(self, source: EvalSource, first: int) -> Any:
-        iterator = self._pipeline.train_iterator(
-            functools.partial(  # DALI would rewrite a function of its own here, and what it calls
-                self._pipeline.read,
-                lambda info: self._fetch(source, first + info.iteration),
-                self.split.images is None,
-                self.decoding,
-            ),
-            self.views,
-            range(len(self.views)),
-            color_jitter=self.color_jitter,
-            form=self.form,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            threads=self.threads or cpu_share(),
-            prefetch=self.prefetch,
-            device_id=None if self.device.type == "cpu" else torch.cuda.current_device(),
-        )
-        return _stacked(iterator, len(self.views))
-
-
-def _stacked(iterator: Any, views: int) -> Iterator[list[dict[str, Tensor]]]:
-    for (out,) in iterator:
-        tall = torch.cat([out[f"view{i}"] for i in range(views)], 1)
-        yield [{"view0": tall, "ids": out["ids"]}]
 
 
 def _kept(home: Path, first: int, end: int) -> Block | None:

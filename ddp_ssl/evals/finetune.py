@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 from ddp_ssl import optim
 from ddp_ssl.config import ConfigError, Optim
-from ddp_ssl.data import selection
-from ddp_ssl.data.datasets import Split
-from ddp_ssl.data.order import hashed
+from ddp_ssl.data.datasets import selection
+from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import (
     GlobalBatchNorm,
     ViewLayout,
@@ -26,10 +25,12 @@ from ddp_ssl.distributed import (
     stacked_views,
 )
 from ddp_ssl.evals.accuracy import Accuracy
-from ddp_ssl.evals.features import Extractor, Ticker
+from ddp_ssl.evals.features import Extractor
 from ddp_ssl.evals.linear import random_crops, score
 from ddp_ssl.evals.settings import EvaluateConfig
 from ddp_ssl.methods.base import trainable
+from ddp_ssl.utils.progress import Ticker
+from ddp_ssl.utils.seeds import hashed
 
 
 class Classifier(nn.Module):

@@ -12,15 +12,18 @@ from torch.nn import functional as F
 
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import ConfigError
-from ddp_ssl.data import selection
-from ddp_ssl.data.datasets import Split, reading
-from ddp_ssl.data.loader import TrainLoader
-from ddp_ssl.data.order import hashed, permutation
-from ddp_ssl.data.source import BadImages
+from ddp_ssl.data.datasets import selection
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading.bad_images import BadImages
+from ddp_ssl.data.loading.loader import TrainLoader
+from ddp_ssl.data.loading.order import Order, permutation
+from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 from ddp_ssl.evals.accuracy import Accuracy, Tally
-from ddp_ssl.evals.features import Block, Extractor, Ticker, crop_view, gather_rows
+from ddp_ssl.evals.features import Block, Extractor, crop_view, gather_rows
 from ddp_ssl.evals.settings import EvaluateConfig, Protocol, protocol_of
 from ddp_ssl.optim import learning_rate
+from ddp_ssl.utils.progress import Ticker
+from ddp_ssl.utils.seeds import hashed
 
 ROWS = 8192  # that are classified at a time
 
@@ -179,15 +182,9 @@ def random_crops(
     data = settings.data
     return TrainLoader(
         split,
-        [crop_view(settings)],
-        global_batch=batch_size,
-        shard=comm.rank,
-        num_shards=comm.world_size,
-        seed=seed,
-        salt=comm.rank,
-        color_jitter=data.color_jitter,
-        **reading(data),
-        device=device,
+        Order(len(split), batch_size, comm.rank, comm.world_size, seed),
+        Augmentation([crop_view(settings)], data.color_jitter, comm.rank),
+        LoaderSettings.of(data, device),
         bad=bad,
     )
 

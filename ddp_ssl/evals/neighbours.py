@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from ddp_ssl.config import ConfigError
-from ddp_ssl.data.datasets import Split
+from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.evals.accuracy import Accuracy, Tally
-from ddp_ssl.evals.features import Extractor, Ticker
+from ddp_ssl.evals.features import Extractor
 from ddp_ssl.evals.knn import sharded_votes
+from ddp_ssl.utils.progress import Ticker
 
 
 def evaluate_knn(

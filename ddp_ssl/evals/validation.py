@@ -18,12 +18,15 @@ from ddp_ssl import metrics
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError
 from ddp_ssl.config.views import views_of
-from ddp_ssl.data.datasets import Dataset, Split, reading
-from ddp_ssl.data.loader import EvalLoader, TrainLoader
-from ddp_ssl.data.order import hashed
-from ddp_ssl.data.source import BadImages
+from ddp_ssl.data.datasets.base import Dataset
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading.bad_images import BadImages
+from ddp_ssl.data.loading.loader import EvalLoader, TrainLoader
+from ddp_ssl.data.loading.order import Order
+from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 from ddp_ssl.evals.knn import knn_predict
 from ddp_ssl.methods.base import Method
+from ddp_ssl.utils.seeds import hashed
 
 Ids = npt.NDArray[np.int64]
 Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -124,12 +127,11 @@ class Validation:
         loader = EvalLoader(
             split,
             ids,
+            data.central_crop,
+            LoaderSettings.of(data, self.device),
             batch_size=min(evaluation.batch_size, -(-len(ids) // self.comm.world_size)),
             shard=self.comm.rank,
             num_shards=self.comm.world_size,
-            crop=data.central_crop,
-            **reading(data),
-            device=self.device,
             bad=self.bad,
         )
         parts = [(*embed(b.views[0]), b.labels, b.ids.to(b.labels.device)) for b in loader]
@@ -229,18 +231,14 @@ class Validation:
         large = [v for v in views_of(data.views) if v.size == max(g.size for g in data.views)]
         rounds = -(-images // (self.config.eval.batch_size * shares))
         split = self.val.subset(self.measured_ids)
+        views = [large[k % len(large)] for k in range(settings.views)]
+        batch = images // (rounds * shares) * shares  # leaves out as few images as possible
+        seed = hashed(self.config.run.seed, "measured views")
         loader = TrainLoader(
             split,
-            [large[k % len(large)] for k in range(settings.views)],
-            # As few are left out as can be shared evenly.
-            global_batch=images // (rounds * shares) * shares,
-            shard=self.comm.rank,
-            num_shards=shares,
-            seed=hashed(self.config.run.seed, "measured views"),
-            salt=self.comm.rank,
-            color_jitter=data.color_jitter,
-            **reading(data),
-            device=self.device,
+            Order(len(split), batch, self.comm.rank, shares, seed),
+            Augmentation(views, data.color_jitter, self.comm.rank),
+            LoaderSettings.of(data, self.device),
             bad=self.bad,
         )
         parts: list[tuple[Tensor, Tensor]] = []

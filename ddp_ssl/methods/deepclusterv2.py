@@ -12,11 +12,11 @@ from torch import Tensor
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError, MethodConfig, Size
 from ddp_ssl.data.batch import Batch
-from ddp_ssl.data.order import hashed
 from ddp_ssl.distributed import stacked_views
 from ddp_ssl.losses import deepclusterv2, spherical_kmeans
 from ddp_ssl.losses.common import at_least_float32, unit_rows
 from ddp_ssl.methods.base import Context, Method, Output
+from ddp_ssl.utils.seeds import hashed
 
 
 class DeepClusterV2Config(MethodConfig):

@@ -11,7 +11,7 @@ from ddp_ssl.config import Config, ConfigError
 from ddp_ssl.config.reader import flow
 
 if TYPE_CHECKING:
-    from ddp_ssl.data.datasets import Dataset
+    from ddp_ssl.data.datasets.base import Dataset
 
 # Keys that may change when a run is resumed. All others belong to its identity.
 FREE_ON_RESUME = (

@@ -1,1 +1,1 @@
-"""Small helpers that know nothing of training."""
+"""Small things that every room uses: seeds, files, texts, progress lines."""

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddp_ssl.config.views import View
-from ddp_ssl.data.formats import PixelFormat
-from ddp_ssl.data.loader import TrainLoader
-from ddp_ssl.data.manifest import Split
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading.formats import Decoding, PixelFormat
+from ddp_ssl.data.loading.loader import TrainLoader
+from ddp_ssl.data.loading.order import Order
+from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 
 Pixels = NDArray[np.uint8]
 HALF = (0.5, 0.5, 0.5)
@@ -52,19 +54,32 @@ def array_of(count: int, size: int = 20) -> Split:
 
 def loader_of(split: Split, views: list[View] | None = None, **changes: Any) -> TrainLoader:
     """A loader of two small views that use every operator."""
-    mean, std = changes.pop("mean", HALF), changes.pop("std", HALF)
-    settings: dict[str, Any] = {
-        "form": PixelFormat(mean, std, changes.pop("half", False)),
-        "global_batch": 6,
-        "shard": 0,
-        "num_shards": 1,
-        "seed": 3,
-        "salt": 0,
-        "color_jitter": "seq",
-        "threads": 1,
-        "prefetch": 2,
-        "device": torch.device("cpu"),
-    }
     if views is None:
         views = [View(size=16, solarize_p=0.3), View(size=8, blur_p=0.1)]
-    return TrainLoader(split, views, **(settings | changes))
+    grouped = grouped_settings(split, views, changes)
+    return TrainLoader(split, *grouped, **changes)
+
+
+def grouped_settings(
+    split: Split, views: list[View], changes: dict[str, Any]
+) -> tuple[Order, Augmentation, LoaderSettings]:
+    """A loader's groups of settings with some changed, which are taken out of `changes`."""
+    changed = changes.pop
+    order = Order(
+        len(split), changed("global_batch", 6), changed("shard", 0), changed("num_shards", 1),
+        changed("seed", 3),
+    )  # fmt: skip
+    augmentation = Augmentation(
+        views, changed("color_jitter", "seq"), changed("salt", 0), changed("view_ids", None)
+    )
+    return order, augmentation, loader_settings(changes)
+
+
+def loader_settings(changes: dict[str, Any]) -> LoaderSettings:
+    """One thread on a CPU, with some settings changed, which are taken out of `changes`."""
+    changed = changes.pop
+    mean, std, half = changed("mean", HALF), changed("std", HALF), changed("half", False)
+    return LoaderSettings(
+        PixelFormat(mean, std, half), changed("device", torch.device("cpu")),
+        changed("threads", 1), changed("prefetch", 2), changed("decoding", Decoding()),
+    )  # fmt: skip

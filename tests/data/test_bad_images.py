@@ -13,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ddp_ssl.data import source
 from ddp_ssl.data.batch import Batch
-from ddp_ssl.data.loader import EvalLoader, TrainLoader
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.order import permutation
-from ddp_ssl.data.source import BadImages, UnreadableError, write_list
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading import reader
+from ddp_ssl.data.loading.bad_images import BadImages, write_list
+from ddp_ssl.data.loading.loader import EvalLoader, TrainLoader
+from ddp_ssl.data.loading.order import permutation
+from ddp_ssl.data.loading.reader import UnreadableError
 from ddp_ssl.distributed import MeshComm, World
 from tests.data.images import array_of, folder_of, loader_of, picture
 from tests.data.test_loader import eval_of, through_a_file
@@ -159,7 +160,8 @@ def test_replacements_are_the_same_however_they_are_found(tmp_path: Path) -> Non
         for step in range(4):
             BAD[kind][0](Path(split.where(victim(step, step))))
         for start in (0, 4):
-            loader = loader_of(split, start_step=start, prefetch=1 + start)
+            loader = loader_of(split, prefetch=1 + start)
+            loader.load_state({}, start)
             ids.append([next(loader).ids.tolist() for _ in range(8 - start)])
     assert ids[0] == ids[2]
     assert ids[1] == ids[3] == ids[0][4:]
@@ -177,7 +179,7 @@ def test_a_read_that_fails_once_is_tried_again(
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return read(self, i)
 
-    monkeypatch.setattr(source, "RETRIES", (0.0,))
+    monkeypatch.setattr(reader, "RETRIES", (0.0,))
     monkeypatch.setattr(Split, "read", stale)
     ids = [i for _ in range(4) for i in next(loader_of(split, bad=bad, global_batch=24)).ids]
     assert failed
@@ -207,11 +209,11 @@ def test_when_nothing_is_left_it_is_known_some_steps_ahead(tmp_path: Path, prefe
 
 
 def test_another_error_of_dali_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_ssl.data.verify import telling
+    from ddp_ssl.data.loading.decodable import dali_message
 
     error = RuntimeError("Error in operator `x`,\ntraceback:\nError in thread 0: no memory\n\nBye.")
-    assert telling(error) == "DALI stopped: Error in thread 0: no memory"
-    assert telling(StopIteration()) == "DALI stopped: StopIteration"
+    assert dali_message(error) == "DALI stopped: Error in thread 0: no memory"
+    assert dali_message(StopIteration()) == "DALI stopped: StopIteration"
 
     def fails(self: TrainLoader, info: Any) -> Any:
         raise RuntimeError("Error: something else")
@@ -226,7 +228,7 @@ def test_another_error_of_dali_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_list_of_a_run_can_be_skipped(tmp_path: Path) -> None:
     """Names of any bytes, files and shards: what the loader lists is what `data.skip` takes."""
     from ddp_ssl.config import Data
-    from ddp_ssl.data import datasets
+    from ddp_ssl.data.datasets import registry
     from tools import pack_shards
 
     for i in range(IMAGES):
@@ -244,13 +246,13 @@ def test_the_list_of_a_run_can_be_skipped(tmp_path: Path) -> None:
     assert pack_shards.main(packing) == 0
     for place in ("data", "shards"):
         data, bad = Data(name="folder", root=str(tmp_path / place)), BadImages()
-        split = datasets.load(data, 0).train
+        split = registry.load(data, 0).train
         loader = loader_of(split, bad=bad)
         _ = [next(loader) for _ in range(4)]
         assert len(bad.known) == 2
         write_list(tmp_path / "bad.txt", bad.known)
         skipping = data.model_copy(update={"skip": str(tmp_path / "bad.txt")})
-        kept = datasets.load(skipping, 0).train
+        kept = registry.load(skipping, 0).train
         assert len(kept) == IMAGES - 2
         assert not any(b"\xff" in kept.name(i) for i in range(len(kept)))
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from ddp_ssl.config import Data
-from ddp_ssl.data import cache, manifest
-from ddp_ssl.data.datasets import Dataset, Split, find, load
-from ddp_ssl.data.sources import digits
+from ddp_ssl.data.datasets import cache, digits
+from ddp_ssl.data.datasets.base import Dataset
+from ddp_ssl.data.datasets.registry import find, load
+from ddp_ssl.data.datasets.split import Names, Split
 from tests.data.images import write
 
 JPEG = "a.jpg"
@@ -134,7 +135,7 @@ def test_arrays_gray_and_refused() -> None:
 
 
 def test_many_files_take_no_python_objects() -> None:
-    names = manifest.Names()
+    names = Names()
     for i in range(50_000):
         names.append(b"class%04d/image%08d.jpg" % (i % 1000, i))
     split = Split.of_files("/r", names, np.zeros(50_000))
@@ -253,7 +254,7 @@ def test_a_flat_val_beside_a_train_with_classes(tmp_path: Path) -> None:
 
 def test_no_torch_and_no_dali_to_find_the_data() -> None:
     code = (
-        "import sys; import ddp_ssl.data.datasets, ddp_ssl.data.manifest, ddp_ssl.data.order; "
+        "import sys; import ddp_ssl.data.datasets.registry, ddp_ssl.data.loading.order; "
         "sys.exit('torch' in sys.modules or 'nvidia.dali' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

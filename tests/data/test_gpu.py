@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ddp_ssl.config.views import CentralCrop, View
-from ddp_ssl.data.formats import Decoding
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.source import BadImages
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading.bad_images import BadImages
+from ddp_ssl.data.loading.formats import Decoding
 from tests.data.images import array_of, folder_of, loader_of, write
 from tests.data.test_bad_images import BAD, IMAGES, victim
 from tests.data.test_loader import eval_of, through_a_file

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from ddp_ssl.config.views import CentralCrop, View
-from ddp_ssl.data.formats import PixelFormat
-from ddp_ssl.data.loader import Batch, EvalLoader
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.order import permutation
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading.loader import EvalLoader
+from ddp_ssl.data.loading.order import permutation
 from ddp_ssl.run.configure import load
-from tests.data.images import HALF, array_of, folder_of, loader_of, picture
+from tests.data.images import array_of, folder_of, loader_of, loader_settings, picture
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,9 @@ def test_seed_salt_and_start_change_the_augmentations(files: Split) -> None:
     assert torch.equal(other.ids, base.ids)
     assert not same(base, other)
     assert next(loader_of(files, seed=4)).ids.tolist() != base.ids.tolist()
-    late, loader = next(loader_of(files, start_step=4)), loader_of(files)
-    assert late.ids.tolist() == [next(loader).ids.tolist() for _ in range(5)][4]
+    late, loader = loader_of(files), loader_of(files)
+    late.load_state({}, 4)
+    assert next(late).ids.tolist() == [next(loader).ids.tolist() for _ in range(5)][4]
 
 
 def test_a_view_group_reads_the_same_images_and_makes_other_views(files: Split) -> None:
@@ -146,7 +147,7 @@ def test_resuming_is_exact(files: Split, step: int, mode: str) -> None:
     assert all(same(next(going), next(resumed)) for _ in range(5))
     third = loader_of(files, color_jitter=mode)
     assert third.load_state(again, step) is None
-    fresh = loader_of(files, color_jitter=mode, start_step=0)
+    fresh = loader_of(files, color_jitter=mode)
     for _ in range(step):
         next(fresh)
     assert all(same(next(fresh), next(third)) for _ in range(5))
@@ -207,7 +208,7 @@ def test_other_data_steps_and_versions_are_named(
     step = loader_of(files).load_state(state, 2)
     assert step is not None
     assert "(step 0 -> 2)" in step
-    monkeypatch.setattr("ddp_ssl.data.pipeline.VERSION", "9.9")
+    monkeypatch.setattr("ddp_ssl.data.loading.dali.VERSION", "9.9")
     version = loader_of(files).load_state(state, 0)
     assert version is not None
     assert "dali" in version
@@ -229,17 +230,9 @@ def test_a_restart_draws_anew() -> None:
 
 
 def eval_of(split: Split, ids: Any, shard: int = 0, shards: int = 1, **changes: Any) -> EvalLoader:
-    settings: dict[str, Any] = {
-        "batch_size": 4,
-        "shard": shard,
-        "num_shards": shards,
-        "crop": CentralCrop(16, 16),
-        "form": PixelFormat(HALF, HALF),
-        "threads": 1,
-        "prefetch": 2,
-        "device": torch.device("cpu"),
-    }
-    return EvalLoader(split, ids, **(settings | changes))
+    crop, settings = changes.pop("crop", CentralCrop(16, 16)), loader_settings(changes)
+    share = {"batch_size": 4, "shard": shard, "num_shards": shards} | changes
+    return EvalLoader(split, ids, crop, settings, **share)
 
 
 @pytest.mark.parametrize("kind", ["files", "array"])

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ddp_ssl.data.order import Order, hashed, permutation
+from ddp_ssl.data.loading.order import Order, permutation
+from ddp_ssl.utils.seeds import hashed
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 4])

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ddp_ssl.data.shards import open_shards
+from ddp_ssl.data.datasets.shards import open_shards
 from tests.data.images import write
 from tools import pack_shards
 

@@ -19,10 +19,10 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from ddp_ssl.config.views import RECIPES, CentralCrop, View, views_of
-from ddp_ssl.data import pipeline, small
-from ddp_ssl.data.formats import PixelFormat
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.order import hashed
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading import dali, small_images
+from ddp_ssl.data.loading.formats import PixelFormat
+from ddp_ssl.utils.seeds import hashed
 from tests.data.images import HALF, Pixels, array_of, loader_of, picture, write
 from tests.helpers import config_of
 
@@ -37,7 +37,7 @@ def run(operator: Callable[..., Any], images: Any = IMAGES, **given: Any) -> NDA
         def source(info: Any) -> Any:
             return [list(images), *(list(np.float32(given[name])) for name in names)]
 
-        x, *numbers = pipeline.fn.external_source(
+        x, *numbers = dali.fn.external_source(
             source=source,
             num_outputs=1 + len(names),
             batch_info=True,
@@ -45,7 +45,7 @@ def run(operator: Callable[..., Any], images: Any = IMAGES, **given: Any) -> NDA
         )
         return operator(x, *numbers)
 
-    pipe = pipeline.dali.pipeline_def(graph, enable_conditionals=True)(
+    pipe = dali.dali.pipeline_def(graph, enable_conditionals=True)(
         batch_size=len(images), num_threads=1, device_id=None
     )
     (out,) = pipe.run()
@@ -72,7 +72,7 @@ def off(a: NDArray[Any], b: NDArray[Any]) -> float:
 def small_images_from(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small images in memory take the graph, and then the way of their own."""
     if request.param == "graph":
-        monkeypatch.setattr(small, "suits", lambda *_: False)
+        monkeypatch.setattr(small_images, "suits", lambda *_: False)
 
 
 both_ways = pytest.mark.usefixtures("small_images_from")
@@ -94,16 +94,16 @@ TURNS = [-0.5, -0.2, -0.05, 0.0, 0.1, 0.3]
     ],
 )
 def test_jitter_operators(name: str, values: list[float], bound: float) -> None:
-    ours = run(getattr(pipeline, name), value=values)
+    ours = run(getattr(dali, name), value=values)
     theirs = reference(getattr(tv, f"adjust_{name}"), values)
     assert off(ours, theirs) <= bound  # torchvision rounds down, DALI to the nearest
     assert np.abs(ours.astype(int) - theirs).max() <= 2
 
 
 def test_grayscale_and_solarize() -> None:
-    assert off(run(pipeline.grayscale), reference(tv.rgb_to_grayscale)) <= 0.55
+    assert off(run(dali.grayscale), reference(tv.rgb_to_grayscale)) <= 0.55
     solarized = reference(lambda x: tv.solarize(x, 128.0))
-    assert off(run(pipeline.solarize), solarized) == 0
+    assert off(run(dali.solarize), solarized) == 0
 
 
 def test_blur_with_the_same_window() -> None:
@@ -114,13 +114,13 @@ def test_blur_with_the_same_window() -> None:
         return tv.gaussian_blur(x, [window, window], [sigma, sigma])
 
     # torchvision rounds, so do we: the odd pixel falls to the other side.
-    assert off(run(pipeline.blur, sigma=sigmas), reference(blurred, sigmas)) <= 0.01
+    assert off(run(dali.blur, sigma=sigmas), reference(blurred, sigmas)) <= 0.01
 
 
 @pytest.mark.parametrize(("size", "bound"), [(32, 0.25), (96, 0.25), (64, 0)])
 def test_crop_of_the_whole_image_is_a_bicubic_resize(size: int, bound: float) -> None:
     view = View(size=size, scale=(1, 1), ratio=(1, 1))
-    ours = run(lambda x: pipeline.random_crop(x, view, 1))
+    ours = run(lambda x: dali.random_crop(x, view, 1))
     theirs = reference(
         lambda x: tv.resize(x, [size, size], InterpolationMode.BICUBIC, antialias=True)
     )
@@ -132,7 +132,7 @@ def test_crop_shows_the_part_that_torchvision_would() -> None:
     ramp = np.zeros((256, 256, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(256)[:, None], np.arange(256)[None]
     view = View(size=64, scale=(0.2, 0.6), ratio=(0.5, 2.0))
-    crops = run(lambda x: pipeline.random_crop(x, view, 5), np.stack([ramp] * 400)).astype(float)
+    crops = run(lambda x: dali.random_crop(x, view, 5), np.stack([ramp] * 400)).astype(float)
     height = (crops[:, -1, 32, 0] - crops[:, 0, 32, 0]) * 64 / 63
     width = (crops[:, 32, -1, 1] - crops[:, 32, 0, 1]) * 64 / 63
     area, ratio = height * width / 256**2, width / height
@@ -161,13 +161,13 @@ def test_central_crop(height: int, width: int, resize: int, size: int, kernel: s
         x = tv.resize(x, [resize], InterpolationMode(kernel), antialias=True)
         return tv.center_crop(x, [size, size])
 
-    ours = run(lambda x: pipeline.central_crop(x, CentralCrop(resize, size, kernel)), images)
+    ours = run(lambda x: dali.central_crop(x, CentralCrop(resize, size, kernel)), images)
     assert off(ours, reference(theirs, images=images)) <= 0.3
 
 
 def test_normalize_and_flip() -> None:
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    ours = run(lambda x: pipeline.normalize(x, PixelFormat(mean, std), 1))
+    ours = run(lambda x: dali.normalize(x, PixelFormat(mean, std), 1))
     theirs = reference(
         lambda x: tv.normalize(tv.horizontal_flip(x).float() / 255, list(mean), list(std))
     )
@@ -179,7 +179,7 @@ def test_normalize_and_flip() -> None:
 
 
 def jittered(x: Any, mode: str, draws: list[Any]) -> Any:
-    return pipeline.tint(pipeline.light(x, mode, draws, pipeline.uniform(0, 24, 1)), mode, draws)
+    return dali.tint(dali.light(x, mode, draws, dali.uniform(0, 24, 1)), mode, draws)
 
 
 @pytest.mark.parametrize("order", [0, 7, 23])
@@ -188,13 +188,13 @@ def test_exact_jitter_applies_the_operators_in_the_drawn_order(order: int) -> No
     h = [-0.1, -0.05, 0.0, 0.03, 0.07, 0.1]
     places = [order + 0.5] * len(IMAGES)
     ours = run(
-        lambda x, b, c, s, h, o: pipeline.light(x, "exact", [b, c, s, h], o),
+        lambda x, b, c, s, h, o: dali.light(x, "exact", [b, c, s, h], o),
         b=b, c=c, s=s, h=h, o=places,
     )  # fmt: skip
 
     def theirs(x: Tensor, *factors: float) -> Tensor:
         operators = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]
-        for k in pipeline.JITTER_ORDERS[order]:
+        for k in dali.JITTER_ORDERS[order]:
             x = operators[k](x, factors[k])
         return x
 
@@ -215,7 +215,7 @@ def test_seq_jitter_without_hue_is_torchvisions_in_that_order() -> None:
 @pytest.mark.parametrize("mode", ["fast", "seq", "exact"])
 def test_jitter_of_strength_zero_changes_nothing(mode: str) -> None:
     view = View(brightness=0, contrast=0, saturation=0, hue=0)
-    assert pipeline.jitter_draws(view, (0,)) == [None] * 4
+    assert dali.jitter_draws(view, (0,)) == [None] * 4
     ours = run(lambda x: jittered(x, mode, [None] * 4))
     assert (ours == IMAGES).all()
 
@@ -395,8 +395,8 @@ def test_pixels_are_those_of_pil_and_not_turned(tmp_path: Path) -> None:
 
 
 def test_without_dali_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "ddp_ssl.data.pipeline")
-    monkeypatch.delattr("ddp_ssl.data.pipeline")
+    monkeypatch.delitem(sys.modules, "ddp_ssl.data.loading.dali")
+    monkeypatch.delattr("ddp_ssl.data.loading.dali")
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(ValueError, match=r"^nvidia-dali is not installed: pip install -c constr"):
         loader_of(array_of(6))

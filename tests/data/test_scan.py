@@ -1,4 +1,4 @@
-"""Scanning folders, and manifests: that they are used, equal a scan, and notice every change."""
+"""Scanning folders, and kept scans: they are used, equal a new scan, and notice every change."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddp_ssl.data import cache, scan
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.scan import images_below
+from ddp_ssl.data.datasets import cache, scan
+from ddp_ssl.data.datasets.scan import images_below
+from ddp_ssl.data.datasets.split import Split
 from tests.data.images import write
 
 OLD = time.time() - 3600  # older than what is taken to be racy
@@ -23,7 +23,7 @@ OLD = time.time() - 3600  # older than what is taken to be racy
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where manifests are kept, also those of small folders."""
+    """The folder of kept scans, also of small folders."""
     monkeypatch.setenv("DDP_SSL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(scan, "WORTH_KEEPING", 1)
     scan._warn.cache_clear()
@@ -219,7 +219,7 @@ def test_a_folder_that_was_just_changed_is_not_trusted(
     assert "a/late.jpg" in names(split)
 
 
-def test_one_manifest_and_one_old_one_for_a_folder(tmp_path: Path, place: Path) -> None:
+def test_one_scan_and_one_old_one_for_a_folder(tmp_path: Path, place: Path) -> None:
     root = tree(tmp_path / "data")
     for i in range(4):
         (root / "a" / f"{i}{i}.jpg").touch()
@@ -229,7 +229,7 @@ def test_one_manifest_and_one_old_one_for_a_folder(tmp_path: Path, place: Path) 
     assert len(mapped) == 10
 
 
-def test_a_manifest_in_use_outlives_its_replacement(tmp_path: Path, place: Path) -> None:
+def test_a_scan_in_use_outlives_its_replacement(tmp_path: Path, place: Path) -> None:
     root = tree(tmp_path / "data")
     images_below(root)
     split, _ = images_below(root)
@@ -261,7 +261,7 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [*scan.ARRAYS, "missing", "empty"])
-def test_a_damaged_manifest_is_made_again(
+def test_a_damaged_scan_is_made_again(
     tmp_path: Path, place: Path, scans: list[str], file: str
 ) -> None:
     root = tree(tmp_path / "data")
@@ -376,7 +376,7 @@ def test_long_scans_show_progress(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(scan, "EVERY", 0.0)
+    monkeypatch.setattr(scan, "EVERY_S", 0.0)
     monkeypatch.setattr(scan, "WORTH_SAYING", 0.0)
     root = tree(tmp_path / "data")
     with caplog.at_level(logging.INFO, "ddp_ssl"):

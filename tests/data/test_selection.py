@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from ddp_ssl.config import Data
-from ddp_ssl.data.datasets import Dataset, Split, load
-from ddp_ssl.data.manifest import Names
-from ddp_ssl.data.selection import Skip, fraction_of, held_out
+from ddp_ssl.data.datasets.base import Dataset
+from ddp_ssl.data.datasets.registry import load
+from ddp_ssl.data.datasets.selection import Skip, fraction_of, held_out
+from ddp_ssl.data.datasets.split import Names, Split
 from tests.data.images import write
 
 

@@ -19,9 +19,10 @@ import pytest
 from PIL import Image
 
 from ddp_ssl.config import Data
-from ddp_ssl.data import datasets, shards
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.shards import open_shards
+from ddp_ssl.data.datasets import registry, shards, staging
+from ddp_ssl.data.datasets.base import Dataset, Definition
+from ddp_ssl.data.datasets.shards import open_shards
+from ddp_ssl.data.datasets.split import Split
 from tests.data.images import picture, write
 from tools import pack_shards
 
@@ -63,9 +64,9 @@ def copy(packed: Path, tmp_path: Path) -> Path:
     return shutil.copytree(packed, tmp_path / "copy")
 
 
-def source(root: Path) -> datasets.Dataset:
+def source(root: Path) -> Dataset:
     data = Data(name="folder", root=str(root))
-    return datasets.source_of(data).load(data)
+    return registry.definition_of(data).load(data)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -84,7 +85,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> str:
 def test_the_same_ids_names_labels_bytes_and_digests(files: Path, packed: Path) -> None:
     original, found = source(files), open_shards(packed)
     assert found.class_names == original.class_names == ("c0", "c1", "c2")
-    assert found.extensions == ("jpg", "png")
+    assert shards.describe(packed)["extensions"] == ["jpg", "png"]
     assert original.val is not None
     assert found.val is not None
     for mine, other in ((found.train, original.train), (found.val, original.val)):
@@ -129,7 +130,7 @@ def test_dali_reads_them_by_their_index(files: Path, packed: Path) -> None:
 
     @pipeline_def(batch_size=10, num_threads=1, device_id=None)
     def streamed():  # type: ignore[no-untyped-def]
-        extensions = ";".join(open_shards(packed).extensions)
+        extensions = ";".join(shards.describe(packed)["extensions"])
         image, label, number = fn.readers.webdataset(
             paths=[str(tar) for tar in tars],
             index_paths=[str(tar.with_suffix(".idx")) for tar in tars],
@@ -174,10 +175,10 @@ def test_the_seed_decides_every_byte(files: Path, packed: Path, tmp_path: Path) 
 
 def test_arrays_become_pngs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = Split.of_array(np.stack([picture(i, 16, 16) for i in range(9)]), np.arange(9) % 3)
-    made = datasets.Dataset("digits", train, None, ("x", "y", "z"))
-    monkeypatch.setattr(datasets, "find", lambda _: None)
+    made = Dataset("digits", train, None, ("x", "y", "z"))
+    monkeypatch.setattr(registry, "find", lambda _: None)
     monkeypatch.setattr(
-        datasets, "source_of", lambda _: datasets.Source(lambda _: None, lambda _: made)
+        registry, "definition_of", lambda _: Definition(lambda _: None, lambda _: made)
     )
     assert pack_shards.main(["--out", str(tmp_path / "out"), "--shard-size", "5e3"]) == 0
     found = open_shards(tmp_path / "out")
@@ -197,11 +198,11 @@ def test_hostile_names_are_only_names(tmp_path: Path, monkeypatch: pytest.Monkey
     for i in range(4):
         (tmp_path / f"{i}.bin").write_bytes(content[i])
     named = Split.of_files("/data", hostile, np.arange(4))
-    made = datasets.Dataset("x", named, None, ())
+    made = Dataset("x", named, None, ())
     monkeypatch.setattr(Split, "path", lambda _, i: os.fsencode(tmp_path / f"{i}.bin"))
-    monkeypatch.setattr(datasets, "find", lambda _: None)
+    monkeypatch.setattr(registry, "find", lambda _: None)
     monkeypatch.setattr(
-        datasets, "source_of", lambda _: datasets.Source(lambda _: None, lambda _: made)
+        registry, "definition_of", lambda _: Definition(lambda _: None, lambda _: made)
     )
     assert pack_shards.main(["--out", str(tmp_path / "out")]) == 0
     with tarfile.open(tmp_path / "out" / "train-00000.tar") as file:
@@ -463,7 +464,7 @@ def test_what_a_stream_reads(copy: Path) -> None:
 
 
 def test_staged_copies_are_the_same(packed: Path, tmp_path: Path) -> None:
-    copy = shards.stage(packed, tmp_path / "disk" / "deep", lambda _: None)
+    copy = staging.stage(packed, tmp_path / "disk" / "deep", lambda _: None)
     stamp = hashlib.sha256((packed / shards.ABOUT).read_bytes()).hexdigest()[:12]
     assert copy == tmp_path / "disk" / "deep" / f"folder-{stamp}"
     mine, other = contents(copy), contents(packed)
@@ -479,39 +480,39 @@ def test_staged_copies_are_the_same(packed: Path, tmp_path: Path) -> None:
 
 def test_staging_resumes(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[str] = []
-    real = shards._copy
+    real = staging._copy
 
     def spied(source: Path, *rest: object) -> None:
         copied.append(source.name)
         real(source, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shards, "_copy", spied)
-    copy = shards.stage(packed, tmp_path, lambda _: None)
+    monkeypatch.setattr(staging, "_copy", spied)
+    copy = staging.stage(packed, tmp_path, lambda _: None)
     everything = sorted(copied)
     copied.clear()
-    assert shards.stage(packed, tmp_path, lambda _: None) == copy
+    assert staging.stage(packed, tmp_path, lambda _: None) == copy
     assert copied == []
     # Killed: no shards.json yet, a file half copied, one not begun, one cut by a crash.
     (copy / shards.ABOUT).unlink()
     (copy / "train-00000.tar").rename(copy / ".part-train-00000.tar")
     (copy / "train-labels.npy").unlink()
     truncate(copy)
-    shards.stage(packed, tmp_path, lambda _: None)
+    staging.stage(packed, tmp_path, lambda _: None)
     assert sorted(copied) == sorted(
         ["train-00000.tar", "train-00001.tar", "train-labels.npy", shards.ABOUT]
     )
     assert sorted(contents(copy)) == everything
     delete(copy)  # by someone who cleaned up
-    shards.stage(packed, tmp_path, lambda _: None)
+    staging.stage(packed, tmp_path, lambda _: None)
     assert open_shards(copy).train.read(0).tobytes()
 
 
 def test_staging_tells_how_far_it_is(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "EVERY", 0.0)
+    monkeypatch.setattr(staging, "EVERY_S", 0.0)
     told: list[str] = []
-    shards.stage(packed, tmp_path, told.append)
+    staging.stage(packed, tmp_path, told.append)
     assert told
     assert told[0].startswith(f"copying {packed} to {tmp_path}/folder-")
 
@@ -519,7 +520,7 @@ def test_staging_tells_how_far_it_is(
 def test_a_damaged_source_is_found_while_staging(copy: Path, tmp_path: Path) -> None:
     flip(copy)
     with pytest.raises(ValueError, match=r"^data.root: .*train-00001.tar is damaged"):
-        shards.stage(copy, tmp_path / "disk", lambda _: None)
+        staging.stage(copy, tmp_path / "disk", lambda _: None)
     (staged,) = (tmp_path / "disk").iterdir()
     assert not shards.is_shards(staged)
     assert not (staged / "train-00001.tar").exists()
@@ -530,22 +531,22 @@ def test_a_disk_without_room(packed: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     message = r"^data.stage: .* has 0.0 GB free, .* needs 0.0 GB; accepted: a folder with"
     with pytest.raises(ValueError, match=message):
-        shards.stage(packed, tmp_path, lambda _: None)
+        staging.stage(packed, tmp_path, lambda _: None)
 
 
 def test_a_place_that_is_no_folder(packed: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"^data.stage: .*cannot be copied to .*Not a directory"):
-        shards.stage(packed, tmp_path / "file", lambda _: None)
+        staging.stage(packed, tmp_path / "file", lambda _: None)
 
 
 def test_one_copies_and_the_others_wait(packed: Path, tmp_path: Path) -> None:
-    copy = shards.stage(packed, tmp_path, lambda _: None)
+    copy = staging.stage(packed, tmp_path, lambda _: None)
     (copy / "train-00000.tar").unlink()  # a complete copy waits for nobody
     told: list[str] = []
     with (copy / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        other = threading.Thread(target=shards.stage, args=(packed, tmp_path, told.append))
+        other = threading.Thread(target=staging.stage, args=(packed, tmp_path, told.append))
         other.start()
         time.sleep(0.3)
         assert other.is_alive()
@@ -565,7 +566,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_more_shards_than_files_may_be_open(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_most_open", lambda: 2)
+    monkeypatch.setattr("ddp_ssl.data.datasets.tar._most_open", lambda: 2)
     split = open_shards(packed).train
     assert split.shards is not None
     assert len(split.shards.paths) > 3
@@ -579,9 +580,9 @@ def test_more_shards_than_files_may_be_open(packed: Path, monkeypatch: pytest.Mo
 
 
 def test_a_staged_copy_that_lacks_an_index_is_completed(packed: Path, tmp_path: Path) -> None:
-    copy = shards.stage(packed, tmp_path / "local", lambda text: None)
+    copy = staging.stage(packed, tmp_path / "local", lambda text: None)
     (copy / "train-00001.idx").unlink()
-    assert shards.stage(packed, tmp_path / "local", lambda text: None) == copy
+    assert staging.stage(packed, tmp_path / "local", lambda text: None) == copy
     found = open_shards(copy).train.shards
     assert found is not None
     assert found.stream()
@@ -590,10 +591,10 @@ def test_a_staged_copy_that_lacks_an_index_is_completed(packed: Path, tmp_path: 
 def test_a_complete_copy_is_only_read(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = shards.stage(packed, tmp_path / "local", lambda text: None)
+    copy = staging.stage(packed, tmp_path / "local", lambda text: None)
 
     def refuse(*_: object) -> None:
         raise PermissionError(13, "not yours")
 
-    monkeypatch.setattr(shards.fcntl, "flock", refuse)
-    assert shards.stage(packed, tmp_path / "local", lambda text: None) == copy
+    monkeypatch.setattr(staging.fcntl, "flock", refuse)
+    assert staging.stage(packed, tmp_path / "local", lambda text: None) == copy

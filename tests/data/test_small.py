@@ -14,10 +14,11 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from ddp_ssl.config.views import View
-from ddp_ssl.data import pipeline, small
-from ddp_ssl.data.formats import PixelFormat
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.small import Draws
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading import dali
+from ddp_ssl.data.loading import small_images as small
+from ddp_ssl.data.loading.formats import PixelFormat
+from ddp_ssl.data.loading.small_images import Draws
 from tests.data.images import Pixels, array_of, loader_of, picture
 from tests.data.test_loader import same, through_a_file
 from tests.data.test_pipeline import FACTORS, TURNS, distance, off, reference, run
@@ -123,7 +124,7 @@ def test_jitter_is_the_graphs(mode: str) -> None:
 
     def graph(x: Any, b: Any, c: Any, s: Any, h: Any) -> Any:
         draws = [b, c, s, h]
-        return pipeline.tint(pipeline.light(x, mode, draws, None), mode, draws)
+        return dali.tint(dali.light(x, mode, draws, None), mode, draws)
 
     theirs = run(graph, FLAT, b=b, c=c, s=s, h=TURNS)
     draws = draws_of(brightness=b, contrast=c, saturation=s, hue=TURNS)
@@ -136,7 +137,7 @@ def test_jitter_is_the_graphs(mode: str) -> None:
 def test_blur_is_the_graphs(size: int) -> None:
     images = np.stack([picture(i, size, size) for i in range(N)])
     sigmas = [0.1, 0.3, 0.7, 1.0, 1.5, 2.0]
-    theirs = run(lambda x, s: pipeline.blur(pipeline.to_float(x), s), images, s=sigmas)
+    theirs = run(lambda x, s: dali.blur(dali.to_float(x), s), images, s=sigmas)
     x, coins = planar(images), [True, False] * 3
     small.blur_(x, draws_of(blur=coins, sigma=sigmas))
     expected = np.where(np.array(coins)[:, None, None, None], theirs, images)
@@ -148,7 +149,7 @@ def test_normalisation_and_solarize_are_the_graphs() -> None:
                 solarize_p=1.0)  # fmt: skip
     form = PixelFormat((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     ours = small.augment(FLAT, view, "seq", form, (0, 0, 0))
-    theirs = run(lambda x: pipeline.normalize(pipeline.solarize(pipeline.to_float(x)), form), FLAT)
+    theirs = run(lambda x: dali.normalize(dali.solarize(dali.to_float(x)), form), FLAT)
     np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-5)
 
 

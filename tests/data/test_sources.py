@@ -14,8 +14,10 @@ import pytest
 import torchvision.datasets
 
 from ddp_ssl.config import NORMALISATION, Data
-from ddp_ssl.data.datasets import DATASETS, Dataset, Split, find, load
-from ddp_ssl.data.sources import folders
+from ddp_ssl.data.datasets import folders
+from ddp_ssl.data.datasets.base import Dataset
+from ddp_ssl.data.datasets.registry import DATASETS, find, load
+from ddp_ssl.data.datasets.split import Split
 from tests.data.images import write
 
 WNIDS = ("n01440764", "n01443537", "n02000001")

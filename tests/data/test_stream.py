@@ -11,11 +11,10 @@ import torch
 
 from ddp_ssl.config import ConfigError, Data
 from ddp_ssl.config.views import View
-from ddp_ssl.data import datasets
-from ddp_ssl.data.formats import PixelFormat
-from ddp_ssl.data.loader import StreamLoader
-from ddp_ssl.data.manifest import Split
-from tests.data.images import HALF, loader_of, write
+from ddp_ssl.data.datasets import registry
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading.loader import StreamLoader
+from tests.data.images import grouped_settings, loader_of, write
 from tests.data.test_loader import through_a_file
 from tests.helpers import config_of
 from tests.ranks import Ranks
@@ -47,19 +46,15 @@ def packed(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def split_of(root: Path) -> Split:
-    return datasets.load(Data(name="folder", root=str(root)), 0).train
+    return registry.load(Data(name="folder", root=str(root)), 0).train
 
 
 def stream_of(root: Path, **changes: Any) -> StreamLoader:
     split = split_of(root)
     assert split.shards is not None
-    settings: dict[str, Any] = {
-        "global_batch": 6, "shard": 0, "num_shards": 1, "seed": 3, "salt": 0, "prefetch": 2,
-        "color_jitter": "seq", "form": PixelFormat(HALF, HALF), "threads": 1, "shuffle": 8,
-        "device": torch.device("cpu"),
-    }  # fmt: skip
-    views = changes.pop("views", [View(size=16), View(size=8)])
-    return StreamLoader(split, views, **split.shards.stream(), **(settings | changes))
+    views, shuffle = changes.pop("views", [View(size=16), View(size=8)]), changes.pop("shuffle", 8)
+    grouped = grouped_settings(split, views, changes)
+    return StreamLoader(split, *grouped, **split.shards.stream(), shuffle=shuffle, **changes)
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -139,7 +134,7 @@ def test_a_bad_image_is_said_in_one_line(files: Path, tmp_path: Path) -> None:
 
 def refused(root: Path, **changes: Any) -> str:
     with pytest.raises(ValueError, match=r"^data\.") as caught:
-        datasets.load(Data(name="folder", root=str(root), **changes), 0)
+        registry.load(Data(name="folder", root=str(root), **changes), 0)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -159,7 +154,7 @@ def test_what_a_stream_cannot_do_is_refused(packed: Path, files: Path, tmp_path:
     flat = pack(files / "train", tmp_path / "flat")
     assert "no validation images of its own" in refused(flat, reader="streamed")
     with pytest.raises(ValueError, match="holds shards of folder, not of imagenet"):
-        datasets.load(Data(name="imagenet", root=str(packed)), 0)
+        registry.load(Data(name="imagenet", root=str(packed)), 0)
     with pytest.raises(ConfigError, match=r"^eval.knn: .*eval.knn=false is accepted"):
         config_of("data.url=s3://bucket/a", "data.reader=streamed")
 

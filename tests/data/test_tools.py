@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from ddp_ssl.config import Data
-from ddp_ssl.data import datasets, shards
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.verify import Decoder, looks_whole
+from ddp_ssl.data.datasets import registry, shards
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading.decodable import Decoder, looks_whole
 from tests.data.images import picture, write
 from tools import check_data, pack_shards
 
@@ -185,7 +185,7 @@ def test_the_list_is_what_data_skip_takes(
     files: Path, checked: tuple[bool, Path, int, str]
 ) -> None:
     full, out, _, _ = checked
-    made = datasets.load(Data(name="folder", root=str(files), skip=str(out)), seed=0)
+    made = registry.load(Data(name="folder", root=str(files), skip=str(out)), seed=0)
     assert made.val is not None
     assert (len(made.train), len(made.val)) == (15 if full else 16, 14)
     splits = {"train": made.train, "val": made.val}

@@ -8,7 +8,7 @@ import torch
 
 from ddp_ssl import checkpoint
 from ddp_ssl.config import Resolved
-from ddp_ssl.data import datasets
+from ddp_ssl.data.datasets import registry
 from ddp_ssl.evals.probe import Learner
 from ddp_ssl.models import export
 from ddp_ssl.run.configure import load
@@ -23,7 +23,7 @@ def make_run(folder: Path, photos: Path, *overrides: str) -> Learner:
     resolved: Resolved = load([*TINY, *data, *DATA, *overrides])
     config = resolved.config
     learner = Learner(method_of(config, dtype=torch.float32), 4)
-    val = datasets.load(config.data, config.run.seed).val
+    val = registry.load(config.data, config.run.seed).val
     identity = {"validation images": "none" if val is None else val.digest[:12]}
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text(resolved.to_yaml())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_ssl.data import datasets
+from ddp_ssl.data.datasets import registry
 from ddp_ssl.distributed import World, comm_of
 from ddp_ssl.evals.knn import knn_predict
 from ddp_ssl.evals.probe import Learner
@@ -65,7 +65,7 @@ def figures(world: World, root: str, bank: int, measured: int) -> Any:
         "data.name=folder", f"data.root={root}", "eval.batch_size=4", f"eval.knn_bank={bank}",
         f"measure.max_images={measured}", "eval.knn_k=3", "data.val_fraction=0.3",
     )  # fmt: skip
-    data = datasets.load(config.data, 0)
+    data = registry.load(config.data, 0)
     method = method_of(config, dtype=torch.float32)
     learner = Learner(method, data.num_classes)
     torch.nn.init.normal_(learner.probe.weight, generator=torch.Generator().manual_seed(0))

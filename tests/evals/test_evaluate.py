@@ -17,7 +17,7 @@ import torchvision
 from PIL import Image
 
 from ddp_ssl.config import Config, Data, reference_of
-from ddp_ssl.data import datasets
+from ddp_ssl.data.datasets import registry
 from ddp_ssl.evals.features import Extractor
 from ddp_ssl.evals.settings import EvaluateConfig, find_source, load_settings
 from ddp_ssl.evaluate import main
@@ -93,7 +93,7 @@ def spoiled(photos: Path, folder: Path) -> Path:
     """A copy of the photos, of which two training images and no other are none."""
     shutil.copytree(photos, folder)
     config = Data(name="folder", root=str(folder), val_fraction=0.3)
-    train = datasets.load(config, 0).train
+    train = registry.load(config, 0).train
     for i in (3, 5):
         Path(train.where(i)).write_bytes(b"no image")
     return folder

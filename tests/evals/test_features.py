@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddp_ssl.data.datasets import Split
+from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import World, comm_of
 from ddp_ssl.evals import features as module
 from ddp_ssl.evals.features import Block, Extractor, gather_rows

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddp_ssl.data.datasets import Split
+from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import World, comm_of
 from ddp_ssl.evals.features import Extractor
 from ddp_ssl.evals.finetune import FinetuneResult, evaluate_finetune

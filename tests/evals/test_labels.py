@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from ddp_ssl import clock
 from ddp_ssl.data.batch import Batch
-from ddp_ssl.data.datasets import Dataset, Split
+from ddp_ssl.data.datasets.base import Dataset
+from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import World, comm_of
 from ddp_ssl.evals.probe import Learner
 from ddp_ssl.evals.validation import Validation

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from ddp_ssl.data.loader import TrainLoader
+from ddp_ssl.data.loading.loader import TrainLoader
 from ddp_ssl.train import main
 
 rank, step = sys.argv[1:3]

@@ -45,11 +45,13 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import InterpolationMode, v2
 
 from ddp_ssl.config.views import RECIPES, View
-from ddp_ssl.data import pipeline
-from ddp_ssl.data.formats import Decoding, PixelFormat
-from ddp_ssl.data.loader import StreamLoader, TrainLoader
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.shards import open_shards
+from ddp_ssl.data.datasets.shards import open_shards
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading import dali
+from ddp_ssl.data.loading.formats import Decoding, PixelFormat
+from ddp_ssl.data.loading.loader import StreamLoader, TrainLoader
+from ddp_ssl.data.loading.order import Order
+from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import pack_shards
@@ -135,17 +137,9 @@ def package(
         kind = functools.partial(StreamLoader, **split.shards.stream())
     loader = kind(
         split,
-        views,
-        global_batch=batch,
-        shard=0,
-        num_shards=1,
-        seed=0,
-        salt=0,
-        color_jitter=mode,
-        form=FORM,
-        threads=workers,
-        prefetch=PREFETCH,
-        device=torch.device("cpu"),
+        Order(len(split), batch, shard=0, num_shards=1, seed=0),
+        Augmentation(views, mode),
+        LoaderSettings(FORM, torch.device("cpu"), workers, PREFETCH),
     )
     return endless(loader, batch)
 
@@ -155,20 +149,15 @@ def dali_reader(folder: Path, views: Sequence[View], batch: int, workers: int) -
     files = sorted(str(path) for path in folder.glob("*.jpg"))
 
     def reading() -> tuple[Any, Any]:
-        encoded, ids = pipeline.fn.readers.file(files=files, random_shuffle=True, name="files")
-        return pipeline.decode(encoded, Decoding()), ids
+        encoded, ids = dali.fn.readers.file(files=files, random_shuffle=True, name="files")
+        return dali.decode(encoded, Decoding()), ids
 
-    batches = pipeline.train_iterator(
+    batches = dali.train_iterator(
         reading,
-        views,
-        range(len(views)),
-        color_jitter="seq",
-        form=FORM,
+        Augmentation(views, "seq"),
+        LoaderSettings(FORM, torch.device("cpu"), workers, PREFETCH),
         seed=0,
         batch_size=batch,
-        threads=workers,
-        prefetch=PREFETCH,
-        device_id=None,
     )
     return endless(batches, batch)
 
@@ -509,7 +498,7 @@ def main() -> None:
     if args.out is not None and texts:
         versions = (
             f"torch {torch.__version__}, torchvision {torchvision.__version__}, DALI "
-            f"{pipeline.VERSION}; {args.workers} threads or workers, {args.repeats} turns each"
+            f"{dali.VERSION}; {args.workers} threads or workers, {args.repeats} turns each"
         )
         args.out.write_text("\n\n".join([*texts, versions]) + "\n")
 

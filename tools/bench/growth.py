@@ -33,8 +33,8 @@ from compare import peak_mib
 from ddp_ssl import checkpoint, engine
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.config.views import views_of
-from ddp_ssl.data import datasets
 from ddp_ssl.data.batch import Batch
+from ddp_ssl.data.datasets import registry
 from ddp_ssl.losses import barlow_twins, info_nce, mutual_information, vicreg
 from ddp_ssl.run.configure import load
 
@@ -171,7 +171,7 @@ def of_start(folder: Path) -> Iterator[Growth]:
         config = load(["data.name=folder", f"data.root={root}"]).config
         for growth in (first, again):
             begin = time.process_time()
-            data = datasets.load(config.data, 0)
+            data = registry.load(config.data, 0)
             growth.add(files, 1e3 * (time.process_time() - begin))
             assert len(data.train) + len(data.val or ()) == files
     yield first

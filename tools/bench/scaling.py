@@ -39,9 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ddp_ssl import distributed, engine
-from ddp_ssl.distributed import StopFlag
-from ddp_ssl.distributed import World
-from ddp_ssl.distributed import comm_stats
+from ddp_ssl.distributed import StopFlag, World, comm_stats
 from ddp_ssl.methods.base import Progress
 from ddp_ssl.run.configure import load
 from tools.bench.shared import ALPHA, CLASSES, join, learner_of, random_batch

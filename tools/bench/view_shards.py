@@ -19,9 +19,11 @@ import torch
 
 from ddp_ssl.config import ViewGroup
 from ddp_ssl.config.views import views_of
-from ddp_ssl.data.formats import PixelFormat
-from ddp_ssl.data.loader import TrainLoader
-from ddp_ssl.data.manifest import Split
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading.formats import PixelFormat
+from ddp_ssl.data.loading.loader import TrainLoader
+from ddp_ssl.data.loading.order import Order
+from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
 from data import endless, split_of, write_pictures
@@ -34,18 +36,13 @@ def loader_of(split: Split, views: int, world: int, batch: int, shards: int) -> 
     half = (0.5, 0.5, 0.5)
     return TrainLoader(
         split,
-        views_of([ViewGroup(count=views, size=224, recipe="sym")])[::shards],
-        view_ids=range(0, views, shards),
-        global_batch=batch,
-        shard=0,
-        num_shards=world // shards,
-        seed=0,
-        salt=0,
-        color_jitter="seq",
-        form=PixelFormat(half, half),
-        threads=1,
-        prefetch=2,
-        device=torch.device("cpu"),
+        Order(len(split), batch, shard=0, num_shards=world // shards, seed=0),
+        Augmentation(
+            views_of([ViewGroup(count=views, size=224, recipe="sym")])[::shards],
+            "seq",
+            view_ids=range(0, views, shards),
+        ),
+        LoaderSettings(PixelFormat(half, half), torch.device("cpu"), threads=1),
     )
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddp_ssl.config import Config, ConfigError, Resolved
-from ddp_ssl.data.cache import write_atomically
-from ddp_ssl.data.sources import digits
+from ddp_ssl.data.datasets import digits
+from ddp_ssl.data.datasets.cache import write_atomically
 from ddp_ssl.run.configure import load
 from ddp_ssl.run.identity import identity
 

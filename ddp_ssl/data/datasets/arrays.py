@@ -1,4 +1,4 @@
-"""Data sets that are published as arrays: CIFAR, STL-10 and MedMNIST. They are held in memory."""
+"""Data sets published as arrays and held in memory: CIFAR, STL-10 and MedMNIST."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.sources.base import Dataset, Source, prepare, root_of
+from ddp_ssl.data.datasets.base import Dataset, Definition, prepare, root_of
+from ddp_ssl.data.datasets.split import Split
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
@@ -78,7 +78,7 @@ def find_stl10(data: Data) -> None:
 
 
 def load_stl10(data: Data) -> Dataset:
-    """Trained on are the 5,000 labelled images and then the 100,000 unlabelled ones (label -1)."""
+    """`train` holds the 5,000 labelled images, then the 100,000 unlabelled ones (label -1)."""
     folder = stl10_folder(data)
     labels = stl10_labels(folder, "train")
     files = [folder / "train_X.bin", folder / "unlabeled_X.bin"]
@@ -99,7 +99,7 @@ def stl10_folder(data: Data) -> Path:
 
 
 def stl10_images(files: list[Path]) -> Pixels:
-    """`[M, 96, 96, 3]` of files that hold channel by channel, and each of them by columns."""
+    """`[M, 96, 96, 3]` from files stored channel by channel, each channel by columns."""
     parts = [
         np.memmap(file, np.uint8, "r").reshape(-1, 3, STL10_SIDE, STL10_SIDE) for file in files
     ]
@@ -154,7 +154,7 @@ def find_medmnist(data: Data) -> None:
 
 
 def medmnist_file(data: Data) -> Path:
-    """The file to load: of several sizes the smallest, 28 px, which is the benchmark's."""
+    """The file to load: the smallest size there is; the benchmark's is 28 px."""
     stem = MEDMNIST[data.name][0]
     fetch = f"{prepare(data)} --download fetches it"
     root = root_of(data, f"data.name={data.name} looks for MedMNIST's {stem}.npz in it; {fetch}")
@@ -203,8 +203,8 @@ def medmnist_arrays(file: Path, split: str) -> tuple[Pixels, NDArray[np.int64]]:
         ) from None
 
 
-SOURCES = {
-    **{name: Source(find_cifar, load_cifar) for name in CIFAR},
-    "stl10": Source(find_stl10, load_stl10),
-    **{name: Source(find_medmnist, load_medmnist) for name in MEDMNIST},
+DEFINITIONS = {
+    **{name: Definition(find_cifar, load_cifar) for name in CIFAR},
+    "stl10": Definition(find_stl10, load_stl10),
+    **{name: Definition(find_medmnist, load_medmnist) for name in MEDMNIST},
 }

@@ -1,6 +1,6 @@
-"""Which images of a split are used: a held-out share, a seeded fraction, all but the listed ones.
+"""Choosing images of a split: a held-out share, a seeded fraction, all but the listed ones.
 
-Whole arrays at a time: 2.7 million images take a second or two and no Python object each.
+Everything works on whole arrays: 2.7 million images take a second or two.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.order import generator
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.utils.seeds import generator
 
 Ids = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 
 def held_out(labels: Ids, fraction: float) -> Mask:
-    """The share kept for validation, the same in every run: of each class its part, rounded so
-    that the total is right too. One image at least, and one at least of each class to train on.
+    """The share held out for validation, the same in every run.
+
+    Each class gives its part, rounded so that the total is right too. At least one image is held
+    out, and at least one of each class stays for training.
     """
     total = len(labels)
     counts = np.unique(labels, return_counts=True)[1]
@@ -32,9 +34,9 @@ def held_out(labels: Ids, fraction: float) -> Mask:
 
 
 def fraction_of(labels: Ids, fraction: float, seed: int) -> Mask:
-    """A seeded share of each class, one image at least; the unlabelled are a class of their own.
+    """A seeded share of each class, at least one image; unlabelled images count as one class.
 
-    With the same seed a smaller fraction is a part of a larger one.
+    With the same seed a smaller fraction is a subset of a larger one.
     """
     counts = np.unique(labels, return_counts=True)[1]
     take = np.maximum(np.rint(counts * fraction).astype(np.int64), 1)
@@ -42,7 +44,7 @@ def fraction_of(labels: Ids, fraction: float, seed: int) -> Mask:
 
 
 def _first_of_each(labels: Ids, take: Ids, *key: object) -> Mask:
-    """Of each class, in the order of the labels, the first `take` in a random order keyed so."""
+    """The first `take[c]` images of each class in a random order keyed by `key`."""
     order = generator(*key).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     counts = np.unique(labels, return_counts=True)[1]
@@ -65,14 +67,14 @@ class Skip:
 
     @staticmethod
     def of_file(file: Path, root: str) -> Skip:
-        """One path a line; what follows a tab is the reason."""
+        """Read one path a line; the text after a tab is the reason."""
         content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
         lines = (line.split(b"\t")[0].rstrip(b"\r") for line in content.split(b"\n"))
         return Skip(sorted({line for line in lines if line.strip()}), os.fsencode(root))
 
     @property
     def unknown(self) -> int:
-        """Number of names that no split has."""
+        """Number of names that were found in no split."""
         return int((~self.found).sum())
 
     def keep(self, split: Split) -> Mask:
@@ -101,7 +103,7 @@ class Skip:
         return keep
 
     def _names_in(self, split: Split, line: bytes) -> list[bytes]:
-        """What an image of the split would be called, if this line means one of it."""
+        """The names that an image of the split would have, if this line means one of it."""
         prefix = os.path.join(os.fsencode(split.root), b"")
         path = os.path.normpath(os.path.join(self.root, line))
         names = [] if line.startswith(b"/") else [line]

@@ -1,4 +1,4 @@
-"""What every source makes, and the root that most of them start from."""
+"""`Dataset`, its `Definition`, and helpers for definitions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ddp_ssl.data.manifest import Split
+from ddp_ssl.data.datasets.split import Split
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
@@ -22,8 +22,8 @@ class Dataset:
     """Images to pretrain on, to validate on if there are any, and the names of the classes.
 
     `labelled`: the training images whose class is known, for the k-NN bank and the probe of
-    `ddp_ssl.evaluate`; None where there are none. Left out, it is made of `train`. It is not the
-    same as `train` where `data.fraction` takes a part or where some images have no label.
+    `ddp_ssl.evaluate`; None where there are none. The default is made of `train`. It differs from
+    `train` where `data.fraction` takes a part or where some images have no label.
     """
 
     name: str
@@ -42,11 +42,11 @@ class Dataset:
         return len(self.class_names)
 
 
-class Source(NamedTuple):
-    """How a data set is found (cheaply, before anything starts) and loaded.
+class Definition(NamedTuple):
+    """How a data set is found and loaded.
 
-    `find` raises a `ValueError` of one line. `load` gives all the images there are, and None for
-    `val` where nothing says which images are for validation.
+    `find` is cheap and runs before anything starts; it raises a `ValueError` of one line. `load`
+    returns all images, and None for `val` where no images are set apart for validation.
     """
 
     find: Callable[[Data], None]

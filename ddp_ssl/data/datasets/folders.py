@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ddp_ssl.data.manifest import Names, Split
-from ddp_ssl.data.scan import EXTENSIONS, images_below, scan
-from ddp_ssl.data.sources.base import Dataset, Source, prepare, root_of
+from ddp_ssl.data.datasets.base import Dataset, Definition, prepare, root_of
+from ddp_ssl.data.datasets.scan import EXTENSIONS, images_below, scan
+from ddp_ssl.data.datasets.split import Names, Split
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
@@ -47,12 +47,12 @@ def load_folder(data: Data) -> Dataset:
 def train_and_val(
     name: str, train: Path, val: Path, only: tuple[str, ...] | None = None
 ) -> Dataset:
-    """Two folders, whose class folders must have the same names; `only` says which to look into."""
+    """Two folders with class folders of the same names; `only` restricts the scan to some."""
     images, classes = images_below(train, only)
     held_out, found = images_below(val, only)
     if len(held_out) and classes:
         held_out = numbered_as(held_out, found, classes, train, val)
-    elif found:  # classes that nothing was trained on are no labels
+    elif found:  # the training images have no classes, so these are no labels
         held_out = replace(held_out, labels=np.full(len(held_out), -1))
     return Dataset(name, images, held_out if len(held_out) else None, classes)
 
@@ -60,7 +60,7 @@ def train_and_val(
 def numbered_as(
     split: Split, found: tuple[str, ...], classes: tuple[str, ...], train: Path, val: Path
 ) -> Split:
-    """The images of `val` with the numbers that the classes have in `train`."""
+    """The images of `val`, labelled by the class numbers of `train`."""
     if not found:
         raise ValueError(f"data.root: {val} has no class folders; accepted: those of {train}")
     number = {name: i for i, name in enumerate(classes)}
@@ -78,7 +78,7 @@ def numbered_as(
 
 
 class Layout(NamedTuple):
-    """Names that the two folders may have, how many classes, and what to say of a missing one."""
+    """Accepted names of the two folders, the number of classes, and the text of error messages."""
 
     train: tuple[str, ...]
     val: tuple[str, ...]
@@ -174,14 +174,14 @@ def folders_of(data: Data) -> tuple[Path, Path]:
 
 
 def where_from(data: Data) -> str:
-    """What to do to get the data set."""
+    """How to get the data set."""
     if data.name.startswith("imagenet"):
         return f"image-net.org gives it to those who have a login; {prepare(data)} checks it"
     return f"{prepare(data)} --download fetches it"
 
 
 def has_folders(folder: Path, besides: str = "") -> bool:
-    """Whether there is a folder in it that is not hidden."""
+    """Whether `folder` holds a folder that is not hidden and not named `besides`."""
     with os.scandir(folder) as found:
         return any(
             entry.is_dir() and not entry.name.startswith(".") and entry.name != besides
@@ -220,7 +220,7 @@ def find_annotations(data: Data, val: Path) -> None:
 
 
 def annotated(val: Path, classes: tuple[str, ...]) -> Split:
-    """`images/`, whose classes a file of `name, wnid, box` separated by tabs says."""
+    """The images of `images/`; a file with lines `name, wnid, box` (tabs) gives the classes."""
     number = {name: i for i, name in enumerate(classes)}
     names, labels = Names(), []
     for at, line in enumerate((val / ANNOTATIONS).read_text().splitlines(), 1):
@@ -239,7 +239,7 @@ def annotated(val: Path, classes: tuple[str, ...]) -> Split:
     return Split.of_files(str(val), names, np.array(labels, np.int64))
 
 
-SOURCES = {
-    "folder": Source(find_folder, load_folder),
-    **{name: Source(find_published, load_published) for name in LAYOUT},
+DEFINITIONS = {
+    "folder": Definition(find_folder, load_folder),
+    **{name: Definition(find_published, load_published) for name in LAYOUT},
 }

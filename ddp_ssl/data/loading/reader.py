@@ -1,8 +1,9 @@
-"""The encoded images of coming batches, read ahead in threads; what cannot be used is replaced.
+"""The encoded images of coming batches, read ahead in threads; bad images are replaced.
 
-Reading here rather than in DALI hides the latency of a network file system behind as many threads
-as it takes, serves files and shards alike, and knows the file of every error. Nearly all bad files
-are found before DALI sees them; for the rest `TrainLoader` goes back and asks `examine`.
+Reading here and not in DALI has three uses: any number of threads hides the latency of a network
+file system, files and shards are read alike, and every error names its file. Nearly all bad files
+are found before DALI sees them. If DALI stops at another one, `TrainLoader` goes back and calls
+`examine`.
 """
 
 from __future__ import annotations
@@ -13,97 +14,56 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from ddp_ssl.data.formats import Decoding
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.order import Ids, Order, hashed
-from ddp_ssl.data.verify import Bytes, Decoder, first_line, worth_trying
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading.bad_images import BadImages
+from ddp_ssl.data.loading.decodable import Bytes, Decoder, first_line, worth_trying
+from ddp_ssl.data.loading.order import Ids, Order
+from ddp_ssl.data.loading.settings import LoaderSettings
+from ddp_ssl.utils.seeds import hashed
 
-Loaded = Bytes | str  # an encoded image, or why there is none
+Loaded = Bytes | str  # an encoded image, or the reason why there is none
 Agree = Callable[[dict[int, str]], dict[int, str]]
 
 DEPTH = 2  # batches read ahead of those that DALI has
-# These say what is there; anything else may pass, as a server that is restarted.
+# These errors stay; any other may pass, as when a server is restarted.
 FINAL = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}
-OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # say nothing about the image
+OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # faults of this process, not of the image
 RETRIES = (0.1, 1.0)  # seconds
 ATTEMPTS = 100  # at finding a replacement
 
 
 class UnreadableError(RuntimeError):
-    """There is no batch: nothing to put in a bad image's place, or no way to. One line."""
-
-
-class BadImages:
-    """What cannot be used, by what a person would look for, with the reason; one for a run."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, str] = {}
-        self.fresh: dict[str, str] = {}
-        """Those that the other processes have not been told of."""
-        self._by_split: dict[str, dict[int, str]] = {}
-
-    def of(self, split: Split) -> dict[int, str]:
-        """The bad images of a split by id, the same for all its readers."""
-        return self._by_split.setdefault(split.digest, {})
-
-    def add(self, where: str, reason: str) -> None:
-        """One more, if it is not known."""
-        if where not in self.known:
-            self.known[where] = self.fresh[where] = reason
-
-    def copy(self, split: Split) -> BadImages:
-        """What is known of `split` now, for a reader in another thread."""
-        mine = BadImages()
-        mine.known = dict(self.known)
-        mine.of(split).update(self.of(split))
-        return mine
-
-    def take(self, other: BadImages, split: Split) -> None:
-        """What a copy came upon since."""
-        for where, reason in other.fresh.items():
-            self.add(where, reason)
-        self.of(split).update(other.of(split))
-
-
-def write_list(path: Path, listed: dict[str, str], mode: Literal["w", "a"] = "w") -> None:
-    """Bad images and reasons as a file that `data.skip` takes; names may be any bytes."""
-    with path.open(mode, encoding="utf-8", errors="surrogateescape") as file:
-        for where, reason in listed.items():
-            file.write(" ".join(where.splitlines()) + f"\t{reason}\n")
+    """There is no batch: a bad image cannot be replaced. One line."""
 
 
 class Reader:
-    """The images of a split, by id: bytes that decode, or why not.
+    """The encoded images of a split by id, or the reason why one cannot be used.
 
-    `take` is for one thread; it reads in many. `ids_of(step)` are the images of a batch.
+    One thread calls `take`, which reads in many. `ids_of(step)` are the images of a batch.
     """
 
     def __init__(
         self,
         split: Split,
         ids_of: Callable[[int], Ids],
-        *,
-        threads: int,
-        device_id: int | None,
-        decoding: Decoding,
+        settings: LoaderSettings,
         bad: BadImages,
     ) -> None:
         self.split, self.ids_of, self.bad = split, ids_of, bad
         self.problems = bad.of(split) if split.images is None else {}
-        self._sound: set[int] = set()  # odd to look at, but they decode
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, "ddp_ssl-read")
+        self._sound: set[int] = set()  # their markers are odd, but they decode
+        self._threads = settings.read_threads
+        self._pool = ThreadPoolExecutor(self._threads, "ddp_ssl-read")
         self._asked: dict[int, list[Future[list[Loaded]]]] = {}
-        self._decoder, self._one_at_a_time = Decoder(device_id, decoding), threading.Lock()
+        self._decoder = Decoder(settings.device_id, settings.decoding)
+        self._one_at_a_time = threading.Lock()
 
     def take(self, step: int) -> list[Loaded]:
-        """The batch of `step`; those after it are being read meanwhile."""
+        """The batch of `step`; reading of the next ones has begun."""
         self._asked = {s: parts for s, parts in self._asked.items() if s >= step}
         for ahead in range(step, step + DEPTH + 1):
             if ahead not in self._asked:
@@ -113,7 +73,7 @@ class Reader:
         return [loaded for part in parts_read for loaded in part.result()]
 
     def load(self, ids: Iterable[int]) -> list[Loaded]:
-        """Images `ids`, one after the other; for any thread."""
+        """Images `ids`, one after the other; any thread may call this."""
         return [self._load(int(i)) for i in ids]
 
     def _load(self, i: int) -> Loaded:
@@ -137,7 +97,7 @@ class Reader:
         return self.problem(encoded, i) or encoded
 
     def problem(self, encoded: Bytes, i: int) -> str | None:
-        """Why DALI cannot decode image `i`, or None; slow, and sure."""
+        """Why DALI cannot decode image `i`, or None; it is decoded, which is slow."""
         with self._one_at_a_time:
             found = self._decoder.problem(encoded)
         if found is None:
@@ -148,17 +108,14 @@ class Reader:
         """These images are bad from now on."""
         for i, reason in found.items():
             if i not in self.problems:
-                self.problems[i] = reason
-                if self.split.shards is not None:
-                    reason += f" (in {self.split.shards.path_of(i)})"
-                self.bad.add(self.split.where(i), reason)
+                self.bad.add(self.split, i, reason)
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Stop the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def examine(self, ids: Iterable[int]) -> bool:
-        """Decode images; those that fail are remembered. Whether any did."""
+        """Decode images and remember those that fail; whether any did."""
         found = {}
         for i in dict.fromkeys(int(i) for i in ids):
             if i < 0 or i in self.problems:
@@ -171,13 +128,12 @@ class Reader:
         return bool(found)
 
 
-class TrainSource:
+class TrainBatches:
     """Batches of a training order in which every bad image is replaced by another one.
 
-    The replacement is a function of the seed, the step and the image, so that every process that
-    reads the image puts the same in its place. `agree` is called in rounds, as often on each member
-    of a view group, and makes a bad image of one process a bad image of all. All other images stay
-    as they are, in their places.
+    The replacement is a function of the seed, the step and the image, so every process that reads
+    the image replaces it by the same one. `agree` makes a bad image of one process a bad image of
+    all; each member of a view group calls it equally often. All other images keep their places.
     """
 
     def __init__(self, reader: Reader, order: Order, agree: Agree) -> None:
@@ -189,13 +145,13 @@ class TrainSource:
     def batch(self, step: int) -> tuple[list[Bytes], Ids]:
         """Encoded images and their ids, int64 `[n]`.
 
-        If nothing can replace an image, `failed` says so and padding stands in: DALI asks for
-        batches ahead of the run, so that it can still be stopped in order.
+        If no image can replace a bad one, `failed` is set and the batch is padding. DALI asks for
+        batches ahead of the run, so the run can still stop in order.
         """
         original = self.order.ids(step)
         loaded = self.reader.take(step)
-        # After an error batches come again. What was agreed on then holds, and nobody is asked:
-        # what DALI alone found bad, it finds on every process that decodes it.
+        # After an error DALI asks for the same batches again. The earlier agreement holds, and
+        # `agree` is not called: an image that only DALI rejects, it rejects on every process.
         again = step in self._settled
         if again:
             ids, tried = self._settled[step]
@@ -204,7 +160,7 @@ class TrainSource:
         else:
             ids, tried = original.copy(), np.zeros(len(original), np.int64)
         while True:
-            # Also those that are known, whose bytes had been read before they were.
+            # An image may have become known as bad after its bytes were read.
             found = {
                 int(i): x if isinstance(x, str) else self.reader.problems[int(i)]
                 for i, x in zip(ids, loaded, strict=True)
@@ -230,23 +186,23 @@ class TrainSource:
         return [x for x in loaded if not isinstance(x, str)], ids.copy()
 
     def mend(self, steps: Iterable[int]) -> bool:
-        """Whether bad images among these batches, which DALI had, explain that it stopped.
+        """Whether bad images among these batches explain that DALI stopped.
 
-        They are replaced when the batches come again.
+        They are replaced when DALI asks for the batches again.
         """
         ids = [int(i) for step in steps for i in self._settled.get(step, ((), ()))[0]]
         known = any(i in self.reader.problems for i in ids)  # found since, by another reader
         return self.reader.examine(ids) or known
 
     def _candidate(self, step: int, place: int, ids: Ids, tried: Ids) -> int:
-        """The next image to try in a place; nothing that only this process knows may matter."""
+        """The next image to try in a place; it depends on nothing that only this process knows."""
         original, batch = int(self.order.ids(step)[place]), self.order.global_ids(step)
         while True:
             tried[place] += 1
             key = (self.order.seed, "replacement", step, original, int(tried[place]))
             other = hashed(*key) % self.order.size
-            # Twice in a batch it would be its own negative; where the batch is nearly all there
-            # is, that has to be.
+            # An image that is twice in a batch is its own negative. That is accepted only after
+            # many attempts, as when the batch is nearly the whole data set.
             if tried[place] > ATTEMPTS // 2 or not (other in batch or other in ids):
                 return other
 
@@ -260,8 +216,8 @@ class TrainSource:
         )
 
 
-class EvalSource:
-    """Batches of an evaluation, in which a bad image becomes padding: some image, with id -1."""
+class EvalBatches:
+    """Batches of an evaluation, in which a bad image becomes padding: a black image with id -1."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader

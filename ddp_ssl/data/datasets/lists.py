@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ddp_ssl.data.manifest import Names, Split
-from ddp_ssl.data.sources.base import Dataset, Source, absolute, root_of
+from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, root_of
+from ddp_ssl.data.datasets.split import Names, Split
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
@@ -45,10 +45,10 @@ def load(data: Data) -> Dataset:
 def listed(
     key: str, file: Path, data: Data, classes: tuple[str, ...] | None = None
 ) -> tuple[Split, tuple[str, ...]]:
-    """The images of a list and the names of the classes, or those that are given.
+    """The images of a list and the names of its classes.
 
-    Names that are all whole numbers are in the order of the numbers, others in that of the text. An
-    image with an empty label is unlabelled.
+    Given `classes` are kept. Otherwise the classes are sorted: by number if all names are whole
+    numbers, else as text. An image with an empty label is unlabelled.
     """
     base = absolute(data.root) if data.root else file.parent
     names, labels, outside = Names(), array("q"), False
@@ -75,7 +75,7 @@ def listed(
         del number[""]
         whole = all(name.isascii() and name.isdigit() for name in number)
         classes = tuple(sorted(number, key=lambda name: (int(name) if whole else 0, name)))
-        # The last place is that of -1.
+        # The last entry is for the label -1.
         rank = np.full(len(classes) + 1, -1)
         for place, name in enumerate(classes):
             rank[number[name]] = place
@@ -84,8 +84,8 @@ def listed(
 
 
 def rows(key: str, file: Path) -> Iterator[tuple[int, str, str]]:
-    """Line number, path and label (empty where there is none) of every line."""
-    # Names of files are bytes: those that are no UTF-8 come back as they were.
+    """Line number, path and label (empty if there is none) of every line."""
+    # File names are bytes; `surrogateescape` keeps those that are not UTF-8.
     with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
         reader = csv.reader(opened, skipinitialspace=True, strict=True)
         columns = 0
@@ -117,7 +117,7 @@ def rows(key: str, file: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def below_root(names: Names, base: Path) -> Names:
-    """The same files as paths from `/`: some are outside of `base`."""
+    """The same files as paths from `/`, because some are outside of `base`."""
     made, prefix, first = Names(), os.fsencode(os.path.join(base, "")), 0
     for end in names.ends:
         name = bytes(names.block[first:end])
@@ -126,4 +126,4 @@ def below_root(names: Names, base: Path) -> Names:
     return made
 
 
-SOURCES = {"list": Source(find, load)}
+DEFINITIONS = {"list": Definition(find, load)}

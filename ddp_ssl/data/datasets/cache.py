@@ -1,4 +1,4 @@
-"""The folder for what is made once and used by every run, and how it is written."""
+"""The cache folder, which all runs share, and how folders in it are written."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def cache_folder() -> Path:
 def write_atomically(
     folder: Path, write: Callable[[Path], None], outdated: Callable[[], bool] = lambda: False
 ) -> None:
-    """Write a folder under another name, then rename it: it is there whole or not at all.
+    """Write a folder under another name, then rename it: it is complete or absent.
 
-    Of processes that do this at the same time one wins, and the others use what it wrote. Where the
-    folder exists it stays, unless it is `outdated()` when the new one is ready.
+    If several processes do this at the same time, one wins and the others use its folder. An
+    existing folder stays, unless it is `outdated()` when the new one is ready.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         write(temporary)
-        temporary.chmod(0o755)  # mkdtemp's is for the owner alone
+        temporary.chmod(0o755)  # mkdtemp makes it for the owner alone
         if folder.is_dir() and outdated():
             _set_aside(folder)
         try:
@@ -46,10 +46,10 @@ def write_atomically(
 
 
 def _set_aside(folder: Path) -> None:
-    """Make way for a newer folder; of the older ones a single one is kept.
+    """Rename a folder to make room for a newer one; only one old folder is kept.
 
-    Other machines may have it mapped into memory: removed, a network file system would take the
-    pages away from under them; renamed, it does not.
+    Other machines may have its files mapped into memory. A network file system invalidates the
+    pages of a removed file, but not those of a renamed one.
     """
     with contextlib.suppress(OSError):
         for other in folder.parent.glob(f".{folder.name}-*"):

@@ -1,4 +1,4 @@
-"""Data sets by name. One more is a pair of functions in `sources/`, listed there in `SOURCES`.
+"""Data sets by name. A new one is a `Definition` in a file beside this one.
 
 No torch and no DALI at import: the data are found before anything starts.
 """
@@ -9,35 +9,30 @@ import difflib
 import logging
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ddp_ssl.data import selection, shards
-from ddp_ssl.data.formats import Decoding, PixelFormat
-from ddp_ssl.data.manifest import Split
-from ddp_ssl.data.sources import arrays, digits, folders, lists
-from ddp_ssl.data.sources.base import Dataset, Source, absolute, labelled_part
+from ddp_ssl.data.datasets import arrays, digits, folders, lists, selection, shards, staging
+from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
 
-__all__ = ["DATASETS", "Dataset", "Source", "Split", "find", "load"]
-
 logger = logging.getLogger("ddp_ssl")
 
-DATASETS: dict[str, Source] = {
-    **digits.SOURCES,
-    **folders.SOURCES,
-    **lists.SOURCES,
-    **arrays.SOURCES,
+DATASETS: dict[str, Definition] = {
+    **digits.DEFINITIONS,
+    **folders.DEFINITIONS,
+    **lists.DEFINITIONS,
+    **arrays.DEFINITIONS,
 }
 
 
-def source_of(data: Data) -> Source:
-    """What finds and loads the data that the config names: its files, or shards made of them."""
+def definition_of(data: Data) -> Definition:
+    """The definition of the data set that the config names, or the one of shards made of it."""
     if data.root and shards.is_shards(absolute(data.root)):
-        return SHARDS
+        return shards.DEFINITION
     for key, value, reset in (
         ("reader", data.reader, "indexed"), ("stage", data.stage, None), ("url", data.url, None)
     ):  # fmt: skip
@@ -57,7 +52,7 @@ def source_of(data: Data) -> Source:
 
 def find(data: Data) -> None:
     """Raise a `ValueError` of one line unless the data can be found."""
-    source = source_of(data)
+    definition = definition_of(data)
     if data.reader == "streamed" and (data.fraction < 1 or data.skip):
         key = "skip" if data.skip else "fraction"
         raise ValueError(
@@ -74,7 +69,7 @@ def find(data: Data) -> None:
     for key in ("files", "val_files"):
         if getattr(data, key) and data.name != "list":
             raise ValueError(f"data.{key}: is for data.name=list, not {data.name}; leave it out")
-    source.find(data)
+    definition.find(data)
     if data.skip and not absolute(data.skip).is_file():
         raise ValueError(
             f"data.skip: {absolute(data.skip)} is not a file; accepted: a list of images, one path "
@@ -83,14 +78,16 @@ def find(data: Data) -> None:
 
 
 def load(data: Data, seed: int) -> Dataset:
-    """The data set: its validation images held out where it has none, a `data.fraction` of the
-    training images chosen by `seed`, and without those that `data.skip` lists.
+    """The data set as the config asks for it.
 
-    Images are left out last, so that a bad one does not change which others are chosen. Raises
-    `ValueError`, one line with the key, for what cannot be used.
+    Where it has no validation images, some training images are held out. `seed` chooses the
+    `data.fraction` of the training images. Images listed in `data.skip` are left out last, so that
+    a bad image does not change which others are chosen.
+
+    Raises `ValueError`, one line with the key, for data that cannot be used.
     """
     find(data)
-    made = source_of(data).load(data)
+    made = definition_of(data).load(stage(data))
     if made.val is None:
         made = _with_held_out(made, data)
     every, val = made.train, made.val
@@ -110,54 +107,23 @@ def load(data: Data, seed: int) -> Dataset:
                 "data.skip: %d of the %d images in %s are not in the data",
                 *(skip.unknown, len(skip.lines), data.skip),
             )
-        for what, left in (("training", chosen.sum()), ("validation", val is None or len(val))):
+        for kind, left in (("training", chosen.sum()), ("validation", val is None or len(val))):
             if not left:
-                raise ValueError(f"data.skip: {data.skip} leaves no {what} images")
+                raise ValueError(f"data.skip: {data.skip} leaves no {kind} images")
     train = every if chosen.all() else every.subset(np.flatnonzero(chosen))
     return replace(made, train=train, val=val, labelled=labelled)
 
 
-def reading(data: Data, half: bool = False) -> dict[str, Any]:
-    """What the config says of how images are read and decoded, for any loader."""
-    return {
-        "form": PixelFormat(*data.normalisation, half=half),
-        "decoding": Decoding(data.hw_decoder_load, data.preallocate),
-        "threads": data.threads,
-        "prefetch": data.prefetch,
-        "read_threads": data.read_threads,
-    }
+def stage(data: Data) -> Data:
+    """`data` with its shards on local disk, copied to `data.stage` once per node.
 
-
-def stage(data: Data) -> None:
-    """Copy shards to `data.stage`, once per node; for every process, which all wait for it."""
-    if data.stage:
-        find(data)
-        assert data.root
-        shards.stage(absolute(data.root), absolute(data.stage), logger.info)
-
-
-def _find_shards(data: Data) -> None:
-    shards.describe(absolute(data.root or ""), remote=bool(data.url))
-
-
-def _load_shards(data: Data) -> Dataset:
-    root = absolute(data.root or "")
-    if data.stage:
-        root = shards.stage(root, absolute(data.stage), logger.info)
-    packed = shards.open_shards(root, remote=bool(data.url))
-    if data.name != packed.name:
-        raise ValueError(
-            f"data.name: {data.root} holds shards of {packed.name}, not of {data.name}"
-        )
-    if data.reader == "streamed" and packed.val is None:
-        raise ValueError(
-            f"data.reader: {data.root} has no validation images of its own, and a stream cannot "
-            "leave some of its images out; indexed is accepted"
-        )
-    return Dataset(packed.name, packed.train, packed.val, packed.class_names)
-
-
-SHARDS = Source(_find_shards, _load_shards)
+    Every process calls this after `find`, and all of them wait for the copy. Without `data.stage`
+    nothing is copied.
+    """
+    if not data.stage:
+        return data
+    copy = staging.stage(absolute(data.root or ""), absolute(data.stage), logger.info)
+    return data.model_copy(update={"root": str(copy), "stage": None})
 
 
 def _with_held_out(made: Dataset, data: Data) -> Dataset:

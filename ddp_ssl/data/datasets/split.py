@@ -1,6 +1,6 @@
-"""The images of a split, compactly: file names in one block of bytes, or pixels in one array.
+"""The images of a split: file names in one block of bytes, or pixels in one array.
 
-2.7 million Python paths would cost hundreds of megabytes in every process; a block of bytes and two
+2.7 million Python paths would cost hundreds of megabytes in every process. A block of bytes and two
 offsets per file cost a fraction of that. numpy only.
 """
 
@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp_ssl.data.shards import Shards
+from ddp_ssl.data.datasets.tar import Shards
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +24,10 @@ class Split:
     """M images with labels: files below `root`, members of tar shards, or an array.
 
     `labels`: int64 `[M]`, -1 for unlabelled. Files and members: `names` is one uint8 block of paths
-    relative to `root`, of which file i is `names[spans[i, 0] : spans[i, 1]]`; `spans` is int64
-    `[M, 2]`. With `shards` the bytes lie in tar files and a name is only a name, never a path.
-    Array: `images` is uint8 `[M, H, W, 3]`. Make one with `of_files` or `of_array`.
+    relative to `root`, and `spans` is int64 `[M, 2]`; file i is
+    `names[spans[i, 0] : spans[i, 1]]`. With `shards` the bytes lie in tar files, and a name is
+    never used as a path. Array: `images` is uint8 `[M, H, W, 3]`. Make a split with `of_files` or
+    `of_array`.
     """
 
     labels: NDArray[np.int64]
@@ -76,9 +77,9 @@ class Split:
         return content.hexdigest()
 
     def known_by(self, digest: str) -> Split:
-        """This split with its digest as computed when it was kept, to spare every process that.
+        """This split with a digest that was computed before, so that no process computes it again.
 
-        Not a field: a split made from this one must have its own.
+        The digest is not a field, because a split made from this one has another.
         """
         self.__dict__["digest"] = digest
         return self
@@ -100,7 +101,7 @@ class Split:
         return self._prefix + self.name(i)
 
     def where(self, i: int) -> str:
-        """What image `i` is called in lists of bad images: a path, also for a member of a shard."""
+        """The name of image `i` in lists of bad images: a path, also for a member of a shard."""
         if self.images is not None:
             return f"image {i}"
         return os.fsdecode(self._prefix + self.name(i))
@@ -139,7 +140,7 @@ def read_all(file: int) -> NDArray[np.uint8]:
 
 
 class Names:
-    """File names appended one after the other: a block of bytes and where each one ends."""
+    """File names one after the other: a block of bytes and the offset where each name ends."""
 
     def __init__(self) -> None:
         self.block = bytearray()

@@ -1,7 +1,7 @@
 """Whether an encoded image decodes: a fast check of its markers, and the decoder itself.
 
-The markers are right for all but damaged files and a few rare formats, so that only what they
-reject has to be decoded.
+The markers accept all files but damaged ones and a few rare formats. Only an image that they reject
+has to be decoded.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp_ssl.data.formats import Decoding
+from ddp_ssl.data.loading.formats import Decoding
 
 Bytes = NDArray[np.uint8]
 
-# What DALI decodes, by PIL's names. PIL opens more than that.
+# The formats that DALI decodes, by PIL's names. PIL opens more of them.
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
 
 
@@ -28,12 +28,12 @@ def looks_whole(encoded: Bytes) -> bool:
     return start == b"\x89PNG\r\n\x1a\n" and end[4:8] == b"IEND"
 
 
-# Formats whose end says nothing: the decoder will.
+# The first bytes of formats that have no end marker.
 STARTS = (b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P5", b"P6", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
 
 
 def worth_trying(encoded: Bytes) -> bool:
-    """Whether the training pipeline may have it: whole by its markers, or a format without any."""
+    """Whether the training pipeline may get it: its markers are right, or its format has none."""
     return looks_whole(encoded) or encoded[:8].tobytes().startswith(STARTS)
 
 
@@ -46,23 +46,23 @@ class Decoder:
 
     def problem(self, encoded: Bytes) -> str | None:
         """Why DALI cannot decode it, in a few words; None if it can."""
-        from ddp_ssl.data import pipeline
+        from ddp_ssl.data.loading import dali
 
         if not len(encoded):
             return "empty"
         if self._pipe is None:
-            self._pipe = pipeline.decoder(*self._how)
+            self._pipe = dali.decoder(*self._how)
         try:
             self._pipe.feed_input("encoded", [encoded])
             self._pipe.run()
         except RuntimeError as error:
-            self._pipe = None  # an error leaves it in no state to go on
-            return why(encoded) or telling(error)
+            self._pipe = None  # after an error it cannot go on
+            return why(encoded) or dali_message(error)
         return None
 
 
 def why(encoded: Bytes) -> str | None:
-    """What PIL finds wrong with an image that does not decode, in a few words."""
+    """PIL's reason why an image does not decode, in a few words; None if PIL decodes it."""
     from PIL import Image
 
     try:
@@ -82,8 +82,8 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def telling(error: BaseException) -> str:
-    """The line of one of DALI's messages that says something."""
+def dali_message(error: BaseException) -> str:
+    """The one line of DALI's message that names the error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "rror" in line or "fail" in line] or lines
-    return f"DALI stopped: {telling[-1] if telling else type(error).__name__}"
+    named = [line for line in lines if "rror" in line or "fail" in line] or lines
+    return f"DALI stopped: {named[-1] if named else type(error).__name__}"

@@ -1,14 +1,14 @@
 """The views of small images held in memory, made on a CPU for a whole batch at a time.
 
-At 32 px most of the cost of a graph is that every operator is started for every image, and DALI's
-bicubic crop alone takes half of it. Here crop, flip and blur are products with one small matrix per
-image and axis, colours are one 3 x 3 matrix per image, and each is done for the batch at once: a
+At 32 px a DALI graph spends most of its time on starting every operator for every image, and half
+of it in the bicubic crop. Here crop, flip and blur are products with one small matrix per image and
+axis, and colours are one 3 x 3 matrix per image. Each is done for the batch at once, which takes a
 fifth of the processor time. The augmentations, their order and their ranges are those of
-`pipeline.augment`, and the same tests hold both to torchvision. Everything else (files, larger
-images, `color_jitter: exact`, a GPU) goes through the graph.
+`dali.augment`, and the same tests compare both to torchvision. All other cases (files, larger
+images, `color_jitter: exact`, a GPU) go through the graph.
 
-Nothing has a state: the random numbers of a batch are a pure function of (seed, view, step), with a
-stream of its own for each purpose. Pixels are float32 in [0, 255].
+There is no state: the random numbers of a batch are a pure function of (seed, view, step), and each
+purpose has its own stream. Pixels are float32 in [0, 255].
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddp_ssl.config.views import View
-from ddp_ssl.data.formats import PixelFormat
-from ddp_ssl.data.order import generator
+from ddp_ssl.data.loading.formats import PixelFormat
+from ddp_ssl.utils.seeds import generator
 
-VERSION = "small 1"  # in the place of the graph's: counts changes of what is drawn and made here
+VERSION = "small 1"  # counts changes of the draws and views, as `dali.GRAPH` does for the graph
 LARGEST = 64  # side of an image or a view, in pixels: the products grow with its cube
 CHUNK = 32  # images at a time: their temporaries stay in the cache, and malloc keeps the pages
 
@@ -77,7 +77,7 @@ def augment(
 
 
 class Draws(NamedTuple):
-    """What is drawn for a view of each of n images, each `[n]`; see `View` for the ranges."""
+    """The random numbers for a view of each of n images, each `[n]`; see `View` for the ranges."""
 
     top: Tensor
     left: Tensor
@@ -180,7 +180,7 @@ def crop(pixels: Tensor, size: int, draws: Draws) -> Tensor:
 
 
 def spans(start: Tensor, length: Tensor, side: int) -> Tensor:
-    """Where in `resampling(side, ...)` the pixels [start, start + length) are."""
+    """The index in `resampling(side, ...)` of the pixels [start, start + length)."""
     return (length - 1) * side - (length - 1) * (length - 2) // 2 + start
 
 
@@ -188,8 +188,8 @@ def spans(start: Tensor, length: Tensor, side: int) -> Tensor:
 def resampling(side: int, size: int) -> Tensor:
     """Weights `[side (side + 1) / 2, size, side]` that resize any part of a row of `side` pixels.
 
-    By length, then by start: each part's weights are 0 outside of it. The kernel is PIL's bicubic
-    (Keys, a = -1/2), as wide as the pixels of the smaller of part and result.
+    The parts are ordered by length, then by start; their weights are 0 outside of them. The kernel
+    is PIL's bicubic (Keys, a = -1/2), as wide as the pixels of the smaller of part and result.
     """
     tables = []
     for length in range(1, side + 1):
@@ -207,7 +207,7 @@ def resampling(side: int, size: int) -> Tensor:
 
 
 def recolor(x: Tensor, view: View, mode: str, draws: Draws) -> Tensor:
-    """Jitter and gray as `pipeline.recolor`, for each image where its coin says so."""
+    """Jitter and gray as in `dali.recolor`, for the images that were drawn."""
     if view.jitter_p > 0:
         identity = torch.ones(())
         b, c = (torch.where(draws.jitter, f, identity) for f in (draws.brightness, draws.contrast))
@@ -239,7 +239,7 @@ def tint(draws: Draws) -> Tensor:
 
 
 def blur_(x: Tensor, draws: Draws) -> None:
-    """Gaussian with a window of 2 ceil(3 sigma) + 1, in place, where the coin says so."""
+    """Gaussian with a window of 2 ceil(3 sigma) + 1, in place, for the images that were drawn."""
     n, size = int(draws.blur.sum()), x.shape[-1]
     if n == 0:
         return
@@ -256,9 +256,9 @@ def blur_(x: Tensor, draws: Draws) -> None:
 
 @functools.lru_cache(maxsize=8)
 def shifts(size: int, reach: int) -> Tensor:
-    """`[2 reach + 1, size, size]`: row by row, which pixel lies d to the side of each.
+    """`[2 reach + 1, size, size]`: for d from -reach to reach, the matrix that shifts a row by d.
 
-    d goes from -reach to reach; beyond the border the image is mirrored about its last pixel.
+    Beyond the border the image is mirrored about its last pixel.
     """
     away = torch.arange(-reach, reach + 1)[:, None]
     period = max(2 * size - 2, 1)

@@ -1,9 +1,9 @@
-"""Which images a folder holds, and their classes: scanned in parallel, once. numpy only.
+"""The images of a folder and their classes: scanned in parallel, once. numpy only.
 
-On a network file system listing ten thousand folders takes minutes, most of it waiting. So folders
-are listed by many threads, and what was found is kept as a manifest below `cache.cache_folder()`:
-arrays that all processes of a machine share by mapping them. Whether it still holds is seen from
-the folders' modification times, which change when a file in them is added, removed or renamed.
+On a network file system listing ten thousand folders takes minutes, most of it waiting. So many
+threads list folders, and the result of a scan is kept below `cache.cache_folder()`, as arrays that
+all processes of a machine map. A kept scan is valid while the folders' modification times are the
+same. They change when a file in a folder is added, removed or renamed.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp_ssl.data.cache import cache_folder, write_atomically
-from ddp_ssl.data.manifest import Names, Split
-from ddp_ssl.data.order import generator
+from ddp_ssl.data.datasets.cache import cache_folder, write_atomically
+from ddp_ssl.data.datasets.split import Names, Split
+from ddp_ssl.utils.progress import EVERY_S
+from ddp_ssl.utils.seeds import generator
 
 log = logging.getLogger("ddp_ssl")
 
-# What DALI decodes on every machine. GIF and AVIF, which it does not, are no images here.
+# The formats that DALI decodes on every machine, so without GIF and AVIF.
 EXTENSIONS = frozenset(
     (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".tif", b".tiff", b".ppm", b".pgm", b".jp2")
 )
 
-THREADS = 32  # what they do is wait
-EVERY = 5.0  # seconds between lines of progress
+THREADS = 32  # they mostly wait
 WORTH_SAYING = 2.0  # seconds of a scan
-WORTH_KEEPING = 5_000  # images; fewer are scanned faster than a stale manifest is explained
+WORTH_KEEPING = 5_000  # images; fewer are scanned again
 SAMPLE = 1_000  # files whose size and time are kept
-# A folder this young at its listing may change again within its file system's clock tick, and its
-# time would not show it. git calls that racy.
+# A folder modified so shortly before its listing may change again within the same tick of the file
+# system's clock, and its time would not show it. git calls that racy.
 RACY = 2_000_000_000  # nanoseconds
 VERSION = 1
 
@@ -50,17 +50,17 @@ Array = NDArray[np.int64]
 
 
 def images_below(folder: Path, only: Sequence[str] | None = None) -> tuple[Split, tuple[str, ...]]:
-    """The images of a folder and the names of its class folders, of which labels are the indices.
+    """The images of a folder and the names of its class folders; labels are their indices.
 
-    A folder in it that holds images, at any depth, is a class; the order is by name. Without one
-    the folder is flat and its images are unlabelled. `only` names the class folders to look into.
+    A folder in it that holds images, at any depth, is a class; the order is by name. Without a
+    class the folder is flat and its images are unlabelled. `only` names the class folders to scan.
 
     Raises `ValueError` (key `data.root`) if a folder cannot be read.
     """
     top = os.path.abspath(folder)
     wanted = None if only is None else sorted(set(only))
     key = hashlib.sha256(repr((VERSION, os.fsencode(top), wanted)).encode()).hexdigest()[:32]
-    place = cache_folder() / "manifests" / key
+    place = cache_folder() / "manifests" / key  # the name is that of earlier versions
     found, stale = _restore(place, top), None
     if isinstance(found, _Stale):
         log.info("%s has changed since it was last scanned: %s", top, found.reason)
@@ -81,8 +81,9 @@ def images_below(folder: Path, only: Sequence[str] | None = None) -> tuple[Split
 def scan(folder: bytes, at: bytes = b"") -> Iterator[bytes]:
     """Paths, relative to `folder`, of all images below it, in one order on every machine.
 
-    By name within a folder. Hidden files and folders, other extensions, links that lead nowhere and
-    links back up are passed over. `at` is the part to scan, empty or ending in a slash.
+    The order is by name within a folder. Hidden files and folders, other extensions, links that
+    lead nowhere and links back up are skipped. `at` is the part to scan, empty or ending in a
+    slash.
     """
     for item in _items(os.path.join(folder, at)):
         if item.endswith(b"/"):
@@ -92,7 +93,7 @@ def scan(folder: bytes, at: bytes = b"") -> Iterator[bytes]:
 
 
 def entries(folder: bytes) -> list[os.DirEntry[bytes]]:
-    """What is in a folder and not hidden, by name."""
+    """The entries of a folder that are not hidden, by name."""
     try:
         with os.scandir(folder) as found:
             return sorted(
@@ -127,9 +128,9 @@ def _there(is_kind: Callable[[], bool]) -> bool:
 
 
 def _leads_up(entry: os.DirEntry[bytes]) -> bool:
-    """Whether this is a link to a folder that it is below, which would never end.
+    """Whether this is a link to a folder above it, which a scan would follow without end.
 
-    Below by way of other links too: of two folders that link to each other, each is seen once in
+    Other links on the way count too: of two folders that link to each other, each is seen once in
     the other.
     """
     if not entry.is_symlink():
@@ -154,8 +155,8 @@ def _unreadable(folder: bytes, error: OSError) -> ValueError:
 
 
 @dataclass(frozen=True)
-class _Manifest:
-    """The images of a folder as arrays, and how to tell that they are still these."""
+class _Scan:
+    """The images of a folder as arrays, and the folders' times, which show changes."""
 
     labels: Array
     names: NDArray[np.uint8]
@@ -165,12 +166,12 @@ class _Manifest:
     folders: NDArray[np.uint8]
     """Paths of all folders listed, relative to the top, each with a zero byte after it."""
     times: Array
-    """When each was modified, in ns; -1 where that is not to be trusted."""
+    """When each was modified, in ns; -1 if that cannot be trusted."""
     digest: str = ""
 
 
 class _Stale(NamedTuple):
-    """Why a manifest no longer holds, and which one it was."""
+    """Why a kept scan is no longer valid, and the token of that scan."""
 
     reason: str
     token: str
@@ -185,7 +186,7 @@ class _Listing(NamedTuple):
 
 
 def _list(top: bytes, at: bytes) -> _Listing:
-    """One folder. Its time is taken first, so that what changes meanwhile shows the next time."""
+    """List one folder. Its time is read first, so that a change meanwhile is seen next time."""
     path, now = os.path.join(top, at), time.time_ns()
     try:
         modified = os.stat(path).st_mtime_ns
@@ -200,7 +201,7 @@ def _list(top: bytes, at: bytes) -> _Listing:
     return _Listing(at, modified if trusted else -1, joined, folders, mixed)
 
 
-def _scan_all(top: str, only: Sequence[str] | None) -> _Manifest:
+def _scan_all(top: str, only: Sequence[str] | None) -> _Scan:
     root, start = os.fsencode(top), time.monotonic()
     listings: dict[bytes, _Listing] = {}
     count, said = 0, start
@@ -216,7 +217,7 @@ def _scan_all(top: str, only: Sequence[str] | None) -> _Manifest:
                 listings[listing.at] = listing
                 below += [listing.at + name for name in listing.folders]
                 count += listing.files.count(0)
-                if time.monotonic() - said > EVERY:
+                if time.monotonic() - said > EVERY_S:
                     said = time.monotonic()
                     log.info(
                         "scanning %s: %d of %d folders, %d images, %.0f s",
@@ -234,8 +235,8 @@ def _scan_all(top: str, only: Sequence[str] | None) -> _Manifest:
     return found
 
 
-def _assemble(listings: dict[bytes, _Listing], flat: bool) -> _Manifest:
-    """All listings as one manifest; with `flat` images without a class will do."""
+def _assemble(listings: dict[bytes, _Listing], flat: bool) -> _Scan:
+    """All listings as one scan; `flat` accepts images without a class."""
     names, classes, counts = Names(), [], []
     top = listings[b""]
     for folder in top.folders:
@@ -253,7 +254,7 @@ def _assemble(listings: dict[bytes, _Listing], flat: bool) -> _Manifest:
     assert split.names is not None
     assert split.spans is not None
     folders = b"".join(at + b"\0" for at in listings)
-    return _Manifest(
+    return _Scan(
         split.labels,
         split.names,
         split.spans,
@@ -284,13 +285,13 @@ def _append(names: Names, listings: dict[bytes, _Listing], at: bytes) -> None:
         names.ends.frombytes(ends.astype(np.int64).tobytes())
 
 
-# --- the manifest kept ---------------------------------------------------------------------------
+# --- kept scans ----------------------------------------------------------------------------------
 
 ARRAYS = {"labels": 1, "names": 1, "spans": 2, "folders": 1, "times": 1, "sample": 2}
 
 
-def _keep(place: Path, top: str, found: _Manifest, stale: _Stale | None) -> _Manifest | None:
-    """Write a manifest and map what was written; None if that cannot be done."""
+def _keep(place: Path, top: str, found: _Scan, stale: _Stale | None) -> _Scan | None:
+    """Write a scan and map the written files; None if that cannot be done."""
     split = Split(found.labels, top, found.names, found.spans)
 
     def write(to: Path) -> None:
@@ -312,7 +313,7 @@ def _keep(place: Path, top: str, found: _Manifest, stale: _Stale | None) -> _Man
         (to / "manifest.json").write_text(json.dumps(about, indent=1) + "\n")
 
     def outdated() -> bool:
-        """Unless another process has put a newer one in its place meanwhile."""
+        """Whether no other process has written a newer scan meanwhile."""
         about = _about(place)
         return about is None or (stale is not None and about["token"] == stale.token)
 
@@ -329,17 +330,17 @@ def _keep(place: Path, top: str, found: _Manifest, stale: _Stale | None) -> _Man
     return opened[0] if opened is not None and opened[0].digest == split.digest else None
 
 
-def _restore(place: Path, top: str) -> _Manifest | _Stale | None:
-    """The manifest kept at `place`; why it no longer holds; None if there is none."""
+def _restore(place: Path, top: str) -> _Scan | _Stale | None:
+    """The scan kept at `place`, or why it is no longer valid; None if there is none."""
     about = _about(place)
     if about is None:
         return None
     opened = _open(place, about)
     if opened is None:
         return _Stale(f"{place} is damaged", about["token"])
-    manifest, sample = opened
-    reason = _change(top, manifest, sample)
-    return manifest if reason is None else _Stale(reason, about["token"])
+    kept, sample = opened
+    reason = _change(top, kept, sample)
+    return kept if reason is None else _Stale(reason, about["token"])
 
 
 def _about(place: Path) -> dict[str, Any] | None:
@@ -351,8 +352,8 @@ def _about(place: Path) -> dict[str, Any] | None:
         return None
 
 
-def _open(place: Path, about: dict[str, Any]) -> tuple[_Manifest, Array] | None:
-    """A manifest mapped into memory, and the sample of files; None if it is damaged."""
+def _open(place: Path, about: dict[str, Any]) -> tuple[_Scan, Array] | None:
+    """A kept scan mapped into memory, and its sample of files; None if it is damaged."""
     arrays: dict[str, Any] = {}
     try:
         for name, ndim in ARRAYS.items():
@@ -364,19 +365,19 @@ def _open(place: Path, about: dict[str, Any]) -> tuple[_Manifest, Array] | None:
     except (OSError, ValueError, EOFError):
         return None
     sample = arrays.pop("sample")
-    manifest = _Manifest(
+    kept = _Scan(
         **arrays, classes=tuple(about["classes"]), loose=about["loose"], digest=about["digest"]
     )
     fits = (
-        len(manifest.labels) == len(manifest.spans) > 0
-        and manifest.spans[-1, 1] == len(manifest.names)
-        and np.count_nonzero(manifest.folders == 0) == len(manifest.times)
+        len(kept.labels) == len(kept.spans) > 0
+        and kept.spans[-1, 1] == len(kept.names)
+        and np.count_nonzero(kept.folders == 0) == len(kept.times)
     )
-    return (manifest, sample) if fits else None
+    return (kept, sample) if fits else None
 
 
-def _change(top: str, kept: _Manifest, sample: Array) -> str | None:
-    """What is no longer as it was in the folder `top`."""
+def _change(top: str, kept: _Scan, sample: Array) -> str | None:
+    """What has changed in the folder `top` since the scan; None if nothing has."""
     paths = kept.folders.tobytes().split(b"\0")[:-1]
     root = os.path.join(os.fsencode(top), b"")
     now = _in_threads(lambda i: _modified(root + paths[i]), len(paths))
@@ -417,7 +418,7 @@ def _sizes_and_times(split: Split, ids: Array) -> Array:
 
 
 def _in_threads(look: Callable[[int], Any], count: int) -> Array:
-    """`look(i)` for all i < count, by threads, each of which takes a part."""
+    """`look(i)` for all i < count; each thread takes a part."""
     with ThreadPoolExecutor(THREADS, "ddp_ssl-stat") as pool:
         parts = pool.map(
             lambda ids: [look(int(i)) for i in ids],

@@ -1,28 +1,15 @@
-"""Which images are in which step: a pure function of seed, epoch, step and shard. numpy only."""
+"""The images of each step: a pure function of seed, epoch, step and shard. numpy only."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddp_ssl.utils.seeds import generator
+
 Ids = NDArray[np.int64]
-
-
-def hashed(*key: object, bits: int = 31) -> int:
-    """A number of `bits` bits from the key's `repr`: a random stream of its own for each purpose.
-
-    The same on every machine and in every process, unlike Python's `hash`.
-    """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return int.from_bytes(digest, "little") & ((1 << bits) - 1)
-
-
-def generator(*key: object) -> np.random.Generator:
-    """A counter-based generator (Philox) keyed by `key`."""
-    return np.random.Generator(np.random.Philox(key=hashed(*key, bits=128)))
 
 
 def permutation(seed: int, epoch: int, n: int) -> Ids:
@@ -37,7 +24,6 @@ class Order:
     An epoch has `size // global_batch` steps; the images left over are dropped, others each epoch.
     Step t of an epoch is `permutation[t * N : (t + 1) * N]` whatever the number of shards; shard r
     takes its r-th contiguous part, so rows gathered in rank order are in one canonical order.
-    `start` is the global step at which a loader of this order begins.
 
     Raises `ValueError` (key `data.batch_size`) if the batch does not fit the data or the shards.
     """
@@ -47,7 +33,6 @@ class Order:
     shard: int
     num_shards: int
     seed: int
-    start: int = 0
     _epochs: dict[int, Ids] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: what is trained on where nothing else is asked for."""
+"""scikit-learn's handwritten digits, the data of the embedded default config."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ddp_ssl.data.cache import cache_folder, write_atomically
-from ddp_ssl.data.order import generator
-from ddp_ssl.data.sources.base import Dataset, Source
-from ddp_ssl.data.sources.folders import train_and_val
+from ddp_ssl.data.datasets.base import Dataset, Definition
+from ddp_ssl.data.datasets.cache import cache_folder, write_atomically
+from ddp_ssl.data.datasets.folders import train_and_val
+from ddp_ssl.utils.seeds import generator
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def find(data: Data) -> None:
     if data.root:
-        # The embedded default's data: whoever gives a root there means other images.
+        # A given root means other images than those of the embedded default.
         raise ValueError(
             f"data.root: {data.root} is not used by data.name=digits, which is a part of "
             "scikit-learn; leave it out, or say what is in it (data.name=folder for images)"
@@ -53,7 +53,7 @@ def write(folder: Path) -> None:
 
     images, labels = load_digits(return_X_y=True)
     pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    # A seed of its own: every run and every process shares these files.
+    # The seed is fixed, because all runs share these files.
     order = generator("digits").permutation(len(labels))
     for label in range(10):
         own = order[labels[order] == label]
@@ -67,4 +67,4 @@ def write(folder: Path) -> None:
             target.write_bytes(encoded.getvalue())
 
 
-SOURCES = {"digits": Source(find, load)}
+DEFINITIONS = {"digits": Definition(find, load)}

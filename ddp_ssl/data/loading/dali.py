@@ -1,10 +1,10 @@
 """The DALI graphs: a batch of images to views (training) or to central crops (evaluation).
 
-The one module that imports DALI; the loader imports it at first use. The same graph runs on a CPU
-and a GPU. Every random operator has a seed of its own, so that adding one leaves the others' draws
-as they are. The operators below are torchvision's, in DALI's terms; `tests/data/test_pipeline.py`
-measures how close they come. Small images held in memory are augmented by `small.py` on a CPU, and
-only pass through here.
+No other module imports DALI; a loader imports this one when it is made. The same graph runs on a
+CPU and on a GPU. Every random operator has a seed of its own, so adding one does not change the
+draws of the others. The operators below are torchvision's, in DALI's terms;
+`tests/data/test_pipeline.py` measures how close they come. Small images held in memory are
+augmented on a CPU by `small_images.py` and only pass through here.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from ddp_ssl.config.views import CentralCrop, View
-from ddp_ssl.data.formats import Decoding, PixelFormat
-from ddp_ssl.data.order import hashed
-from ddp_ssl.data.scan import EXTENSIONS
+from ddp_ssl.data.datasets.scan import EXTENSIONS
+from ddp_ssl.data.loading.formats import Decoding, PixelFormat
+from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 from ddp_ssl.driver import find_driver, install_command
+from ddp_ssl.utils.seeds import hashed
 
 try:
     dali: Any = importlib.import_module("nvidia.dali")
@@ -32,10 +33,10 @@ except ModuleNotFoundError:
 
 IMAGE_KINDS = ";".join(sorted(name.decode()[1:] for name in EXTENSIONS))
 VERSION: str = dali.__version__
-GRAPH = 2  # counts changes of the training graph: a state is for one graph only
+GRAPH = 2  # counts changes of the training graph; a saved state fits one graph only
 fn, types, dmath = dali.fn, dali.types, dali.math
 Node = Any  # a DALI DataNode: one image, or one number, per sample of the batch
-Key = tuple[int, ...]  # what a view's random streams are named after
+Key = tuple[int, ...]  # names the random streams of a view
 Reading = Callable[[], tuple[Node, Node]]  # makes the nodes of images and ids
 Callback = Callable[[Any], Any]  # (BatchInfo) -> (encoded images or pixels, ids)
 
@@ -44,16 +45,11 @@ JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), np.int32)
 
 def train_iterator(
     reading: Reading,
-    views: Sequence[View],
-    view_ids: Sequence[int],
+    augmentation: Augmentation,
+    settings: LoaderSettings,
     *,
-    color_jitter: str,
-    form: PixelFormat,
     seed: int,
     batch_size: int,
-    threads: int,
-    prefetch: int,
-    device_id: int | None,
     checkpoint: bytes | None = None,
 ) -> Any:
     """An endless iterator over `[{"view0": [n, S, S, 3], ..., "ids": [n, 1]}]`.
@@ -61,12 +57,12 @@ def train_iterator(
     `reading` makes the part of the graph that gives images and ids: `read` or `stream` with their
     arguments. `checkpoint` is a blob of this graph's.
     """
-    keyed = [(view, (seed, view_id)) for view, view_id in zip(views, view_ids, strict=True)]
+    views = [(view, (seed, view_id)) for view_id, view in augmentation.keyed]
     pipe = dali.pipeline_def(_train_graph, enable_conditionals=True)(
-        reading, keyed, color_jitter, form,
-        batch_size=batch_size, num_threads=threads, device_id=device_id, seed=seed & 0x7FFFFFFF,
-        prefetch_queue_depth=prefetch, exec_dynamic=True, enable_checkpointing=True,
-        checkpoint=checkpoint,
+        reading, views, augmentation.color_jitter, settings.form,
+        batch_size=batch_size, num_threads=settings.cpu_threads, device_id=settings.device_id,
+        seed=seed & 0x7FFFFFFF, prefetch_queue_depth=settings.prefetch, exec_dynamic=True,
+        enable_checkpointing=True, checkpoint=checkpoint,
     )  # fmt: skip
     return _iterator(pipe, len(views))
 
@@ -74,16 +70,15 @@ def train_iterator(
 def passing_iterator(
     source: Callback,
     views: int,
+    settings: LoaderSettings,
     *,
-    half: bool,
     batch_size: int,
-    prefetch: int,
     checkpoint: bytes | None = None,
 ) -> Any:
     """The same for views that are made already: DALI keeps them ready and counts the batches.
 
-    `source` gives, for a `BatchInfo`, `views` arrays `[n, S, S, 3]` (float16 if `half`) and the
-    ids `[n, 1]`.
+    `source` gives, for a `BatchInfo`, `views` arrays `[n, S, S, 3]` (float16 or float32, as in
+    `settings.form`) and the ids `[n, 1]`.
     """
 
     def graph() -> Any:
@@ -93,7 +88,8 @@ def passing_iterator(
                 num_outputs=views + 1,
                 batch=True,
                 batch_info=True,
-                dtype=[types.FLOAT16 if half else types.FLOAT] * views + [types.INT64],
+                dtype=[types.FLOAT16 if settings.form.half else types.FLOAT] * views
+                + [types.INT64],
                 ndim=[3] * views + [1],
                 layout=["HWC"] * views + [""],
             )
@@ -101,27 +97,20 @@ def passing_iterator(
 
     pipe = dali.pipeline_def(graph)(
         batch_size=batch_size, num_threads=1, device_id=None, seed=0,
-        prefetch_queue_depth=prefetch, exec_dynamic=True, enable_checkpointing=True,
+        prefetch_queue_depth=settings.prefetch, exec_dynamic=True, enable_checkpointing=True,
         checkpoint=checkpoint,
     )  # fmt: skip
     return _iterator(pipe, views)
 
 
 def eval_iterator(
-    reading: Reading,
-    *,
-    crop: CentralCrop,
-    form: PixelFormat,
-    batch_size: int,
-    threads: int,
-    prefetch: int,
-    device_id: int | None,
+    reading: Reading, crop: CentralCrop, settings: LoaderSettings, *, batch_size: int
 ) -> Any:
     """The same with one view and no randomness; ends when the source raises `StopIteration`."""
     pipe = dali.pipeline_def(_eval_graph)(
-        reading, crop, form,
-        batch_size=batch_size, num_threads=threads, device_id=device_id, seed=0,
-        prefetch_queue_depth=prefetch, exec_dynamic=True,
+        reading, crop, settings.form,
+        batch_size=batch_size, num_threads=settings.cpu_threads, device_id=settings.device_id,
+        seed=0, prefetch_queue_depth=settings.prefetch, exec_dynamic=True,
     )  # fmt: skip
     return _iterator(pipe, 1)
 
@@ -136,7 +125,7 @@ def decoder(device_id: int | None, decoding: Decoding) -> Any:
 
 
 def _iterator(pipe: Any, views: int) -> Any:
-    # With the dynamic executor the tensors are DALI's own buffers, handed over, one set per batch.
+    # With the dynamic executor the tensors are DALI's own buffers, a new set for each batch.
     names = [*(f"view{i}" for i in range(views)), "ids"]
     return dali_torch.DALIGenericIterator([pipe], names, prepare_first_batch=False)
 
@@ -231,8 +220,8 @@ def augment(
     key: Key,
 ) -> Node:
     """One random view, HWC. `key` makes the operators' seeds."""
-    # Parameters are drawn for every image, not inside the conditionals, where each image's draws
-    # would depend on the other images' coins.
+    # Parameters are drawn for every image. Drawn inside the conditionals, they would depend on the
+    # coins of the other images.
     x = random_crop(images, view, hashed(*key, "crop"))
     if view.jitter_p > 0 or view.gray_p > 0:
         x = recolor(x, view, color_jitter, key)
@@ -252,8 +241,8 @@ def augment(
 def recolor(x: Node, view: View, mode: str, key: Key) -> Node:
     """Random jitter, then random gray: uint8 to float32 in [0, 255].
 
-    DALI's rounding to uint8 costs more on a CPU than most operators, so from here on nothing is
-    rounded. A gray image is not tinted: `tint` leaves the luma as it is, but for clipped pixels.
+    DALI's rounding to uint8 costs more on a CPU than most operators, so nothing is rounded from
+    here on. A gray image is not tinted, because `tint` changes its luma only at clipped pixels.
     """
     draws = jitter_draws(view, key)
     order = uniform(0, len(JITTER_ORDERS), hashed(*key, "order"))
@@ -293,14 +282,14 @@ def jitter_draws(view: View, key: Key) -> list[Node | None]:
     return draws
 
 
-# --- operators: uint8 HWC to uint8 HWC where not said otherwise -----------------------------------
+# --- operators: uint8 HWC to uint8 HWC unless a docstring says otherwise -------------------------
 
 
 def random_crop(x: Node, view: View, seed: int) -> Node:
     """torchvision's RandomResizedCrop, bicubic and antialiased.
 
     After ten draws that do not fit in the image both take its largest part of an allowed aspect
-    ratio: torchvision the central one, DALI one at random. They differ for long images alone.
+    ratio: torchvision takes the central one, DALI a random one. Only long images differ.
     """
     return fn.random_resized_crop(
         x,
@@ -326,7 +315,7 @@ def central_crop(x: Node, crop: CentralCrop) -> Node:
     kernel = types.INTERP_LINEAR if crop.interpolation == "bilinear" else types.INTERP_CUBIC
     x = fn.resize(x, size=new, interp_type=kernel, antialias=True)
     start = fn.stack(half(height - crop.size), half(width - crop.size))
-    # A size among the inputs would be a constant on the GPU, which DALI copies back and waits for.
+    # A size among the inputs would be a constant on the GPU; DALI copies it back and waits for it.
     return fn.slice(x, start=fn.cast(start, dtype=types.INT32), shape=[crop.size] * 2, axes=[0, 1])
 
 
