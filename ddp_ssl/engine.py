@@ -37,9 +37,9 @@ from ddp_ssl.data.loader import StreamLoader, TrainLoader
 from ddp_ssl.data.order import hashed
 from ddp_ssl.data.source import Agree, BadImages, UnreadableError
 from ddp_ssl.distributed import LateFlag, World, others_failed, traffic
-from ddp_ssl.evals.probe import Learner
 from ddp_ssl.evals.validation import Validation
 from ddp_ssl.launch import cpu_share, job_end, layout_lines, rank_and_size, restarts
+from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods.base import Context, Method, Progress, trainable
 from ddp_ssl.models import export, loading_snippet
 from ddp_ssl.picture import view_grid

@@ -1,6 +1,7 @@
-"""Features of all images of a split: each process its share, from disk where they were made before.
+"""Features of all images of a split; each process makes its share, or reads it from disk.
 
-A process holds a contiguous part of the split, so that what is kept serves any number of processes.
+A process holds a contiguous part of the split, so that features on disk serve any number of
+processes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Ids = npt.NDArray[np.int64]
 Tell = Callable[[str], None]
 
 EVERY_S = 10.0  # between progress lines where they are not rewritten in place
-KEPT = 2  # version of what is kept on disk, and of what its key says
+KEPT = 2  # version of the files on disk and of their key
 SAMPLED = 1000  # files of a split whose size and time are part of the key
 CHUNKS = (128, 4096)  # fewest and most images that are augmented from one seed
 
@@ -46,8 +47,8 @@ CHUNKS = (128, 4096)  # fewest and most images that are augmented from one seed
 class Block:
     """This process's part of a split: features `[m, d]` float32 on the CPU, labels and ids `[m]`.
 
-    Ids are sorted and those of rank r are all before those of rank r + 1. Images without a label
-    and images that cannot be read are left out.
+    Ids are sorted, and those of rank r are all less than those of rank r + 1. Images without a
+    label and images that cannot be read are left out.
     """
 
     features: Tensor
@@ -63,7 +64,7 @@ class Block:
 
 
 class Ticker:
-    """A progress line now and then: one that is rewritten in a terminal, else every ten seconds."""
+    """A progress line: rewritten in place in a terminal, else a new one every ten seconds."""
 
     def __init__(self, what: str, total: int, speaks: bool) -> None:
         self.what, self.total, self.speaks = what, total, speaks
@@ -71,7 +72,7 @@ class Ticker:
         self.in_place = os.isatty(2)
 
     def at(self, done: int, more: str = "") -> None:
-        """Say how far it is, if it is time to."""
+        """Log the progress, if the last line is old enough."""
         now = time.perf_counter()
         if not self.speaks or now - self.said < (0.2 if self.in_place else EVERY_S):
             return
@@ -84,19 +85,19 @@ class Ticker:
 
 
 def patch_view(settings: EvaluateConfig) -> View:
-    """How a patch is augmented: as view 0 of `data.views`, at the size that is evaluated."""
+    """The augmentation of a patch: view 0 of `data.views`, at the size of the evaluation."""
     return replace(views_of(settings.data.views)[0], size=settings.image_size)
 
 
 def crop_view(settings: EvaluateConfig) -> View:
-    """A random crop and flip as in view 0 of `data.views`, its colours left alone."""
+    """A random crop and flip as in view 0 of `data.views`, without its changes of colour."""
     return replace(patch_view(settings), jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
 
 
 class Extractor:
     """Makes features with a backbone `[n, 3, S, S] -> [n, d]`, in float32 and eval mode.
 
-    `cache`: the folder for features that are kept, None for none; `digest` names the weights.
+    `cache`: the folder for features on disk, or None; `digest`: hash of the weights.
     """
 
     def __init__(
@@ -118,8 +119,11 @@ class Extractor:
         self.bad = BadImages() if bad is None else bad
 
     def features(self, split: Split, patches: int = 1, what: str = "images") -> Block:
-        """This process's part of `split`, averaged over `patches` views: a central crop, the others
-        random. The same at any number of processes."""
+        """This process's part of `split`, averaged over `patches` views.
+
+        One view is a central crop, the others are random. The features are the same at any number
+        of processes.
+        """
         chunk = min(max(-(-len(split) // 64), CHUNKS[0]), CHUNKS[1])
         chunks = range(-(-len(split) // chunk))
         mine = chunks[_part(len(chunks), self.comm.rank, self.comm.world_size)]
@@ -166,13 +170,13 @@ class Extractor:
     def _views(
         self, split: Split, patches: int, first: int, end: int, chunk: int
     ) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """Views of images `[n, 3, S, S]` and ids `[n]`, -1 for what is none of them."""
+        """Views of images `[n, 3, S, S]` and ids `[n]`, -1 for padding."""
         if first == end:
             return
         for batch in self._loader(EvalLoader, split, np.arange(first, end)):
             yield batch.views, batch.ids.cpu()
         for begin in range(first, end, chunk) if patches > 1 else ():
-            # The draws depend on the chunk and not on which process makes it.
+            # The draws depend on the chunk, not on the process.
             loader = self._loader(PatchLoader, split, np.arange(begin, min(begin + chunk, end)))
             loader.views = [patch_view(self.settings)] * (patches - 1)
             loader.color_jitter = self.settings.data.color_jitter
@@ -206,13 +210,13 @@ class Extractor:
     # --- on disk ---------------------------------------------------------------------------------
 
     def _home(self, split: Split, patches: int) -> Path | None:
-        """The folder of these features; None where they are too few to be kept."""
+        """The folder of these features; None where they are too few to be written."""
         size = 4 * len(split) * self.width * patches
         if self.cache is None or size < self.settings.run.cache_mb * 2**20:
             return None
         data, side = self.settings.data, self.settings.image_size
         model = self.settings.model
-        # The same weights in another network, as one that pools differently, are other features.
+        # The same weights give other features in another network.
         network = re.sub(r"0x[0-9a-f]+", "", repr(self.backbone))
         key: list[Any] = [KEPT, self.digest, model.backbone, sorted(model.backbone_args.items())]
         key += [model.stem, network, self.device.type, split.digest, _stamps(split), side]
@@ -225,7 +229,7 @@ class Extractor:
         return self.cache / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
     def _still_bad(self, split: Split, block: Block, first: int, end: int) -> bool:
-        """Whether no image that a kept part lacks can be read now; they are in `bad` then."""
+        """Whether the images that a part on disk lacks still cannot be read; adds them to `bad`."""
         lacking = np.setdiff1d(np.arange(first, end), block.ids.numpy())
         if not len(lacking):
             return True
@@ -245,7 +249,7 @@ class Extractor:
         return all(int(i) in reader.problems for i in lacking)
 
     def _keep(self, home: Path, first: int, end: int, block: Block) -> None:
-        """Write a part; what cannot be written is only said."""
+        """Write a part; an error is only logged."""
         path = home / f"{first:09d}-{end:09d}.safetensors"
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
@@ -292,7 +296,7 @@ def _stacked(iterator: Any, views: int) -> Iterator[list[dict[str, Tensor]]]:
 
 
 def _kept(home: Path, first: int, end: int) -> Block | None:
-    """Images `first` to `end` from the parts that some processes wrote; None if one is missing."""
+    """Images `first` to `end` from the parts on disk; None if a part is missing."""
     parts: list[tuple[Tensor, Tensor]] = []
     reached = first
     for path in sorted(home.glob("*.safetensors")):
@@ -317,7 +321,7 @@ def _kept(home: Path, first: int, end: int) -> Block | None:
 def _stamps(split: Split) -> str:
     """Hash of the sizes and times of some of the files, evenly spaced; of shards, of their index.
 
-    The split's own digest is of names and labels: it does not change where a file is replaced.
+    The split's own digest covers names and labels only: it stays the same if a file is replaced.
     """
     if split.images is not None:
         return ""
@@ -336,7 +340,7 @@ def _stamps(split: Split) -> str:
 
 
 def _part(total: int, rank: int, size: int) -> slice:
-    """The contiguous part of `total` things that a rank takes."""
+    """The contiguous part of `total` items that a rank takes."""
     return slice(rank * total // size, (rank + 1) * total // size)
 
 
