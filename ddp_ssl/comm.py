@@ -1,7 +1,7 @@
-"""What a loss or a metric needs of the other processes, and its one-process default.
+"""The communication that a loss or a metric needs, and its default for one process.
 
-Losses and metrics take a `Comm` and import nothing but torch; `distributed.MeshComm` is the one
-that talks. So one definition serves one process and 512.
+Losses and metrics take a `Comm` and import nothing but torch. `distributed.MeshComm` is the
+implementation that communicates. So one definition serves one process and 512.
 
 Shapes: a process holds some views of some images, `[k, n, ...]`; the gathered tensor is
 `[K, N, ...]` in one canonical order. Images are split over data shards in contiguous blocks, views
@@ -27,21 +27,21 @@ class Comm:
 
     @property
     def data_rank(self) -> int:
-        """Which part of the images is here."""
+        """Index of the part of the images held here."""
         return self.rank // self.view_shards
 
     @property
     def view_rank(self) -> int:
-        """Which part of the views is here."""
+        """Index of the part of the views held here."""
         return self.rank % self.view_shards
 
     def rows(self, n: int) -> slice:
-        """Where the `n` images held here are among all `N`."""
+        """The places of the `n` images held here among all `N`."""
         return slice(self.data_rank * n, (self.data_rank + 1) * n)
 
     @property
     def views(self) -> slice:
-        """Where the views held here are among all `K`."""
+        """The places of the views held here among all `K`."""
         return slice(self.view_rank, None, self.view_shards)
 
     def gather(self, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Comm:
         return x
 
     def view_union(self, found: dict[int, str]) -> dict[int, str]:
-        """The entries of all processes that read the same images, on the host."""
+        """The entries of all processes that read the same images; on the host."""
         return found
 
     def broadcast(self, value: float) -> float:

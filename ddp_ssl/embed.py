@@ -37,7 +37,8 @@ from ddp_ssl.distributed import World
 from ddp_ssl.engine import load_data, together
 from ddp_ssl.evals.features import Block, Extractor, gather_rows
 from ddp_ssl.evals.pretrained import Pretrained, load_pretrained, normalised
-from ddp_ssl.evals.settings import EvaluateConfig, Source, find_source, load_settings
+from ddp_ssl.evals.settings import EvaluateConfig, load_settings
+from ddp_ssl.evals.weights import Source, find_source
 from ddp_ssl.export import Parser
 from ddp_ssl.launch import cpu_share, rank_and_size
 from ddp_ssl.signals import stop_with_parent

@@ -40,9 +40,9 @@ from ddp_ssl.data.loading.order import Order
 from ddp_ssl.data.loading.reader import Agree, UnreadableError
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 from ddp_ssl.distributed import StopFlag, World, comm_stats, others_failed
-from ddp_ssl.evals.probe import Learner
 from ddp_ssl.evals.validation import Validation
 from ddp_ssl.launch import cpu_share, job_end, layout_lines, rank_and_size, restarts
+from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import load_method
 from ddp_ssl.methods.base import Context, Method, Progress, trainable
 from ddp_ssl.models import export, loading_snippet

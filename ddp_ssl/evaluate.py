@@ -20,11 +20,10 @@ from ddp_ssl.evals.settings import (
     OF_PRETRAINING,
     EvaluateConfig,
     Protocol,
-    Source,
-    find_source,
     load_settings,
     protocol_of,
 )
+from ddp_ssl.evals.weights import Source, find_source
 from ddp_ssl.launch import cpu_share, rank_and_size
 from ddp_ssl.signals import stop_with_parent
 
@@ -158,7 +157,7 @@ def _docstring(section: str) -> str:
 
 
 @dataclass
-class Work:
+class Evaluation:
     """What every command starts from."""
 
     command: str
@@ -233,7 +232,7 @@ def end_alone(error: Exception, world: World) -> NoReturn:
     raise SystemExit(1) from None
 
 
-def prepare(command: str, source: Source, settings: EvaluateConfig, world: World) -> Work:
+def prepare(command: str, source: Source, settings: EvaluateConfig, world: World) -> Evaluation:
     """Find the data, load the weights, claim a place for the results; on all processes."""
     import torch
 
@@ -279,7 +278,9 @@ def prepare(command: str, source: Source, settings: EvaluateConfig, world: World
         cache=folder / "features",
         tell=tell,
     )
-    return Work(command, source, settings, world, pretrained, data, extractor, train, val, folder)
+    return Evaluation(
+        command, source, settings, world, pretrained, data, extractor, train, val, folder
+    )
 
 
 def _splits(settings: EvaluateConfig, data: Dataset) -> tuple[Split, Split]:
@@ -302,12 +303,12 @@ def _teller(world: World) -> Any:
     return logger.info if world.is_main else lambda line: None
 
 
-def evaluate(work: Work) -> Report:
+def evaluate(work: Evaluation) -> Report:
     """What the command asks for, on all processes; raises `ConfigError` on all or on none."""
     from ddp_ssl.evals import report
     from ddp_ssl.evals.finetune import evaluate_finetune
+    from ddp_ssl.evals.knn import evaluate_knn
     from ddp_ssl.evals.linear import evaluate_linear
-    from ddp_ssl.evals.neighbours import evaluate_knn
 
     settings, classes = work.settings, work.data.num_classes
     parts = work.extractor, work.train, work.val, classes
@@ -320,7 +321,7 @@ def evaluate(work: Work) -> Report:
     return report.finetune_report(evaluate_finetune(*parts, work.world), settings.finetune.fraction)
 
 
-def unreadable(work: Work) -> dict[str, str]:
+def unreadable(work: Evaluation) -> dict[str, str]:
     """What no process could read, with the reason, on all; `ConfigError` on all if it is more than
     `data.max_bad_fraction` of the images."""
     everyones = work.world.gather_objects(work.extractor.bad.known)
@@ -338,7 +339,7 @@ def unreadable(work: Work) -> dict[str, str]:
     return found
 
 
-def finish(work: Work, report: Report, unreadable: dict[str, str], seconds: float) -> None:
+def finish(work: Evaluation, report: Report, unreadable: dict[str, str], seconds: float) -> None:
     """Write the result files and print the table; on rank 0."""
     import json
 
@@ -376,7 +377,7 @@ def finish(work: Work, report: Report, unreadable: dict[str, str], seconds: floa
     print(f"\n{body}\n\n{path}.md  {path}.json  ({seconds:.0f} s)", flush=True)
 
 
-def _reservations(work: Work) -> list[str]:
+def _reservations(work: Evaluation) -> list[str]:
     """What a reader of the table must know before quoting it."""
     notes = []
     weights, val = work.pretrained, work.data.val
@@ -397,7 +398,7 @@ def _reservations(work: Work) -> list[str]:
     return notes
 
 
-def _what(work: Work) -> str:
+def _what(work: Evaluation) -> str:
     """The evaluation in a few words."""
     settings = work.settings
     if work.command == "linear":
@@ -416,7 +417,7 @@ def _what(work: Work) -> str:
     )
 
 
-def _settings(work: Work) -> dict[str, Any]:
+def _settings(work: Evaluation) -> dict[str, Any]:
     """What the result depends on, as plain values."""
     tree = work.settings.model_dump(mode="json")
     used: dict[str, Any] = {name: tree[name] for name in SECTIONS[work.command] if name != "run"}
@@ -426,7 +427,7 @@ def _settings(work: Work) -> dict[str, Any]:
     return used | {"weights": work.pretrained.digest}
 
 
-def _data_facts(work: Work) -> dict[str, Any]:
+def _data_facts(work: Evaluation) -> dict[str, Any]:
     mean, std = work.settings.data.normalisation
     return {
         "name": work.data.name,

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from ddp_ssl import checkpoint, models
 from ddp_ssl.config import Config, ConfigError, Model
-from ddp_ssl.evals.settings import config_of_run, find_source
+from ddp_ssl.evals.settings import config_of_run
+from ddp_ssl.evals.weights import find_source
 from ddp_ssl.models import STEM_PADDING, architecture, build_backbone, loading_snippet
 
 Form = Literal["timm", "torchvision", "safetensors", "onnx"]

@@ -11,17 +11,17 @@ from torch import nn
 
 from ddp_ssl.config import Model
 
-# Of the first convolution, by `model.stem`.
+# Padding of the first convolution, by `model.stem`.
 STEM_PADDING = {"small": 1, "small_pad2": 2}
 
 
 def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]:
     """The timm backbone without classifier, `[n, 3, S, S] -> [n, d_R]`, and d_R.
 
-    `sizes`: the image sizes that it must take; each is tried.
+    `sizes`: the image sizes in pixels that it must take; each is tried.
 
-    ResNets keep torchvision's initialisation (the last norm of a block is not zeroed), which is
-    what the papers' code builds on. Raises `ValueError` for a name or arguments timm refuses.
+    ResNets keep torchvision's initialisation (the last norm of a block is not zeroed), which the
+    papers' code builds on. Raises `ValueError` for a name, arguments or sizes that timm refuses.
     """
     import timm  # here, so that `--help` does not wait for it
     from timm.models.resnet import ResNet
@@ -59,7 +59,7 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
 
 @torch.no_grad()
 def _width(model: nn.Module, config: Model, sizes: Sequence[int]) -> int:
-    """d_R, from what comes out (timm's `num_features` is another number for some models)."""
+    """d_R, measured on the output (timm's `num_features` is another number for some models)."""
     model.eval()
     width = 0
     for size in sizes:
@@ -84,7 +84,7 @@ def projection_head(
 ) -> nn.Sequential:
     """Linear layers of the given widths with norm and ReLU between them: `[n, width] -> [n, d]`.
 
-    `last_norm`: what follows the last layer: nothing, a batch norm, or one without weight and bias.
+    `last_norm`: after the last layer nothing, a batch norm, or one without weight and bias.
     """
     layers: list[nn.Module] = []
     for index, out in enumerate(widths):
@@ -100,7 +100,7 @@ def projection_head(
 
 
 def architecture(config: Model) -> Model:
-    """The same network without weights of somebody else's, which timm would fetch."""
+    """The same network without pretrained weights, which timm would fetch."""
     arguments = {k: v for k, v in config.backbone_args.items() if not k.startswith("pretrained")}
     return config.model_copy(update={"backbone_args": arguments})
 

@@ -1,7 +1,7 @@
 """Optimisers, parameter groups, and the learning rate as a pure function of the step.
 
-Every process sees the same averaged gradient, so nothing here talks to the others, and nothing
-here waits for the device: a step only launches work.
+Every process sees the same averaged gradient, so nothing here communicates. Nothing here waits for
+the device: a step only launches work.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ Variant = Literal["solo", "vicreg"]
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose direction is scaled per tensor by a trust ratio q.
 
-    With parameter p, gradient g, weight decay w (You, Gitman & Ginsburg 2017, as implemented in)
+    With parameter p, gradient g, weight decay w (You, Gitman & Ginsburg 2017), as implemented in
 
         solo    q = eta |p| / (|g| + w |p| + eps), with `clip` min(q / lr, 1);
                 d = q (g + w p), and d = g where |p| or |g| is 0             (solo-learn)
         vicreg  q = eta |p| / |g + w p|, and 1 where one of the two is 0;
                 d = q (g + w p)                                              (official VICReg)
 
-    then buf <- momentum buf + d (at first buf = d) and p <- p - lr buf. 1-D parameters (biases,
-    norms) are neither adapted nor decayed: d = g; with `bound_1d` their buf is scaled down so that
-    a step moves no element by more than that. Without it nothing bounds them as the trust ratio
-    bounds a matrix: a steep gradient moves the norms' scales far in one step, which makes the next
-    gradient steeper, and in a few steps all is NaN. Parameters without gradient are skipped. A step
-    uses up the gradients.
+    then buf <- momentum buf + d (at first buf = d) and p <- p - lr buf.
+
+    1-D parameters (biases, norms) are neither adapted nor decayed: d = g. With `bound_1d` their buf
+    is scaled down so that a step moves no element further than that. The trust ratio bounds a
+    matrix's step, but nothing else bounds theirs: a steep gradient moves the norms' scales far in
+    one step, which makes the next gradient steeper, and in a few steps all is NaN.
+
+    Parameters without gradient are skipped. A step overwrites the gradients.
 
     `params` and per-group options as in any torch optimiser, (name, parameter) pairs included.
     """
@@ -76,9 +78,9 @@ class LARS(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             ready = [p for p in group["params"] if p.grad is not None]
-            for params in _together([p for p in ready if is_one_dimensional(p)]):
+            for params in _chunks([p for p in ready if is_one_dimensional(p)]):
                 self._move(group, params, _gradients(params), bound=group["bound_1d"])
-            for params in _together([p for p in ready if not is_one_dimensional(p)]):
+            for params in _chunks([p for p in ready if not is_one_dimensional(p)]):
                 gradients = _gradients(params)
                 self._move(group, params, gradients, _trust_ratios(group, params, gradients))
         return loss
@@ -91,7 +93,7 @@ class LARS(torch.optim.Optimizer):
         ratios: Tensor | None = None,
         bound: float | None = None,
     ) -> None:
-        """Momentum and step; directions times `ratios`; with `bound`, no element moves further."""
+        """Momentum and step along directions times `ratios`; no element moves beyond `bound`."""
         buffers = []
         for p in params:
             state = self.state[p]
@@ -111,9 +113,9 @@ class LARS(torch.optim.Optimizer):
 
 
 def _trust_ratios(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> Tensor:
-    """q as in `LARS`, `[len(params)]`; leaves g + w p in the gradients.
+    """q as in `LARS`, `[len(params)]`; overwrites the gradients with g + w p.
 
-    Norms stay on the device, so zeros are handled by `where`.
+    Norms stay on the device, so `where` handles zeros.
     """
     decay, lr = group["weight_decay"], group["lr"]
     p_norm = torch.stack(torch._foreach_norm(params))
@@ -122,7 +124,7 @@ def _trust_ratios(group: dict[str, Any], params: list[Tensor], gradients: list[T
         g_norm = torch.stack(torch._foreach_norm(gradients))
         q = group["eta"] * p_norm / (g_norm + decay * p_norm + group["eps"])
         if group["clip"]:
-            # As lr -> 0 the quotient is infinite, and bounded by 1.
+            # As lr -> 0 the quotient grows without bound, so its minimum with 1 is 1.
             q = (q / lr).clamp(max=1) if lr > 0 else one
         q = torch.where(p_norm == 0, one, q)
         q = torch.where(g_norm == 0, 0 * one, q)  # and so no decay
@@ -136,12 +138,12 @@ def _trust_ratios(group: dict[str, Any], params: list[Tensor], gradients: list[T
 
 
 def _alike(factors: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """Of `factors` `[len(tensors)]` one for each tensor, as the foreach functions want it."""
+    """One of `factors` `[len(tensors)]` for each tensor, as foreach functions take them."""
     return list(factors.unbind()) if factors.is_cpu else _expanded(factors, tensors)
 
 
 def _expanded(factors: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """`factors` in the tensors' own shapes and strides: one kernel for all takes nothing else."""
+    """`factors` in the tensors' own shapes and strides, which one kernel for all needs."""
     index, starts = _blocks(tuple(t.numel() for t in tensors), factors.device)
     every = factors[index].unsqueeze(1).expand(-1, BLOCK).contiguous()
     return [
@@ -151,18 +153,21 @@ def _expanded(factors: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _is_dense(t: Tensor) -> bool:
-    """Whether its elements lie side by side, as those of parameters and DDP's gradients do."""
+    """Whether the elements lie side by side, as those of parameters and DDP's gradients do."""
     span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
     return t.numel() == span or not t.numel()
 
 
 BLOCK = 1024
-"""Elements written at once where factors are expanded: a tensor begins with a block of its own."""
+"""Elements of a block in which factors are expanded; every tensor begins a new block."""
 
 
 @functools.lru_cache(maxsize=64)
 def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[int]]:
-    """Of which tensor each block is, and where each tensor begins; the same at every step."""
+    """The tensor that each block belongs to, and the element at which each tensor begins.
+
+    Both are the same at every step.
+    """
     index, starts = list[int](), list[int]()
     for place, size in enumerate(sizes):
         starts.append(len(index) * BLOCK)
@@ -170,13 +175,13 @@ def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[
     return torch.tensor(index, dtype=torch.long).to(device, non_blocking=True), starts
 
 
-# Elements stepped at once: what stays in a CPU's caches; on a GPU many, but `_expanded` takes
-# four bytes for each of them.
+# Elements updated at once: on a CPU as many as its caches hold; on a GPU many more, for each of
+# which `_expanded` takes four bytes.
 AT_ONCE = {"cpu": 2**18, "cuda": 2**25}
 
 
-def _together(params: list[Tensor]) -> list[list[Tensor]]:
-    """Groups of tensors that are stepped at once."""
+def _chunks(params: list[Tensor]) -> list[list[Tensor]]:
+    """Groups of tensors that are updated at once."""
     groups: list[list[Tensor]] = []
     room = 0
     for p in params:
@@ -281,7 +286,7 @@ def set_learning_rates(
 ) -> float:
     """Write every group's rate for `step`, scaled by `global_batch` / 256; returns the first's.
 
-    A function of the step alone, so that there is nothing to checkpoint.
+    The rates depend on the step alone, so there is nothing to checkpoint.
     """
     total_steps = config.epochs * steps_per_epoch
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
@@ -302,7 +307,7 @@ def set_learning_rates(
 def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor | int]]:
     """Parameter name -> its state (momentum, Adam's averages and step).
 
-    Keyed by name, so that adding or removing the probe shifts nothing. The tensors are the
+    The keys are names, so that adding or removing the probe shifts nothing. The tensors are the
     optimiser's own, not copies.
     """
     return {
@@ -315,10 +320,10 @@ def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tenso
 def load_state_by_name(
     optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Tensor | int]]
 ) -> list[str]:
-    """Set what `state_by_name` gave; returns the parameters without stored state, which start anew.
+    """Load the result of `state_by_name`; returns the parameters without stored state.
 
-    State of parameters that are not there is ignored. Raises `ValueError`, naming the parameter,
-    where a tensor has another shape.
+    Those start anew. State of parameters that do not exist is ignored. Raises `ValueError` with the
+    parameter's name where a tensor has another shape.
     """
     missing: list[str] = []
     for name, p in _named(optimizer):

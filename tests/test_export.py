@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from ddp_ssl import checkpoint, export
 from ddp_ssl.comm import ONE_PROCESS
-from ddp_ssl.evals.probe import Learner
+from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import load_method
 from ddp_ssl.methods.base import Method
 from ddp_ssl.models import build_backbone, loading_snippet

@@ -39,8 +39,8 @@ from ddp_ssl.config import Config, ConfigError, check_world_size
 from ddp_ssl.config.views import views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import GlobalBatchNorm
-from ddp_ssl.evals.probe import Learner
-from ddp_ssl.losses import pairs
+from ddp_ssl.losses.kernels import gram as pairs
+from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods.base import Progress
 from ddp_ssl.metrics.effective_rank import GATHERED
 from ddp_ssl.models import build_backbone

@@ -25,7 +25,7 @@ from ddp_ssl.checks.base import (
 from ddp_ssl.comm import ONE_PROCESS
 from ddp_ssl.config import Config
 from ddp_ssl.engine import make_method, parameter_groups
-from ddp_ssl.evals.probe import Learner
+from ddp_ssl.methods._learner import Learner
 
 WRITTEN = 32 << 20  # bytes of the file that is written to see how fast that goes
 OF_A_RANK = 64 << 10  # bytes of a process's own state in a checkpoint: random numbers, DALI's blob

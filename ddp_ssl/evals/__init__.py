@@ -1,1 +1,1 @@
-"""What was learned: online probe, k-NN, and the figures of a validation pass."""
+"""Evaluations of a representation: k-NN, linear classifiers, fine-tuning, a validation pass."""

@@ -1,4 +1,4 @@
-"""Accuracies from scores, over all processes, and how sure they are."""
+"""Accuracies from scores, over all processes, and their confidence intervals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Fractions of the images classified right."""
+    """Fractions of the images that are classified correctly."""
 
     top1: float
     top5: float | None
@@ -30,15 +30,18 @@ class Accuracy:
 
 
 class Tally:
-    """Counts right answers, class by class, of this process's images; `accuracy` sums them up."""
+    """Counts correct answers per class on this process's images; `accuracy` adds all processes'."""
 
     def __init__(self, classes: int) -> None:
         self.classes = classes
         self.counts = torch.zeros(3, classes, dtype=torch.float64)  # top-1, top-5, images
 
     def add(self, scores: Tensor, labels: Tensor, possible: Tensor | None = None) -> None:
-        """Scores `[n, classes]`, labels `[n]`. `possible` `[n]`: where the true class may count at
-        all (in k-NN one without a vote does not, however the rest is ranked)."""
+        """Count scores `[n, classes]` against labels `[n]`.
+
+        `possible` `[n]`: whether the true class may count. In k-NN a class without a vote does not,
+        wherever it is ranked.
+        """
         if not len(labels):
             return
         scores, labels = scores.detach().float().nan_to_num(-math.inf), labels.to(scores.device)
@@ -54,7 +57,7 @@ class Tally:
         self.counts[2] += labels.cpu().bincount(minlength=self.classes)
 
     def accuracy(self, comm: Comm, device: torch.device) -> Accuracy:
-        """Over all processes together."""
+        """The accuracy over all processes."""
         first, fifth, images = comm.sum(self.counts.to(device)).cpu()
         total = max(float(images.sum()), 1.0)
         return Accuracy(
@@ -75,7 +78,7 @@ class Interval:
 
 
 def over_images(result: Sequence[Accuracy]) -> Interval:
-    """Wilson's interval of the mean top-1: another draw of as many test images."""
+    """Wilson's interval of the mean top-1: the spread over draws of as many test images."""
     images = max(result[0].images, 1)
     correct = round(sum(r.correct for r in result) / len(result))
     found = stats.binomtest(correct, images).proportion_ci(CONFIDENCE, "wilson")

@@ -1,9 +1,9 @@
-"""The figures of a validation pass for every checkpoint of a run: how a representation came about.
+"""The metrics of a validation pass for every checkpoint of a run: how a representation developed.
 
-Writes into the run folder `dynamics.jsonl`, one line per checkpoint as soon as it is measured, and
-at the end `evaluate/dynamics.md` and `evaluate/dynamics.json`; on other data than the run's own
-`dynamics-DATA.*`. What is measured already, with the same settings, is not measured again: an
-interrupted measurement goes on. Rows of other settings stay in the file beside them.
+Writes `dynamics.jsonl` into the run folder, one line per checkpoint as soon as it is measured. At
+the end it writes `evaluate/dynamics.md` and `evaluate/dynamics.json`. On other data than the run's
+own the files are `dynamics-DATA.*`. A checkpoint that was measured with the same settings is not
+measured again, so an interrupted measurement continues. Rows of other settings stay in the file.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.distributed import World
 from ddp_ssl.evals.pretrained import try_size
-from ddp_ssl.evals.probe import Learner
 from ddp_ssl.evals.settings import EvaluateConfig, config_of_run
 from ddp_ssl.evals.validation import Validation
+from ddp_ssl.methods._learner import Learner
 
 logger = logging.getLogger("ddp_ssl")
 
 FILE = "dynamics.jsonl"
 
-# The table's columns and their digits; all figures are in the JSON files.
+# The table's columns and their digits; the JSON files hold all metrics.
 COLUMNS = {
     "eval/knn_top1": ("k-NN", 3),
     "eval/probe_top1": ("probe", 3),
@@ -60,14 +60,14 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one checkpoint."""
+    """The metrics of one checkpoint."""
 
     step: int
     epoch: int
     checkpoint: str
     sha256: str
     settings: str
-    """Short hash of everything but the weights that the figures depend on."""
+    """Short hash of everything that the metrics depend on, except the weights."""
     figures: dict[str, float]
 
     def to_json(self) -> str:
@@ -79,13 +79,13 @@ class Row:
 def read(path: Path) -> list[Row]:
     """The rows of a `dynamics.jsonl`, in order of steps; none if there is no such file.
 
-    A line that was not written to its end is left out.
+    An incomplete line is left out.
     """
     return sorted(_lines(path), key=lambda row: row.step)
 
 
 def latest(path: Path) -> list[Row]:
-    """Of these, the rows of the settings that were measured last."""
+    """The rows of the settings that were measured last, in order of steps."""
     lines = _lines(path)
     return sorted(
         (row for row in lines if row.settings == lines[-1].settings), key=lambda row: row.step
@@ -108,8 +108,8 @@ def _lines(path: Path) -> list[Row]:
 def run(settings: EvaluateConfig, source: Path, world: World) -> int:
     """Measure every checkpoint of the run folder `source`, on all processes together.
 
-    `settings.data`, `eval` and `measure` take the place of the run's own. Returns the exit code: 1
-    if a checkpoint could not be loaded. Raises `ConfigError`, on all processes, for what cannot be
+    `settings.data`, `eval` and `measure` replace the run's own. Returns the exit code: 1 if a
+    checkpoint could not be loaded. Raises `ConfigError`, on all processes, if nothing can be
     measured.
     """
     own = config_of_run(source)
@@ -179,7 +179,7 @@ def measure(config: Config, home: Path, out: Path, world: World, own: str) -> in
 
 
 class Models:
-    """One network that takes the weights of one checkpoint after the other."""
+    """One network, into which one checkpoint after the other is loaded."""
 
     def __init__(self, config: Config, comm: Comm, world: World) -> None:
         self.config, self.comm, self.world = config, comm, world
@@ -210,9 +210,10 @@ class Models:
 
 
 def chosen(home: Path) -> tuple[list[Found], str | None]:
-    """The checkpoints on the way to the newest one, in order of steps; the SHA-256 of the best.
+    """The checkpoints that led to the newest one, in order of steps; the SHA-256 of the best.
 
-    A run that went back to an older step leaves later ones behind, which are not its own any more.
+    A run that went back to an older step leaves checkpoints of later steps behind. They no longer
+    belong to it.
     """
     found = checkpoint.find(home)  # the last saved first
     best: Found | None = None
@@ -236,7 +237,7 @@ def validation_images(home: Path) -> str | None:
 
 
 def fingerprint(config: Config, data: Dataset, world_size: int) -> str:
-    """Short hash of everything but the weights that the figures depend on."""
+    """Short hash of everything that the metrics depend on, except the weights."""
     assert data.val is not None
     evaluation = config.eval.model_dump(include={"knn", "knn_k", "knn_temperature", "knn_bank"})
     parts: list[Any] = [
@@ -246,16 +247,17 @@ def fingerprint(config: Config, data: Dataset, world_size: int) -> str:
         [config.data.central_crop, config.data.normalisation],
         config.run.seed,
     ]
-    if config.measure.views:  # drawn by each process for itself
+    if config.measure.views:  # each process draws its own
         parts += [config.data.model_dump(include={"views", "color_jitter"})]
         parts += [config.eval.batch_size, world_size]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def kept(path: Path, key: str, found: list[Found]) -> dict[str, Row]:
-    """What an earlier call measured of these checkpoints in the same way, by SHA-256.
+    """Rows of these checkpoints that an earlier call measured with the same settings, by SHA-256.
 
-    No row is dropped; those of `key` are put last, since they are the latest. On rank 0.
+    Rewrites the file on rank 0: the rows of `key` come last, since they are the latest. No row is
+    dropped.
     """
     before = _lines(path)
     wanted = {one.sha256 for one in found}
@@ -269,7 +271,7 @@ def kept(path: Path, key: str, found: list[Found]) -> dict[str, Row]:
 
 
 def measured(validation: Validation, learner: Learner, data: Dataset) -> dict[str, float]:
-    """All figures of the weights in `learner`; the probe's only on the classes it learned."""
+    """All metrics of the weights in `learner`; the probe's only on the classes it learned."""
     probe = learner.probe
     if probe is not None and probe.out_features != data.num_classes:
         probe = None
@@ -279,7 +281,7 @@ def measured(validation: Validation, learner: Learner, data: Dataset) -> dict[st
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a line, on disk when this returns."""
+    """Add a line and sync it to the disk."""
     with open(path, "a") as file:
         file.write(row.to_json())
         file.flush()
@@ -287,7 +289,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def write(place: Path, rows: list[Row], best: str | None) -> None:
-    """The table, and all figures as `.json` beside it."""
+    """Write the table, and all metrics as `.json` beside it."""
     place.parent.mkdir(exist_ok=True)
     replace(place, table(rows, best) + "\n")
     found = [{**json.loads(row.to_json()), "best": row.sha256 == best} for row in rows]
@@ -302,7 +304,7 @@ def replace(path: Path, text: str) -> None:
 
 
 def brief(row: Row) -> str:
-    """The first columns, for a line of progress."""
+    """The first columns, for a progress line."""
     shown = [
         f"{label} {row.figures[name]:.{digits}f}"
         for name, (label, digits) in list(COLUMNS.items())[:5]
@@ -312,7 +314,7 @@ def brief(row: Row) -> str:
 
 
 def table(rows: list[Row], best: str | None = None) -> str:
-    """Markdown: a line per checkpoint, those columns that any of them has; * is `best`."""
+    """Markdown: a line per checkpoint, the columns that any of them has; * marks `best`."""
     columns = {n: c for n, c in COLUMNS.items() if any(n in row.figures for row in rows)}
     head = ["step", "epoch", *(label for label, _ in columns.values())]
     cells = [head]

@@ -1,6 +1,7 @@
-"""Features of all images of a split: each process its share, from disk where they were made before.
+"""Features of all images of a split; each process makes its share, or reads it from disk.
 
-A process holds a contiguous part of the split, so that what is kept serves any number of processes.
+A process holds a contiguous part of the split, so that features on disk serve any number of
+processes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ logger = logging.getLogger("ddp_ssl")
 Ids = npt.NDArray[np.int64]
 Tell = Callable[[str], None]
 
-KEPT = 2  # version of what is kept on disk, and of what its key says
+KEPT = 2  # version of the files on disk and of their key
 SAMPLED = 1000  # files of a split whose size and time are part of the key
 CHUNKS = (128, 4096)  # fewest and most images that are augmented from one seed
 
@@ -46,8 +47,8 @@ CHUNKS = (128, 4096)  # fewest and most images that are augmented from one seed
 class Block:
     """This process's part of a split: features `[m, d]` float32 on the CPU, labels and ids `[m]`.
 
-    Ids are sorted and those of rank r are all before those of rank r + 1. Images without a label
-    and images that cannot be read are left out.
+    Ids are sorted, and those of rank r are all less than those of rank r + 1. Images without a
+    label and images that cannot be read are left out.
     """
 
     features: Tensor
@@ -63,19 +64,19 @@ class Block:
 
 
 def patch_view(settings: EvaluateConfig) -> View:
-    """How a patch is augmented: as view 0 of `data.views`, at the size that is evaluated."""
+    """The augmentation of a patch: view 0 of `data.views`, at the size of the evaluation."""
     return replace(views_of(settings.data.views)[0], size=settings.image_size)
 
 
 def crop_view(settings: EvaluateConfig) -> View:
-    """A random crop and flip as in view 0 of `data.views`, its colours left alone."""
+    """A random crop and flip as in view 0 of `data.views`, without its changes of colour."""
     return replace(patch_view(settings), jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
 
 
 class Extractor:
     """Makes features with a backbone `[n, 3, S, S] -> [n, d]`, in float32 and eval mode.
 
-    `cache`: the folder for features that are kept, None for none; `digest` names the weights.
+    `cache`: the folder for features on disk, or None; `digest`: hash of the weights.
     """
 
     def __init__(
@@ -97,8 +98,11 @@ class Extractor:
         self.bad = BadImages() if bad is None else bad
 
     def features(self, split: Split, patches: int = 1, what: str = "images") -> Block:
-        """This process's part of `split`, averaged over `patches` views: a central crop, the others
-        random. The same at any number of processes."""
+        """This process's part of `split`, averaged over `patches` views.
+
+        One view is a central crop, the others are random. The features are the same at any number
+        of processes.
+        """
         chunk = min(max(-(-len(split) // 64), CHUNKS[0]), CHUNKS[1])
         chunks = range(-(-len(split) // chunk))
         mine = chunks[_part(len(chunks), self.comm.rank, self.comm.world_size)]
@@ -145,7 +149,7 @@ class Extractor:
     def _views(
         self, split: Split, patches: int, first: int, end: int, chunk: int
     ) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """Views of images `[n, 3, S, S]` and ids `[n]`, -1 for what is none of them."""
+        """Views of images `[n, 3, S, S]` and ids `[n]`, -1 for padding."""
         if first == end:
             return
         data, size, bad = self.settings.data, self.settings.eval.batch_size, self.bad
@@ -177,13 +181,13 @@ class Extractor:
     # --- on disk ---------------------------------------------------------------------------------
 
     def _home(self, split: Split, patches: int) -> Path | None:
-        """The folder of these features; None where they are too few to be kept."""
+        """The folder of these features; None where they are too few to be written."""
         size = 4 * len(split) * self.width * patches
         if self.cache is None or size < self.settings.run.cache_mb * 2**20:
             return None
         data, side = self.settings.data, self.settings.image_size
         model = self.settings.model
-        # The same weights in another network, as one that pools differently, are other features.
+        # The same weights give other features in another network.
         network = re.sub(r"0x[0-9a-f]+", "", repr(self.backbone))
         key: list[Any] = [KEPT, self.digest, model.backbone, sorted(model.backbone_args.items())]
         key += [model.stem, network, self.device.type, split.digest, _stamps(split), side]
@@ -196,7 +200,7 @@ class Extractor:
         return self.cache / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
     def _still_bad(self, split: Split, block: Block, first: int, end: int) -> bool:
-        """Whether no image that a kept part lacks can be read now; they are in `bad` then."""
+        """Whether the images that a part on disk lacks still cannot be read; adds them to `bad`."""
         lacking = np.setdiff1d(np.arange(first, end), block.ids.numpy())
         if not len(lacking):
             return True
@@ -209,7 +213,7 @@ class Extractor:
         return all(int(i) in reader.problems for i in lacking)
 
     def _keep(self, home: Path, first: int, end: int, block: Block) -> None:
-        """Write a part; what cannot be written is only said."""
+        """Write a part; an error is only logged."""
         path = home / f"{first:09d}-{end:09d}.safetensors"
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
@@ -222,7 +226,7 @@ class Extractor:
 
 
 def _kept(home: Path, first: int, end: int) -> Block | None:
-    """Images `first` to `end` from the parts that some processes wrote; None if one is missing."""
+    """Images `first` to `end` from the parts on disk; None if a part is missing."""
     parts: list[tuple[Tensor, Tensor]] = []
     reached = first
     for path in sorted(home.glob("*.safetensors")):
@@ -247,7 +251,7 @@ def _kept(home: Path, first: int, end: int) -> Block | None:
 def _stamps(split: Split) -> str:
     """Hash of the sizes and times of some of the files, evenly spaced; of shards, of their index.
 
-    The split's own digest is of names and labels: it does not change where a file is replaced.
+    The split's own digest covers names and labels only: it stays the same if a file is replaced.
     """
     if split.images is not None:
         return ""
@@ -266,7 +270,7 @@ def _stamps(split: Split) -> str:
 
 
 def _part(total: int, rank: int, size: int) -> slice:
-    """The contiguous part of `total` things that a rank takes."""
+    """The contiguous part of `total` items that a rank takes."""
     return slice(rank * total // size, (rank + 1) * total // size)
 
 

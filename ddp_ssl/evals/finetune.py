@@ -1,4 +1,4 @@
-"""The whole network trained on a share of the labels."""
+"""Fine-tuning: the whole network is trained on a share of the labels."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class FinetuneResult:
     seed: int
     test: Accuracy
     images: int
-    """That were trained on."""
+    """Number of training images."""
     batch_size: int
     steps: int
     loss: float
@@ -115,7 +115,10 @@ def _train(
     world: World,
     what: str,
 ) -> float:
-    """Every epoch; the last one's mean loss over all processes."""
+    """Train all epochs; returns the last one's mean loss over all processes.
+
+    Raises `ConfigError` if the loss is not finite.
+    """
     f, device = settings.finetune, world.device
     schedule = Optim(
         name=f.optimizer,
@@ -164,8 +167,10 @@ def _train(
 
 
 def _global_norm(model: Classifier) -> ViewLayout:
-    """Batch norms over the global batch, as in pretraining: the result does not hang on how many
-    images each process has. Returns what they know of the batch."""
+    """Make the batch norms those of the global batch, as in pretraining; returns their layout.
+
+    So the result does not depend on the number of processes.
+    """
     norms = [m for m in model.modules() if isinstance(m, GlobalBatchNorm)]
     layout = norms[0].layout if norms else ViewLayout()
     for norm in norms:

@@ -1,120 +1,44 @@
-"""Weighted k-nearest-neighbour classification on the representation."""
+"""The k-NN evaluation: all labelled training images are the bank, several k in one pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from ddp_ssl.comm import Comm
+from ddp_ssl.config import ConfigError
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.evals.accuracy import Accuracy, Tally
+from ddp_ssl.evals.features import Extractor
+from ddp_ssl.evals.nearest import sharded_votes
+from ddp_ssl.utils.progress import Ticker
 
-QUERIES = 1024  # that are compared at a time, over all processes
-BLOCK = 65_536  # rows of the bank that they are compared with at a time
 
+def evaluate_knn(
+    extractor: Extractor, train: Split, val: Split, classes: int
+) -> tuple[list[Accuracy], int]:
+    """Accuracies for each `knn.k`, and the number of images in the bank; on all processes.
 
-def knn_predict(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    k: int = 20,
-    temperature: float = 0.07,
-    chunk: int = QUERIES,
-) -> Tensor:
-    """Predicted classes `[m]` of `queries` `[m, d]` from a labelled `bank` `[M, d]`.
-
-    The k most similar rows by cosine vote with weight exp(cosine / temperature). Labels are
-    `int64 [M]`, none negative. Source: Wu et al. 2018, as DINO and solo-learn use it.
+    Raises `ConfigError` if no training image can be read.
     """
-    classes = int(bank_labels.max()) + 1
-    bank = F.normalize(bank.float(), dim=1)
-    predictions = []
-    queries = F.normalize(queries.float(), dim=1)
-    for part in torch.split(queries, chunk):
-        similarity, labels = nearest(bank, bank_labels, part, k)
-        predictions.append(votes(similarity, labels, k, classes, temperature).argmax(1))
-    return torch.cat(predictions) if predictions else bank_labels.new_zeros(0)
-
-
-def nearest(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, block: int = BLOCK
-) -> tuple[Tensor, Tensor]:
-    """Similarity and label `[m, k]` of the rows of `bank` most similar to each query, best first.
-
-    Rows have unit norm. Fewer than k where the bank is smaller. At most `block` rows are compared
-    at a time: `m * block` similarities are in memory.
-    """
-    found: tuple[Tensor, Tensor] | None = None
-    for start in range(0, len(bank), block):
-        rows, labels = bank[start : start + block], bank_labels[start : start + block]
-        similarity, index = (queries @ rows.T).topk(min(k, len(rows)), dim=1)
-        label = labels[index]
-        if found is not None:
-            similarity, label = (
-                torch.cat([found[0], similarity], 1),
-                torch.cat([found[1], label], 1),
-            )
-            similarity, label = _best(similarity, label, k)
-        found = similarity, label
-    if found is None:
-        return queries.new_zeros(len(queries), 0), bank_labels.new_zeros(len(queries), 0)
-    return found
-
-
-def votes(similarity: Tensor, labels: Tensor, k: int, classes: int, temperature: float) -> Tensor:
-    """Weights `[m, classes]` that the first k of the neighbours `[m, >= k]` give each class.
-
-    A label of -1 is no neighbour.
-    """
-    similarity, labels = similarity[:, :k], labels[:, :k]
-    # Relative to the best neighbour: the same ranking, and exp cannot overflow.
-    weight = ((similarity - similarity[:, :1]) / temperature).exp()
-    sums = similarity.new_zeros(len(similarity), classes)
-    return sums.scatter_add_(1, labels.clamp(min=0), weight.where(labels >= 0, 0))
-
-
-def sharded_votes(
-    bank: tuple[Tensor, Tensor],
-    queries: Tensor,
-    k: Sequence[int],
-    classes: int,
-    temperature: float,
-    comm: Comm,
-) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Votes of all processes' banks for this process's queries: (rows, `[n, classes]` for each k).
-
-    `bank`: features `[M_r, d]` and labels `[M_r]` held here, `queries` `[m_r, d]`; the numbers of
-    rows may differ between processes. For all processes together. Besides its share of bank and
-    queries a process holds `QUERIES * BLOCK` similarities (256 MiB) and `QUERIES * max(k)`
-    candidates of each process.
-    """
-    rows, labels = F.normalize(bank[0].float(), dim=1), bank[1]
-    size, most = comm.world_size, max(k)
-    n = max(1, QUERIES // size)
-    longest = int(comm.gather(labels.new_tensor([[len(queries)]])).max())
-    for start in range(0, longest, n):
-        mine = F.normalize(queries[start : start + n].float(), dim=1)
-        padded = F.pad(mine, (0, 0, 0, n - len(mine)))
-        similarity, label = nearest(rows, labels, comm.gather(padded[None])[0], most)
-        missing = most - similarity.shape[1]
-        similarity = F.pad(similarity, (0, missing), value=-torch.inf)
-        label = F.pad(label, (0, missing), value=-1)
-        # [bank's process, query's process, n, k]: the candidates of all banks for mine.
-        similarity, label = (
-            comm.gather(x[None])[0].view(size, size, n, most)[:, comm.rank].transpose(0, 1)
-            for x in (similarity, label)
-        )
-        similarity, label = _best(similarity.flatten(1), label.flatten(1), most)
-        part = slice(0, len(mine))
-        if len(mine):
-            yield (
-                slice(start, start + len(mine)),
-                [votes(similarity[part], label[part], each, classes, temperature) for each in k],
-            )
-
-
-def _best(similarity: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k most similar of the candidates `[m, >= 1]`, best first."""
-    similarity, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
-    return similarity, labels.gather(1, index)
+    settings, comm, device = extractor.settings.knn, extractor.comm, extractor.device
+    name = extractor.settings.data.name
+    queries = extractor.features(val, settings.patches, f"{name} test images")
+    bank = extractor.features(train, settings.patches, f"{name} training images")
+    images = int(comm.sum(torch.tensor(len(bank), device=device)))
+    if images == 0:
+        raise ConfigError("data.root: no training image with a label can be read")
+    tallies = [Tally(classes) for _ in settings.k]
+    ticker = Ticker("k-NN, test images (rank 0's share)", len(queries), comm.rank == 0)
+    for part, scores in sharded_votes(
+        (bank.features.to(device), bank.labels.to(device)),
+        queries.features.to(device),
+        settings.k,
+        classes,
+        settings.temperature,
+        comm,
+    ):
+        labels = queries.labels[part].to(device)
+        for tally, weights in zip(tallies, scores, strict=True):
+            voted_for = weights.gather(1, labels[:, None])[:, 0] > 0
+            tally.add(weights, labels, possible=voted_for)
+        ticker.at(part.stop)
+    return [tally.accuracy(comm, device) for tally in tallies], images

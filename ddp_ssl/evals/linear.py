@@ -1,4 +1,4 @@
-"""Linear classifiers on frozen features: several learning rates in one pass, over all processes."""
+"""Linear classifiers on frozen features; one pass trains those of several learning rates."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from ddp_ssl.optim import learning_rate
 from ddp_ssl.utils.progress import Ticker
 from ddp_ssl.utils.seeds import hashed
 
-ROWS = 8192  # that are classified at a time
+ROWS = 8192  # rows classified at once
 
-# This process's features, labels and ids of a step, of which it may have none.
+# This process's features, labels and ids of a step; it may have none.
 Step = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class LinearResult:
-    """Accuracies of one seed, a value per learning rate in their order."""
+    """Accuracies of one seed, one for each learning rate."""
 
     seed: int
     test: list[Accuracy]
     held_out: list[float] | None
-    """Top-1 on the images held out, of classifiers that were trained without them."""
+    """Top-1 on the held-out images, of classifiers that were trained without them."""
     finite: list[bool]
-    """Whether the training went well; where it diverged the accuracy says nothing."""
+    """Whether the weights are finite; where training diverged the accuracy means nothing."""
 
 
 def evaluate_linear(
     extractor: Extractor, train: Split, val: Split, classes: int
 ) -> tuple[Protocol, list[LinearResult], int | None]:
-    """Train and test with every seed and rate: the protocol, a result per seed, and the index of
-    the rate that is best on held-out training images (None where none is chosen).
+    """Train and test with every seed and rate; all processes must call it.
 
-    For all processes together.
+    Returns the protocol, a result per seed, and the index of the rate that is best on held-out
+    training images (None where none is chosen).
     """
     settings, comm = extractor.settings, extractor.comm
     protocol = protocol_of(settings.linear)
@@ -93,13 +93,16 @@ def evaluate_linear(
 
 
 def _chosen(results: Sequence[LinearResult]) -> int:
-    """The rate with the best mean accuracy on held-out images; the first of equals."""
+    """Index of the rate with the best mean accuracy on held-out images; the first among equals."""
     means = np.mean([result.held_out or [] for result in results], axis=0)
     return int(means.argmax())
 
 
 def fitting_batch(protocol: Protocol, images: int, comm: Comm) -> int:
-    """A batch that splits evenly over the processes and that there are images for."""
+    """The largest batch up to the protocol's that the images fill and the processes share evenly.
+
+    Raises `ConfigError` if there are fewer images than processes.
+    """
     size = comm.world_size
     batch = min(protocol.batch_size, images) // size * size
     if batch == 0:
@@ -111,14 +114,14 @@ def fitting_batch(protocol: Protocol, images: int, comm: Comm) -> int:
 
 
 def on_device(block: Block, device: torch.device) -> Block:
-    """The features on the GPU where they take less than half of what is free there."""
+    """The features on the GPU, if they take less than half of its free memory."""
     if device.type != "cuda" or block.features.nbytes >= torch.cuda.mem_get_info(device)[0] / 2:
         return block
     return Block(*(x.to(device) for x in vars(block).values()))
 
 
 class CachedSteps:
-    """Batches of features that lie ready, in one order at any number of processes."""
+    """Batches of stored features, in the same order at any number of processes."""
 
     def __init__(
         self, block: Block, batch_size: int, seed: int, comm: Comm, device: torch.device
@@ -142,11 +145,11 @@ class CachedSteps:
             yield step[0].to(self.device), step[1].to(self.device), step[2].cpu()
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to close."""
 
 
 class AugmentedSteps:
-    """Batches of random crops and flips, through the frozen backbone."""
+    """Batches of random crops and flips, passed through the frozen backbone."""
 
     def __init__(self, extractor: Extractor, train: Split, protocol: Protocol, seed: int) -> None:
         self.extractor, self.device, self.comm = extractor, extractor.device, extractor.comm
@@ -157,14 +160,14 @@ class AugmentedSteps:
         self.per_epoch = self.loader.steps_per_epoch
 
     def epoch(self, number: int) -> Iterator[Step]:
-        """All batches of an epoch, but for what does not fill one."""
+        """All full batches of an epoch."""
         for _ in range(self.per_epoch):
             batch = next(self.loader)
             features = self.extractor.embed(batch.views[0])
             yield features, batch.labels, batch.ids.cpu()
 
     def close(self) -> None:
-        """Let go of the pipeline."""
+        """Close the pipeline."""
         self.loader.close()
 
 
@@ -177,8 +180,10 @@ def random_crops(
     device: torch.device,
     bad: BadImages,
 ) -> TrainLoader:
-    """Endless batches of `split`, each image cropped and flipped at random; what cannot be read is
-    added to `bad`."""
+    """Endless batches of `split`, each image cropped and flipped at random.
+
+    Images that cannot be read are added to `bad`.
+    """
     data = settings.data
     return TrainLoader(
         split,
@@ -199,9 +204,8 @@ def train_heads(
 ) -> tuple[list[nn.Linear], list[bool]]:
     """A classifier per learning rate, and whether each one's weights are finite.
 
-    The loss is the mean over the whole batch, whatever part of it is here. With `held`, a mask over
-    ids, as many classifiers again are trained on the images that are not held out. Each classifier
-    is what it would be alone.
+    The loss is the mean over the global batch. With `held`, a mask over ids, as many more
+    classifiers are trained, on the images that are not held out. No classifier affects another one.
     """
     comm, device = steps.comm, steps.device
     rates = protocol.peaks * (1 if held is None else 2)
@@ -239,7 +243,7 @@ def train_heads(
 
 
 def _head(width: int, classes: int, seed: int) -> nn.Linear:
-    """Small normal weights, no bias at first: the same at every learning rate."""
+    """A classifier with small normal weights and zero bias; the same at every learning rate."""
     head = nn.Linear(width, classes)
     generator = torch.Generator().manual_seed(hashed(seed, "linear"))
     nn.init.normal_(head.weight, std=0.01, generator=generator)
@@ -258,7 +262,7 @@ def _optimizer(
 
 @torch.no_grad()
 def _sum_gradients(parameters: Sequence[nn.Parameter], comm: Comm) -> None:
-    """Each process's gradients are of its part of the batch: the sum is the batch's."""
+    """Sum over processes: each one has the gradient of its part of the batch."""
     if comm.world_size == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]

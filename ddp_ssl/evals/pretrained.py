@@ -1,4 +1,4 @@
-"""A pretrained backbone, from a run or from anybody's file; loading executes nothing."""
+"""A pretrained backbone, from a run or from any file of weights; loading executes no code of it."""
 
 from __future__ import annotations
 
@@ -19,27 +19,22 @@ from torch import Tensor, nn
 from ddp_ssl import checkpoint
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.config import Channels, Config, Model
-from ddp_ssl.evals.probe import Learner
-from ddp_ssl.evals.settings import (
-    Backbone,
-    EvaluateConfig,
-    Source,
-    config_of_run,
-    find_source,
-)
+from ddp_ssl.evals.settings import Backbone, EvaluateConfig, config_of_run
+from ddp_ssl.evals.weights import Source, find_source
+from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import load_method
 from ddp_ssl.methods.base import Method
 from ddp_ssl.models import build_backbone
 
 State = Mapping[str, Tensor]
 
-# Of networks that follow another one: second choice where both fit.
+# Names of networks that follow another one: second choice if both fit.
 FOLLOWERS = re.compile(r"momentum|teacher|target|ema|encoder_k|key_encoder|_k\.", re.IGNORECASE)
 
 
 @dataclass
 class Pretrained:
-    """A backbone in eval mode on the CPU, `[n, 3, S, S] -> [n, width]`, and where it is from."""
+    """A backbone in eval mode on the CPU, `[n, 3, S, S] -> [n, width]`, and its origin."""
 
     backbone: nn.Module
     width: int
@@ -51,11 +46,11 @@ class Pretrained:
     epoch: int | None
     path: Path | None
     description: str
-    """One line: what was loaded, from where, what was left."""
+    """One line: the weights loaded, their file, and the tensors ignored."""
     test_images: str | None = None
     """Digest of the validation images that the run chose its best checkpoint by."""
     normalisation: tuple[Channels, Channels] | None = None
-    """Mean and standard deviation that the weights were trained with, where timm says so."""
+    """Mean and standard deviation that the weights were trained with, if timm gives them."""
 
     @property
     def method(self) -> Method[Any] | None:
@@ -81,11 +76,11 @@ def load_pretrained(
     comm: Comm = ONE_PROCESS,
     seed: int = 0,
 ) -> Pretrained:
-    """The weights that `source` names (`settings.find_source`).
+    """The weights that `source` names (`weights.find_source`).
 
     `model` describes the backbone of a file that belongs to no run. `sizes`: the image sizes that
-    it must take (224, or a run's own, if none are given). `seed`: of a timm model's random weights.
-    Raises `ValueError`, one line, for what is not there, not safe to load, or not complete.
+    it must take (by default 224, or the run's own). `seed`: that of a timm model's random weights.
+    Raises `ValueError`, one line, if the weights are missing, unsafe to load or incomplete.
     """
     source = source if isinstance(source, Source) else find_source(str(source))
     model = model or Backbone()
@@ -105,7 +100,7 @@ def load_pretrained(
         if good is None:
             raise ValueError(f"no good checkpoint in {source.home / 'checkpoints'}")
         path = good.path
-    if path.parent.name != "checkpoints":  # exported weights beside the run's config
+    if path.parent.name != "checkpoints":  # exported weights in the run's folder
         return _of_file(path, config.model, sizes, model.prefix, config)
     return _of_checkpoint(path, config, comm, sizes)
 
@@ -155,7 +150,7 @@ def try_size(backbone: nn.Module, name: str, size: int) -> None:
         backbone.train(training)
 
 
-# --- weights of other code -----------------------------------------------------------------------
+# --- weights of other programs -------------------------------------------------------------------
 
 
 def _of_timm(name: str, model: Backbone, sizes: Sequence[int], seed: int) -> Pretrained:
@@ -185,15 +180,17 @@ def _of_timm(name: str, model: Backbone, sizes: Sequence[int], seed: int) -> Pre
 
 
 def _normalisation_of(backbone: nn.Module) -> tuple[Channels, Channels] | None:
-    """Mean and standard deviation in timm's description of pretrained weights."""
+    """Mean and standard deviation that timm gives for pretrained weights."""
     said = getattr(backbone, "pretrained_cfg", None) or {}
     mean, std = said.get("mean"), said.get("std")
     return (tuple(mean), tuple(std)) if mean and std else None
 
 
 def normalised(settings: EvaluateConfig, pretrained: Pretrained) -> EvaluateConfig:
-    """The settings with the normalisation that the weights were trained with, where timm says so
-    and `data.mean` or `data.std` do not say otherwise."""
+    """The settings with the normalisation of the weights, if timm gives one.
+
+    `data.mean` and `data.std`, where they are set, come first.
+    """
     if pretrained.normalisation is None:
         return settings
     mean, std = pretrained.normalisation
@@ -206,7 +203,7 @@ def normalised(settings: EvaluateConfig, pretrained: Pretrained) -> EvaluateConf
 def _of_file(
     path: Path, model: Model, sizes: Sequence[int], prefix: str | None, config: Config | None
 ) -> Pretrained:
-    """The backbone from a state dict, whatever stands before its names."""
+    """The backbone from a state dict whose names may have a prefix."""
     with _seeded(0):
         backbone, width = build_backbone(model, sizes)
     theirs = dict(_tensors(read_weights(path)))
@@ -217,7 +214,7 @@ def _of_file(
     if prefix is None:
         prefix = fits[0] if fits else ""
     part = {n.removeprefix(prefix): v for n, v in theirs.items() if n.startswith(prefix)}
-    # Older files have no counters of batches, which eval mode does not use.
+    # Older files have no counters of batches; eval mode does not use them.
     needed = [name for name in own if not name.endswith("num_batches_tracked")]
     missing = [name for name in needed if name not in part]
     misfits = [name for name in needed if name in part and part[name].shape != own[name].shape]
@@ -238,7 +235,7 @@ def _of_file(
 
 
 def read_weights(path: Path) -> Any:
-    """What a `.safetensors` file or one of `torch.save` holds; `ValueError` of one line."""
+    """Contents of a `.safetensors` file or one of `torch.save`; raises `ValueError`, one line."""
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -269,7 +266,7 @@ def _tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _prefixes(own: State, theirs: State) -> list[str]:
-    """The prefixes under which the most of the backbone is found, a follower's last."""
+    """The prefixes under which most of the backbone is found; those of followers come last."""
     counts: dict[str, int] = {}
     for name, value in theirs.items():
         head, parts = "", name.split(".")
@@ -287,7 +284,7 @@ def _incomplete(
     path: Path, model: Model, prefix: str, own: State, part: State, missing: list[str],
     misfits: list[str], needed: list[str],
 ) -> str:  # fmt: skip
-    """Why these weights are not this backbone's, in one line."""
+    """One line on why these weights do not fill the backbone."""
     where = f" under {prefix!r}" if prefix else ""
     problems = []
     if misfits:
@@ -311,7 +308,7 @@ def _incomplete(
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """The same random weights everywhere; the random numbers outside stay as they were."""
+    """Seed torch in the block, and restore its random state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

@@ -1,4 +1,4 @@
-"""What an evaluation found: tables to read and paste, JSON for programs."""
+"""Results of an evaluation: tables to read and paste, JSON for programs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ddp_ssl.evals.finetune import FinetuneResult
 from ddp_ssl.evals.linear import LinearResult
 from ddp_ssl.evals.settings import Protocol
 
-FEW_CLASSES = 20  # are all listed; of more, the worst and the best
+FEW_CLASSES = 20  # up to this many classes are all listed; of more, the worst and the best
 
 
 @dataclass
 class Row:
-    """One line of the result: what it is of, and its accuracies, one per seed."""
+    """One line of the result: its name, and its accuracies, one per seed."""
 
     name: str
     accuracies: list[Accuracy]
@@ -47,15 +47,15 @@ class Row:
 
 @dataclass
 class Report:
-    """Rows under a heading; `best` is the row to quote, if the test images had no say in it."""
+    """Rows under a heading; `best` is the row to quote, if it was chosen without test images."""
 
     rows: list[Row]
     first: str
-    """What the rows differ in."""
+    """Heading of the rows' names."""
     best: int | None = None
     notes: list[str] = field(default_factory=list)
     marked: bool = False
-    """Whether `best` was chosen among others, so that the table marks it."""
+    """Whether `best` was chosen among several rows, so that the table marks it."""
 
     @property
     def quoted(self) -> int:
@@ -116,7 +116,7 @@ def finetune_report(results: Sequence[FinetuneResult], fraction: float) -> Repor
 
 
 def table(report: Report) -> str:
-    """Markdown: top-1 with its interval, top-5, and what else the rows have."""
+    """Markdown: top-1 with its interval, top-5, and the rows' other facts."""
     more = [
         n for n in ("held out", "images", "steps", "loss") if any(n in r.facts for r in report.rows)
     ]
@@ -205,7 +205,7 @@ def as_json(report: Report, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def free_name(folder: Path, name: str, settings: Mapping[str, Any]) -> Path:
-    """`NAME` in the folder, or `NAME-2`, ... where that one is of other settings."""
+    """`NAME` in the folder, or `NAME-2`, ... if the file of that name has other settings."""
     path, count = folder / name, 1
     while (old := path.with_name(path.name + ".json")).exists():
         try:
@@ -219,7 +219,7 @@ def free_name(folder: Path, name: str, settings: Mapping[str, Any]) -> Path:
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a small file as a whole."""
+    """Write a small file atomically."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

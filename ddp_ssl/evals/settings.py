@@ -1,6 +1,6 @@
-"""What is evaluated and how: the schema of `ddp_ssl.evaluate`, and where its values come from.
+"""Settings of an evaluation: the schema of `ddp_ssl.evaluate`, and how its values are read.
 
-No torch here: what is wrong is said before torch is imported.
+This file imports no torch, so that an error in the settings is shown before torch is imported.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from ddp_ssl.config import Config, ConfigError, Data, Eval, Measure, Positive, Section, load_as
+from ddp_ssl.evals.weights import Source
 from ddp_ssl.run.configure import load
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -25,7 +26,7 @@ COMMANDS = ("linear", "knn", "finetune", "dynamics")
 
 
 class EvaluateRun(Section):
-    """Where the results go and what the evaluation runs on."""
+    """The folder of the results, and the machine."""
 
     dir: str | None = None
     """The results go into `evaluate/` of this folder. Unset: the run's own, or
@@ -42,12 +43,12 @@ class EvaluateRun(Section):
     timeout_s: float = Field(1800, gt=0)
     """Seconds that a process waits for another one."""
     cache_mb: float = Field(64, ge=0)
-    """Features larger than this, in MiB over all images of a split, are kept on disk and used again
-    by the next evaluation of the same weights and images; 0 keeps all."""
+    """Features larger than this, in MiB over all images of a split, are kept on disk. The next
+    evaluation of the same weights and images reads them; 0 keeps all."""
 
 
 class Backbone(Section):
-    """The encoder whose weights these are; a run knows its own."""
+    """The encoder that the weights belong to; a run knows its own."""
 
     backbone: str | None = None
     """Any timm model by name; needed for a file of weights that belongs to no run."""
@@ -56,8 +57,8 @@ class Backbone(Section):
     stem: Literal["standard", "small"] = "standard"
     """`small`, for ResNets on small images: first convolution 3x3 with stride 1, no max-pool."""
     prefix: str | None = None
-    """What stands before the backbone's names in the file, such as `teacher.backbone.`. Unset: the
-    prefix that fits best."""
+    """Prefix of the backbone's names in the file, such as `teacher.backbone.`. Unset: the one that
+    fits best."""
     channels_last: bool = True
     """Memory format of weights and images."""
 
@@ -83,11 +84,11 @@ class Linear(Section):
     """Views per image whose features are averaged, in training and testing: one central crop, the
     others augmented as view 0 of `data.views`: 1 (`sgd`), 16 (`adam`)."""
     augment: bool = False
-    """Train on random crops and flips (scale, ratio and flip of view 0 of `data.views`), which
-    pass through the frozen backbone in every epoch; nothing is cached of the training images."""
+    """Train on random crops and flips (scale, ratio and flip of view 0 of `data.views`). They pass
+    through the frozen backbone in every epoch; no features of the training images are cached."""
     held_out: Fraction = 0.1
-    """Share of the training images on which the learning rate is chosen, where there are several;
-    0: none is chosen, all are reported."""
+    """Share of the training images on which one of several learning rates is chosen; 0: none is
+    chosen, all are reported."""
     seeds: list[Seed] = Field([0, 1, 2], min_length=1)
     """The training of the classifier is repeated with each."""
 
@@ -104,7 +105,7 @@ class Linear(Section):
 
 @dataclass(frozen=True)
 class Protocol:
-    """`Linear` with every value filled in."""
+    """`Linear` with every value set."""
 
     name: str
     lrs: tuple[float, ...]
@@ -129,7 +130,7 @@ PROTOCOLS = {
 
 
 def protocol_of(linear: Linear) -> Protocol:
-    """The protocol with what is set in its place."""
+    """The protocol, with the values that are set replacing its own."""
     given = {
         "lrs": None if linear.lr is None else tuple(linear.lr),
         "epochs": linear.epochs,
@@ -143,7 +144,7 @@ def protocol_of(linear: Linear) -> Protocol:
 
 
 class Knn(Section):
-    """Weighted k-nearest-neighbour vote, the labelled training images as bank."""
+    """Weighted k-nearest-neighbour vote; the labelled training images are the bank."""
 
     k: list[Annotated[int, Field(ge=1)]] = Field([1, 5, 10, 20, 50, 100, 200], min_length=1)
     """Numbers of neighbours, all in one pass."""
@@ -159,7 +160,7 @@ class Knn(Section):
 
 
 class Finetune(Section):
-    """The whole network trained on a share of the labels."""
+    """Training of the whole network on a share of the labels."""
 
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the labelled training images, of each class the same, one image at least. A smaller
@@ -169,8 +170,8 @@ class Finetune(Section):
     lr: float = Field(0.1, gt=0)
     """Learning rate of the classifier, per 256 images; warm-up, then a cosine to 0."""
     backbone_lr: float = Field(0.1, ge=0)
-    """The backbone's learning rate as a multiple of the classifier's; 0 leaves its weights alone
-    (its batch norms still adapt)."""
+    """The backbone's learning rate as a multiple of the classifier's; 0 freezes its weights (its
+    batch norms still adapt)."""
     epochs: int = Field(30, ge=1)
     """Passes over these images."""
     warmup_epochs: float = Field(1, ge=0)
@@ -210,73 +211,11 @@ class EvaluateConfig(Section):
         return self.data.central_crop.size
 
 
-# --- where the weights are -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the weights come from: a file, of a run or of its own, or a name of timm's."""
-
-    text: str
-    """As the user gave it."""
-    home: Path | None = None
-    """The run folder that the weights belong to."""
-    file: Path | None = None
-    """The file of weights; None for a run's newest good checkpoint and for timm's."""
-    timm: str | None = None
-    """A timm model's name, with a tag for pretrained weights."""
-
-    @property
-    def name(self) -> str:
-        """For a folder's or a file's name."""
-        stem = self.timm or (self.file or self.home or Path(self.text)).stem
-        return "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)
-
-
-def find_source(text: str) -> Source:
-    """What `RUN`, `RUN:best`, `RUN:last`, a file or `timm:NAME` means. Raises `ConfigError`."""
-    accepted = "a run folder, RUN:best, RUN:last, a file of weights or timm:NAME would be accepted"
-    if text.startswith("timm:"):
-        return Source(text, timm=text.removeprefix("timm:"))
-    place, _, which = text.rpartition(":")
-    if place and which in ("best", "last") and not Path(text).exists():
-        path = Path(place)
-    else:
-        path, which = Path(text), "last"
-    if path.is_dir():
-        if not (path / "config.yaml").is_file():
-            raise ConfigError(f"{path}: no run folder (config.yaml is not there); {accepted}")
-        if which == "last":
-            return Source(text, home=path)
-        best = path / "checkpoints" / "best.pt"
-        if not best.is_file():
-            raise ConfigError(
-                f"{text}: {best} does not exist; {place}:last, the newest checkpoint, or another "
-                "file in checkpoints/ would be accepted"
-            )
-        return Source(text, home=path, file=best)
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; {accepted}")
-    if path.suffix in (".yaml", ".yml"):
-        raise ConfigError(f"{path}: the weights come first, then the YAML; {accepted}")
-    folder = path.absolute().parent
-    for home in (folder, folder.parent if folder.name == "checkpoints" else folder):
-        if is_run(home):
-            return Source(text, home=home, file=path)
-    return Source(text, file=path)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's: other programs write a `config.yaml` beside weights too."""
-    made = (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
-    return made and (folder / "config.yaml").is_file()
-
-
 # --- reading -------------------------------------------------------------------------------------
 
-# Of a run's data, what says where one data set lies and means nothing for another.
+# Keys of a run's data that describe one data set and mean nothing for another.
 OF_ONE_DATA_SET = ("root", "files", "val_files", "skip", "stage", "val_resize", "val_interpolation")
-# What only pretraining uses; its counterpart here.
+# Keys that only pretraining uses, and what an evaluation uses instead.
 OF_PRETRAINING = {
     "data.batch_size": "linear.batch_size, finetune.batch_size and eval.batch_size are",
     "data.fraction": "finetune.fraction is; the bank and the classifier take all labels",
@@ -290,7 +229,7 @@ OF_PRETRAINING = {
 def load_settings(
     source: Source, arguments: Sequence[str]
 ) -> tuple[EvaluateConfig, Mapping[str, str]]:
-    """Resolve `[CONFIG.yaml] [key=value ...]` over what the run says; and the values' origins.
+    """Resolve `[CONFIG.yaml] [key=value ...]` over the run's config; returns the origins too.
 
     Raises `ConfigError`.
     """
@@ -330,9 +269,9 @@ def config_of_run(home: Path) -> Config:
 
 
 def _of_run(run: Config, transfer: bool) -> dict[str, Any]:
-    """What the run says of data, model and measurements, for the same or another data set.
+    """The run's settings of data, model and measurements, for the same or another data set.
 
-    The network goes on seeing pixels normalised as in pretraining.
+    Pixels are normalised as in pretraining.
     """
     tree = run.model_dump(mode="json", exclude_none=True)
     data = tree["data"]

@@ -1,4 +1,4 @@
-"""One pass over the validation split, and every figure that is made of it."""
+"""One pass over the validation split, and every metric computed from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.loader import EvalLoader, TrainLoader
 from ddp_ssl.data.loading.order import Order
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
-from ddp_ssl.evals.knn import knn_predict
+from ddp_ssl.evals.nearest import knn_predict
 from ddp_ssl.methods.base import Method
 from ddp_ssl.utils.seeds import hashed
 
@@ -53,8 +53,8 @@ class Features:
 class Validation:
     """Evaluates a method on a data set, on all processes together.
 
-    Features are extracted in float32, eval mode, by each process for its share of the images, and
-    gathered; every process then holds all of them and computes its share of the figures.
+    Each process extracts the features of its share of the images, in float32 and eval mode. They
+    are gathered, so that every process holds all of them. Each computes a share of the metrics.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class Validation:
                 f"{comm.world_size} process(es), which need two images or more and one each; 0 is "
                 "accepted"
             )
-        self.measure_s = 0.0  # what the last measurement took, without the pass over the split
-        self.spectra: dict[str, Tensor] = {}  # of the last one: shares of the eigenvalues
+        self.measure_s = 0.0  # seconds of the last measurement, without the pass over the split
+        self.spectra: dict[str, Tensor] = {}  # the last measurement's shares of the eigenvalues
 
     def figures(
         self, method: Method[Any], probe: nn.Module | None, evaluate: bool, measure: bool
     ) -> dict[str, float]:
-        """`eval/*` and `rep/*` as asked for; the method's mode is as before afterwards."""
+        """`eval/*` if `evaluate`, and `rep/*` if `measure`; restores the method's mode."""
         training = method.training
         method.eval()
         ids = np.arange(len(self.val)) if evaluate else self.measured_ids
@@ -98,7 +98,7 @@ class Validation:
         if measure:
             keep = torch.isin(val.ids, torch.from_numpy(self.measured_ids).to(val.ids.device))
             start = time.perf_counter()
-            if keep.any():  # not where all images are bad
+            if keep.any():  # at least one image can be read
                 figures |= self._representation(val.r[keep], val.z[keep])
             if self.config.measure.views:
                 figures |= self._compare_views(method.embed)
@@ -107,7 +107,7 @@ class Validation:
         return figures
 
     def raw_pixels(self) -> float | None:
-        """k-NN top-1 of the raw pixels (over 32 px averaged down to 32); None without images."""
+        """k-NN top-1 of the raw pixels, averaged down to 32 x 32 if larger; None without images."""
 
         def pixels(x: Tensor) -> tuple[Tensor, Tensor]:
             if x.shape[-1] > 32:
@@ -122,7 +122,7 @@ class Validation:
 
     @torch.no_grad()
     def _extract(self, embed: Embed, split: Split, ids: Ids) -> Features:
-        """Features of `split[ids]`, but for bad images, in the order of `ids`, on every process."""
+        """Features of `split[ids]` without bad images, in the order of `ids`, on every process."""
         data, evaluation = self.config.data, self.config.eval
         loader = EvalLoader(
             split,
@@ -139,7 +139,7 @@ class Validation:
             self.comm.gather(torch.cat(part)[None]).flatten(0, 1)
             for part in zip(*parts, strict=True)
         )
-        # Put the shares back in order; padding has no id. Positions, since ids need not be sorted.
+        # Put the shares back in order by position, since ids need not be sorted. Padding has no id.
         position = torch.full((len(split),), -1, dtype=torch.long, device=at.device)
         position[torch.from_numpy(ids).to(at.device)] = torch.arange(len(ids), device=at.device)
         real = at >= 0
@@ -177,7 +177,7 @@ class Validation:
         return float(self.comm.sum(correct)) / len(val)
 
     def _representation(self, r: Tensor, z: Tensor) -> dict[str, float]:
-        """Figures of `r` `[m, d_R]` and `z` `[m, d]`, whole on every process; `docs/metrics.md`."""
+        """Metrics of `r` `[m, d_R]` and `z` `[m, d]`, whole on every process; `docs/metrics.md`."""
         pairs = metrics.pair_means(r, z, self.comm)
         figures = {
             "rep/mutual_information": pairs.mutual_information,
@@ -223,8 +223,8 @@ class Validation:
     def _extract_views(self, embed: Embed) -> tuple[Tensor, Tensor]:
         """`r` `[q, n, d_R]` and `z` `[q, n, d]` of this process's share of the images.
 
-        The views are the run's large ones in turn. Images and views are the same at each
-        measurement; the views depend on the number of processes, as in training.
+        The views are the run's large ones in turn. They are the same at each measurement, and so
+        are the images. The views depend on the number of processes, as in training.
         """
         data, settings, shares = self.config.data, self.config.measure, self.comm.world_size
         images = min(settings.view_images, len(self.measured_ids))

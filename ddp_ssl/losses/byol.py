@@ -9,11 +9,14 @@ from ddp_ssl.losses.common import at_least_float32, check_directions, unit_rows
 
 
 def byol(p: Tensor, z: Tensor) -> Tensor:
-    """Mean of 2 - 2 cos(p, z) over the images: BYOL's loss in one direction.
+    """BYOL's loss in one direction.
+
+        loss = mean over images of 2 - 2 cos(p, z)
 
     `p`: predictions `[N, d]`, `z`: the momentum network's embeddings `[N, d]` of another view of
-    the same images; both normalised within, and no gradient flows into `z`. Returns a scalar in
-    float32 or float64. No image sees another one, so its mean over processes is the global loss.
+    the same images; both normalised within. No gradient flows into `z`. Returns a scalar in float32
+    or float64. No image sees another one, so the mean over processes is the global loss. Raises
+    `ValueError` for unequal shapes.
 
     Source: BYOL (Grill et al. 2020), Eq. 2. The paper adds the two directions, as the method does.
     """

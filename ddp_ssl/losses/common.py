@@ -1,16 +1,14 @@
-"""What several losses share."""
+"""Helpers that several losses share: precision, rows of all processes, checks of arguments."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ddp_ssl.comm import Comm
-from ddp_ssl.losses.pairs import gram_product, moment_product
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -29,9 +27,9 @@ def unit_rows(x: Tensor, eps: float = 1e-12) -> Tensor:
 
 
 def gather_rows(x: Tensor, wide: Tensor, comm: Comm) -> Tensor:
-    """All processes' `wide`, which is `x` `[k, n, d]` in float32 or wider; without gradient.
+    """`wide` of all processes, `[K, N, d]`, without gradient. It is `x` in float32 or wider.
 
-    Where `x` is narrower (autocast's half precision) it is `x` that is sent: half the bytes.
+    Where `x` `[k, n, d]` is in half precision, `x` is sent instead: half the bytes.
     """
     if _better_sent(wide, x, comm):
         return comm.gather(wide.detach())
@@ -39,10 +37,10 @@ def gather_rows(x: Tensor, wide: Tensor, comm: Comm) -> Tensor:
 
 
 def gather_unit_rows(x: Tensor, unit: Tensor, comm: Comm) -> Tensor:
-    """All processes' `unit`, the unit rows of `x` `[k, n, d]`, as `[K, N, d]`; without gradient.
+    """`unit` of all processes, `[K, N, d]`, without gradient. It holds the unit rows of `x`.
 
-    Where `x` is narrower than `unit` (autocast's half precision) it is `x` that is sent, and its
-    rows are scaled by the receivers: the same numbers (to rounding), half the bytes.
+    Where `x` `[k, n, d]` is in half precision, `x` is sent instead and the receivers scale its
+    rows: half the bytes, and the same numbers up to rounding.
     """
     if _better_sent(unit, x, comm):
         return comm.gather(unit.detach())
@@ -51,8 +49,48 @@ def gather_unit_rows(x: Tensor, unit: Tensor, comm: Comm) -> Tensor:
 
 
 def _better_sent(made: Tensor, x: Tensor, comm: Comm) -> bool:
-    """Whether to gather what was made of `x`, not `x`: nobody has to make it again."""
+    """Whether to gather `made`, which was computed from `x`: then nobody computes it again."""
     return comm.world_size == 1 or x.element_size() >= made.element_size()
+
+
+def all_views(x: Tensor, comm: Comm) -> Tensor:
+    """`[k, n, ...]` held here to `[K, n, ...]`: all views, in order, of the images held here.
+
+    Gradients are summed over the view shards.
+    """
+    if comm.view_shards == 1:
+        return x
+    whole = x.new_zeros(x.shape[0] * comm.view_shards, *x.shape[1:])
+    whole[comm.views] = x
+    return comm.view_sum(whole)
+
+
+Route = Literal["auto", "gather", "moments"]
+
+
+def gathers(route: Route, images: int, width: int) -> bool:
+    """Whether second moments of `images` rows of `width` go through products of all pairs of rows.
+
+    `gather` communicates the rows (N d numbers). Each process multiplies its own rows by all rows
+    (n N d products). `moments` sums d x d matrices over processes (d^2 numbers, n d^2 products).
+    Both are exact; `auto` takes the smaller.
+    """
+    return images < width if route == "auto" else route == "gather"
+
+
+def check_views(loss: str, z: Tensor, comm: Comm) -> tuple[int, int]:
+    """Numbers K and N of views and images over all processes, for `z` `[k, n, d]` held here.
+
+    Raises `ValueError` for another shape, for one view and for one image.
+    """
+    if z.dim() != 3:
+        raise ValueError(f"{loss}: expected z of shape [K, N, d], got {list(z.shape)}")
+    views, images = z.shape[0] * comm.view_shards, z.shape[1] * comm.data_shards
+    if views < 2:
+        raise ValueError(f"{loss}: needs 2 views or more, got {views}")
+    if images < 2:
+        raise ValueError(f"{loss}: needs 2 images or more, got {images}")
+    return views, images
 
 
 def check_directions(loss: str, **rows: Tensor) -> None:
@@ -75,70 +113,3 @@ def check_temperature(loss: str, **temperatures: float) -> None:
     for name, value in temperatures.items():
         if value <= 0:
             raise ValueError(f"{loss}: {name} must be positive, got {value}")
-
-
-Route = Literal["auto", "gather", "moments"]
-
-
-def gathers(route: Route, images: int, width: int) -> bool:
-    """Whether second moments of `images` rows of `width` go through products of all pairs of rows.
-
-    `gather` communicates the rows (N d numbers) and computes n N d products on each process, its
-    own rows against all; `moments` communicates and sums d x d matrices (d^2 numbers, n d^2
-    products). Both are exact; `auto` takes the smaller.
-    """
-    return images < width if route == "auto" else route == "gather"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Views of images held here, and sums over all images.
-
-    `values` `[K, n, ...]`: all views of the images held here; `total` turns a sum over these images
-    into the sum over all `images`, on every process.
-    """
-
-    values: Tensor
-    images: int
-    route: Route
-    comm: Comm
-
-    def total(self, x: Tensor) -> Tensor:
-        """Sum over all images, from the sum over those held here."""
-        # The members of a view group hold the same images, so each counts for its part.
-        return self.comm.sum(x / self.comm.view_shards)
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Mean over all images of `x` `[n, ...]`, which belongs to these rows."""
-        return self.total(x.sum(0)) / self.images
-
-    def squared_product(self, a: Tensor, b: Tensor) -> Tensor:
-        """|A^T B|_F^2 over all images, for `a` `[n, p]`, `b` `[n, q]` that belong to these rows."""
-        if not gathers(self.route, self.images, min(a.shape[1], b.shape[1])):
-            return self.total(moment_product(a, b, self.total))
-        every_a = self._gather(a)
-        every_b = every_a if a is b else self._gather(b)
-        mine = slice(self.comm.view_rank, None, self.comm.view_shards)
-        part_a = a[mine]
-        part_b = part_a if a is b else b[mine]
-        return self.comm.sum(gram_product(part_a, part_b, every_a, every_b))
-
-    def _gather(self, x: Tensor) -> Tensor:
-        return self.comm.gather(x.detach()[None])[self.comm.view_rank]
-
-
-def rows_of(z: Tensor, route: Route, comm: Comm) -> Rows:
-    """The rows behind a loss made of sums over the global batch; `z` `[k, n, ...]` as held here."""
-    return Rows(all_views(z, comm), z.shape[1] * comm.data_shards, route, comm)
-
-
-def all_views(x: Tensor, comm: Comm) -> Tensor:
-    """`[k, n, ...]` held here to `[K, n, ...]`: all views, in order, of the images held here.
-
-    Gradients are summed over the view shards.
-    """
-    if comm.view_shards == 1:
-        return x
-    whole = x.new_zeros(x.shape[0] * comm.view_shards, *x.shape[1:])
-    whole[comm.views] = x
-    return comm.view_sum(whole)

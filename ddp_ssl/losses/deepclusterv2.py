@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.losses.common import at_least_float32, check_temperature, unit_rows
 
-ROWS = 1 << 14  # whose similarities with the centroids are held at a time
+ROWS = 1 << 14  # in a block whose similarities with the centroids are held at once
 
 
 def deepclusterv2(
@@ -17,12 +17,15 @@ def deepclusterv2(
 ) -> Tensor:
     """Cross-entropy of the scores of all views with their image's cluster.
 
-    `scores`: cosines with the centroids `[k, n, P]` of the views held here, `assignments`: the
-    cluster of each image `[n]`, -1 for an image that has none yet and is left out. Returns a scalar
-    in float32 or float64: the full loss on every process, 0 if no image has a cluster.
+        loss = mean over views and images of -log softmax(scores / temperature)_assignment
 
-    Mean over views and images of -log softmax(scores / temperature)_assignment. Source: Caron et
-    al. 2020 (SwAV), appendix D, and their code, which takes the mean of each process's images.
+    `scores`: cosines with the centroids `[k, n, P]` of the views held here; `assignments`: the
+    cluster of each image `[n]`, or -1 for an image that has none yet and is left out. Returns a
+    scalar in float32 or float64: the full loss on every process, 0 if no image has a cluster.
+    Raises `ValueError` unless `temperature` is positive.
+
+    Source: Caron et al. 2020 (SwAV), appendix D, and their code, which averages each process's
+    images on its own.
     """
     check_temperature("deepclusterv2", temperature=temperature)
     with torch.autocast(scores.device.type, enabled=False):
@@ -38,19 +41,19 @@ def deepclusterv2(
 def spherical_kmeans(
     rows: Tensor, centroids: Tensor, iterations: int = 10, comm: Comm = ONE_PROCESS
 ) -> tuple[Tensor, Tensor]:
-    """Clusters unit rows by cosine; the same centroids at any number of processes.
+    """K-means of unit rows by cosine; the same centroids at any number of processes.
 
-    `rows`: this process's share `[m, d]` of the unit rows (m may differ, also be 0), `centroids`:
-    unit rows `[P, d]` to start from, the same on every process. Returns the centroids after
-    `iterations` rounds and the nearest one of each row, int64 `[m]`. A centroid without rows stays
-    where it is. Communicates P (d + 1) sums in float64 per iteration.
+    `rows`: this process's share `[m, d]` of the unit rows; m may differ between processes and may
+    be 0. `centroids`: initial unit rows `[P, d]`, the same on every process. Returns the centroids
+    after `iterations` rounds and the nearest one of each row, int64 `[m]`. A centroid without rows
+    stays where it is. Communicates P (d + 1) sums in float64 per iteration.
     """
     for _ in range(iterations):
         sums = torch.zeros(
             len(centroids), rows.shape[1] + 1, dtype=torch.float64, device=rows.device
         )
         for part in torch.split(rows, ROWS) if len(rows) else ():
-            # Not `index_add_`, whose order of summation on CUDA changes from run to run.
+            # The order of summation of `index_add_` changes from run to run on CUDA.
             nearest = (_nearest(part, centroids),)
             members = torch.cat([part.double(), sums.new_ones(len(part), 1)], 1)
             sums.index_put_(nearest, members, accumulate=True)

@@ -19,14 +19,19 @@ def dino(
 ) -> Tensor:
     """Cross-entropy between views, the teacher's centred and sharpened.
 
-    `student`: logits `[v, n, P]` of the views and images held here (`[V_s, N, P]` in one process),
-    `teacher`: logits `[V_t, n, P]` of all of the teacher's views of these images, which are the
-    first V_t of the student's; without gradient. `center`: `[P]`. Returns a scalar in float32 or
-    float64 whose mean over processes is the mean over images and over all pairs of a teacher's and
-    another view.
+        loss = mean over images and pairs of views of -sum_p P_t(p) log P_s(p)
+        P_t = softmax((teacher - center) / teacher_temperature)
+        P_s = softmax(student / student_temperature)
 
-    -sum_p softmax((teacher - center) / teacher_temperature)_p log softmax(student /
-    student_temperature)_p. Source: Caron et al. 2021, Eq. 2 and 3.
+    A pair is one of the teacher's views and another of the student's.
+
+    `student`: logits `[v, n, P]` of the views and images held here (`[V_s, N, P]` in one process).
+    `teacher`: logits `[V_t, n, P]` of all the teacher's views of these images, without gradient;
+    they are the first V_t of the student's. `center`: `[P]`. Returns a scalar in float32 or float64
+    whose mean over processes is the global loss. Raises `ValueError` for other shapes, for a single
+    view and unless both temperatures are positive.
+
+    Source: Caron et al. 2021, Eq. 2 and 3.
     """
     if student.dim() != 3 or teacher.dim() != 3 or student.shape[1:] != teacher.shape[1:]:
         raise ValueError(
@@ -48,7 +53,7 @@ def dino(
         log_p = (at_least_float32(student) / student_temperature).log_softmax(2)
         total, together = log_p.new_zeros(()), targets.sum(0)
         for index, view in enumerate(held):
-            # All targets of this view at once: one product in place of V_t.
+            # The sum of all targets of this view: one product instead of V_t.
             others = together - targets[view] if view < len(targets) else together
             total = total - (others * log_p[index]).sum()
         return total / (pairs * student.shape[1])

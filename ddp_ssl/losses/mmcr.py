@@ -12,14 +12,18 @@ from ddp_ssl.losses.common import all_views, at_least_float32, unit_rows
 def mmcr(z: Tensor, weight: float = 0.0, *, comm: Comm = ONE_PROCESS) -> Tensor:
     """MMCR for any number of views: a large nuclear norm of the mean embeddings.
 
-    `z`: embeddings `[k, n, d]` held here (`[K, N, d]` in one process), normalised within. Returns a
-    scalar in float32 or float64 whose mean over processes is the global loss.
+        loss = -|M|_* + weight * 1/N sum_i |Z_i|_*
 
-    -|M|_* + weight * (1/N) sum_i |Z_i|_*, where row i of M `[N, d]` is the mean of image i's
-    normalised views (not normalised again) and Z_i `[K, d]` holds these views. The first term is
-    not divided by N. Source: Yerxa et al. 2023, Eq. 5 and their code, which gathers without
-    gradient and so trains with it divided by the number of processes; here it is the loss's own.
-    Through singular values the gradient is U V^T, finite where they vanish or coincide.
+    Row i of M `[N, d]` is the mean of image i's normalised views (not normalised again), and Z_i
+    `[K, d]` holds these views. The first term is not divided by N.
+
+    `z`: embeddings `[k, n, d]` held here (`[K, N, d]` in one process), normalised within. Returns a
+    scalar in float32 or float64 whose mean over processes is the global loss. Raises `ValueError`
+    for another shape. The gradient of |M|_* is U V^T, finite where singular values vanish or
+    coincide.
+
+    Source: Yerxa et al. 2023, Eq. 5, and their code. Their code gathers without gradient and so
+    trains with the gradient divided by the number of processes; here it is the loss's own.
     """
     if z.dim() != 3:
         raise ValueError(f"mmcr: expected z of shape [K, N, d], got {list(z.shape)}")

@@ -17,14 +17,19 @@ from ddp_ssl.losses.common import (
 
 
 def moco(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of each query's own key against the keys of a queue: MoCo v2 in one direction.
+    """MoCo v2's loss in one direction: each query's own key against the keys of a queue.
+
+        loss = mean over images of -log [ exp(q . k_+ / tau) / sum_j exp(q . k_j / tau) ]
+
+    k_+ is the image's own key; the k_j are k_+ and the queue's keys.
 
     `query`: `[N, d]`, `key`: the momentum network's `[N, d]` of another view of the same images,
     both normalised within; `queue`: unit rows `[Q, d]`. Gradient flows into `query` alone. Returns
     a scalar in float32 or float64. The queue is the same on every process and images of the batch
-    do not meet, so the mean over processes is the global loss.
+    do not meet, so the mean over processes is the global loss. Raises `ValueError` for unequal
+    shapes and unless `temperature` is positive.
 
-    Source: MoCo (He et al. 2020), Eq. 1; MoCo v2+ (solo-learn) takes the mean of two directions.
+    Source: MoCo (He et al. 2020), Eq. 1. MoCo v2+ (solo-learn) takes the mean of two directions.
     """
     check_directions("moco", query=query, key=key)
     check_queue("moco", queue, query.shape[1])
@@ -45,12 +50,15 @@ def mocov3(
     comm: Comm = ONE_PROCESS,
     gathered: Tensor | None = None,
 ) -> Tensor:
-    """2 tau times the cross-entropy of each query's own key among all keys: MoCo v3, one direction.
+    """MoCo v3's loss in one direction: each query's own key among the keys of the global batch.
+
+        loss = 2 tau * mean over i of -log [ exp(q_i . k_i / tau) / sum_j exp(q_i . k_j / tau) ]
 
     `query`: `[n, d]`, `key`: the momentum network's `[n, d]` of another view of the same images,
     both of the images held here and normalised within. `gathered`: the keys of all images `[N, d]`
     if the caller has them already. Gradient flows into `query` alone. Returns a scalar in float32
     or float64: the mean over the queries held here, whose mean over processes is the global loss.
+    Raises `ValueError` for unequal shapes and unless `temperature` is positive.
 
     Source: MoCo v3 (Chen, Xie & He 2021), Algorithm 1, which adds the two directions, as the method
     does.

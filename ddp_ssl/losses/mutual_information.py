@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.losses.common import at_least_float32, gather_unit_rows, unit_rows
-from ddp_ssl.losses.pairs import squared_products
+from ddp_ssl.losses.kernels.gram import squared_products
 
 
 def mutual_information(
@@ -21,15 +21,18 @@ def mutual_information(
 ) -> Tensor:
     """Matrix-based Renyi mutual information of order 2, in nats; the full value on every process.
 
+        I(R;Z) = H(A) + H(B) - H(A o B),  H(A) = -log(|A|_F^2 / M^2)
+               = log [ mean(a b) / (mean a * mean b) ]
+
+    A and B are the Gram matrices of R and Z, a and b their squared elements, and the means are over
+    all M^2 elements. `gram`: M x M, of the l2-normalised rows of all M = K N samples; each process
+    computes its own rows, in blocks. `cov`: d x d (M = d), of the l2-normalised columns; it needs
+    d_R = d. Not centred.
+
     `r`: representations `[k, n, d_R]`, `z`: embeddings `[k, n, d]` held here. Returns a scalar in
     float32 or float64, at most log M. `gathered`: `gather_unit_rows(z, ...)` if the caller has it
-    already; no gradient flows into it.
+    already; no gradient flows into it. Raises `ValueError` for other shapes.
 
-    H(A) + H(B) - H(A o B) with H(A) = -log(|A|_F^2 / M^2), which is the log of
-    mean(a b) / (mean a * mean b) over all M^2 pairs, a and b the squared entries of A and B.
-    `gram`: A and B are the M x M Gram matrices of the l2-normalised rows of all M = K N samples;
-    each process computes its own rows of them, in blocks.
-    `cov`: the d x d Gram matrices of the l2-normalised columns, which needs d_R = d. Uncentred.
     Source: AdaDim Eq. 5 and A.4; Giraldo et al. 2015.
     """
     if r.dim() != 3 or z.dim() != 3 or r.shape[:2] != z.shape[:2]:
@@ -55,7 +58,7 @@ def mutual_information(
             all_z = all_z.to(z.dtype).flatten(0, 1)
             size = all_r.shape[0]
             sums = comm.sum(squared_products(r.flatten(0, 1), z.flatten(0, 1), all_r, all_z))
-        # A unit diagonal keeps each mean at 1/M or more; only zero rows could make it zero.
+        # The diagonal is 1, so each mean is at least 1/M. Zero rows alone have a smaller one.
         means = (sums / size**2).clamp(min=1 / size**2)
         return torch.log(means[2]) - torch.log(means[0]) - torch.log(means[1])
 

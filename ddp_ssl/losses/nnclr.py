@@ -1,4 +1,4 @@
-"""NNCLR's loss and its look-up."""
+"""NNCLR's loss and its search for nearest neighbours."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ def nnclr(
     comm: Comm = ONE_PROCESS,
     gathered: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of each image's own prediction among all predictions: NNCLR in one direction.
+    """NNCLR's loss in one direction: each image's own prediction among those of the global batch.
 
-    `nearest`: the queue's rows nearest to one view `[n, d]`, `p`: predictions `[n, d]` of another
-    view of the same images, both of the images held here and normalised within. `gathered`: the
-    predictions of all images `[N, d]`, with gradient, if the caller has them already. Gradient
+        loss = mean over i of -log [ exp(NN_i . p_i / tau) / sum_j exp(NN_i . p_j / tau) ]
+
+    `nearest`: NN, the queue's rows nearest to one view `[n, d]`; `p`: predictions `[n, d]` of
+    another view of the same images; both of the images held here and normalised within. `gathered`:
+    the predictions of all images `[N, d]`, with gradient, if the caller has them already. Gradient
     flows into `p` alone. Returns a scalar in float32 or float64: the mean over the anchors held
-    here, whose mean over processes is the global loss.
+    here, whose mean over processes is the global loss. Raises `ValueError` for unequal shapes and
+    unless `temperature` is positive.
 
-    Source: NNCLR (Dwibedi et al. 2021), Eq. 3: the neighbour is the anchor, the predictions are the
-    candidates (lightly adds the anchors of the other direction to them). The paper takes the mean
-    of the two directions, as the method does.
+    Source: NNCLR (Dwibedi et al. 2021), Eq. 3. lightly adds the anchors of the other direction to
+    the candidates. The paper takes the mean of the two directions, as the method does.
     """
     check_directions("nnclr", nearest=nearest, p=p)
     check_temperature("nnclr", temperature=temperature)
@@ -49,7 +51,10 @@ def nnclr(
 
 @torch.no_grad()
 def nearest_rows(z: Tensor, queue: Tensor) -> Tensor:
-    """For each of `z` `[..., d]` the row of `queue` `[Q, d]` (unit rows) of the largest cosine."""
+    """For each row of `z` `[..., d]` the row of `queue` `[Q, d]` with the largest cosine.
+
+    The queue's rows have length one. Raises `ValueError` for another shape of the queue.
+    """
     check_queue("nearest_rows", queue, z.shape[-1])
     with torch.autocast(z.device.type, enabled=False):
         z = unit_rows(at_least_float32(z))

@@ -17,13 +17,15 @@ from ddp_ssl.losses.common import (
 def ressl(
     query: Tensor, key: Tensor, queue: Tensor, query_temperature: float, key_temperature: float
 ) -> Tensor:
-    """Cross-entropy of two distributions over a queue: where the key stands, where the query does.
+    """Cross-entropy between the key's and the query's similarities to a queue.
 
-    `query`: `[N, d]` of strongly augmented views, `key`: the momentum network's `[N, d]` of weakly
-    augmented ones of the same images, both normalised within; `queue`: unit rows `[Q, d]`. Gradient
-    flows into `query` alone. Returns a scalar in float32 or float64: the mean over images of
-    -sum softmax(k Q^T / T_k) log softmax(q Q^T / T_q). The queue is the same on every process, so
-    the mean over processes is the global loss.
+        loss = mean over images of -sum_j softmax(k Q^T / tau_k)_j log softmax(q Q^T / tau_q)_j
+
+    `query`: q, `[N, d]` of strongly augmented views; `key`: k, the momentum network's `[N, d]` of
+    weakly augmented views of the same images; both normalised within. `queue`: Q, unit rows
+    `[Q, d]`. Gradient flows into `query` alone. Returns a scalar in float32 or float64. The queue
+    is the same on every process, so the mean over processes is the global loss. Raises `ValueError`
+    for unequal shapes and unless both temperatures are positive.
 
     Source: ReSSL (Zheng et al. 2021), Eq. 3 to 5; one direction only.
     """

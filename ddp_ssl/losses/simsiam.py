@@ -9,11 +9,14 @@ from ddp_ssl.losses.common import at_least_float32, check_directions, unit_rows
 
 
 def simsiam(p: Tensor, z: Tensor) -> Tensor:
-    """Mean of -cos(p, z) over the images: SimSiam's loss in one direction.
+    """SimSiam's loss in one direction.
+
+        loss = mean over images of -cos(p, z)
 
     `p`: predictions `[N, d]`, `z`: embeddings `[N, d]` of another view of the same images; both
-    normalised within, and no gradient flows into `z`. Returns a scalar in float32 or float64. No
-    image sees another one, so its mean over processes is the global loss.
+    normalised within. No gradient flows into `z`. Returns a scalar in float32 or float64. No image
+    sees another one, so the mean over processes is the global loss. Raises `ValueError` for unequal
+    shapes.
 
     Source: SimSiam (Chen & He 2021), Eq. 1 and 3. The paper takes the mean of the two directions,
     as the method does.

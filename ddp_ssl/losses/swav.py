@@ -10,12 +10,15 @@ from ddp_ssl.losses.common import at_least_float32, check_temperature
 
 
 def swav(scores: Tensor, assignments: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of one view's scores and another view's assignments: one direction.
+    """SwAV's loss in one direction: one view's scores predict another view's assignments.
 
-    `scores`: cosines with the prototypes `[N, P]`, `assignments`: rows `[N, P]` that sum to one, of
-    the same images, without gradient. Returns a scalar in float32 or float64: the mean over images.
+        loss = mean over images of -sum_p q_p log softmax(scores / temperature)_p
 
-    -sum_p q_p log softmax(scores / temperature)_p. Source: Caron et al. 2020, Eq. 2.
+    `scores`: cosines with the prototypes `[N, P]`; `assignments`: q, rows `[N, P]` that sum to one,
+    of the same images, without gradient. Returns a scalar in float32 or float64. Raises
+    `ValueError` for unequal shapes and unless `temperature` is positive.
+
+    Source: Caron et al. 2020, Eq. 2.
     """
     if scores.dim() != 2 or scores.shape != assignments.shape:
         raise ValueError(
@@ -34,27 +37,31 @@ def sinkhorn(
 ) -> Tensor:
     """Soft assignments that use all prototypes equally over the global batch.
 
+        Q = diag(u) exp(scores / epsilon) diag(v)
+
+    Each iteration scales every prototype to the same sum over all images, then every image to the
+    sum one (Sinkhorn-Knopp).
+
     `scores`: `[n, P]`, or `[k, n, P]` for views that are balanced each on its own; with a `comm`,
     those of the views and images held here. Returns assignments of the same shape in float32 or
-    float64 whose rows sum to one.
+    float64 whose rows sum to one. Communicates P sums a view per iteration.
 
-    exp(scores / epsilon), then in turn each prototype scaled to the same sum over all images and
-    each image to the sum one. Source: Caron et al. 2020, Eq. 5 (Sinkhorn-Knopp). In float64, and
-    the largest score of a view is subtracted first, which changes nothing but the range of exp: in
-    float32 an image whose best cosine is 0.9 lower would vanish at epsilon 0.01. Per iteration P
-    sums a view are communicated.
+    It computes in float64 and first subtracts the largest score of a view, which changes only the
+    range of exp. In float32 an image whose best cosine is 0.9 lower would vanish at epsilon 0.01.
+
+    Source: Caron et al. 2020, Eq. 5.
     """
     check_temperature("sinkhorn", epsilon=epsilon)
     with torch.autocast(scores.device.type, enabled=False):
         x = scores.double() if scores.dim() == 3 else scores.double()[None]
-        # Of all processes, which may hold different numbers of images (parts of a queue).
+        # Over all processes; these may hold different numbers of images (parts of a queue).
         largest = comm.gather(x.amax((1, 2))[:, None]).amax(1)[comm.views, None, None]
         q = ((x - largest) / epsilon).exp()
         tiny = torch.finfo(q.dtype).tiny
         for _ in range(iterations):
             sums = q.new_zeros(q.shape[0] * comm.view_shards, q.shape[2])
             sums[comm.views] = q.sum(1)
-            # No image near a prototype at all: its sum may vanish.
+            # The sum of a prototype that is far from all images may vanish.
             q = q / comm.sum(sums)[comm.views, None].clamp(min=tiny)
             q = q / q.sum(2, keepdim=True).clamp(min=tiny)
         return q.view(scores.shape).to(torch.promote_types(scores.dtype, torch.float32))

@@ -1,7 +1,7 @@
 """Momentum networks: a second backbone and projector that follow the trained ones slowly.
 
-Not a method. `MomentumMethod` is the base of those that learn from such a teacher (BYOL, MoCo,
-ReSSL, DINO).
+This file is no method. `MomentumMethod` is the base of the methods that learn from such a teacher
+(BYOL, MoCo, ReSSL, DINO).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class MomentumConfig(MethodConfig):
     momentum: float = Field(0.99, ge=0, le=1)
     """Share that the momentum network keeps of itself at the first step."""
     final_momentum: float = Field(1.0, ge=0, le=1)
-    """The same at the end of the run; a cosine leads there."""
+    """The same at the end of the run; it follows a cosine."""
 
 
 M = TypeVar("M", bound=MomentumConfig)
@@ -34,20 +34,20 @@ M = TypeVar("M", bound=MomentumConfig)
 class MomentumMethod(Method[M], Generic[M]):
     """A method with a momentum copy of backbone and projector, `self.momentum`.
 
-    The copy is made in `finish`, of whatever the subclass has built by then. It has no gradient, so
-    DDP's reducer and the optimiser do not see it; it is in the state dict and so in checkpoints.
-    All ranks update it alike, since their weights are alike. Its size is that of backbone and
-    projector, on every rank (ResNet-50 with a 4096-256 head: 130 MB in float32).
+    `finish` copies what the subclass has built of the two by then. The copy has no gradient, so
+    DDP's reducer and the optimiser do not see it. It is in the state dict and so in checkpoints.
+    All ranks update it alike, since their weights are alike. It takes the memory of backbone and
+    projector once more on every rank (ResNet-50 with a 4096-256 head: 130 MB in float32).
 
-    As in solo-learn, only parameters are averaged. The copy runs in training mode: it normalises by
-    the statistics of the batch, global and per view like the trained network's, and keeps running
+    As in solo-learn, only parameters are averaged. The copy runs in training mode: like the trained
+    network it normalises by the statistics of the batch, global and per view. It keeps running
     averages of its own.
     """
 
     momentum: nn.ModuleDict
 
     def finish(self) -> None:
-        """Copy the networks, then as for every method."""
+        """Copy the networks, then do what every method does."""
         parts = {"backbone": self.backbone, "projector": self.projector}
         self.momentum = nn.ModuleDict({name: copy.deepcopy(part) for name, part in parts.items()})
         super().finish()
@@ -57,8 +57,7 @@ class MomentumMethod(Method[M], Generic[M]):
     def targets(self, views: list[Tensor]) -> Tensor:
         """The momentum embeddings `[l, n, d]` of the large views held here, without gradient.
 
-        `all_views` makes them those of all large views, `comm.gather` those of all
-        images too.
+        `all_views` extends them to all large views, `comm.gather` to all images too.
         """
         _, z = self.encode(views[: self.held_large], self._momentum_forward)
         return at_least_float32(z)
@@ -82,7 +81,7 @@ def momentum_at(first: float, last: float, step: int, total_steps: int) -> float
 
 @torch.no_grad()
 def follow(average: nn.Module, network: nn.Module, keep: float) -> None:
-    """Every parameter of `average` to `keep` of itself plus the rest of `network`'s; no buffers."""
+    """Set every parameter of `average` to keep * itself + (1 - keep) * `network`'s; no buffers."""
     ours = cast(list[Tensor], list(average.parameters()))
     theirs = cast(list[Tensor], list(network.parameters()))
     torch._foreach_lerp_(ours, theirs, 1 - keep)

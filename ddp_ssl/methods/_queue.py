@@ -1,4 +1,4 @@
-"""Queues of embeddings of earlier batches. Not a method."""
+"""Queues of embeddings of earlier batches. This file is no method."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ddp_ssl.losses.common import unit_rows
 class Queue(nn.Module):
     """The newest `size` unit rows of each of `count` queues, `rows` `[count, size, width]`.
 
-    First in, first out. Random unit rows to begin with, the same on every rank. Replicated: every
-    rank appends the same gathered rows in the canonical order, so all hold the same at any number
-    of processes and view shards. In float32 65,536 x 256 are 64 MiB on every rank and in the
-    checkpoint, for each queue.
+    First in, first out. A queue starts with random unit rows, the same on every rank. It is
+    replicated: every rank appends the same gathered rows in the canonical order, so all hold the
+    same rows at any number of processes and view shards. For each queue of 65,536 x 256 in float32
+    this takes 64 MiB on every rank and in the checkpoint.
 
-    `size` need not be a multiple of the batch: the new rows overwrite the oldest and go on at the
-    beginning where they reach the end.
+    `size` need not be a multiple of the batch: new rows overwrite the oldest and continue at the
+    beginning when they reach the end.
     """
 
     rows: Tensor
@@ -31,7 +31,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def append(self, rows: Tensor) -> None:
-        """Rows `[count, N, width]` of the whole batch, normalised here, in place of the oldest."""
+        """Replace the oldest rows by a whole batch's `[count, N, width]`, normalised here."""
         size, new = self.rows.shape[1], rows.shape[1]
         places = (self.oldest + torch.arange(new, device=rows.device)) % size
         self.rows.index_copy_(1, places, unit_rows(rows).to(self.rows.dtype))
@@ -39,7 +39,7 @@ class Queue(nn.Module):
 
 
 def check_queue_size(size: int, config: Config) -> None:
-    """Raise `ValueError` for a queue that one batch would overrun."""
+    """Raise `ValueError` for a queue smaller than a batch."""
     batch = config.data.batch_size
     if size < batch:
         raise ValueError(

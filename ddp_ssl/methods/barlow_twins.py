@@ -13,7 +13,7 @@ from ddp_ssl.methods.base import Method, NeedsVariance, Output
 
 
 class BarlowTwinsConfig(NeedsVariance):
-    """The features of two views correlate each with itself and with no other."""
+    """Each feature of one view correlates with itself in the other view, and with no other."""
 
     name: str = "barlow_twins"
     off_diagonal: Strength | Literal["auto"] = 0.0051
@@ -21,8 +21,8 @@ class BarlowTwinsConfig(NeedsVariance):
     projectors need (Ghosh et al. 2023)."""
     scale: float | None = Field(None, gt=0)
     """Factor of the loss; none: 0.1 for `pairs`, 1 for `fastssl`. Published runs on W processes
-    trained with the gradient divided by W, since their all-reduce is invisible to autograd: 0.1 / W
-    repeats one (solo-learn's: 0.05)."""
+    trained with the gradient divided by W, since autograd does not see their all-reduce: 0.1 / W
+    repeats such a run (solo-learn's: 0.05)."""
     multiview: Literal["pairs", "fastssl"] = "pairs"
     """More than two views: the mean over all pairs, or each view against the mean of all. `fastssl`
     also scales rows to length one and standardises over all views, for two views too."""

@@ -14,7 +14,7 @@ from ddp_ssl.models import projection_head
 
 
 class BYOLConfig(MomentumConfig):
-    """Predict what a momentum network makes of another view; no negatives."""
+    """Predict a momentum network's embedding of another view; no negatives."""
 
     name: str = "byol"
     predictor_hidden: int = Field(8192, ge=1)
@@ -30,9 +30,9 @@ class BYOLConfig(MomentumConfig):
 class BYOL(MomentumMethod[BYOLConfig]):
     """Backbone, projector, predictor; a momentum copy of the first two.
 
-    The loss is summed over all pairs of a view and another, large view, as solo-learn sums it: two
-    terms for two views. With more views or multi-crop the momentum network sees the large ones
-    only, and every view predicts each large one but itself.
+    The loss is summed over all pairs of a view and another, large view, as in solo-learn: two terms
+    for two views. With more views or multi-crop the momentum network sees only the large ones, and
+    every view predicts each large one but itself.
     """
 
     config_class = BYOLConfig

@@ -20,12 +20,12 @@ from ddp_ssl.utils.seeds import hashed
 
 
 class DeepClusterV2Config(MethodConfig):
-    """Cluster all images between epochs; predict every view's cluster."""
+    """Cluster all images between epochs; predict the cluster of every view."""
 
     name: str = "deepclusterv2"
     prototypes: list[Size] = Field([3000, 3000, 3000], min_length=1)
-    """Clusters of each clustering; several are made at once, their losses averaged. At most as many
-    as there are training images."""
+    """Clusters of each clustering, at most as many as training images. The losses of several
+    clusterings are averaged."""
     temperature: float = Field(0.1, gt=0)
     """Temperature of the cosines with the centroids."""
     iterations: int = Field(10, ge=1)
@@ -47,10 +47,10 @@ class DeepClusterV2Config(MethodConfig):
 class DeepClusterV2(Method[DeepClusterV2Config]):
     """Backbone, projector, centroids, and the newest embedding of every image.
 
-    One pass over the data before the first step fills the memory; each step renews the rows of its
+    One pass over the data before the first step fills the memory. Each step renews the rows of its
     images. Between epochs clustering h runs spherical k-means over the memory of large view
-    h mod (number of large views) from random images; its centroids are the prototypes of the next
-    epoch, without gradient, and every view predicts the cluster of its image.
+    h mod (number of large views), starting from random images. Its centroids are the prototypes of
+    the next epoch, without gradient, and every view predicts the cluster of its image.
 
     Differences from the official code: the k-means and the loss's mean are over all images exactly,
     at any number of processes, since the memory is kept by sample id. Images that no batch had yet
@@ -73,7 +73,7 @@ class DeepClusterV2(Method[DeepClusterV2Config]):
         r, z = self.encode(batch.views)
         with torch.autocast(z.device.type, enabled=False):
             unit = unit_rows(at_least_float32(z))
-            if self.assignments is None:  # only before `on_start`: a loss of zero
+            if self.assignments is None:  # only before `on_start`; the loss is zero
                 targets = ids.new_full((len(self.settings.prototypes), len(ids)), -1)
             else:
                 targets = self.assignments[:, ids]
@@ -101,8 +101,7 @@ class DeepClusterV2(Method[DeepClusterV2Config]):
     def on_start(self, context: Context) -> None:
         """Fill the memory of every view from one pass over view 0, and cluster."""
         found = []
-        # With view shards each of them has a crop of its own, which is normalised on its own and
-        # of which the first one counts.
+        # Each view shard has a crop of its own and normalises it on its own. The first one counts.
         apart = (self.layout, self.comm.view_shards, self.comm.views)
         with self.measuring(batch_statistics=True):
             for batch in context.batches(sys.maxsize, "memory"):
@@ -113,7 +112,7 @@ class DeepClusterV2(Method[DeepClusterV2Config]):
         ids, rows = (
             torch.cat(part, -1 - axis) for axis, part in enumerate(zip(*found, strict=True))
         )
-        # Fewer images than a batch were left out, so no id reaches this.
+        # An upper bound of the ids: fewer images than a batch were left out.
         capacity = len(ids) + len(ids) // len(found)
         one = rows.new_empty(1, 1, 1)
         self.memory = Memory(one.expand(self.remembered, capacity, rows.shape[2]), self.comm)
@@ -159,7 +158,7 @@ class DeepClusterV2(Method[DeepClusterV2Config]):
         return {**self.memory.state(), "assignments": self.assignments}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take them from a checkpoint, this process's part of the memory."""
+        """Load both from a checkpoint: of the memory, this process's part."""
         self.memory = self.assignments = None
         if state:
             device = self.centroids(0).device
@@ -170,19 +169,20 @@ class DeepClusterV2(Method[DeepClusterV2Config]):
 class Memory:
     """The newest unit embedding of every image, by sample id, for some views.
 
-    Sharded: rank r of W holds the images r, r + W, ... Rank 0 holds all of them, since it writes
-    the checkpoint. On the device, so that a step waits for nothing. At ImageNet's scale (1.28 M
-    images, two views, 128 float32 numbers): 1.3 GB on rank 0 and in the checkpoint, 1.3 GB / W
-    elsewhere, and the assignments, 10 MB a clustering, on every rank.
+    It is sharded: rank r of W holds the images r, r + W, ... Rank 0 holds all of them, since it
+    writes the checkpoint. It is on the device, so that a step waits for nothing. ImageNet (1.28 M
+    images, two views, 128 float32 numbers) takes 1.3 GB on rank 0 and in the checkpoint and
+    1.3 GB / W on the others. The assignments take 10 MB a clustering on every rank.
     """
 
     def __init__(self, rows: Tensor, comm: Comm) -> None:
-        """Nothing seen yet; `rows` `[views, images, d]` gives the size only."""
+        """An empty memory of the shape, type and device of `rows` `[views, images, d]`."""
         views, images, width = rows.shape
         self.comm = comm
         self.first, self.stride = (comm.rank, comm.world_size) if comm.rank else (0, 1)
         held = len(range(self.first, images, self.stride))
-        self.rows = rows.new_zeros(views, held + 1, width)  # the last takes what others hold
+        # The last row takes the writes of images that other processes hold.
+        self.rows = rows.new_zeros(views, held + 1, width)
         self.seen = torch.zeros(images, dtype=torch.bool, device=rows.device)
 
     def put(self, ids: Tensor, rows: Tensor) -> None:
@@ -209,7 +209,7 @@ class Memory:
         return (ids - self.first) // self.stride
 
     def state(self) -> dict[str, Any]:
-        """Tensors and numbers; of rank 0, all there is."""
+        """Tensors and numbers of a checkpoint; rank 0's hold all images."""
         return {"rows": self.rows[:, :-1], "seen": self.seen, "stride": self.stride}
 
     @classmethod
@@ -218,7 +218,7 @@ class Memory:
         rows, seen = state["rows"], state["seen"]
         one = torch.empty(1, 1, 1, dtype=rows.dtype, device=device)
         memory = cls(one.expand(len(rows), len(seen), rows.shape[2]), comm)
-        # Cut where the checkpoint lies: only this process's part goes to the device.
+        # Cut before the copy: only this process's part goes to the device.
         part = rows[:, memory.first :: memory.stride] if state["stride"] == 1 else rows
         memory.rows[:, :-1] = part.to(device)
         memory.seen.copy_(seen)

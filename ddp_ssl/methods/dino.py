@@ -33,14 +33,14 @@ class DINOConfig(MomentumConfig):
     warmup_teacher_temperature: float = Field(0.04, gt=0)
     """The same at the start; a higher one can be unstable."""
     warmup_teacher_epochs: int = Field(50, ge=0)
-    """Epochs over which it grows, linearly, from epoch to epoch."""
+    """Epochs over which the momentum network's temperature grows linearly, once an epoch."""
     center_momentum: float = Field(0.9, ge=0, lt=1)
     """Share that the centre keeps of itself."""
     freeze_epochs: int = Field(1, ge=0)
     """Epochs at the start in which the last layer stays as it is."""
     norm_last_layer: bool = True
-    """Rows of the last layer of length one. False: their lengths are trained, which the paper does
-    for small ViTs."""
+    """True: the rows of the last layer have length one. False: their lengths are trained, as in the
+    paper for small ViTs."""
 
     recipe = {  # noqa: RUF012
         "model": {"projector": [2048, 2048, 256], "projector_norm": "none"},
@@ -52,7 +52,7 @@ class DINOConfig(MomentumConfig):
 class DINO(MomentumMethod[DINOConfig]):
     """Backbone, projector and prototypes; a momentum copy of all three; the centre.
 
-    The momentum network sees the large views, the trained one all of them, and each predicts every
+    The momentum network sees the large views, the trained one all views. Each view predicts every
     large view but itself. `model.projector` is the head up to its bottleneck, with GELU; `embed`
     returns the bottleneck. The recipe has no batch norm there, as the paper's ViTs and solo-learn.
     The centre (one number per prototype, replicated) is the running mean of the momentum network's
@@ -69,8 +69,8 @@ class DINO(MomentumMethod[DINOConfig]):
             if isinstance(layer, nn.ReLU):
                 self.projector[index] = nn.GELU()
             elif isinstance(layer, nn.Linear):
-                # The official code cuts at 100 deviations: never. torch's versions draw that cut
-                # in different ways, a normal distribution in one.
+                # The official code truncates at 100 deviations, which is no truncation. torch's
+                # versions draw a truncated distribution in different ways, a normal one in one way.
                 nn.init.normal_(layer.weight, std=0.02)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
@@ -92,7 +92,7 @@ class DINO(MomentumMethod[DINOConfig]):
         with torch.autocast(z.device.type, enabled=False):
             with torch.no_grad():
                 teacher = self.momentum["prototypes"](self.all_views(held))
-                # Linear in the rows, so the mean output is the mean row's output.
+                # The prototypes are linear, so the mean output is the output of the mean row.
                 total = comm.sum(held.sum((0, 1)))
                 mean = total / (self.num_large * held.shape[1] * comm.data_shards)
                 self._newest = self.momentum["prototypes"](mean)
@@ -108,7 +108,7 @@ class DINO(MomentumMethod[DINOConfig]):
         return Output(loss, {"teacher_temperature": self.teacher_temperature}, r, z)
 
     def before_optimizer(self, progress: Progress) -> None:
-        """Keep the last layer during the first epochs."""
+        """Freeze the last layer during the first epochs."""
         if progress.epoch < self.settings.freeze_epochs:
             for parameter in self.prototypes.parameters():
                 parameter.grad = None
@@ -125,7 +125,7 @@ class DINO(MomentumMethod[DINOConfig]):
         self._newest = None
 
     def after_epoch(self, context: Context) -> None:
-        """The teacher's temperature of the next epoch."""
+        """Set the teacher's temperature of the next epoch."""
         self.teacher_temperature = self._temperature(context.epoch + 1)
 
     def _temperature(self, epoch: int) -> float:
@@ -137,11 +137,11 @@ class DINO(MomentumMethod[DINOConfig]):
         return first + done * (s.teacher_temperature - first)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The temperature of this epoch."""
+        """The teacher's temperature of this epoch."""
         return {"teacher_temperature": self.teacher_temperature}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take it from a checkpoint."""
+        """Load the temperature from a checkpoint."""
         self.teacher_temperature = float(state["teacher_temperature"])
 
 

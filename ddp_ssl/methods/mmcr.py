@@ -12,12 +12,12 @@ from ddp_ssl.methods.base import Method, Output
 
 
 class MMCRConfig(MethodConfig):
-    """The means of the images' views fill the space: a large nuclear norm."""
+    """Maximise the nuclear norm of the images' mean embeddings, so that they fill the space."""
 
     name: str = "mmcr"
     weight: float = Field(0.0, ge=0)
-    """Weight of the nuclear norms of each image's own views, which pulls these together more than
-    the first term already does; 0 leaves that out, as the published runs."""
+    """Weight of the nuclear norms of each image's own views. It pulls these together more than the
+    first term does; 0, as in the published runs, leaves it out."""
 
     recipe = {  # noqa: RUF012
         "model": {"projector": [8192, 8192, 512]},

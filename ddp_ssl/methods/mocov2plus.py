@@ -44,9 +44,8 @@ class MoCoV2Plus(MomentumMethod[MoCoV2PlusConfig]):
     """Backbone and projector; a momentum copy; a queue of keys for each large view.
 
     The loss is the mean over all pairs of a query's view and another, large view, whose queue gives
-    the negatives. The batch's keys enter the queues after the step. The queues are replicated: at
-    65,536 x 256, two of them are 128 MiB in float32. Global batch norm takes the place of the
-    paper's shuffling.
+    the negatives. The batch's keys enter the queues after the step. The queues are replicated: two
+    of 65,536 x 256 take 128 MiB in float32. Global batch norm replaces the paper's shuffling.
     """
 
     config_class = MoCoV2PlusConfig
@@ -70,7 +69,7 @@ class MoCoV2Plus(MomentumMethod[MoCoV2PlusConfig]):
         return Output(loss, {"nce": loss}, r, z)
 
     def after_step(self, progress: Progress) -> None:
-        """Move the momentum network; the keys enter their queues."""
+        """Move the momentum network and append the keys to their queues."""
         super().after_step(progress)
         assert self._newest is not None
         self.queue.append(self._newest)

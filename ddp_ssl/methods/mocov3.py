@@ -26,7 +26,7 @@ class MoCoV3Config(MomentumConfig):
     predictor_last_norm: bool = False
     """End the predictor in a batch norm without affine, as the paper's code does for ViTs."""
     freeze_patch_embed: bool = False
-    """ViTs: keep the random patch projection as it is, which the paper found to be stable."""
+    """ViTs: do not train the random patch projection, which the paper found to be stable."""
 
     recipe = {  # noqa: RUF012
         "model": {"projector": [4096, 256], "projector_bias": False},
@@ -41,7 +41,7 @@ class MoCoV3(MomentumMethod[MoCoV3Config]):
 
     The projector ends in a batch norm without weight and bias. The loss is summed over all pairs of
     a view and another, large view: two terms for two views. With more views or multi-crop the keys
-    are those of the large views, and every view asks for each large one but itself.
+    are those of the large views, and every view is a query for each large one but itself.
     """
 
     config_class = MoCoV3Config

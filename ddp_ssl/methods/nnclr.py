@@ -17,7 +17,7 @@ from ddp_ssl.models import projection_head
 
 
 class NNCLRConfig(MethodConfig):
-    """InfoNCE whose anchors are the nearest neighbours of the views among earlier embeddings."""
+    """InfoNCE whose anchors are the views' nearest neighbours among earlier embeddings."""
 
     name: str = "nnclr"
     temperature: float = Field(0.2, gt=0)
@@ -25,8 +25,8 @@ class NNCLRConfig(MethodConfig):
     predictor_hidden: int = Field(4096, ge=1)
     """Width of the predictor's hidden layer."""
     queue_size: int = Field(65536, ge=1)
-    """Earlier embeddings among which neighbours are looked for, at least a batch; need not be a
-    multiple of it."""
+    """Earlier embeddings in which neighbours are searched, at least a batch; need not be a multiple
+    of it."""
 
     recipe = {  # noqa: RUF012
         "model": {"projector": [2048, 2048, 256]},
@@ -44,7 +44,7 @@ class NNCLR(Method[NNCLRConfig]):
 
     The projector ends in a batch norm. The loss is the mean over all pairs of a view, which
     predicts, and another, large view, whose neighbour is the anchor. The embeddings of view 0 enter
-    the queue after the step. The queue is replicated: 65,536 x 256 are 64 MiB in float32.
+    the queue after the step. The queue is replicated: 65,536 x 256 take 64 MiB in float32.
     """
 
     config_class = NNCLRConfig
@@ -78,7 +78,7 @@ class NNCLR(Method[NNCLRConfig]):
         return Output(loss, {"nce": loss}, r, z)
 
     def after_step(self, progress: Progress) -> None:
-        """The embeddings of view 0 enter the queue."""
+        """Append the embeddings of view 0 to the queue."""
         assert self._newest is not None
         self.queue.append(self._newest)
         self._newest = None

@@ -17,13 +17,13 @@ from ddp_ssl.methods.base import Output, Progress
 
 
 class ReSSLConfig(MomentumConfig):
-    """Stand to earlier embeddings as a momentum network's weakly augmented view does."""
+    """Have the similarities to earlier embeddings that a momentum network's weak view has."""
 
     name: str = "ressl"
     query_temperature: float = Field(0.1, gt=0)
     """Temperature of the trained network's similarities."""
     key_temperature: float = Field(0.04, gt=0)
-    """Temperature of the momentum network's: lower, so that its distribution is sharper."""
+    """Temperature of the momentum network's similarities; a lower one makes them sharper."""
     queue_size: int = Field(65536, ge=1)
     """Earlier embeddings, at least a batch; need not be a multiple of it."""
 
@@ -42,14 +42,14 @@ class ReSSLConfig(MomentumConfig):
 class ReSSL(MomentumMethod[ReSSLConfig]):
     """Backbone and projector; a momentum copy; a queue of its embeddings.
 
-    Views 0, 2, … are the strong ones, which the trained network learns from; 1, 3, … the weak ones,
-    which the momentum network gives as targets (the augmentation recipe `ressl` makes them so). The
-    loss is the mean over the pairs of a strong and a weak view; for two views the paper's one
-    direction. View 1's momentum embeddings enter the queue after the step. The queue is
-    replicated: 65,536 x 256 are 64 MiB in float32.
+    Views 0, 2, … are strong and give the queries; views 1, 3, … are weak and give the momentum
+    network's targets (the augmentation recipe `ressl` makes them so). The loss is the mean over the
+    pairs of a strong and a weak view; for two views it is the paper's one direction. View 1's
+    momentum embeddings enter the queue after the step. The queue is replicated: 65,536 x 256 take
+    64 MiB in float32.
 
-    As in solo-learn both networks see all views. The trained network's weak views have no part in
-    the loss but in batch statistics and the probe.
+    As in solo-learn both networks see all views. The trained network's weak views are not in the
+    loss, but in batch statistics and the probe.
     """
 
     config_class = ReSSLConfig
@@ -68,7 +68,7 @@ class ReSSL(MomentumMethod[ReSSLConfig]):
         weak = everyone[1::2, self.comm.rows(z.shape[1])]
 
         held = range(self.num_views)[self.comm.views]
-        # A process may hold weak views alone; DDP needs a gradient, if only zero, from it too.
+        # A process may hold only weak views. DDP needs a gradient from it too, if only zero.
         total = 0 * at_least_float32(z).mean()
         for index, view in enumerate(held):
             for key in weak if view % 2 == 0 else ():
@@ -80,7 +80,7 @@ class ReSSL(MomentumMethod[ReSSLConfig]):
         return Output(loss, {"relation": loss}, r, z)
 
     def after_step(self, progress: Progress) -> None:
-        """Move the momentum network; view 1's embeddings enter the queue."""
+        """Move the momentum network and append view 1's embeddings to the queue."""
         super().after_step(progress)
         assert self._newest is not None
         self.queue.append(self._newest)

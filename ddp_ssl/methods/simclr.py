@@ -11,7 +11,7 @@ from ddp_ssl.methods.base import Method, Output
 
 
 class SimCLRConfig(MethodConfig):
-    """InfoNCE between views, every other image of the global batch as a negative."""
+    """InfoNCE between views; every other image of the global batch is a negative."""
 
     name: str = "simclr"
     temperature: float = Field(0.2, gt=0)

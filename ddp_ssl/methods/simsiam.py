@@ -34,8 +34,8 @@ class SimSiam(Method[SimSiamConfig]):
 
     The projector ends in a batch norm without weight and bias. The predictor's learning rate is
     constant: the peak, without warm-up. The loss is the mean over all pairs of a view and another,
-    large view; with multi-crop every view predicts each large one but itself, whose embeddings
-    alone are targets.
+    large view. With multi-crop every view predicts each large one but itself; only large views are
+    targets.
     """
 
     config_class = SimSiamConfig
@@ -55,7 +55,7 @@ class SimSiam(Method[SimSiamConfig]):
         return Output(loss, {"cosine": -loss.detach()}, r, z)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The predictor apart, at a constant rate."""
+        """A group for the network, and one for the predictor at a constant rate."""
         network = [(n, p) for n, p in trainable(self) if not n.startswith("predictor.")]
         predictor = {"params": trainable(self.predictor, "predictor."), "schedule": False}
         return [{"name": "network", "params": network}, {"name": "predictor", **predictor}]

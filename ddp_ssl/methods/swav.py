@@ -22,7 +22,7 @@ class SwAVConfig(MethodConfig):
 
     name: str = "swav"
     prototypes: int = Field(3000, ge=2)
-    """Prototypes; at least as many as there are classes, and fewer than images."""
+    """Number of prototypes: at least that of classes, and below that of images."""
     temperature: float = Field(0.1, gt=0)
     """Temperature of the predictions' cosines."""
     epsilon: float = Field(0.05, gt=0)
@@ -30,16 +30,16 @@ class SwAVConfig(MethodConfig):
     iterations: int = Field(3, ge=1)
     """Rounds of Sinkhorn-Knopp."""
     freeze_epochs: int = Field(2, ge=0)
-    """Epochs at the start in which the prototypes stay as they are."""
+    """Epochs at the start in which the prototypes are frozen."""
     queue_size: int = Field(3840, ge=0)
-    """Embeddings of earlier images that are assigned together with a batch, so that few images can
-    use all prototypes; 0: none."""
+    """Embeddings of earlier images that are assigned together with a batch, so that a small batch
+    can use all prototypes; 0: none."""
     queue_epoch: int = Field(50, ge=0)
-    """Epoch from which on the queue is filled; it is used once it is full."""
+    """Epoch from which the queue is filled; it is used once it is full."""
     variant: Literal["solo"] | None = None
-    """`solo`: solo-learn's, whose prototypes are weight-normed rows of free length, which move
-    three to four times as far at the same rate, and whose queue is filled from the first step on
-    and used from `queue_epoch` on; null: the official code's."""
+    """null: the official code's. `solo`: solo-learn's. Its prototypes are weight-normed rows of
+    free length, which move three to four times as far at the same rate. Its queue is filled from
+    the first step and used from `queue_epoch`."""
 
     recipe = {  # noqa: RUF012
         "model": {"projector": [2048, 128]},
@@ -48,7 +48,7 @@ class SwAVConfig(MethodConfig):
     }
 
     def check(self, config: Config) -> None:
-        """Refuse a queue that one batch would overrun."""
+        """Refuse a queue smaller than a batch."""
         if self.queue_size:
             check_queue_size(self.queue_size, config)
 
@@ -56,9 +56,9 @@ class SwAVConfig(MethodConfig):
 class SwAV(Method[SwAVConfig]):
     """Backbone, projector, prototypes, and a queue per large view.
 
-    Large views are assigned, each to the prototypes over the whole batch (and queue), and every
-    view predicts the assignments of the others. The queue is replicated and its images are shared
-    among the processes for the assignment: 3,840 x 128 are 1.9 MB a view in float32.
+    Each large view is assigned to the prototypes over the whole batch (and queue). Every view
+    predicts the assignments of the others. The queue is replicated, and the processes share its
+    images for the assignment: 3,840 x 128 take 1.9 MB a view in float32.
 
     Differences from the official code: the sum over a queue is exact at any number of processes
     (there each one has a queue of its own), and the prototypes are scaled to length one after each
@@ -70,7 +70,7 @@ class SwAV(Method[SwAVConfig]):
     def __init__(self, config: Config, comm: Comm) -> None:
         super().__init__(config, comm)
         s, width = self.settings, config.model.projector[-1]
-        # Rows of solo-learn's start as a linear layer's, about 0.58 long.
+        # solo-learn initialises the rows as those of a linear layer; their length is about 0.58.
         rows = (
             nn.Linear(width, s.prototypes, bias=False).weight.detach()
             if s.variant == "solo"
@@ -78,7 +78,7 @@ class SwAV(Method[SwAVConfig]):
         )
         self.prototypes = nn.Parameter(rows)
         self.queue = Queue(s.queue_size, width, self.num_large) if s.queue_size else None
-        self.queued = 0  # images that went into the queue
+        self.queued = 0  # number of images appended to the queue
         self.epoch = 0
         self._newest: Tensor | None = None
 
@@ -115,13 +115,13 @@ class SwAV(Method[SwAVConfig]):
         return sinkhorn(scores, s.epsilon, s.iterations, self.comm)[:, :images]
 
     def before_optimizer(self, progress: Progress) -> None:
-        """Keep the prototypes during the first epochs."""
+        """Freeze the prototypes during the first epochs."""
         if progress.epoch < self.settings.freeze_epochs:
             self.prototypes.grad = None
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
-        """Prototypes to length one; the batch into the queue."""
+        """Scale the prototypes to length one and append the batch to the queue."""
         solo = self.settings.variant == "solo"
         if not solo:
             self.prototypes.copy_(unit_rows(self.prototypes))
@@ -132,14 +132,14 @@ class SwAV(Method[SwAVConfig]):
         self._newest = None
 
     def after_epoch(self, context: Context) -> None:
-        """Which epoch begins."""
+        """Note the epoch that begins."""
         self.epoch = context.epoch + 1
 
     def get_extra_state(self) -> dict[str, Any]:
-        """How far the queue is filled, and the epoch."""
+        """The number of images queued, and the epoch."""
         return {"queued": self.queued, "epoch": self.epoch}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take it from a checkpoint."""
+        """Load both from a checkpoint."""
         self.queued = int(state["queued"])
         self.epoch = int(state.get("epoch", 0))  # older checkpoints do not need it

@@ -16,7 +16,7 @@ from ddp_ssl.methods.base import Method, NeedsVariance, Output
 
 
 class VICRegConfig(NeedsVariance):
-    """Pull views together, keep every dimension's spread, decorrelate the dimensions."""
+    """Pull views together, keep the variance of every dimension, decorrelate the dimensions."""
 
     name: str = "vicreg"
     invariance: float = Field(25.0, ge=0)
@@ -30,7 +30,7 @@ class VICRegConfig(NeedsVariance):
     """More than two views: the mean over all pairs, or each view against the mean of the others,
     with fastssl's weights (its variance term is half of that of `pairs`)."""
     average_variance: bool = False
-    """`pairs`: average the hinge over views, as the official code, instead of summing over two."""
+    """`pairs`: average the hinge over views, as the official code, instead of summing two."""
     route: Literal["auto", "gather", "moments"] = "auto"
     """Covariances from products of all pairs of images (`gather`) or all-reduced (`moments`):
     equal; `auto` takes the cheaper, `gather` where images are fewer than dimensions."""

@@ -1,6 +1,6 @@
 """Metrics: pure functions of tensors, over all processes when given a `Comm`.
 
-`docs/metrics.md` has what each one measures, whether it is centred, and what it costs.
+`docs/metrics.md` tells for each one its definition, whether it is centred, and its cost.
 """
 
 from ddp_ssl.metrics.effective_rank import effective_rank

@@ -1,4 +1,4 @@
-"""Metrics of all pairs of rows, in blocks: one pass serves mutual information and uniformity."""
+"""Metrics of all pairs of rows; one pass in blocks serves mutual information and uniformity."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.losses.mutual_information import mutual_information as of_batch
 
 CHUNK = 1024  # rows at a time: a block of 1024 x 10,000 products takes 80 MB
 
 
 @dataclass(frozen=True)
 class PairMeans:
-    """Means over the M^2 pairs of rows of R and Z, from which the pair metrics follow.
+    """Means over the M^2 pairs of rows of R and Z, and the metrics that follow from them.
 
     `r`, `z`: of the squared cosines; `joint`: of their product; `potential_*`: of
     exp(-2 |u_i - u_j|^2) over i != j, with u the rows scaled to length one (NaN for one row).
@@ -57,32 +56,6 @@ class PairMeans:
         return math.log(self.potential_z)
 
 
-def pair_means(r: Tensor, z: Tensor, comm: Comm = ONE_PROCESS, chunk: int = CHUNK) -> PairMeans:
-    """What all pairs of rows of `r` `[M, d_R]` and `z` `[M, d]` say, in float64.
-
-    Every process holds both whole; they share the pairs, each of which is taken once. No M x M
-    matrix is kept. Not centred. Raises `ValueError` unless both are matrices of equal length.
-    """
-    _check("pair_means", r, z)
-    r, z, rows = _unit(r), _unit(z), len(r)
-    sums = r.new_zeros(5)
-    for start, stop in _blocks(rows, comm, chunk):
-        # Of a symmetric matrix: the block on the diagonal, and twice what is right of it.
-        weights = torch.full((rows - start,), 2.0, dtype=r.dtype, device=r.device)
-        weights[: stop - start] = 1
-        cosines = [x[start:stop] @ x[start:].T for x in (r, z)]
-        potentials = [
-            _potential(c, x[start:stop], x[start:]) for c, x in zip(cosines, (r, z), strict=True)
-        ]
-        a, b = (c.square_() for c in cosines)
-        parts = [a.sum(0), b.sum(0), (a * b).sum(0), *(p.sum(0) for p in potentials)]
-        sums += torch.stack(parts) @ weights
-    sums = comm.sum(sums)
-    # A unit diagonal keeps each mean at 1/M or more; only zero rows could make it zero.
-    a, b, joint = (sums[:3] / rows**2).clamp(min=1 / rows**2).tolist()
-    return PairMeans(a, b, joint, *(sums[3:] / (rows * (rows - 1))).tolist())
-
-
 def mutual_information(
     r: Tensor,
     z: Tensor,
@@ -92,15 +65,25 @@ def mutual_information(
 ) -> float:
     """I(R;Z) in nats of `r` `[M, d_R]` and `z` `[M, d]`, which every process holds whole.
 
-    The estimator of `losses.mutual_information`, in float64. `gram`: over all pairs of rows, in
-    blocks that the processes share. `cov`: over all pairs of columns (shared by rows), which needs
-    d_R = d. Not centred. Raises `ValueError` for other shapes. Source: AdaDim Eq. 5 and A.4.
+        I(R;Z) = log [ mean(a b) / (mean a * mean b) ]
+
+    a and b are the squared elements of the Gram matrices of R and Z, in float64. `gram`: of the
+    l2-normalised rows, in blocks of pairs that the processes share. `cov`: of the l2-normalised
+    columns, whose rows the processes share; it needs d_R = d. Not centred. Raises `ValueError` for
+    other shapes. Source: AdaDim Eq. 5 and A.4. `losses.mutual_information` has the gradient.
     """
     _check("mutual_information", r, z)
-    if form == "cov":
-        r, z = (x.detach().double()[comm.rank :: comm.world_size] for x in (r, z))
-        return float(of_batch(r[None], z[None], "cov", comm))
-    return pair_means(r, z, comm, chunk).mutual_information
+    if form == "gram":
+        return pair_means(r, z, comm, chunk).mutual_information
+    if r.shape[1] != z.shape[1]:
+        raise ValueError(
+            f"mutual_information: form cov needs equal widths, got {r.shape[1]} and {z.shape[1]}; "
+            "form gram takes any"
+        )
+    a, b = (_column_gram(x, comm).square() for x in (r, z))
+    sums = torch.stack([a.sum(), b.sum(), (a * b).sum()])
+    means = (sums / len(a) ** 2).clamp(min=1 / len(a) ** 2)  # as in `pair_means`
+    return float(torch.log(means[2]) - torch.log(means[0]) - torch.log(means[1]))
 
 
 def uniformity(x: Tensor, comm: Comm = ONE_PROCESS, chunk: int = CHUNK) -> float:
@@ -124,8 +107,8 @@ def renyi_entropy(x: Tensor, comm: Comm = ONE_PROCESS) -> float:
     """-log(|A|_F^2 / M^2) in nats, A the Gram matrix of the l2-normalised rows of `x` `[M, d]`.
 
     The matrix-based Renyi entropy of order 2: in [0, log min(M, d)]. Every process holds `x`
-    whole; they share the products, of rows or of columns, whichever are fewer. Not centred.
-    Source: Giraldo et al. 2015; AdaDim A.4.
+    whole; they share the products, of rows or of columns, whichever are fewer. Not centred. Raises
+    `ValueError` for anything but a matrix. Source: Giraldo et al. 2015; AdaDim A.4.
     """
     if x.dim() != 2 or x.numel() == 0:
         raise ValueError(f"renyi_entropy: expected a matrix [M, d], got {list(x.shape)}")
@@ -134,6 +117,35 @@ def renyi_entropy(x: Tensor, comm: Comm = ONE_PROCESS) -> float:
     part = tall[comm.rank :: comm.world_size]
     square = float(comm.sum(part.T @ part).square().sum())
     return -math.log(max(square, 1.0) / rows**2)
+
+
+# --- sums over pairs, in blocks ------------------------------------------------------------------
+
+
+def pair_means(r: Tensor, z: Tensor, comm: Comm = ONE_PROCESS, chunk: int = CHUNK) -> PairMeans:
+    """Means over all pairs of rows of `r` `[M, d_R]` and `z` `[M, d]`, in float64.
+
+    Every process holds both whole; they share the pairs, each of which is taken once. No M x M
+    matrix is kept. Not centred. Raises `ValueError` unless both are matrices of equal length.
+    """
+    _check("pair_means", r, z)
+    r, z, rows = _unit(r), _unit(z), len(r)
+    sums = r.new_zeros(5)
+    for start, stop in _blocks(rows, comm, chunk):
+        # The matrix is symmetric: the block on the diagonal counts once, those to its right twice.
+        weights = torch.full((rows - start,), 2.0, dtype=r.dtype, device=r.device)
+        weights[: stop - start] = 1
+        cosines = [x[start:stop] @ x[start:].T for x in (r, z)]
+        potentials = [
+            _potential(c, x[start:stop], x[start:]) for c, x in zip(cosines, (r, z), strict=True)
+        ]
+        a, b = (c.square_() for c in cosines)
+        parts = [a.sum(0), b.sum(0), (a * b).sum(0), *(p.sum(0) for p in potentials)]
+        sums += torch.stack(parts) @ weights
+    sums = comm.sum(sums)
+    # The diagonal is 1, so each mean is at least 1/M. Zero rows alone have a smaller one.
+    a, b, joint = (sums[:3] / rows**2).clamp(min=1 / rows**2).tolist()
+    return PairMeans(a, b, joint, *(sums[3:] / (rows * (rows - 1))).tolist())
 
 
 def _check(name: str, r: Tensor, z: Tensor) -> None:
@@ -145,6 +157,13 @@ def _check(name: str, r: Tensor, z: Tensor) -> None:
 
 def _unit(x: Tensor) -> Tensor:
     return F.normalize(x.detach().double(), dim=1, eps=1e-12)
+
+
+def _column_gram(x: Tensor, comm: Comm) -> Tensor:
+    """Gram matrix `[d, d]` of the l2-normalised columns; each process multiplies a part of rows."""
+    part = x.detach().double()[comm.rank :: comm.world_size]
+    part = part / comm.sum(part.square().sum(0)).clamp(min=1e-24).sqrt()
+    return comm.sum(part.T @ part)
 
 
 def _potential(cosines: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ def alignment(x: Tensor, comm: Comm = ONE_PROCESS) -> float:
     """Mean |u - u'|^2 over the images and the pairs of their views, `x` `[q, n, d]` held here.
 
     u are the rows scaled to length one; in [0, 4], 0 where all views of an image are equal. The
-    processes hold different images, not necessarily equally many. Not centred. Raises `ValueError`
-    for less than two views or no image. Source: Wang & Isola 2020, Eq. 4 with alpha = 2.
+    processes hold different images; their numbers may differ. Not centred. Raises `ValueError` for
+    fewer than two views or no image. Source: Wang & Isola 2020, Eq. 4 with alpha = 2.
     """
     views, images = _check("alignment", x, comm)
     unit = F.normalize(x.detach().double(), dim=2, eps=1e-12)
-    # The mean over all pairs from the distances to the views' mean.
+    # The mean over pairs of q views is 2 / (q - 1) times the squared distances to their mean.
     apart = (unit - unit.mean(0)).square().sum()
     return float(comm.sum(apart)) * 2 / ((views - 1) * images)
 
@@ -26,12 +26,13 @@ def alignment(x: Tensor, comm: Comm = ONE_PROCESS) -> float:
 def lidar(x: Tensor, comm: Comm = ONE_PROCESS, delta: float = 1e-4, eps: float = 1e-8) -> float:
     """LiDAR: how many dimensions tell images apart, of views `x` `[q, n, d]` of the images here.
 
-    Effective rank of S_w^-1/2 S_b S_w^-1/2: S_b is the covariance of the images' mean rows, S_w the
-    mean covariance of an image's views plus `delta` I; p = (eigenvalues + `eps`) / their sum. At
-    most d; 0 where the images are told apart by less than `eps` altogether. Centred, by both
-    covariances (divisors M - 1 and q - 1). The processes hold different images; the covariances are
-    all-reduced in float64, and rank 0's value is every process's.
-    Raises `ValueError` for less than two views or two images. Source: Thilak et al. 2024.
+        exp(-sum p log p),  p = (eigenvalues of S_w^-1/2 S_b S_w^-1/2 + eps) / their sum
+
+    S_b is the covariance of the images' mean rows (divisor M - 1), S_w the mean covariance of an
+    image's views (divisor q - 1) plus `delta` I, so both are centred. At most d; 0 where the mean
+    eigenvalue is at most `eps`. The processes hold different images; the covariances are
+    all-reduced in float64, and every process returns rank 0's value. Raises `ValueError` for fewer
+    than two views or two images. Source: Thilak et al. 2024.
     """
     views, images = _check("lidar", x, comm)
     if images < 2:

@@ -9,7 +9,7 @@ import torch
 from ddp_ssl import checkpoint
 from ddp_ssl.config import Resolved
 from ddp_ssl.data.datasets import registry
-from ddp_ssl.evals.probe import Learner
+from ddp_ssl.methods._learner import Learner
 from ddp_ssl.models import export
 from ddp_ssl.run.configure import load
 from tests.helpers import TINY, method_of

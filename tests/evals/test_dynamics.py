@@ -16,8 +16,9 @@ from ddp_ssl import checkpoint, distributed
 from ddp_ssl.config import ConfigError
 from ddp_ssl.distributed import World
 from ddp_ssl.evals import dynamics
-from ddp_ssl.evals.settings import find_source, load_settings
+from ddp_ssl.evals.settings import load_settings
 from ddp_ssl.evals.validation import Validation
+from ddp_ssl.evals.weights import find_source
 from tests.ranks import Ranks
 from tests.test_resume import arguments, rows, train
 

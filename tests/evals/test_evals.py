@@ -11,9 +11,9 @@ import torch
 
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.distributed import World, comm_of
-from ddp_ssl.evals.knn import knn_predict
-from ddp_ssl.evals.probe import Learner
+from ddp_ssl.evals.nearest import knn_predict
 from ddp_ssl.evals.validation import Validation
+from ddp_ssl.methods._learner import Learner
 from tests.helpers import batch_of, config_of, images, method_of
 from tests.ranks import Ranks
 

@@ -19,7 +19,8 @@ from PIL import Image
 from ddp_ssl.config import Config, Data, reference_of
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.evals.features import Extractor
-from ddp_ssl.evals.settings import EvaluateConfig, find_source, load_settings
+from ddp_ssl.evals.settings import EvaluateConfig, load_settings
+from ddp_ssl.evals.weights import find_source
 from ddp_ssl.evaluate import main
 from ddp_ssl.launch import rank_and_size
 from tests.evals.runs import make_run

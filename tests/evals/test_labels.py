@@ -14,8 +14,8 @@ from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import World, comm_of
-from ddp_ssl.evals.probe import Learner
 from ddp_ssl.evals.validation import Validation
+from ddp_ssl.methods._learner import Learner
 from tests.data.images import picture
 from tests.helpers import batch_of, config_of, images, method_of
 from tests.ranks import Ranks

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddp_ssl.comm import ONE_PROCESS
 from ddp_ssl.distributed import World, comm_of
-from ddp_ssl.evals import knn
+from ddp_ssl.evals import nearest
 from ddp_ssl.evals.accuracy import Accuracy, Tally, over_images, over_seeds
 from tests.ranks import Ranks
 
@@ -33,13 +33,13 @@ def parts(total: int, size: int) -> list[int]:
 
 
 def predictions(world: World, queries: int, chunk: int, block: int) -> list[list[int]]:
-    knn.QUERIES, knn.BLOCK = chunk, block
+    nearest.QUERIES, nearest.BLOCK = chunk, block
     comm, (x, y) = comm_of(world), digits()
     bank, labels, test = x[:700], y[:700], x[700 : 700 + queries]
     b, q = parts(700, world.size), parts(queries, world.size)
     mine = slice(b[world.rank], b[world.rank + 1])
     found: list[list[int]] = [[] for _ in K]
-    for _, scores in knn.sharded_votes(
+    for _, scores in nearest.sharded_votes(
         (bank[mine], labels[mine]), test[q[world.rank] : q[world.rank + 1]], K, 10, T, comm
     ):
         for rows, weights in zip(found, scores, strict=True):
@@ -57,13 +57,15 @@ def test_votes_equal_scikit_learns(ranks: Ranks, world_size: int) -> None:
         ).fit(x[:700].double(), y[:700])
         expected = oracle.predict(x[700:1001].double()).tolist()
         assert [p for result in results for p in result[i]] == expected
-        whole = knn.knn_predict(x[:700], y[:700], x[700:1001], k, T)
+        whole = nearest.knn_predict(x[:700], y[:700], x[700:1001], k, T)
         assert whole.tolist() == expected
 
 
 def test_a_bank_smaller_than_k_votes_with_all_it_has() -> None:
     x, y = digits()
-    ((rows, (few, many)),) = knn.sharded_votes((x[:7], y[:7]), x[7:10], [7, 50], 10, T, ONE_PROCESS)
+    ((rows, (few, many)),) = nearest.sharded_votes(
+        (x[:7], y[:7]), x[7:10], [7, 50], 10, T, ONE_PROCESS
+    )
     assert rows == slice(0, 3)
     assert torch.equal(few, many)
 

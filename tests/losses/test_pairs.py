@@ -16,10 +16,10 @@ from ddp_ssl.losses import (
     barlow_twins_multiview,
     info_nce,
     mutual_information,
-    pairs,
     vicreg,
     vicreg_multiview,
 )
+from ddp_ssl.losses.kernels import gram as pairs
 from tests.helpers import Operators, relative
 from tests.losses.test_losses import some
 from tests.ranks import Ranks

@@ -18,7 +18,7 @@ from ddp_ssl.config import Config
 from ddp_ssl.config.views import views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import World
-from ddp_ssl.evals.probe import Learner
+from ddp_ssl.methods._learner import Learner
 from ddp_ssl.run.configure import load
 from ddp_ssl.signals import StopRequest
 from ddp_ssl.watchdog import Watchdog

@@ -1,13 +1,12 @@
-"""Sums over all pairs of images, the rows shared among processes, in blocks of bounded memory.
+"""Sums over all pairs of images, in blocks of bounded memory; each process takes its own rows.
 
-Every function here takes rows held by this process and the rows of all processes as constants, and
-returns this process's part of the sum. A pair (i, j) counts in the parts of both processes; since
-each summand is symmetric, the gradient of the whole sum with respect to a row held here needs only
-what is here. So the backward gives that whole gradient, nothing is sent back to the others, and
-with `comm.sum` around the parts value and gradient are the global batch's.
+Every function takes the rows held by this process and, as constants, the rows of all processes. It
+returns this process's part of the sum. A pair (i, j) counts in the parts of both processes. Each
+summand is symmetric, so the gradient of the whole sum by a row held here needs only what is here:
+backward gives that whole gradient and communicates nothing. With `comm.sum` around the parts, value
+and gradient are those of the global batch.
 
-Blocks of at most `BLOCK` pairs are computed again in backward, but for those that are kept: the one
-that is all, and on a GPU the first few.
+Backward computes the blocks again. Only a single block, and on a GPU the first few, are kept.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 2**22
-ON_GPU = 4  # times as many: each block reads all columns, and a GPU has no caches to stay within
-KEPT = 0  # of several blocks for backward
+BLOCK = 2**22  # pairs in a block
+ON_GPU = 4  # times larger blocks on a GPU: each block reads all columns
+KEPT = 0  # blocks kept for backward, if there are several
 KEPT_ON_GPU = 4  # 256 MiB of float32 for each matrix of products: 512 rows against 131,072
-CACHED = 2**18  # elements that one pass over several tensors takes at a time on a CPU
-AT_ONCE = 2**24  # and on a GPU, so that no temporary of such a pass exceeds 64 MiB
+CACHED = 2**18  # elements in a slice that several passes share, so that it stays in a CPU's cache
+AT_ONCE = 2**24  # the same on a GPU, where it bounds temporary tensors to 64 MiB
 MIRRORED = 128  # rows: smaller products are not worth halving
 
 
 def blocks(rows: Tensor, columns: int) -> Iterator[slice]:
-    """Slices of `rows` `[m, d]`, each with at most `BLOCK` pairs, on a GPU 2^24 (or one row)."""
+    """Slices of `rows` `[m, d]`: each has one row or at most `BLOCK` pairs (on a GPU 2^24)."""
     most = BLOCK * (ON_GPU if rows.is_cuda else 1)
     size = max(1, most // max(columns, 1))
     for start in range(0, len(rows), size):
@@ -42,7 +41,7 @@ def kept_blocks(rows: Tensor, parts: list[slice]) -> int:
 
 
 def in_cache(x: Tensor) -> Iterator[slice]:
-    """Slices of the rows of `x` `[K, n, d]`, for several passes while they are in the cache."""
+    """Slices of the rows of `x` `[K, n, d]` that stay in the cache for several passes."""
     views, rows, width = x.shape
     size = max(1, (AT_ONCE if x.is_cuda else CACHED) // max(1, views * width))
     for start in range(0, rows, size):
@@ -52,7 +51,7 @@ def in_cache(x: Tensor) -> Iterator[slice]:
 def gram(rows: Tensor, columns: Tensor) -> Tensor:
     """`rows` `[m, d]` times the transpose of `columns` `[N, d]`, without gradient.
 
-    Where both are the same rows and on a CPU, half is computed and mirrored.
+    Where both are the same tensor, a CPU computes half of the product and mirrors it.
     """
     count = len(rows)
     alike = rows.shape == columns.shape and rows.stride() == columns.stride()
@@ -72,7 +71,7 @@ def gram(rows: Tensor, columns: Tensor) -> Tensor:
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Sum of a b over two matrices, in blocks of rows.
 
-    Not `torch.dot`, which loses three digits of float32 over millions of elements.
+    `torch.dot` would lose three digits of float32 over millions of elements.
     """
     total = a.new_zeros(())
     for part in blocks(a, a.shape[1]):
@@ -81,10 +80,10 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def gram_square(a: Tensor, all_a: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Part of |A A^T|_F^2, the sum over i, j of (a_i . a_j)^2; the products, if one block is all.
+    """Part of |A A^T|_F^2, the sum over i, j of (a_i . a_j)^2; the products, if in one block.
 
     `a` `[m, p]`: rows held here; `all_a` `[N, p]`: everyone's. No gradient: for the forward of an
-    `autograd.Function`, whose backward takes `gram_times`.
+    `autograd.Function` whose backward calls `gram_times`.
     """
     total, kept = a.new_zeros(()), None
     parts = list(blocks(a, len(all_a)))
@@ -121,11 +120,11 @@ class _GramProduct(torch.autograd.Function):
         total = a.new_zeros(())
         parts = list(blocks(a, len(all_a)))
         for part in parts:
-            of_a = gram(a[part], all_a)
-            of_b = of_a if ctx.same else gram(b[part], all_b)
-            total += (of_a * of_b).sum()
+            gram_a = gram(a[part], all_a)
+            gram_b = gram_a if ctx.same else gram(b[part], all_b)
+            total += (gram_a * gram_b).sum()
             if len(parts) == 1:
-                kept = of_a, None if ctx.same else of_b
+                kept = gram_a, None if ctx.same else gram_b
         ctx.save_for_backward(a, b, all_a, all_b, *kept)
         return total
 
@@ -136,14 +135,14 @@ class _GramProduct(torch.autograd.Function):
         grad_a = torch.empty_like(a)
         grad_b = None if ctx.same else torch.empty_like(b)
         for part in blocks(a, len(all_a)):
-            of_a = a[part] @ all_a.T if kept_a is None else kept_a
+            gram_a = a[part] @ all_a.T if kept_a is None else kept_a
             if grad_b is None:
-                torch.matmul(of_a, all_a, out=grad_a[part])
+                torch.matmul(gram_a, all_a, out=grad_a[part])
             else:
-                of_b = b[part] @ all_b.T if kept_b is None else kept_b
-                torch.matmul(of_b, all_a, out=grad_a[part])
-                torch.matmul(of_a, all_b, out=grad_b[part])
-        # Both roles of a row, and with a = b both factors.
+                gram_b = b[part] @ all_b.T if kept_b is None else kept_b
+                torch.matmul(gram_b, all_a, out=grad_a[part])
+                torch.matmul(gram_a, all_b, out=grad_b[part])
+        # A row stands on both sides of a pair: 2. With a = b it stands in both factors too: 4.
         (scale,) = grads
         grad_a *= scale * (4 if grad_b is None else 2)
         return grad_a, None if grad_b is None else grad_b.mul_(2 * scale), None, None
@@ -153,7 +152,7 @@ def moment_product(a: Tensor, b: Tensor, total: Callable[[Tensor], Tensor]) -> T
     """Part of |A^T B|_F^2 over all images from C = A^T B, summed over processes by `total`.
 
     `a` `[m, p]`, `b` `[m, q]`: rows held here; `b` may be `a` itself. The part is the product of
-    this process's A^T B with C, so that the parts add up to |C|^2 and nothing is sent in backward.
+    this process's A^T B with C. The parts add up to |C|^2, and backward communicates nothing.
     """
     return cast(Tensor, _MomentProduct.apply(a, b, total))
 
@@ -193,10 +192,10 @@ class _SquaredProducts(torch.autograd.Function):
         sums = r.new_zeros(3)
         parts = list(blocks(r, len(all_r)))
         for index, part in enumerate(parts):
-            of_r, of_z = gram(r[part], all_r), gram(z[part], all_z)
+            gram_r, gram_z = gram(r[part], all_r), gram(z[part], all_z)
             if index < kept_blocks(r, parts):
-                kept += [of_r, of_z]
-            a, b = of_r.square(), of_z.square()
+                kept += [gram_r, gram_z]
+            a, b = gram_r.square(), gram_z.square()
             sums += torch.stack([a.sum(), b.sum(), a.mul_(b).sum()])
         ctx.save_for_backward(r, z, all_r, all_z, *kept)
         return sums
@@ -210,15 +209,15 @@ class _SquaredProducts(torch.autograd.Function):
         grad_r = torch.empty_like(r) if need_r else None
         grad_z = torch.empty_like(z) if need_z else None
         for index, part in enumerate(blocks(r, len(all_r))):
-            of_r, of_z = kept[2 * index : 2 * index + 2] or (
+            gram_r, gram_z = kept[2 * index : 2 * index + 2] or (
                 r[part] @ all_r.T,
                 z[part] @ all_z.T,
             )
-            # The sum's derivative by a product s is 2 s (g_a + g_ab b), each pair counted twice.
+            # The sum's derivative by a product s is 2 s (g_a + g_ab b); each pair counts twice.
             if grad_r is not None:
-                weight = of_z.square().mul_(4 * grad[2]).add_(4 * grad[0]).mul_(of_r)
+                weight = gram_z.square().mul_(4 * grad[2]).add_(4 * grad[0]).mul_(gram_r)
                 torch.matmul(weight, all_r, out=grad_r[part])
             if grad_z is not None:
-                weight = of_r.square().mul_(4 * grad[2]).add_(4 * grad[1]).mul_(of_z)
+                weight = gram_r.square().mul_(4 * grad[2]).add_(4 * grad[1]).mul_(gram_z)
                 torch.matmul(weight, all_z, out=grad_z[part])
         return grad_r, grad_z, None, None

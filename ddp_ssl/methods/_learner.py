@@ -14,7 +14,7 @@ from ddp_ssl.methods.base import Method
 
 
 class Learner(nn.Module):
-    """The method and, where there are labels, a linear probe: what DDP wraps."""
+    """The method and, if there are labels, a linear probe. DDP wraps this module."""
 
     def __init__(self, method: Method[Any], num_classes: int, some_unlabelled: bool = True) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Learner(nn.Module):
         return total, figures
 
     def _time(self, features: Tensor, labels: Tensor) -> tuple[Any, Any]:
-        """The probe once more, since its backward within the step's cannot be told apart."""
+        """Run the probe again: its backward cannot be timed within the step's."""
         assert self.probe is not None
         start = clock.now(features.device)
         loss, _ = self._probe(features, labels, self.method.comm.world_size / labels.numel())
@@ -50,8 +50,8 @@ class Learner(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy and top-1 over the views `[k, n, d_R]` of the images with a label.
 
-        Processes may hold different numbers of these (label -1: unknown), so that each one's part
-        is scaled: the mean over processes is the mean over all labelled images of the batch.
+        Processes may hold different numbers of these (label -1: unknown). Each one's part is scaled
+        so that the mean over processes is the mean over all labelled images of the batch.
         """
         assert self.probe is not None
         with torch.autocast(features.device.type, enabled=False):
@@ -65,7 +65,7 @@ class Learner(nn.Module):
             return loss, scale * correct
 
     def _scale(self, target: Tensor, dtype: torch.dtype) -> Tensor | float:
-        """World size / number of all labels; the others are asked only where numbers differ."""
+        """World size / number of all labels; communicates only if the numbers may differ."""
         if not self.some_unlabelled:
             return 1 / len(target)
         comm = self.method.comm
