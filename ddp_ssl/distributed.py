@@ -31,10 +31,10 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_ssl import clock
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.driver import why_no_gpu
 from ddp_ssl.launch import local_rank_and_size, ranges, rank_and_size, restarts
+from ddp_ssl.utils import device_timer
 
 # torch 2.13 renamed the single-tensor collectives and deprecated the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -75,7 +75,7 @@ class Traffic:
 
     def mark(self) -> Any:
         """This moment, on the device's own clock."""
-        return clock.now(self._device)
+        return device_timer.now(self._device)
 
     def span(self, start: Any) -> None:
         """Count the time since `start` as waiting."""
@@ -96,7 +96,7 @@ class Traffic:
         """Seconds spent waiting while sampling, which ends here; waits for the device."""
         self.sampling = False
         spans, self._spans = self._spans, []
-        return sum(clock.seconds_between(start, end) for start, end in spans)
+        return sum(device_timer.seconds_between(start, end) for start, end in spans)
 
 
 traffic = Traffic()

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from ddp_ssl.config import builtin_methods
-from ddp_ssl.log import read_metrics
+from ddp_ssl.logs.writer import read_metrics
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "methods.md"
 BEGIN, END = "<!-- digits: begin -->", "<!-- digits: end -->"

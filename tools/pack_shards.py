@@ -42,7 +42,7 @@ from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import generator
 from ddp_ssl.data.progress import Progress, tell
 from ddp_ssl.data.scan import EXTENSIONS
-from ddp_ssl.files import sync_folder
+from ddp_ssl.utils.files import sync_folder
 
 BLOCK, RECORD = 512, 10240  # tar's
 OVERHEAD = 3 * BLOCK + 2 * BLOCK + BLOCK  # headers, class and id, padding at most

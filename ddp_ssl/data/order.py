@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddp_ssl.utils.seeds import generator as generator
+from ddp_ssl.utils.seeds import hashed as hashed
+
 Ids = NDArray[np.int64]
-
-
-def hashed(*key: object, bits: int = 31) -> int:
-    """A number of `bits` bits from the key's `repr`: a random stream of its own for each purpose.
-
-    The same on every machine and in every process, unlike Python's `hash`.
-    """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return int.from_bytes(digest, "little") & ((1 << bits) - 1)
-
-
-def generator(*key: object) -> np.random.Generator:
-    """A counter-based generator (Philox) keyed by `key`."""
-    return np.random.Generator(np.random.Philox(key=hashed(*key, bits=128)))
 
 
 def permutation(seed: int, epoch: int, n: int) -> Ids:

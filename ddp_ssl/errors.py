@@ -1,0 +1,29 @@
+"""The errors that end a run. Each message is one line for people."""
+
+from __future__ import annotations
+
+from ddp_ssl.config import ConfigError
+
+
+class BuildError(ConfigError):
+    """An error during start-up that a restart may cure."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the older ones are intact."""
+
+
+class SaveError(RuntimeError):
+    """Too many saves in a row failed."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+class BadDataError(RuntimeError):
+    """More images are bad than `data.max_bad_fraction` allows."""
+
+
+class ViewGroupError(RuntimeError):
+    """Processes that share the views of an image did not read the same images."""
