@@ -25,7 +25,7 @@ def look_at_versions(bench: Bench, before: list[Any]) -> dict[str, str]:
     here = environment.environment()
     found = {name.lower(): version for name, version in here["packages"].items()}
     found |= {"python": here["python"], "commit": here["git_commit"] or "none"}
-    found["cuda"] = environment["cuda"] or "none"
+    found["cuda"] = here["cuda"] or "none"
     driver = find_driver()
     found["driver"] = "none" if driver is None else driver.cuda
     return found
