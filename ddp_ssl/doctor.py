@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ddp_ssl.config import Config, ConfigError, check_world_size
-from ddp_ssl.launch import local_rank_and_size, rank_and_size
 from ddp_ssl.run.configure import load
+from ddp_ssl.utils.launcher import local_rank_and_size, rank_and_size
 
 if TYPE_CHECKING:
     import torch

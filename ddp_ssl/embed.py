@@ -28,20 +28,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
-from ddp_ssl import distributed, log
+from ddp_ssl import distributed
 from ddp_ssl.config import Config, ConfigError
+from ddp_ssl.data.build import load_data
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import World
-from ddp_ssl.engine import load_data, together
+from ddp_ssl.distributed.agreement import on_all_ranks
 from ddp_ssl.evals.features import Block, Extractor, gather_rows
 from ddp_ssl.evals.pretrained import Pretrained, load_pretrained, normalised
 from ddp_ssl.evals.settings import EvaluateConfig, load_settings
 from ddp_ssl.evals.weights import Source, find_source
 from ddp_ssl.export import Parser
-from ddp_ssl.launch import cpu_share, rank_and_size
-from ddp_ssl.signals import stop_with_parent
+from ddp_ssl.logs import console
+from ddp_ssl.run import environment
+from ddp_ssl.run.signals import stop_with_parent
+from ddp_ssl.utils.launcher import cpu_share, rank_and_size
 
 logger = logging.getLogger("ddp_ssl")
 Array = npt.NDArray[Any]
@@ -126,7 +129,7 @@ def run(source: Source, settings: EvaluateConfig, wanted: Wanted) -> int:
         world = distributed.start(settings.run.device, settings.run.timeout_s)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    log.setup_logging(None, world.rank)
+    console.setup_logging(None, world.rank)
     torch.set_num_threads(settings.run.threads or cpu_share())
     try:
         embed(source, settings, wanted, world)
@@ -138,18 +141,18 @@ def run(source: Source, settings: EvaluateConfig, wanted: Wanted) -> int:
 def embed(source: Source, settings: EvaluateConfig, wanted: Wanted, world: World) -> None:
     """Extract on all processes, write on rank 0."""
     tell = logger.info if world.is_main else _silent
-    together(world, lambda: registry.find(settings.data))
+    on_all_ranks(world, lambda: registry.find(settings.data))
     size = settings.image_size
-    pretrained = together(
+    pretrained = on_all_ranks(
         world, lambda: load_pretrained(source, settings.model, [size], seed=settings.run.seed)
     )
     settings = normalised(settings, pretrained)
-    network = together(world, lambda: Network(pretrained, wanted.embeddings))
+    network = on_all_ranks(world, lambda: Network(pretrained, wanted.embeddings))
     tell(pretrained.description)
-    together(world, lambda: registry.stage(settings.data))
+    on_all_ranks(world, lambda: registry.stage(settings.data))
     data = load_data(cast(Config, settings), world)  # which reads `data` and `run.seed`
-    split = together(world, lambda: _split(data, wanted.split))
-    together(world, lambda: _make_room(wanted) if world.is_main else None)
+    split = on_all_ranks(world, lambda: _split(data, wanted.split))
+    on_all_ranks(world, lambda: _make_room(wanted) if world.is_main else None)
 
     comm = distributed.comm_of(world)
     widths = network.widths(size)
@@ -168,7 +171,7 @@ def embed(source: Source, settings: EvaluateConfig, wanted: Wanted, world: World
             shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in parts.items())
             print(f"{wanted.out}: {shapes}, labels, ids, class_names")
 
-    together(world, write)
+    on_all_ranks(world, write)
     if wanted.projector is not None:
         project(wanted.projector, wanted.points, parts, ids, data, split, settings, world)
 
@@ -211,7 +214,7 @@ def project(
             "Projector"
         )
 
-    together(world, write)
+    on_all_ranks(world, write)
 
 
 def _all(extractor: Extractor, split: Split, what: str, world: World) -> tuple[Array, Array]:
@@ -222,7 +225,7 @@ def _all(extractor: Extractor, split: Split, what: str, world: World) -> tuple[A
     """
     # The extractor leaves out what has no label; here every image has one.
     alike = replace(split, labels=np.zeros_like(split.labels))
-    block: Block = together(world, lambda: extractor.features(alike, what=what))
+    block: Block = on_all_ranks(world, lambda: extractor.features(alike, what=what))
     comm, device = extractor.comm, world.device
     ids = gather_rows(block.ids, comm, device).sort().values.numpy()
     features = np.empty((len(ids) if world.is_main else 0, extractor.width), np.float32)
@@ -343,7 +346,7 @@ def _about(
         "image_size": settings.image_size,
         "mean": mean,
         "std": std,
-        "code": log.code_version(),
+        "code": environment.code_version(),
     }
 
 

@@ -1,5 +1,31 @@
-"""The package's own errors."""
+"""The errors that end a run. Each message is one line for people."""
+
+from __future__ import annotations
 
 
 class ConfigError(ValueError):
     """The user asked for something that cannot be run; the message is one line for the user."""
+
+
+class BuildError(ConfigError):
+    """An error during start-up that a restart may cure."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the older ones are intact."""
+
+
+class SaveError(RuntimeError):
+    """Too many saves in a row failed."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+class BadDataError(RuntimeError):
+    """More images are bad than `data.max_bad_fraction` allows."""
+
+
+class ViewGroupError(RuntimeError):
+    """Processes that share the views of an image did not read the same images."""

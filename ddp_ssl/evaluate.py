@@ -24,8 +24,8 @@ from ddp_ssl.evals.settings import (
     protocol_of,
 )
 from ddp_ssl.evals.weights import Source, find_source
-from ddp_ssl.launch import cpu_share, rank_and_size
-from ddp_ssl.signals import stop_with_parent
+from ddp_ssl.run.signals import stop_with_parent
+from ddp_ssl.utils.launcher import cpu_share, rank_and_size
 
 if TYPE_CHECKING:
     from ddp_ssl.data.datasets.base import Dataset
@@ -179,14 +179,15 @@ def run(command: str, source: Source, settings: EvaluateConfig) -> int:
     """The whole evaluation; returns the exit code. Raises `ConfigError`."""
     import torch
 
-    from ddp_ssl import distributed, log
-    from ddp_ssl.engine import together
+    from ddp_ssl import distributed
+    from ddp_ssl.distributed.agreement import on_all_ranks
+    from ddp_ssl.logs import console
 
     try:
         world = distributed.start(settings.run.device, settings.run.timeout_s)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    log.setup_logging(None, world.rank)
+    console.setup_logging(None, world.rank)
     torch.set_num_threads(settings.run.threads or cpu_share())
     code = 0
     try:
@@ -201,7 +202,9 @@ def run(command: str, source: Source, settings: EvaluateConfig) -> int:
             report = evaluate(work)
             bad = unreadable(work)
             seconds = time.perf_counter() - start
-            together(world, lambda: finish(work, report, bad, seconds) if world.is_main else None)
+            on_all_ranks(
+                world, lambda: finish(work, report, bad, seconds) if world.is_main else None
+            )
     except ConfigError:  # raised by all processes together
         distributed.stop()
         raise
@@ -236,14 +239,15 @@ def prepare(command: str, source: Source, settings: EvaluateConfig, world: World
     """Find the data, load the weights, claim a place for the results; on all processes."""
     import torch
 
+    from ddp_ssl.data.build import load_data
     from ddp_ssl.data.datasets import registry
     from ddp_ssl.distributed import comm_of
-    from ddp_ssl.engine import load_data, together
+    from ddp_ssl.distributed.agreement import on_all_ranks
     from ddp_ssl.evals.features import Extractor
     from ddp_ssl.evals.pretrained import load_pretrained, normalised
 
-    together(world, lambda: registry.find(settings.data))
-    pretrained = together(
+    on_all_ranks(world, lambda: registry.find(settings.data))
+    pretrained = on_all_ranks(
         world,
         lambda: load_pretrained(
             source, settings.model, [settings.image_size], seed=settings.run.seed
@@ -252,12 +256,14 @@ def prepare(command: str, source: Source, settings: EvaluateConfig, world: World
     tell = _teller(world)
     tell(pretrained.description)
     settings = normalised(settings, pretrained)
-    together(world, lambda: registry.stage(settings.data))
+    on_all_ranks(world, lambda: registry.stage(settings.data))
     data = load_data(cast(Config, settings), world)  # which reads `data` and `run.seed`
     train, val = _splits(settings, data)
     default = source.home or Path("runs") / f"evaluate-{source.name}"
     folder = Path(settings.run.dir or default) / "evaluate"
-    together(world, lambda: folder.mkdir(parents=True, exist_ok=True) if world.is_main else None)
+    on_all_ranks(
+        world, lambda: folder.mkdir(parents=True, exist_ok=True) if world.is_main else None
+    )
     tell(
         f"{command} on {data.name}: {len(train)} training and {len(val)} test images of "
         f"{data.num_classes} classes, {settings.image_size} pixels; {world.size} process(es) on "
@@ -343,8 +349,8 @@ def finish(work: Evaluation, report: Report, unreadable: dict[str, str], seconds
     """Write the result files and print the table; on rank 0."""
     import json
 
-    from ddp_ssl import log
     from ddp_ssl.evals.report import as_json, class_table, free_name, table, write
+    from ddp_ssl.run import environment
 
     if unreadable:
         report.notes.append(f"{len(unreadable)} images cannot be read and are left out")
@@ -367,7 +373,7 @@ def finish(work: Evaluation, report: Report, unreadable: dict[str, str], seconds
         "processes": work.world.size,
         "seconds": round(seconds, 1),
         "unreadable": unreadable,
-        "environment": log.environment(),
+        "environment": environment.environment(),
     }
     heading = f"{_what(work)} on {work.data.name}, {work.pretrained.description}"
     body = "\n\n".join([heading, table(report), *report.notes])

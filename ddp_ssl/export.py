@@ -32,7 +32,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddp_ssl import checkpoint, models
+from ddp_ssl import models
+from ddp_ssl.checkpoint import store
 from ddp_ssl.config import Config, ConfigError, Model
 from ddp_ssl.evals.settings import config_of_run
 from ddp_ssl.evals.weights import find_source
@@ -96,11 +97,11 @@ def load_trained(source: str) -> Trained:
     config = config_of_run(found.home)
     path = found.file
     if path is None:
-        good = checkpoint.newest_good(found.home)
+        good = store.newest_good(found.home)
         if good is None:
             raise ValueError(f"no good checkpoint in {found.home / 'checkpoints'}; {accepted}")
         path = good.path
-    state = checkpoint.load(path)
+    state = store.load(path)
     if not {"model", "step", "identity"} <= state.keys():
         raise ValueError(f"{path} is no checkpoint of a run; {accepted}")
     sizes = [config.data.central_crop.size]

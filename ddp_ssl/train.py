@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 
 from ddp_ssl.config import Config, ConfigError, check_world_size, reference
-from ddp_ssl.launch import rank_and_size
 from ddp_ssl.run.configure import load
-from ddp_ssl.signals import StopRequest, stop_with_parent
+from ddp_ssl.run.signals import StopRequest, stop_with_parent
+from ddp_ssl.utils.launcher import rank_and_size
 
 LEAVE_WITHIN_S = 120
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if rank == 0:
                 print(resolved.to_yaml(), end="")
             return 0
-        from ddp_ssl.engine import run
+        from ddp_ssl.training.lifecycle import run
 
         return run(resolved, stop)
     except ConfigError as error:

@@ -42,7 +42,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     root = logging.getLogger()
-    for handler in [h for h in root.handlers if type(h).__module__ == "ddp_ssl.log"]:
+    for handler in [h for h in root.handlers if type(h).__module__ == "ddp_ssl.logs.console"]:
         root.removeHandler(handler)
     logging.captureWarnings(False)
 

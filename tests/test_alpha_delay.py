@@ -13,10 +13,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from ddp_ssl import checkpoint, engine
+from ddp_ssl.checkpoint import store
 from ddp_ssl.config import ConfigError
 from ddp_ssl.metrics.effective_rank import Matrix
 from ddp_ssl.run.identity import check_identity, identity
+from ddp_ssl.training import measurement
 from tests.helpers import config_of
 from tests.ranks import Ranks
 from tests.test_resume import arguments, rows, status, train
@@ -64,7 +65,7 @@ def test_at_any_number_of_processes(
         more = ("method.alpha_delay=1", f"method.alpha_route={route}", f"method.alpha_mode={mode}")
         args = arguments(photos, place, *SETTINGS, *more)
         assert ranks.launch(train, size, args) == [0] * size
-        state = torch.load(checkpoint.find(place)[0].path, weights_only=True)
+        state = torch.load(store.find(place)[0].path, weights_only=True)
         (extra,) = (v for k, v in state["model"].items() if k.endswith("method._extra_state"))
         assert extra["measured"] is None
         (entry,) = extra["history"]
@@ -84,7 +85,7 @@ def test_resumed_while_alpha_is_not_yet_in_use(
     more = ("method.alpha_delay=1", "checkpoint.every_steps=8")
     args = arguments(photos, tmp_path / "run", *SETTINGS, *more)
     assert ranks.launch(train, 2, args, death) == ["killed"] * 2
-    newest = checkpoint.find(tmp_path / "run")[0]
+    newest = store.find(tmp_path / "run")[0]
     assert newest.step == {7: 6, 8: 8}[death]
     state = torch.load(newest.path, weights_only=True)
     (extra,) = (v for k, v in state["model"].items() if k.endswith("method._extra_state"))
@@ -101,7 +102,7 @@ def test_a_checkpoint_does_not_wait_for_alpha(
     args = arguments(photos, tmp_path / "run", *SETTINGS, "method.alpha_delay=1")
     args += ["checkpoint.every_steps=1"]
     assert ranks.launch(held_and_killed, 2, args, 8) == ["killed"] * 2
-    newest = checkpoint.find(tmp_path / "run")[0]
+    newest = store.find(tmp_path / "run")[0]
     assert newest.step == 8
     state = torch.load(newest.path, weights_only=True)
     (extra,) = (v for k, v in state["model"].items() if k.endswith("method._extra_state"))
@@ -201,34 +202,28 @@ def test_the_batches_are_read_during_the_last_steps(
     """And are the same as those that are read when they are asked for."""
     args = arguments(photos, tmp_path / "run", *SETTINGS, "method.alpha_delay=1")
     opened = ranks.launch(opened_at, 2, args, 2)
-    assert opened == [[("alpha", 4, "beside_0")]] * 2
+    assert opened == [[("alpha", "background_0")]] * 2
     assert rows(tmp_path / "run") == rows(whole)
     args = [*args, f"run.dir={tmp_path / 'late'}"]
     late = ranks.launch(opened_at, 2, args, -1)
-    assert late == [[("alpha", 6, "MainThread")]] * 2
+    assert late == [[("alpha", "MainThread")]] * 2
     assert rows(tmp_path / "late") == rows(whole)
 
 
-def opened_at(args: list[str], ahead: int) -> list[tuple[str, int, str]]:
-    """Purpose and steps done of each sample's beginning, and who read its first batch."""
-    begin, read, seen = engine.Sample.__init__, engine.Sample.next, []
+def opened_at(args: list[str], ahead: int) -> list[tuple[str, str]]:
+    """The purpose of each pipeline of random batches, and the thread that opened it."""
+    original, seen = measurement.Measurement._open, []
 
-    def watched(self: Any, job: engine.Job, purpose: str) -> None:
-        seen.append([purpose, job.step])
-        begin(self, job, purpose)
-
-    def first(self: Any) -> Any:
-        if len(seen[-1]) == 2:
-            seen[-1].append(threading.current_thread().name)
-        return read(self)
+    def watched(self: Any, purpose: str, *rest: Any) -> Any:
+        seen.append((purpose, threading.current_thread().name))
+        return original(self, purpose, *rest)
 
     with (
-        patch.object(engine, "AHEAD", ahead),
-        patch.object(engine.Sample, "__init__", watched),
-        patch.object(engine.Sample, "next", first),
+        patch.object(measurement, "AHEAD", ahead),
+        patch.object(measurement.Measurement, "_open", watched),
     ):
         assert train(args) == 0
-    return [tuple(entry) for entry in seen]
+    return seen
 
 
 def test_stopped_while_the_batches_are_read(

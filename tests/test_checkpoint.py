@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_ssl import checkpoint, folder
-from ddp_ssl.checkpoint import CheckpointError
+from ddp_ssl.checkpoint import store
 from ddp_ssl.config import ConfigError
+from ddp_ssl.errors import CheckpointError
 from ddp_ssl.run.identity import check_identity, compare_identity
+from ddp_ssl.training.state import state_of_rank
+from ddp_ssl.utils import files
 
 IDENTITY = {"optim.lr": "0.4", "run.seed": "0"}
 
@@ -35,7 +37,7 @@ def state_of(step: int) -> dict[str, Any]:
 
 
 def save(folder: Path, step: int, keep: int = 2, permanent: bool = False, **more: Any) -> Path:
-    return checkpoint.save(
+    return store.save(
         folder,
         {**state_of(step), **more},
         step=step,
@@ -52,11 +54,11 @@ def names(folder: Path) -> list[str]:
 
 
 def steps(folder: Path) -> list[int]:
-    return [found.step for found in checkpoint.find(folder)]
+    return [found.step for found in store.find(folder)]
 
 
 def step_of_newest(folder: Path) -> int:
-    newest = checkpoint.load_newest(folder)
+    newest = store.load_newest(folder)
     assert newest is not None
     found, state = newest
     assert state["step"] == found.step
@@ -67,13 +69,13 @@ def step_of_newest(folder: Path) -> int:
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     path = save(tmp_path, 7)
     assert path == tmp_path / "checkpoints" / "step_00000007.pt"
-    state = checkpoint.load(path)
+    state = store.load(path)
     expected = state_of(7)
     assert state.keys() == expected.keys()
     assert torch.equal(state["model"]["weight"], expected["model"]["weight"])
     assert state["rng"] == expected["rng"]
     random.setstate(state["rng"])
-    assert checkpoint.load(tmp_path)["step"] == 7
+    assert store.load(tmp_path)["step"] == 7
 
 
 def test_the_manifest_says_what_is_in_the_file(tmp_path: Path) -> None:
@@ -94,10 +96,10 @@ def test_the_manifest_says_what_is_in_the_file(tmp_path: Path) -> None:
 
 
 def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
-    assert checkpoint.find(tmp_path) == []
-    assert checkpoint.newest_good(tmp_path) is None
-    assert checkpoint.load_newest(tmp_path) is None
-    checkpoint.sweep(tmp_path)
+    assert store.find(tmp_path) == []
+    assert store.newest_good(tmp_path) is None
+    assert store.load_newest(tmp_path) is None
+    store.clean_up(tmp_path)
 
 
 # --- retention -------------------------------------------------------------------------------
@@ -129,24 +131,24 @@ def test_going_back_to_an_older_step_continues_from_there(tmp_path: Path) -> Non
 def test_a_step_saved_twice_overwrites_nothing(tmp_path: Path) -> None:
     first, second = save(tmp_path, 5, extra="a"), save(tmp_path, 5, extra="b")
     assert first != second
-    assert checkpoint.load(first)["extra"] == "a"
-    assert checkpoint.load(tmp_path)["extra"] == "b"
+    assert store.load(first)["extra"] == "a"
+    assert store.load(tmp_path)["extra"] == "b"
 
 
 def test_the_best_one_is_never_pruned(tmp_path: Path) -> None:
     for step in range(1, 6):
         path = save(tmp_path, step)
         if step in (1, 2):
-            best = checkpoint.save_best(tmp_path, path)
-            checkpoint.save_best(tmp_path, path)  # once more: nothing is left behind
+            best = store.save_best(tmp_path, path)
+            store.save_best(tmp_path, path)  # once more: nothing is left behind
     assert steps(tmp_path) == [5, 4]
-    assert checkpoint.load(best)["step"] == 2
+    assert store.load(best)["step"] == 2
     assert json.loads(best.with_suffix(".json").read_text())["file"] == "best.pt"
     assert not [name for name in names(tmp_path) if "tmp" in name]
-    checkpoint.sweep(tmp_path)
+    store.clean_up(tmp_path)
     assert {"best.pt", "best.json"} <= set(names(tmp_path))
     # A link and not a second copy while the original is there.
-    assert checkpoint.save_best(tmp_path, path).samefile(path)
+    assert store.save_best(tmp_path, path).samefile(path)
 
 
 def test_the_best_one_is_copied_where_links_are_not_possible(
@@ -157,9 +159,9 @@ def test_the_best_one_is_copied_where_links_are_not_possible(
 
     monkeypatch.setattr(os, "link", refuse)
     path = save(tmp_path, 1)
-    best = checkpoint.save_best(tmp_path, path)
+    best = store.save_best(tmp_path, path)
     assert not best.samefile(path)
-    assert checkpoint.load(best)["step"] == 1
+    assert store.load(best)["step"] == 1
 
 
 # --- damage ----------------------------------------------------------------------------------
@@ -194,14 +196,14 @@ def test_a_damaged_one_is_passed_over_and_named(
     with caplog.at_level(logging.WARNING):
         assert step_of_newest(tmp_path) == 1
     assert path.stem in caplog.text
-    good = checkpoint.newest_good(tmp_path)
+    good = store.newest_good(tmp_path)
     assert good is not None
     assert good.step == 1
     with pytest.raises(ValueError, match=r"is damaged|does not exist"):
-        checkpoint.load(path)
+        store.load(path)
 
     # Out of the way, it does not push the good ones out.
-    checkpoint.sweep(tmp_path)
+    store.clean_up(tmp_path)
     save(tmp_path, 2)
     assert steps(tmp_path) == [2, 1]
     caplog.clear()
@@ -219,16 +221,16 @@ def test_a_flipped_bit_loads_silently_in_torch(tmp_path: Path) -> None:
 
 def test_one_problem_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no good checkpoint in .*checkpoints$"):
-        checkpoint.load(tmp_path)
+        store.load(tmp_path)
     with pytest.raises(ValueError, match=r"expected a checkpoint \(\.pt\) or a run folder$"):
-        checkpoint.load(tmp_path / "nowhere")
+        store.load(tmp_path / "nowhere")
     (tmp_path / "x.pt").write_text("hello")
     with pytest.raises(ValueError, match=r"x\.pt cannot be loaded as a checkpoint: .*") as error:
-        checkpoint.load(tmp_path / "x.pt")
+        store.load(tmp_path / "x.pt")
     assert "\n" not in str(error.value)
     torch.save([1, 2], tmp_path / "y.pt")
     with pytest.raises(ValueError, match="it holds a list"):
-        checkpoint.load(tmp_path / "y.pt")
+        store.load(tmp_path / "y.pt")
 
 
 def test_a_file_without_its_manifest_loads_unverified(
@@ -236,7 +238,7 @@ def test_a_file_without_its_manifest_loads_unverified(
 ) -> None:
     moved = tmp_path / "moved.pt"
     save(tmp_path, 1).rename(moved)
-    assert checkpoint.load(moved)["step"] == 1
+    assert store.load(moved)["step"] == 1
     assert "not verified" in caplog.text
 
 
@@ -248,7 +250,7 @@ class Malice:
 def test_loading_executes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     torch.save({"x": Malice()}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"as a checkpoint: \w+\.system in it could"):
-        checkpoint.load(tmp_path / "x.pt")
+        store.load(tmp_path / "x.pt")
     assert "executed" not in capfd.readouterr().out
 
 
@@ -299,7 +301,8 @@ def test_a_full_disk_leaves_the_older_one(
         return FullDisk(file, 10) if mode == "w" else file
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "open", full, raising=False)
+        patch.setattr(store, "open", full, raising=False)
+        patch.setattr(files, "open", full, raising=False)
         with pytest.raises(CheckpointError, match=r"step_00000002\.pt: No space left") as error:
             save(tmp_path, 2)
     assert "\n" not in str(error.value)
@@ -355,7 +358,7 @@ def save_and_die(folder: Path, last: int) -> bool:
             for name in ("fsync", "replace", "link"):
                 setattr(os, name, deadly(getattr(os, name)))
             Path.unlink = deadly(Path.unlink)  # type: ignore[method-assign]
-            write = checkpoint._HashingFile.write
+            write = store._HashingFile.write
             writes = itertools.count()
 
             def sometimes(file: Any, data: bytes) -> int:
@@ -364,8 +367,8 @@ def save_and_die(folder: Path, last: int) -> bool:
                     die_at(counter, last)
                 return write(file, data)
 
-            checkpoint._HashingFile.write = sometimes  # type: ignore[method-assign]
-            checkpoint.save_best(folder, save(folder, 3))
+            store._HashingFile.write = sometimes  # type: ignore[method-assign]
+            store.save_best(folder, save(folder, 3))
             os._exit(0)
         except BaseException as error:
             print(repr(error), flush=True)
@@ -381,14 +384,14 @@ def test_kill_at_any_point_of_a_save_leaves_a_good_one(tmp_path: Path) -> None:
     for last in range(100):
         folder = tmp_path / str(last)
         save(folder, 1)
-        checkpoint.save_best(folder, save(folder, 2))
+        store.save_best(folder, save(folder, 2))
         finished = save_and_die(folder, last)
         newest.append(step_of_newest(folder))
 
-        checkpoint.sweep(folder)
+        store.clean_up(folder)
         assert step_of_newest(folder) == newest[-1]
         assert not [name for name in names(folder) if "tmp" in name or "damaged" in name]
-        best.append(checkpoint.load(folder / "checkpoints" / "best.pt")["step"])
+        best.append(store.load(folder / "checkpoints" / "best.pt")["step"])
         save(folder, 4)
         assert step_of_newest(folder) == 4
         assert len(steps(folder)) == 2
@@ -428,16 +431,16 @@ def test_a_setting_that_did_not_exist_was_off(tmp_path: Path) -> None:
 def test_packed_states(tmp_path: Path) -> None:
     """What every process adds: bytes that only that process reads again."""
     state = {"rng": torch.get_rng_state(), "python": random.getstate(), "blob": b"\0\1"}
-    again = checkpoint.unpack(checkpoint.pack(state))
+    again = store.from_bytes(store.to_bytes(state))
     assert torch.equal(again.pop("rng"), state.pop("rng"))  # type: ignore[arg-type]
     assert again == state
     with pytest.raises(TypeError, match="cannot be loaded safely"):
-        checkpoint.pack({"rng": np.random.default_rng(0)})
+        store.to_bytes({"rng": np.random.default_rng(0)})
 
 
 def test_states_that_an_earlier_version_did_not_pack() -> None:
     packed = [
-        torch.frombuffer(bytearray(checkpoint.pack({"n": n})), dtype=torch.uint8) for n in (0, 1)
+        torch.frombuffer(bytearray(store.to_bytes({"n": n})), dtype=torch.uint8) for n in (0, 1)
     ]
     for states in (packed, [{"n": 0}, {"n": 1}]):
-        assert [folder.per_rank(states, rank)["n"] for rank in (0, 1, 2)] == [0, 1, 0]
+        assert [state_of_rank(states, rank)["n"] for rank in (0, 1, 2)] == [0, 1, 0]

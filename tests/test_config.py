@@ -12,10 +12,10 @@ import pytest
 from pydantic import ValidationError
 
 from ddp_ssl.config import ConfigError, check_world_size, read_yaml, reference
-from ddp_ssl.launch import cpu_share
 from ddp_ssl.methods._registry import builtin_methods, load_method
 from ddp_ssl.run.configure import DIGITS, load
 from ddp_ssl.run.identity import FREE_ON_RESUME, NOT_FREE, identity
+from ddp_ssl.utils.launcher import cpu_share
 
 ROOT = Path(__file__).parent.parent
 YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))

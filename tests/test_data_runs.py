@@ -20,11 +20,11 @@ Seen = list[tuple[list[int], list[torch.Tensor]]]
 
 def watch(args: list[str], die_at: int | None = None) -> tuple[int | str, Seen]:
     """Run in this process; the ids and views of every training step, in order."""
-    from ddp_ssl import engine
+    from ddp_ssl.training import loop
 
-    loop, seen = engine.train, []
+    original, seen = loop.train, []
 
-    def watched(job: Any, stop: Any) -> Any:
+    def watched(job: Any, *rest: Any) -> Any:
         class Watching:
             def __getattr__(self, name: str) -> Any:
                 return getattr(loader, name)
@@ -35,13 +35,13 @@ def watch(args: list[str], die_at: int | None = None) -> tuple[int | str, Seen]:
                 return batch
 
         loader, job.loader = job.loader, Watching()
-        return loop(job, stop)
+        return original(job, *rest)
 
-    engine.train = watched
+    loop.train = watched
     try:
         return train(args, die_at), seen
     finally:
-        engine.train = loop
+        loop.train = original
 
 
 def ids_of(results: list[tuple[Any, Seen]], view_shards: int = 1) -> list[list[int]]:

@@ -21,11 +21,12 @@ from unittest import mock
 import pytest
 import torch
 
-from ddp_ssl import cli, distributed, doctor, log
+from ddp_ssl import cli, distributed, doctor
 from ddp_ssl.checks import images, machine, network, slurm, software, storage
 from ddp_ssl.checks.base import Bench, Check, Finding, file_system, ok
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import Exchange, World
+from ddp_ssl.run import environment
 from tests.helpers import config_of
 from tests.ranks import Ranks
 from tests.test_resume import arguments, train
@@ -43,9 +44,9 @@ NAMES = (
 
 def other_torch() -> Any:
     """Another version of torch."""
-    environment = log.environment()
-    environment["packages"] |= {"torch": "2.8.0"}
-    return mock.patch.object(log, "environment", return_value=environment)
+    here = environment.environment()
+    here["packages"] |= {"torch": "2.8.0"}
+    return mock.patch.object(environment, "environment", return_value=here)
 
 
 def full_disk() -> Any:

@@ -14,7 +14,8 @@ import torch
 import torchvision
 from safetensors import safe_open
 
-from ddp_ssl import checkpoint, export
+from ddp_ssl import export
+from ddp_ssl.checkpoint import store
 from ddp_ssl.comm import ONE_PROCESS
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import load_method
@@ -55,9 +56,7 @@ def run_folder(place: Path, *overrides: str) -> tuple[Path, Method[Any]]:
         "code": {"ddp_ssl": "0.1.0", "commit": "abc"},
         "ranks": [{}, {}],
     }
-    checkpoint.save(
-        place, state, step=33, epoch=3, identity=state["identity"], world_size=2, keep=2
-    )
+    store.save(place, state, step=33, epoch=3, identity=state["identity"], world_size=2, keep=2)
     return place, method.eval()
 
 

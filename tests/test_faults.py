@@ -20,11 +20,17 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from ddp_ssl import checkpoint, engine, folder, launch, log, watchdog
+from ddp_ssl.checkpoint import store
 from ddp_ssl.config import ConfigError, Run
 from ddp_ssl.distributed import World
+from ddp_ssl.errors import CheckpointError
+from ddp_ssl.logs import writer
+from ddp_ssl.run import environment, folder, watchdog
 from ddp_ssl.run.configure import load
-from ddp_ssl.signals import Keyboard, StopRequest
+from ddp_ssl.run.signals import Keyboard, StopRequest
+from ddp_ssl.training import build, checkpointer
+from ddp_ssl.training.lifecycle import set_deadlines
+from ddp_ssl.utils import launcher
 from tests.helpers import config_of
 from tests.ranks import Ranks
 from tests.test_resume import arguments, complaint, rows, status, train
@@ -106,7 +112,7 @@ def test_a_failing_save_warns_and_is_made_up_for(
     whole = tmp_path / "whole"
     assert ranks.launch(train, 2, [*args, f"run.dir={whole}"]) == [0, 0]
     assert rows(place) == rows(whole)
-    assert checkpoint.find(place)[0].step == 9
+    assert store.find(place)[0].step == 9
     (small_disk / "ballast").unlink(missing_ok=True)
 
 
@@ -121,7 +127,7 @@ def test_a_stale_mount_is_waited_out(ranks: Ranks, photos: Path, tmp_path: Path)
     whole = tmp_path / "whole"
     assert ranks.launch(train, 2, [*args, f"run.dir={whole}"]) == [0, 0]
     assert rows(place) == rows(whole)
-    assert checkpoint.find(place)[0].step == 9
+    assert store.find(place)[0].step == 9
 
 
 def train_on_a_stale_mount(args: list[str], place: str) -> int | str:
@@ -162,7 +168,7 @@ def test_too_many_failing_saves_end_the_run_and_keep_the_good_one(
     more = ("checkpoint.every_steps=1", "log.every_steps=1", "checkpoint.max_failures=3")
     args = arguments(photos, place, *more)
     assert ranks.launch(train_with, 2, args, {4: "fill"}, str(small_disk)) == [1, 1]
-    newest = checkpoint.newest_good(place)
+    newest = store.newest_good(place)
     assert newest is not None
     assert newest.step == 4
     (small_disk / "ballast").unlink()
@@ -175,7 +181,7 @@ def test_a_stop_insists_on_its_checkpoint(ranks: Ranks, photos: Path, tmp_path: 
     args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
     assert ranks.launch(stopped_with_failing_saves, 1, args) == [0]
     assert status(tmp_path / "run")["state"] == "preempted"
-    newest = checkpoint.newest_good(tmp_path / "run")
+    newest = store.newest_good(tmp_path / "run")
     assert newest is not None
     assert newest.step == status(tmp_path / "run")["step"] == losses(tmp_path / "run")[-1]
 
@@ -183,7 +189,7 @@ def test_a_stop_insists_on_its_checkpoint(ranks: Ranks, photos: Path, tmp_path: 
 def stopped_with_failing_saves(args: list[str]) -> int | str:
     from ddp_ssl import optim
 
-    original, save = optim.learning_rate, checkpoint.save
+    original, save = optim.learning_rate, store.save
     left = [2]
 
     def stopping(step: int, *rest: Any, **more: Any) -> float:
@@ -194,13 +200,13 @@ def stopped_with_failing_saves(args: list[str]) -> int | str:
     def failing(*args: Any, **more: Any) -> Path:
         if left[0]:
             left[0] -= 1
-            raise checkpoint.CheckpointError("step_1.pt: Stale file handle")
+            raise CheckpointError("step_1.pt: Stale file handle")
         return save(*args, **more)
 
     with (
         patch.object(optim, "learning_rate", stopping),
-        patch.object(checkpoint, "save", failing),
-        patch.object(engine, "SAVE_AGAIN_S", 0.01),
+        patch.object(store, "save", failing),
+        patch.object(checkpointer, "SAVE_AGAIN_S", 0.01),
     ):
         return train(args)
 
@@ -241,7 +247,7 @@ def test_a_nan_on_one_rank_stops_all_together(ranks: Ranks, photos: Path, tmp_pa
     assert codes == [1, 1, 1]
     assert "at step 5 (epoch 2)" in status(tmp_path / "run")["error"]
     assert status(tmp_path / "run")["retry"] is False
-    for found in checkpoint.find(tmp_path / "run"):
+    for found in store.find(tmp_path / "run"):
         assert found.step < 5
 
 
@@ -273,7 +279,7 @@ def test_the_slow_rank_is_named(ranks: Ranks, photos: Path, tmp_path: Path) -> N
 
 
 def metrics(place: Path) -> list[dict[str, Any]]:
-    return list(log.read_metrics(place / "metrics.jsonl"))
+    return list(writer.read_metrics(place / "metrics.jsonl"))
 
 
 def slow_rank(args: list[str]) -> int | str:
@@ -326,7 +332,8 @@ def test_changed_code_is_said_on_resume(ranks: Ranks, photos: Path, tmp_path: Pa
 
 
 def with_other_torch(args: list[str]) -> int | str:
-    with patch.object(log, "code_version", return_value=log.code_version() | {"torch": "9.9"}):
+    code = environment.code_version() | {"torch": "9.9"}
+    with patch.object(environment, "code_version", return_value=code):
         return train(args)
 
 
@@ -338,14 +345,14 @@ def test_all_ranks_load_the_file_that_rank_0_chose(
     assert ranks.launch(train, 2, args, 5) == ["killed"] * 2
     stale = tmp_path / "stale"
     shutil.copytree(tmp_path / "run", stale)
-    newest = checkpoint.find(tmp_path / "run")[0]
+    newest = store.find(tmp_path / "run")[0]
     state = torch.load(newest.path, weights_only=True)
     state["best"] = 0.123
-    checkpoint.save(
+    store.save(
         stale, state, step=newest.step, epoch=newest.epoch, identity=newest.identity,
         world_size=2, keep=2,
     )  # fmt: skip
-    other = checkpoint.find(stale)[0].path
+    other = store.find(stale)[0].path
     results = ranks.launch(complaint_with_stale, 2, [*args, "run.resume=auto"], str(other))
     assert [code for code, _ in results] == [2, 2]
     assert "rank 0 reads" in results[0][1]
@@ -353,12 +360,12 @@ def test_all_ranks_load_the_file_that_rank_0_chose(
 
 
 def complaint_with_stale(args: list[str], other: str) -> tuple[int | str, str]:
-    original = checkpoint.load
+    original = store.load
 
     def stale(path: Path, *rest: Any, **more: Any) -> Any:
         return original(Path(other) if os.environ["RANK"] == "1" else path, *rest, **more)
 
-    with patch.object(checkpoint, "load", stale):
+    with patch.object(store, "load", stale):
         return complaint(args)
 
 
@@ -477,13 +484,13 @@ def test_a_long_save_is_not_a_hang(ranks: Ranks, photos: Path, tmp_path: Path) -
 
 
 def saving_slowly(args: list[str]) -> int | str:
-    save = checkpoint.save
+    save = store.save
 
     def slow(*args: Any, **more: Any) -> Path:
         time.sleep(6)
         return save(*args, **more)
 
-    with patch.object(checkpoint, "save", slow):
+    with patch.object(store, "save", slow):
         return train(args)
 
 
@@ -499,14 +506,14 @@ def test_what_goes_wrong_while_building_may_be_tried_again(
 
 
 def broken_restore(args: list[str]) -> int | str:
-    original = engine.restore
+    original = build.restore
 
     def broken(*rest: Any) -> None:
         if os.environ["RANK"] == "1":
             raise RuntimeError("CUDA error: uncorrectable ECC error")
         original(*rest)
 
-    with patch.object(engine, "restore", broken):
+    with patch.object(build, "restore", broken):
         return train(args)
 
 
@@ -527,7 +534,7 @@ def test_a_slurm_job_stops_before_its_end(monkeypatch: pytest.MonkeyPatch) -> No
     def deadline(left: float, *settings: str) -> float:
         stop = StopRequest()
         monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(stop.started + left)))
-        engine.set_deadlines(config_of(*settings), stop)
+        set_deadlines(config_of(*settings), stop)
         return stop._deadline - stop.started
 
     assert deadline(7200) == pytest.approx(7080, abs=2)
@@ -536,7 +543,7 @@ def test_a_slurm_job_stops_before_its_end(monkeypatch: pytest.MonkeyPatch) -> No
     assert deadline(7200, "run.max_hours=0.5") == pytest.approx(1800, abs=2)
     assert deadline(-5) <= 0  # past its end already: stops at the first step
     monkeypatch.setenv("SLURM_JOB_END_TIME", "Unknown")
-    assert launch.job_end() is None
+    assert launcher.job_end() is None
 
 
 def test_one_keystroke_reaches_a_worker_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -568,8 +575,8 @@ def test_a_second_ctrl_c_ends_a_process_that_is_blocked() -> None:
 # --- who it was --------------------------------------------------------------------------------
 
 
-def note(beat: int, collectives: int = 7, **more: Any) -> watchdog.Note:
-    return watchdog.Note("n1", beat, 3, collectives, "a step", **more)
+def note(beat: int, collectives: int = 7, **more: Any) -> watchdog.Heartbeat:
+    return watchdog.Heartbeat("n1", beat, 3, collectives, "a step", **more)
 
 
 def test_blame() -> None:
@@ -624,7 +631,7 @@ def hang(world: World) -> tuple[str, bool]:
 
 
 def test_layout_lines() -> None:
-    lines = launch.layout_lines(["n1 cuda:0 cpus 0-3", "n1 cuda:1 cpus 4-7", "n2 cpu cpus 0"])
+    lines = launcher.layout_lines(["n1 cuda:0 cpus 0-3", "n1 cuda:1 cpus 4-7", "n2 cpu cpus 0"])
     assert lines == ["n1: rank 0 cuda:0 cpus 0-3, rank 1 cuda:1 cpus 4-7", "n2: rank 2 cpu cpus 0"]
-    assert launch.ranges({0, 1, 2, 5, 7, 8}) == "0-2,5,7-8"
-    assert launch.ranges(()) == ""
+    assert launcher.ranges({0, 1, 2, 5, 7, 8}) == "0-2,5,7-8"
+    assert launcher.ranges(()) == ""

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddp_ssl import log
+from ddp_ssl.logs import console, writer
+from ddp_ssl.run import environment, status
+from ddp_ssl.utils import text
 
 
 @pytest.fixture(autouse=True)
@@ -32,16 +34,16 @@ def _logging_as_before() -> Iterator[None]:
 
 
 def writer_of(folder: Path, step: int | None = None, offset: int | None = 0, **more: Any) -> Any:
-    return log.MetricsWriter(
+    return writer.MetricsWriter(
         folder, **{"tensorboard": False, "resumed_step": step, "offset": offset, **more}
     )
 
 
 def rows_of(folder: Path) -> list[dict[str, float | int]]:
-    return list(log.read_metrics(folder / "metrics.jsonl"))
+    return list(writer.read_metrics(folder / "metrics.jsonl"))
 
 
-def write(writer: log.MetricsWriter, steps: range, value: float = 0.0) -> None:
+def write(writer: writer.MetricsWriter, steps: range, value: float = 0.0) -> None:
     for step in steps:
         writer.scalars({"step": step, "epoch": 1, "train/loss": value + step})
 
@@ -264,12 +266,12 @@ ROW = {
 
 
 def test_the_progress_line() -> None:
-    assert log.line(ROW, 12, 60, 0.933) == (
+    assert console.line(ROW, 12, 60, 0.933) == (
         "epoch   3/12  step  15/60  loss 23.41  1234 img/s  data wait 3 %  eta 0:42  mem 1.2 GiB"
     )
-    assert "  alpha 0.500  " in log.line({**ROW, "rep/alpha": 0.5}, 12, 60, 1.0)
-    assert log.line({"step": 0, "epoch": 0}, 12, 60, None) == "epoch   0/12  step   0/60"
-    assert "loss nan" in log.line({**ROW, "train/loss": math.nan}, 12, 60, 1.0)
+    assert "  alpha 0.500  " in console.line({**ROW, "rep/alpha": 0.5}, 12, 60, 1.0)
+    assert console.line({"step": 0, "epoch": 0}, 12, 60, None) == "epoch   0/12  step   0/60"
+    assert "loss nan" in console.line({**ROW, "train/loss": math.nan}, 12, 60, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -277,12 +279,12 @@ def test_the_progress_line() -> None:
     [(0.4, "0:00"), (59.6, "1:00"), (3723, "1:02:03"), (2 * 86400 + 3723, "2 d 01:02:03")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert log.duration(seconds) == text
+    assert console.duration(seconds) == text
 
 
 def test_the_estimate_does_not_mind_one_slow_interval(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ddp_ssl")
-    progress = log.Progress(epochs=10, steps_per_epoch=10)
+    progress = console.Progress(epochs=10, steps_per_epoch=10)
     for step, milliseconds in enumerate([1000, 1000, 90_000, 1000, 1000], 1):
         progress.update({"step": step, "epoch": 1, "perf/step_ms": milliseconds})
     assert "eta 1:35" in caplog.messages[-1]
@@ -294,13 +296,13 @@ class Terminal(io.StringIO):
 
 
 def talk(folder: Path | None, rank: int) -> None:
-    log.setup_logging(None, rank)
-    log.setup_logging(folder, rank)
-    progress = log.Progress(12, 5)
+    console.setup_logging(None, rank)
+    console.setup_logging(folder, rank)
+    progress = console.Progress(12, 5)
     progress.tell("hello")
     progress.update({"step": 5, "epoch": 1})
     progress.update({"step": 10, "epoch": 2})
-    logging.getLogger("ddp_ssl.engine").warning("careful")
+    logging.getLogger("ddp_ssl.training").warning("careful")
     logging.getLogger("elsewhere").info("chatter")
     logging.getLogger("ddp_ssl").error("gone")
 
@@ -339,7 +341,7 @@ def test_warnings_are_shown_by_rank_0_only(rank: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        log.setup_logging(None, rank)
+        console.setup_logging(None, rank)
         warnings.warn("slow path", UserWarning, stacklevel=1)
     shown = "UserWarning: slow path" in sys.stderr.getvalue()  # type: ignore[attr-defined]
     assert shown == (rank == 0)
@@ -353,7 +355,7 @@ def test_the_log_file_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_markdown_table() -> None:
-    assert log.markdown_table([("k-NN top-1", "0.97"), ("a|b", "1")]) == (
+    assert text.markdown_table([("k-NN top-1", "0.97"), ("a|b", "1")]) == (
         "|            |      |\n"
         "|------------|------|\n"
         "| k-NN top-1 | 0.97 |\n"
@@ -365,21 +367,21 @@ def test_markdown_table() -> None:
 
 
 def test_status_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log.write_status(tmp_path, "running")
-    log.write_status(tmp_path, "preempted", step=15, epoch=3)
-    status = json.loads((tmp_path / "status.json").read_text())
-    assert (status["state"], status["step"], status["epoch"]) == ("preempted", 15, 3)
-    assert "time" in status
+    status.write_status(tmp_path, "running")
+    status.write_status(tmp_path, "preempted", step=15, epoch=3)
+    written = json.loads((tmp_path / "status.json").read_text())
+    assert (written["state"], written["step"], written["epoch"]) == ("preempted", 15, 3)
+    assert "time" in written
 
     def refuse(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError, match="Input/output"):
-        log.write_status(tmp_path, "done")
+        status.write_status(tmp_path, "done")
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "preempted"
     monkeypatch.undo()
-    log.write_status(tmp_path, "done")
+    status.write_status(tmp_path, "done")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["status.json"]
 
 
@@ -387,20 +389,19 @@ def test_environment_tells_versions_and_no_secrets(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_JWT", "secret")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
-    environment = log.environment()
-    text = json.dumps(environment)
-    assert "secret" not in text
-    assert environment["variables"]["SLURM_JOB_ID"] == "17"
-    assert environment["packages"]["torch"].startswith("2.")
-    assert environment["python"].startswith("3.")
-    assert environment["cpus"] >= 1
-    assert environment["command"]
+    found = environment.environment()
+    assert "secret" not in json.dumps(found)
+    assert found["variables"]["SLURM_JOB_ID"] == "17"
+    assert found["packages"]["torch"].startswith("2.")
+    assert found["python"].startswith("3.")
+    assert found["cpus"] >= 1
+    assert found["command"]
 
 
 def test_no_commit_is_claimed_for_code_that_git_does_not_track(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log, "__file__", str(tmp_path / "log.py"))
-    assert log.environment()["git_commit"] is None
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
+    assert environment.environment()["git_commit"] is None
     monkeypatch.setenv("PATH", "")
-    assert log.environment()["git_commit"] is None
+    assert environment.environment()["git_commit"] is None

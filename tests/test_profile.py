@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from ddp_ssl import profile
 from ddp_ssl.config import ConfigError
 from ddp_ssl.distributed import World
-from ddp_ssl.profile import Profiler
 from ddp_ssl.run.configure import load
+from ddp_ssl.training.profiler import Profiler
 from tests.helpers import config_of
 
 CPU = torch.device("cpu")
@@ -133,7 +132,7 @@ def test_a_failing_write_only_warns(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(profile.torch.profiler.profile, "export_chrome_trace", full)
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", full)
     profiler = Profiler(config_of("run.profile=0:1"), world(), tmp_path / "full")
     loop(profiler, 0, 2, before=True)
     assert "No space left" in warnings(caplog)[-1]
@@ -141,7 +140,7 @@ def test_a_failing_write_only_warns(
 
 
 def test_unset_it_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(profile.torch.profiler, "profile")  # it would raise at any use
+    monkeypatch.delattr(torch.profiler, "profile")  # it would raise at any use
     profiler = Profiler(config_of(), world(), tmp_path)
     loop(profiler, 0, 3)
     profiler.close()

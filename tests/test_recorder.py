@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -9,10 +10,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from ddp_ssl import recorder as module
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.distributed import World
-from ddp_ssl.recorder import Recorder
+from ddp_ssl.training.bad_images import BadImageList
+from ddp_ssl.training.rank_skew import RankSkew
+from ddp_ssl.training.recorder import Recorder
 from tests.helpers import config_of
 
 
@@ -42,9 +44,10 @@ def made(tmp_path: Path) -> Any:
     world = Waiting(0, 1, 0, 1, torch.device("cpu"))
     object.__setattr__(world, "writer", writer)
     config = config_of("log.every_steps=5", "optim.epochs=3")
-    found = Recorder(config, world, 6, writer, BadImages(), 10, tmp_path / "bad.txt")  # type: ignore[arg-type]
+    bad = BadImageList(BadImages(), 10, 0.1, world, tmp_path / "bad.txt")
+    found = Recorder(config, world, 6, writer, bad, RankSkew(world, []))  # type: ignore[arg-type]
     found.progress.update = lambda row: None  # type: ignore[method-assign, assignment]
-    with patch.object(module.time, "perf_counter", lambda: writer.now):
+    with patch.object(time, "perf_counter", lambda: writer.now):
         yield found, writer
 
 
@@ -55,7 +58,7 @@ def costs(writer: Writer) -> dict[int, float]:
 def test_logging_costs_what_a_row_costs(made: Any) -> None:
     recorder, writer = made
     for step in range(1, 19):
-        recorder.add(step, {"loss": torch.tensor(1.0)})
+        recorder.add(step, {"train/loss": torch.tensor(1.0)})
         if recorder.logs(step) or step % 6 == 0:  # the ends of epochs too
             recorder.flush()
     # Nothing has been written when the first row is; then one millisecond each, waiting left out.
@@ -74,15 +77,15 @@ def test_keeping_figures_costs_too(made: Any) -> None:
 
     with patch.object(torch.Tensor, "double", slow):
         for step in range(1, 6):
-            recorder.add(step, {"loss": torch.tensor(1.0), "more": torch.tensor(1.0)})
+            recorder.add(step, {"train/loss": torch.tensor(1.0), "train/more": torch.tensor(1.0)})
     recorder.flush()
     assert costs(writer) == pytest.approx({5: 2})
 
 
 def test_waiting_for_figures_of_other_names_is_not_logging(made: Any) -> None:
     recorder, writer = made
-    recorder.add(1, {"loss": torch.tensor(1.0)})
-    recorder.add(2, {"loss": torch.tensor(1.0), "more": torch.tensor(1.0)})
-    recorder.add(3, {"loss": torch.tensor(1.0), "more": torch.tensor(1.0)})
+    recorder.add(1, {"train/loss": torch.tensor(1.0)})
+    recorder.add(2, {"train/loss": torch.tensor(1.0), "train/more": torch.tensor(1.0)})
+    recorder.add(3, {"train/loss": torch.tensor(1.0), "train/more": torch.tensor(1.0)})
     recorder.flush()
     assert costs(writer) == pytest.approx({1: 0, 3: 1})

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddp_ssl import checkpoint
+from ddp_ssl.checkpoint import store
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent
@@ -162,7 +162,7 @@ def test_resume_is_exact_to_the_last_bit(
     assert ranks.launch(train, size, [*args, "run.resume=auto"]) == [0] * size
     assert rows(tmp_path / "run") == rows(whole[size])
     ours, theirs = (
-        torch.load(checkpoint.find(f)[0].path, weights_only=True)["model"]
+        torch.load(store.find(f)[0].path, weights_only=True)["model"]
         for f in (tmp_path / "run", whole[size])
     )
     for name, value in theirs.items():
@@ -236,7 +236,7 @@ def test_nothing_good_left_is_said_and_nothing_is_cut(
     args = arguments(photos, tmp_path / "run")
     assert ranks.launch(train, 1, args, 5) == ["killed"]
     before = (tmp_path / "run/metrics.jsonl").read_text()
-    for found in checkpoint.find(tmp_path / "run"):
+    for found in store.find(tmp_path / "run"):
         found.path.write_bytes(b"")
     ((code, text),) = ranks.launch(complaint, 1, [*args, "run.resume=auto"])
     assert code == 2
@@ -279,7 +279,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_older_one(
 ) -> None:
     args = arguments(photos, tmp_path / "run")
     assert ranks.launch(train, 1, args, 5) == ["killed"]
-    newest = checkpoint.find(tmp_path / "run")[0].path
+    newest = store.find(tmp_path / "run")[0].path
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
@@ -296,7 +296,7 @@ def test_a_nan_stops_all_ranks_and_is_never_saved(
     state = status(tmp_path / "run")
     assert state["state"] == "failed"
     assert "nan at step 5 (epoch 2)" in state["error"]
-    for found in checkpoint.find(tmp_path / "run"):
+    for found in store.find(tmp_path / "run"):
         assert found.step < 5
         model = torch.load(found.path, weights_only=True)["model"]
         assert all(torch.isfinite(v).all() for v in model.values() if torch.is_tensor(v))
@@ -479,7 +479,7 @@ def test_methods_with_state_resume_to_the_last_bit(
     assert "resumed from" in (tmp_path / "run/train.log").read_text()
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     ours, theirs = (
-        torch.load(checkpoint.find(tmp_path / f)[0].path, weights_only=True)["model"]
+        torch.load(store.find(tmp_path / f)[0].path, weights_only=True)["model"]
         for f in ("run", "whole")
     )
     assert_same_bits(ours, theirs)

@@ -14,9 +14,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from ddp_ssl import checkpoint
-from ddp_ssl.checkpoint import CheckpointError
-from ddp_ssl.saver import HostCopy, Outcome, Saver
+from ddp_ssl.checkpoint import store
+from ddp_ssl.checkpoint.saver import HostCopy, Outcome, Saver
+from ddp_ssl.errors import CheckpointError
 from tests.ranks import Ranks
 from tests.test_resume import arguments, rows, status, train
 
@@ -31,7 +31,7 @@ def test_a_copy_is_equal_and_independent() -> None:
         "pair": (torch.zeros(0), "text", None, 1.5),
         "bytes": b"abc",
     }
-    copy = HostCopy().of(state)
+    copy = HostCopy().copy(state)
     assert copy["model"]["w"].stride() == weight.stride()
     assert torch.equal(copy["list"][1]["x"], torch.tensor([0, 2]))
     assert copy["model"]["half"].dtype == torch.bfloat16
@@ -42,7 +42,7 @@ def test_a_copy_is_equal_and_independent() -> None:
     state["model"]["new"] = 1  # type: ignore[index]
     assert torch.equal(copy["model"]["w"], before)
     module = torch.nn.Linear(2, 2)
-    saved = HostCopy().of({"model": module.state_dict()})["model"]
+    saved = HostCopy().copy({"model": module.state_dict()})["model"]
     assert saved._metadata == module.state_dict()._metadata  # type: ignore[attr-defined]
     assert copy["list"][1]["x"] is not None
     assert "new" not in copy["model"]
@@ -50,7 +50,7 @@ def test_a_copy_is_equal_and_independent() -> None:
 
 def test_a_copy_of_a_part_saves_the_part() -> None:
     """A view does not drag its whole storage into the file."""
-    copy = HostCopy().of(
+    copy = HostCopy().copy(
         {"row": torch.zeros(1000, 1000)[3], "column": torch.zeros(1000, 1000)[:, 3]}
     )
     assert [x.untyped_storage().nbytes() for x in copy.values()] == [4000, 4000]
@@ -58,17 +58,17 @@ def test_a_copy_of_a_part_saves_the_part() -> None:
 
 def test_memory_is_kept_while_the_shape_is() -> None:
     copies, queue = HostCopy(), torch.zeros(8)
-    first = copies.of({"w": torch.ones(4), "queue": queue})
+    first = copies.copy({"w": torch.ones(4), "queue": queue})
     addresses = {name: x.data_ptr() for name, x in first.items()}
-    second = copies.of({"w": torch.full((4,), 2.0), "queue": queue.repeat(2), "new": queue})
+    second = copies.copy({"w": torch.full((4,), 2.0), "queue": queue.repeat(2), "new": queue})
     assert second["w"].data_ptr() == addresses["w"]
     assert second["w"].tolist() == [2.0] * 4
     assert second["queue"].shape == (16,)
     gaps = torch.arange(12.0).view(3, 4)[:, :3]
-    one, two = (copies.of({"gaps": gaps})["gaps"] for _ in range(2))
+    one, two = (copies.copy({"gaps": gaps})["gaps"] for _ in range(2))
     assert one.data_ptr() == two.data_ptr()
     assert torch.equal(two, gaps)
-    third = copies.of({"w": torch.ones(4, dtype=torch.int64)})
+    third = copies.copy({"w": torch.ones(4, dtype=torch.int64)})
     assert third["w"].dtype == torch.int64
     assert third["w"].tolist() == [1] * 4
 
@@ -106,8 +106,8 @@ def test_what_went_wrong_is_told() -> None:
     saver.again()
     assert saver.outcome(block=True) == Outcome("step_1.pt: No space left on device")
     saver.start({}, unsafe)
-    problem, lasting = saver.outcome(block=True) or Outcome("")
-    assert (problem, lasting) == ("TypeError: the state to save cannot be loaded safely", True)
+    problem, fatal = saver.outcome(block=True) or Outcome("")
+    assert (problem, fatal) == ("TypeError: the state to save cannot be loaded safely", True)
     saver.start({}, lambda state: None)
     assert saver.outcome(block=True) == Outcome("")
     saver.close()
@@ -123,7 +123,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     args = arguments(photos, tmp_path / "held", "checkpoint.every_steps=0", "checkpoint.keep=5")
     assert ranks.launch(holding, 2, args, str(tmp_path / "held")) == [0, 0]
     assert ranks.launch(train, 2, [*args, f"run.dir={tmp_path / 'free'}"]) == [0, 0]
-    held, free = (checkpoint.find(tmp_path / name) for name in ("held", "free"))
+    held, free = (store.find(tmp_path / name) for name in ("held", "free"))
     assert [found.step for found in held] == [found.step for found in free] == [9, 6, 3]
     for mine, theirs in zip(held, free, strict=True):
         left, right = (torch.load(found.path, weights_only=True) for found in (mine, theirs))
@@ -151,7 +151,7 @@ def same(left: Any, right: Any) -> None:
 def holding(args: list[str], place: str) -> int | str:
     from ddp_ssl import optim
 
-    rate, save, reached = optim.learning_rate, checkpoint.save, threading.Event()
+    rate, save, reached = optim.learning_rate, store.save, threading.Event()
 
     def watched(step: int, *rest: Any, **more: Any) -> float:
         if step == 4 and not reached.is_set():  # the fifth; there are several groups
@@ -165,7 +165,7 @@ def holding(args: list[str], place: str) -> int | str:
         assert reached.wait(WAIT_S), "training waits for the checkpoint"
         return save(*rest, **more)
 
-    with patch.object(optim, "learning_rate", watched), patch.object(checkpoint, "save", held):
+    with patch.object(optim, "learning_rate", watched), patch.object(store, "save", held):
         return train(args)
 
 
@@ -173,7 +173,7 @@ def test_a_run_ends_only_after_its_checkpoint(ranks: Ranks, photos: Path, tmp_pa
     """An error in a step does not lose what is being written; the run goes on from there."""
     args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
     assert ranks.launch(broken_while_writing, 1, args) == ["1"]
-    assert [found.step for found in checkpoint.find(tmp_path / "run")] == [3]
+    assert [found.step for found in store.find(tmp_path / "run")] == [3]
     assert status(tmp_path / "run")["state"] == "failed"
     assert "ZeroDivisionError" in status(tmp_path / "run")["error"]
     assert ranks.launch(train, 1, [*args, "run.resume=auto"]) == [0]
@@ -184,7 +184,7 @@ def test_a_run_ends_only_after_its_checkpoint(ranks: Ranks, photos: Path, tmp_pa
 def broken_while_writing(args: list[str]) -> int | str:
     from ddp_ssl import optim
 
-    rate, save, broken = optim.learning_rate, checkpoint.save, threading.Event()
+    rate, save, broken = optim.learning_rate, store.save, threading.Event()
 
     def watched(step: int, *rest: Any, **more: Any) -> float:
         if step == 4:
@@ -196,7 +196,7 @@ def broken_while_writing(args: list[str]) -> int | str:
         assert broken.wait(WAIT_S)
         return save(*rest, **more)
 
-    with patch.object(optim, "learning_rate", watched), patch.object(checkpoint, "save", held):
+    with patch.object(optim, "learning_rate", watched), patch.object(store, "save", held):
         return train(args)
 
 
@@ -225,7 +225,7 @@ def broken_while_failing_to_write(args: list[str]) -> int | str:
         assert broken.wait(WAIT_S)
         raise CheckpointError("step_3.pt: No space left on device")
 
-    with patch.object(optim, "learning_rate", watched), patch.object(checkpoint, "save", full):
+    with patch.object(optim, "learning_rate", watched), patch.object(store, "save", full):
         return train(args)
 
 
@@ -236,7 +236,7 @@ def test_what_failed_is_written_again_as_it_was(ranks: Ranks, photos: Path, tmp_
     written = ranks.launch(failing_once, 2, args)
     assert written == [[3, 3, 6, 9], []]
     assert ranks.launch(train, 2, [*args, f"run.dir={tmp_path / 'free'}"]) == [0, 0]
-    ours, free = (checkpoint.find(tmp_path / name) for name in ("run", "free"))
+    ours, free = (store.find(tmp_path / name) for name in ("run", "free"))
     assert [(f.step, f.permanent) for f in ours] == [(f.step, f.permanent) for f in free]
     for mine, theirs in zip(ours, free, strict=True):
         left, right = (torch.load(found.path, weights_only=True) for found in (mine, theirs))
@@ -254,7 +254,7 @@ def failing_once(args: list[str]) -> list[int]:
     """The steps of which a checkpoint was begun; that of step 3 fails, then takes two steps."""
     from ddp_ssl import optim
 
-    rate, save, reached = optim.learning_rate, checkpoint.save, threading.Event()
+    rate, save, reached = optim.learning_rate, store.save, threading.Event()
     begun: list[int] = []
 
     def watched(step: int, *rest: Any, **more: Any) -> float:
@@ -274,7 +274,7 @@ def failing_once(args: list[str]) -> list[int]:
     with (
         Writes() as writes,
         patch.object(optim, "learning_rate", watched),
-        patch.object(checkpoint, "save", watched_save),
+        patch.object(store, "save", watched_save),
     ):
         assert train(args) == 0
     return begun
@@ -286,7 +286,7 @@ def test_a_stop_comes_after_what_is_being_written(
     args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
     assert ranks.launch(stopped_while_writing, 2, args) == [0, 0]
     assert status(tmp_path / "run")["state"] == "preempted"
-    steps = [found.step for found in checkpoint.find(tmp_path / "run")]
+    steps = [found.step for found in store.find(tmp_path / "run")]
     assert steps == [status(tmp_path / "run")["step"], 3]
     assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
     assert ranks.launch(train, 2, [*args, f"run.dir={tmp_path / 'whole'}"]) == [0, 0]
@@ -296,7 +296,7 @@ def test_a_stop_comes_after_what_is_being_written(
 def stopped_while_writing(args: list[str]) -> int | str:
     from ddp_ssl import optim
 
-    rate, save, asked = optim.learning_rate, checkpoint.save, threading.Event()
+    rate, save, asked = optim.learning_rate, store.save, threading.Event()
 
     def watched(step: int, *rest: Any, **more: Any) -> float:
         if step == 4:
@@ -308,7 +308,7 @@ def stopped_while_writing(args: list[str]) -> int | str:
         assert asked.wait(WAIT_S)
         return save(*rest, **more)
 
-    with patch.object(optim, "learning_rate", watched), patch.object(checkpoint, "save", held):
+    with patch.object(optim, "learning_rate", watched), patch.object(store, "save", held):
         return train(args)
 
 
@@ -317,7 +317,7 @@ def test_resumed_where_not_every_epoch_is_saved(ranks: Ranks, photos: Path, tmp_
     args = arguments(photos, tmp_path / "run", *more, "optim.epochs=4")
     for death, saved in ((5, []), (11, [6])):
         assert ranks.launch(train, 2, [*args, "run.resume=auto"], death) == ["killed"] * 2
-        assert [found.step for found in checkpoint.find(tmp_path / "run")] == saved
+        assert [found.step for found in store.find(tmp_path / "run")] == saved
     assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
     assert ranks.launch(train, 2, [*args, f"run.dir={tmp_path / 'whole'}"]) == [0, 0]
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
@@ -329,7 +329,7 @@ def test_state_that_cannot_be_loaded_ends_the_run(
     args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
     assert ranks.launch(with_unsafe_state, 2, args) == [1, 1]
     assert "cannot be loaded safely" in status(tmp_path / "run")["error"]
-    assert checkpoint.find(tmp_path / "run") == []
+    assert store.find(tmp_path / "run") == []
 
 
 def with_unsafe_state(args: list[str]) -> int | str:
@@ -346,7 +346,7 @@ def test_epochs_between_checkpoints(ranks: Ranks, photos: Path, tmp_path: Path) 
         photos, tmp_path / "run", *more, "checkpoint.keep_every=5", "checkpoint.best=null"
     )
     assert ranks.launch(train, 1, args) == [0]
-    assert [found.step for found in checkpoint.find(tmp_path / "run")] == [21, 18, 15, 12, 6]
+    assert [found.step for found in store.find(tmp_path / "run")] == [21, 18, 15, 12, 6]
     args = arguments(photos, tmp_path / "best", *more)
     assert ranks.launch(train, 1, args) == [0]
     knn = {
@@ -354,7 +354,7 @@ def test_epochs_between_checkpoints(ranks: Ranks, photos: Path, tmp_path: Path) 
         for row in rows(tmp_path / "best")
         if "eval/knn_top1" in row
     }
-    best = checkpoint.Found.read(tmp_path / "best/checkpoints/best.json").step
+    best = store.CheckpointInfo.read(tmp_path / "best/checkpoints/best.json").step
     assert knn[best] == max(value for step, value in knn.items() if step)
 
 

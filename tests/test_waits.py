@@ -15,12 +15,16 @@ from unittest.mock import patch
 import pytest
 from torch import Tensor
 
-from ddp_ssl import engine, log
+from ddp_ssl.logs import console
 from ddp_ssl.methods._registry import builtin_methods
-from ddp_ssl.recorder import Recorder
 from ddp_ssl.run.configure import load
-from ddp_ssl.signals import StopRequest
-from ddp_ssl.watchdog import Watchdog
+from ddp_ssl.run.signals import StopRequest
+from ddp_ssl.run.status import RunStatus
+from ddp_ssl.run.watchdog import Watchdog
+from ddp_ssl.training import loop
+from ddp_ssl.training.build import build
+from ddp_ssl.training.lifecycle import join
+from ddp_ssl.training.recorder import Recorder
 from tests.golden import Training
 from tests.helpers import Operators
 
@@ -65,20 +69,20 @@ def test_a_step_of_the_run_does_not_wait(tmp_path: Path) -> None:
             "eval.every=0", "measure.every=0", "run.device=cpu", f"run.dir={tmp_path}/run",
         ]
     )  # fmt: skip
-    world = engine.join(resolved.config)
+    world = join(resolved.config)
     watch = Watchdog(world, resolved.config.run)
     try:
-        job = engine.build(resolved, world, watch, [])
+        job = build(resolved, world, watch, RunStatus())
         with (
-            patch.object(engine, "end_of_epoch", excepted(engine.end_of_epoch)),
-            patch.object(engine, "save", excepted(engine.save)),
+            patch.object(loop, "end_of_epoch", excepted(loop.end_of_epoch)),
+            patch.object(loop, "save", excepted(loop.save)),
             patch.object(Recorder, "flush", excepted(Recorder.flush)),
             seen,
         ):
-            assert engine.train(job, StopRequest()) == "done"
+            assert loop.train(job, StopRequest()) == "done"
         job.recorder.close()
     finally:
         watch.close()
-        log.setup_logging(None, 0)
+        console.setup_logging(None, 0)
     assert seen.names["aten::convolution"] > 4
     assert not seen.waits

@@ -39,15 +39,17 @@ from compare import in_turn, peak_mib
 from gpu_path import Moved
 from shared import CLASSES, learner_of, trained, without_input
 
-from ddp_ssl import engine, optim
+from ddp_ssl import optim
 from ddp_ssl.comm import ONE_PROCESS
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import World
 from ddp_ssl.driver import find_driver
-from ddp_ssl.log import environment
 from ddp_ssl.methods.base import Progress
 from ddp_ssl.run.configure import load
-from ddp_ssl.signals import StopRequest
+from ddp_ssl.run.environment import environment
+from ddp_ssl.run.signals import StopRequest
+from ddp_ssl.training.build import on_device, parameter_groups
+from ddp_ssl.training.loop import gradient_norm
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = {"resnet50": "resnet50", "resnet18": "resnet18", "vit_s16": "vit_small_patch16_224"}
@@ -218,10 +220,8 @@ class Step:
                 if isinstance(module, nn.SyncBatchNorm):
                     module.forward = functools.partial(_synchronised, module)
         self.learner = learner
-        self.module = engine.on_device(learner, self.config, World(0, 1, 0, 1, self.device))
-        self.optimizer = optim.build(
-            self.config.optim, engine.parameter_groups(learner, self.config)
-        )
+        self.module = on_device(learner, self.config, World(0, 1, 0, 1, self.device))
+        self.optimizer = optim.build(self.config.optim, parameter_groups(learner, self.config))
         self.parameters = [p for p in learner.method.parameters() if p.requires_grad]
         self.module.train()
         self.use(2)
@@ -239,7 +239,7 @@ class Step:
         total.backward()
         progress = Progress(100, 1000, 1, 10)
         self.learner.method.before_optimizer(progress)
-        engine.gradient_norm(self.parameters, self.config.optim.grad_clip)
+        gradient_norm(self.parameters, self.config.optim.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.learner.method.after_step(progress)

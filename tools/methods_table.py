@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ddp_ssl.log import read_metrics
+from ddp_ssl.logs.writer import read_metrics
 from ddp_ssl.methods._registry import builtin_methods
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "methods.md"

@@ -40,8 +40,8 @@ from ddp_ssl.data.datasets import registry, selection, shards
 from ddp_ssl.data.datasets.base import absolute
 from ddp_ssl.data.datasets.scan import EXTENSIONS
 from ddp_ssl.data.datasets.split import Split
-from ddp_ssl.files import sync_folder
 from ddp_ssl.run.configure import load
+from ddp_ssl.utils.files import sync_folder
 from ddp_ssl.utils.progress import Progress, tell
 from ddp_ssl.utils.seeds import generator
 

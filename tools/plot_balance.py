@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ddp_ssl.config import read_yaml
-from ddp_ssl.log import read_metrics
+from ddp_ssl.logs.writer import read_metrics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script too
 from tools.figures import save

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_ssl.evals import dynamics
-from ddp_ssl.log import read_metrics
+from ddp_ssl.logs.writer import read_metrics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script too
 from tools.figures import save

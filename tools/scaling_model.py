@@ -33,7 +33,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ddp_ssl import engine
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError, check_world_size
 from ddp_ssl.config.views import views_of
@@ -41,6 +40,7 @@ from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import GlobalBatchNorm
 from ddp_ssl.losses.kernels import gram as pairs
 from ddp_ssl.methods._learner import Learner
+from ddp_ssl.methods._registry import make_method
 from ddp_ssl.methods.base import Progress
 from ddp_ssl.metrics.effective_rank import GATHERED
 from ddp_ssl.models import build_backbone
@@ -240,7 +240,7 @@ def _bytes(x: Tensor) -> int:
 
 def build(config: Config, classes: int) -> Learner:
     """The run's method and probe, as the engine makes them; values do not matter."""
-    return Learner(engine.make_method(config, Comm()), classes, some_unlabelled=False)
+    return Learner(make_method(config, Comm()), classes, some_unlabelled=False)
 
 
 def of_shapes(module: nn.Module, mode: FakeTensorMode) -> None:

@@ -18,7 +18,7 @@ from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.loader import TrainLoader
 from ddp_ssl.distributed import World
-from ddp_ssl.launch import ranges
+from ddp_ssl.utils.launcher import ranges
 
 T = TypeVar("T")
 

@@ -16,13 +16,13 @@ import torch
 
 from ddp_ssl import distributed
 from ddp_ssl.checks.base import Bench, Check, Finding, by_value, fail, file_system, ok, size, warn
+from ddp_ssl.data.build import train_loader
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.decodable import Decoder, first_line, why, worth_trying
 from ddp_ssl.data.loading.formats import Decoding
-from ddp_ssl.engine import train_loader
 
 SCAN_S = 1800.0  # for finding the images, at most (`doctor.LONGEST_S` is the limit of all)
 DECODED = 10  # images of each split

@@ -15,7 +15,7 @@ import torch
 
 from ddp_ssl.checks.base import Bench, Check, Finding, by_value, fail, ok, size, warn
 from ddp_ssl.driver import why_no_gpu
-from ddp_ssl.launch import cpu_share
+from ddp_ssl.utils.launcher import cpu_share
 
 IN_USE = 2 << 30  # bytes in use on a GPU that this process alone does not explain
 SHM = Path("/dev/shm")

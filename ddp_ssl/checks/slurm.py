@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ddp_ssl.checks.base import Bench, Check, Finding, ok, warn
-from ddp_ssl.launch import under_srun
+from ddp_ssl.utils.launcher import under_srun
 
 STEP_S = 10.0  # for the step under way to end, and for the others to agree
 SHORT_MIN = 15  # a job shorter than this spends its time on starting

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ddp_ssl import log
 from ddp_ssl.checks.base import Bench, Check, Finding, by_value, fail, ok, warn
 from ddp_ssl.driver import Driver, find_driver, install_command
+from ddp_ssl.run import environment
 
 NEEDED = ("torch", "torchvision", "timm", "nvidia-dali")
 
@@ -22,10 +22,10 @@ NEEDED = ("torch", "torchvision", "timm", "nvidia-dali")
 
 def look_at_versions(bench: Bench, before: list[Any]) -> dict[str, str]:
     """What is installed here, and what the GPU's driver supports."""
-    environment = log.environment()
-    found = {name.lower(): version for name, version in environment["packages"].items()}
-    found |= {"python": environment["python"], "commit": environment["git_commit"] or "none"}
-    found["cuda"] = environment["cuda"] or "none"
+    here = environment.environment()
+    found = {name.lower(): version for name, version in here["packages"].items()}
+    found |= {"python": here["python"], "commit": here["git_commit"] or "none"}
+    found["cuda"] = here["cuda"] or "none"
     driver = find_driver()
     found["driver"] = "none" if driver is None else driver.cuda
     return found

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddp_ssl import folder, optim
+from ddp_ssl import optim
 from ddp_ssl.checks.base import (
     Bench,
     Check,
@@ -24,8 +24,10 @@ from ddp_ssl.checks.base import (
 )
 from ddp_ssl.comm import ONE_PROCESS
 from ddp_ssl.config import Config
-from ddp_ssl.engine import make_method, parameter_groups
 from ddp_ssl.methods._learner import Learner
+from ddp_ssl.methods._registry import make_method
+from ddp_ssl.run import folder
+from ddp_ssl.training.build import parameter_groups
 
 WRITTEN = 32 << 20  # bytes of the file that is written to see how fast that goes
 OF_A_RANK = 64 << 10  # bytes of a process's own state in a checkpoint: random numbers, DALI's blob

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddp_ssl import clock
+from ddp_ssl.utils import device_timer
 
 # torch 2.13 renamed the single-tensor collectives and deprecated the old names.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -48,8 +48,8 @@ class CommStats:
         self._spans, self._ready = [], None
 
     def mark(self) -> Any:
-        """The present time on the device's own clock."""
-        return clock.now(self._device)
+        """The present time on the device's own device_timer."""
+        return device_timer.now(self._device)
 
     def span(self, start: Any) -> None:
         """Count the time since `start` as waiting."""
@@ -70,7 +70,7 @@ class CommStats:
         """End sampling; return the seconds spent waiting. Synchronises with the device."""
         self.sampling = False
         spans, self._spans = self._spans, []
-        return sum(clock.seconds_between(start, end) for start, end in spans)
+        return sum(device_timer.seconds_between(start, end) for start, end in spans)
 
 
 comm_stats = CommStats()

@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from ddp_ssl.distributed.heartbeat import HeartbeatStore
 from ddp_ssl.distributed.primitives import all_gather_single, comm_stats, run_collective
 from ddp_ssl.driver import why_no_gpu
-from ddp_ssl.launch import local_rank_and_size, ranges, rank_and_size, restarts
+from ddp_ssl.utils.launcher import local_rank_and_size, ranges, rank_and_size, restarts
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,23 @@ from typing import Any
 
 import torch
 
-from ddp_ssl import checkpoint, distributed, engine
-from ddp_ssl.checkpoint import Found
+from ddp_ssl import distributed
+from ddp_ssl.checkpoint import store
+from ddp_ssl.checkpoint.store import CheckpointInfo
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError
+from ddp_ssl.data.build import load_data
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.distributed import World
+from ddp_ssl.distributed.agreement import on_all_ranks
 from ddp_ssl.evals.pretrained import try_size
 from ddp_ssl.evals.settings import EvaluateConfig, config_of_run
 from ddp_ssl.evals.validation import Validation
 from ddp_ssl.methods._learner import Learner
+from ddp_ssl.methods._registry import make_method
+from ddp_ssl.utils.text import one_line
 
 logger = logging.getLogger("ddp_ssl")
 
@@ -123,15 +128,15 @@ def measure(config: Config, home: Path, out: Path, world: World, own: str) -> in
     """The same with the run's whole config; the results go to the folder `out`. `own`: the name of
     the data that the run was trained on."""
     found, best, images = world.broadcast_object(
-        engine.together(
+        on_all_ranks(
             world, lambda: (*chosen(home), validation_images(home)) if world.is_main else None
         )
     )
     if not found:
         raise ConfigError(f"{home / 'checkpoints'}: no checkpoint; a run that saved one is needed")
-    engine.together(world, lambda: registry.find(config.data))
-    engine.together(world, lambda: registry.stage(config.data))
-    data = engine.load_data(config, world)
+    on_all_ranks(world, lambda: registry.find(config.data))
+    on_all_ranks(world, lambda: registry.stage(config.data))
+    data = load_data(config, world)
     if data.val is None or not len(data.val):
         raise ConfigError(f"data.name: {config.data.name} has no images for validation here")
     comm = distributed.comm_of(world)
@@ -141,7 +146,7 @@ def measure(config: Config, home: Path, out: Path, world: World, own: str) -> in
     same = config.data.name == own and images in (None, data.val.digest[:12])
     file = out / (FILE if same else f"dynamics-{data.name}.jsonl")
     rows = world.broadcast_object(
-        engine.together(world, lambda: kept(file, key, found) if world.is_main else None)
+        on_all_ranks(world, lambda: kept(file, key, found) if world.is_main else None)
     )
     if world.is_main:
         said = f"; {len(rows)} are measured already" if rows else ""
@@ -164,14 +169,14 @@ def measure(config: Config, home: Path, out: Path, world: World, own: str) -> in
             measured(validation, learner, data),
         )  # fmt: skip
         rows[row.sha256] = row
-        engine.together(world, lambda row=row: append(file, row) if world.is_main else None)  # type: ignore[misc]
+        on_all_ranks(world, lambda row=row: append(file, row) if world.is_main else None)  # type: ignore[misc]
         if world.is_main:
             seconds = time.perf_counter() - start
             logger.info("%d/%d %s (%.0f s)", number, len(found), brief(row), seconds)
     ordered = sorted(rows.values(), key=lambda row: row.step)
     place = out / "evaluate" / f"{file.stem}.md"
     if rows:
-        engine.together(world, lambda: write(place, ordered, best) if world.is_main else None)
+        on_all_ranks(world, lambda: write(place, ordered, best) if world.is_main else None)
     if world.is_main and rows:
         logger.info("\n%s\n\nin %s; all figures in %s", table(ordered, best), place, file)
     world.barrier()
@@ -185,15 +190,15 @@ class Models:
         self.config, self.comm, self.world = config, comm, world
         self.learner: Learner | None = None
 
-    def load(self, found: Found) -> Learner:
+    def load(self, found: CheckpointInfo) -> Learner:
         """Method and probe as they were; raises `ConfigError` on all processes together."""
-        return engine.together(self.world, lambda: self._load(found))
+        return on_all_ranks(self.world, lambda: self._load(found))
 
-    def _load(self, found: Found) -> Learner:
-        weights: Mapping[str, Any] = checkpoint.load(found.path, sha256=found.sha256)["model"]
+    def _load(self, found: CheckpointInfo) -> Learner:
+        weights: Mapping[str, Any] = store.load(found.path, sha256=found.sha256)["model"]
         if self.learner is None:
             probe = weights.get("probe.weight")
-            method = engine.make_method(self.config, self.comm)
+            method = make_method(self.config, self.comm)
             size = self.config.data.central_crop.size
             try_size(method.backbone, self.config.model.backbone, size)
             self.learner = Learner(method, 0 if probe is None else len(probe))
@@ -203,25 +208,25 @@ class Models:
         try:
             self.learner.load_state_dict(weights)
         except RuntimeError as error:
-            reason = engine.one_line(error)[:160]
+            reason = one_line(error)[:160]
             raise ValueError(f"{found.path} does not fit the run's config.yaml: {reason}") from None
         self.learner.eval()
         return self.learner
 
 
-def chosen(home: Path) -> tuple[list[Found], str | None]:
+def chosen(home: Path) -> tuple[list[CheckpointInfo], str | None]:
     """The checkpoints that led to the newest one, in order of steps; the SHA-256 of the best.
 
     A run that went back to an older step leaves checkpoints of later steps behind. They no longer
     belong to it.
     """
-    found = checkpoint.find(home)  # the last saved first
-    best: Found | None = None
+    found = store.find(home)  # the last saved first
+    best: CheckpointInfo | None = None
     with contextlib.suppress(OSError, ValueError):
-        best = Found.read(home / "checkpoints" / "best.json")
+        best = CheckpointInfo.read(home / "checkpoints" / "best.json")
     if best is not None and best.sha256 not in [one.sha256 for one in found]:
         found = sorted([*found, best], key=lambda f: f.serial, reverse=True)
-    way: list[Found] = []
+    way: list[CheckpointInfo] = []
     for one in found:
         if not way or one.step < way[-1].step:
             way.append(one)
@@ -231,8 +236,8 @@ def chosen(home: Path) -> tuple[list[Found], str | None]:
 def validation_images(home: Path) -> str | None:
     """Digest of the run's own validation images, as its newest good checkpoint says; None if it
     does not."""
-    good = checkpoint.newest_good(home)
-    said = None if good is None else checkpoint.load(good.path).get("identity", {})
+    good = store.newest_good(home)
+    said = None if good is None else store.load(good.path).get("identity", {})
     return None if said is None else said.get("validation images")
 
 
@@ -253,8 +258,8 @@ def fingerprint(config: Config, data: Dataset, world_size: int) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
-def kept(path: Path, key: str, found: list[Found]) -> dict[str, Row]:
-    """Rows of these checkpoints that an earlier call measured with the same settings, by SHA-256.
+def kept(path: Path, key: str, found: list[CheckpointInfo]) -> dict[str, Row]:
+    """What an earlier call measured of these checkpoints in the same way, by SHA-256.
 
     Rewrites the file on rank 0: the rows of `key` come last, since they are the latest. No row is
     dropped.

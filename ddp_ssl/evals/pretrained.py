@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ddp_ssl import checkpoint
+from ddp_ssl.checkpoint import store
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.config import Channels, Config, Model
 from ddp_ssl.evals.settings import Backbone, EvaluateConfig, config_of_run
@@ -96,7 +96,7 @@ def load_pretrained(
     path, data = source.file, config.data
     sizes = sizes or [data.central_crop.size]
     if path is None:
-        good = checkpoint.newest_good(source.home)
+        good = store.newest_good(source.home)
         if good is None:
             raise ValueError(f"no good checkpoint in {source.home / 'checkpoints'}")
         path = good.path
@@ -110,7 +110,7 @@ def load_pretrained(
 
 def _of_checkpoint(path: Path, config: Config, comm: Comm, sizes: Sequence[int]) -> Pretrained:
     """Method, probe and backbone as they were."""
-    state = checkpoint.load(path)
+    state = store.load(path)
     weights = state.get("model")
     if not isinstance(weights, dict) or "step" not in state:
         raise ValueError(f"{path} is no checkpoint of ddp_ssl: it has no model and step")

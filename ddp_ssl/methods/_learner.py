@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddp_ssl import clock
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.methods.base import Method
+from ddp_ssl.utils import device_timer
 
 
 class Learner(nn.Module):
@@ -25,25 +25,26 @@ class Learner(nn.Module):
         """With `timing`: before and after a forward and backward of the probe alone."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The sum to differentiate, and the figures of this step (`loss` without the probe's)."""
+        """The sum to differentiate, and this step's metrics (`train/loss` without the probe's)."""
         out = self.method(batch)
-        figures: dict[str, Tensor | float] = {"loss": out.loss, **out.terms}
+        named = {n if "/" in n else f"train/{n}": value for n, value in out.terms.items()}
+        metrics: dict[str, Tensor | float] = {"train/loss": out.loss, **named}
         total = out.loss
         if self.probe is not None:
             loss, top1 = self._probe(out.features, batch.labels)
-            figures |= {"probe_loss": loss, "probe_top1": top1}
+            metrics |= {"train/probe_loss": loss, "train/probe_top1": top1}
             total = total + loss
             if self.timing:
                 self.timed = self._time(out.features.detach(), batch.labels)
-        return total, figures
+        return total, metrics
 
     def _time(self, features: Tensor, labels: Tensor) -> tuple[Any, Any]:
         """Run the probe again: its backward cannot be timed within the step's."""
         assert self.probe is not None
-        start = clock.now(features.device)
+        start = device_timer.now(features.device)
         loss, _ = self._probe(features, labels, self.method.comm.world_size / labels.numel())
         torch.autograd.grad(loss, [*self.probe.parameters()])
-        return start, clock.now(features.device)
+        return start, device_timer.now(features.device)
 
     def _probe(
         self, features: Tensor, labels: Tensor, scale: Tensor | float | None = None

@@ -5,10 +5,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+from ddp_ssl.comm import Comm
+from ddp_ssl.config import Config
 from ddp_ssl.errors import ConfigError
 from ddp_ssl.utils.text import one_line, suggest
+
+if TYPE_CHECKING:
+    from ddp_ssl.methods.base import Method
 
 
 def builtin_methods() -> list[str]:
@@ -51,3 +56,10 @@ def load_method(name: str) -> Any:
     if not (isinstance(outside, type) and issubclass(outside, Method)):
         raise ConfigError(f"method.name: {name!r} is not a subclass of ddp_ssl.methods.base.Method")
     return outside
+
+
+def make_method(config: Config, comm: Comm) -> Method[Any]:
+    """The configured method, with its batch norms made global."""
+    method = cast("Method[Any]", load_method(config.method.name)(config, comm))
+    method.finish()
+    return method

@@ -27,7 +27,7 @@ from ddp_ssl.losses.common import at_least_float32, gather_unit_rows, unit_rows
 from ddp_ssl.methods.base import Context, Method, Output
 from ddp_ssl.methods.vicreg import VICRegConfig, configured_vicreg
 from ddp_ssl.metrics.effective_rank import Matrix, global_effective_ranks, matrices
-from ddp_ssl.threads import beside
+from ddp_ssl.utils.background import in_background
 
 
 class AdaDimConfig(VICRegConfig):
@@ -254,7 +254,7 @@ class Measured:
 
     def begin(self) -> None:
         """Decompose in a thread."""
-        self._beside = beside(self.decompose)
+        self._beside = in_background(self.decompose)
 
     def effective_ranks(self) -> list[float]:
         """Those of all batches; waits for them."""

@@ -1,1 +1,1 @@
-"""A run as a thing on disk and on the cluster."""
+"""One run on disk and on the cluster: folder, status, environment, signals, watchdog."""

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a key alone. numpy only."""
+"""Seeds: a random stream of its own for each purpose."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def hashed(*key: object, bits: int = 31) -> int:
-    """A number of `bits` bits from the key's `repr`: a random stream of its own for each purpose.
+    """A number of `bits` bits from the key's `repr`.
 
     The same on every machine and in every process, unlike Python's `hash`.
     """
@@ -19,3 +19,8 @@ def hashed(*key: object, bits: int = 31) -> int:
 def generator(*key: object) -> np.random.Generator:
     """A counter-based generator (Philox) keyed by `key`."""
     return np.random.Generator(np.random.Philox(key=hashed(*key, bits=128)))
+
+
+def derive(seed: int, *names: object) -> int:
+    """A seed of 31 bits for the purpose that `names` say."""
+    return hashed(seed, *names, bits=32) >> 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ddp_ssl import checkpoint
+from ddp_ssl.checkpoint import store
 from ddp_ssl.config import Resolved
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.methods._learner import Learner
@@ -33,12 +33,12 @@ def make_run(folder: Path, photos: Path, *overrides: str) -> Learner:
         backbone = learner.method.backbone
         norm = backbone.bn1 if hasattr(backbone, "bn1") else backbone.norm  # a ViT's
         torch.nn.init.constant_(norm.bias, step / 10)
-        path = checkpoint.save(
+        path = store.save(
             folder,
             {"model": learner.state_dict(), "step": step, "epoch": 1, "identity": identity},
             step=step, epoch=1, identity=identity, world_size=1, keep=2,
         )  # fmt: skip
         if step == 5:
-            checkpoint.save_best(folder, path)
+            store.save_best(folder, path)
     torch.save(export(learner.method.backbone), folder / "backbone.pt")
     return learner.eval()

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from ddp_ssl import checkpoint, distributed
+from ddp_ssl import distributed
+from ddp_ssl.checkpoint import store
 from ddp_ssl.config import ConfigError
 from ddp_ssl.distributed import World
 from ddp_ssl.evals import dynamics
@@ -125,7 +126,7 @@ def test_the_table_and_the_json(run: Path) -> None:
     assert "LiDAR" not in head
     assert len({len(line) for line in (head, *lines[:3])}) == 1
     found = json.loads((run / "evaluate" / "dynamics.json").read_text())
-    best = checkpoint.Found.read(run / "checkpoints" / "best.json")
+    best = store.CheckpointInfo.read(run / "checkpoints" / "best.json")
     assert [row["step"] for row in found if row["best"]] == [best.step]
     assert text.count("*") == 2  # at the step, and below
     assert f"{best.step} *" in text
@@ -221,7 +222,7 @@ def test_steps_that_a_run_went_back_on_are_not_its_way(run: Path) -> None:
     (home / "best.json").unlink()
     earlier, newest = home / "step_00000003.pt", home / "step_00000005.pt"
     shutil.copy(earlier, newest)
-    found = checkpoint.Found.read(earlier.with_suffix(".json"))
+    found = store.CheckpointInfo.read(earlier.with_suffix(".json"))
     later = dataclasses.replace(found, path=newest, step=5, serial=found.serial + 100)
     newest.with_suffix(".json").write_text(later.to_json())
     way, best = dynamics.chosen(run)
@@ -230,7 +231,7 @@ def test_steps_that_a_run_went_back_on_are_not_its_way(run: Path) -> None:
 
 
 def test_a_best_checkpoint_whose_own_file_is_gone_counts(run: Path) -> None:
-    best = checkpoint.Found.read(run / "checkpoints" / "best.json")
+    best = store.CheckpointInfo.read(run / "checkpoints" / "best.json")
     for suffix in (".pt", ".json"):
         (run / "checkpoints" / f"step_{best.step:08d}{suffix}").unlink()
     way, sha256 = dynamics.chosen(run)

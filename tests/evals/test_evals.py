@@ -56,7 +56,10 @@ def test_the_probe_learns_and_does_not_touch_the_method() -> None:
     assert learner.probe is not None
     assert learner.probe.weight.grad.norm() > 0
     assert float(total.detach()) == pytest.approx(
-        sum(float(torch.as_tensor(figures[name]).detach()) for name in ("loss", "probe_loss"))
+        sum(
+            float(torch.as_tensor(figures[name]).detach())
+            for name in ("train/loss", "train/probe_loss")
+        )
     )
 
 

@@ -22,7 +22,7 @@ from ddp_ssl.evals.features import Extractor
 from ddp_ssl.evals.settings import EvaluateConfig, load_settings
 from ddp_ssl.evals.weights import find_source
 from ddp_ssl.evaluate import main
-from ddp_ssl.launch import rank_and_size
+from ddp_ssl.utils.launcher import rank_and_size
 from tests.evals.runs import make_run
 from tests.ranks import Ranks
 

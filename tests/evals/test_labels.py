@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ddp_ssl import clock
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import World, comm_of
 from ddp_ssl.evals.validation import Validation
 from ddp_ssl.methods._learner import Learner
+from ddp_ssl.utils import device_timer
 from tests.data.images import picture
 from tests.helpers import batch_of, config_of, images, method_of
 from tests.ranks import Ranks
@@ -57,10 +57,10 @@ def test_timing_the_probe_changes_nothing() -> None:
         total.backward()
         assert (learner.timed is not None) == timing
         gradients = [p.grad for p in learner.parameters() if p.grad is not None]
-        ends.append((total, figures["probe_loss"], figures["probe_top1"], *gradients))
+        ends.append((total, figures["train/probe_loss"], figures["train/probe_top1"], *gradients))
     assert len(ends[0]) > 10
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
-    assert clock.seconds_between(*learner.timed) > 0
+    assert device_timer.seconds_between(*learner.timed) > 0
 
 
 def test_unlabelled_images_change_nothing() -> None:
@@ -80,7 +80,7 @@ def test_a_batch_without_labels_is_no_loss() -> None:
     batch = batch_of(images(2, 12))
     total, figures = learner(Batch(batch.views, batch.ids, torch.full((12,), -1)))
     total.backward()
-    assert float(figures["probe_loss"].detach()) == 0 == float(figures["probe_top1"])
+    assert float(figures["train/probe_loss"].detach()) == 0 == float(figures["train/probe_top1"])
     assert float(learner.probe.weight.grad.abs().max()) == 0
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ddp_ssl import checkpoint
+from ddp_ssl.checkpoint import store
 from tests.faults.launched import (
     TRAIN,
     Launched,
@@ -90,14 +90,14 @@ def test_ten_kills_of_rank_0_while_it_saves(photos: Path, tmp_path: Path) -> Non
         for kill in range(10):
             start = last_step(folder)
             until(lambda start=start: last_step(folder) > start + 1 and run.going())
-            until(lambda: checkpoint.find(folder))
+            until(lambda: store.find(folder))
             before = run.workers()
             until(lambda: list((folder / "checkpoints").glob("*.tmp")), 60)
             time.sleep(draw.uniform(0, 0.05))
             os.kill(before[0], signal.SIGKILL)
-            committed = checkpoint.find(folder)[0].step
+            committed = store.find(folder)[0].step
             unfinished += bool(list((folder / "checkpoints").glob("*.tmp")))
-            newest = checkpoint.newest_good(folder)
+            newest = store.newest_good(folder)
             assert newest is not None
             assert newest.step >= committed, kill
             until(
@@ -263,7 +263,7 @@ def test_a_cut_link_ends_both_sides(photos: Path, tmp_path: Path, two_machines: 
     assert "rank 1" in runs[0].text()
     assert "after step" in runs[0].text()
     assert "after step" in runs[1].text()
-    newest = checkpoint.newest_good(folder)
+    newest = store.newest_good(folder)
     assert newest is not None
     assert newest.step >= 8
 

@@ -57,7 +57,7 @@ def test_the_steps_that_are_timed(
 ) -> None:
     """All but each epoch's last one; bare ones beside them."""
     monkeypatch.setattr(step.optim, "build", lambda config, groups: None)
-    monkeypatch.setattr(step.engine, "parameter_groups", lambda learner, config: [])
+    monkeypatch.setattr(step, "parameter_groups", lambda learner, config: [])
     job: Any = SimpleNamespace(
         loader=Loader(),
         learner=torch.nn.Linear(1, 1),

@@ -30,12 +30,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from compare import peak_mib
 
-from ddp_ssl import checkpoint, engine
+from ddp_ssl.checkpoint import store
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.config.views import views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.losses import barlow_twins, info_nce, mutual_information, vicreg
+from ddp_ssl.methods._registry import make_method
 from ddp_ssl.run.configure import load
 
 CPU = torch.device("cpu")
@@ -138,7 +139,7 @@ def of_step(repeats: int) -> Iterator[Growth]:
     for size in (32, 64, 128, 256):
         config = load([f"data.batch_size={size}", "run.device=cpu"]).config
         torch.manual_seed(0)
-        method = engine.make_method(config, ONE_PROCESS)
+        method = make_method(config, ONE_PROCESS)
         method.alpha = 0.5
         views = [torch.rand(size, 3, v.size, v.size) for v in views_of(config.data.views)]
         batch = Batch(views, torch.arange(size), torch.zeros(size, dtype=torch.long))
@@ -184,7 +185,7 @@ def of_checkpoints(folder: Path) -> Iterator[Growth]:
     spent = Growth("checkpoint, save", "parameters", "CPU-ms")
     for width in (256, 512, 1024, 2048):
         config = load([f"model.projector=[{width},{width},{width}]", "run.device=cpu"]).config
-        method = engine.make_method(config, ONE_PROCESS)
+        method = make_method(config, ONE_PROCESS)
         state = {
             "model": method.state_dict(),
             "optimizer": {n: torch.zeros_like(p) for n, p in method.named_parameters()},
@@ -192,7 +193,7 @@ def of_checkpoints(folder: Path) -> Iterator[Growth]:
         place = folder / f"run{width}"
         place.mkdir()
         begin = time.process_time()
-        path = checkpoint.save(
+        path = store.save(
             place, state, step=1, epoch=1, identity={}, world_size=1, keep=2, permanent=False
         )
         parameters = sum(p.numel() for p in method.parameters())

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from ddp_ssl import engine
 from ddp_ssl.data.batch import Batch
+from ddp_ssl.training.job import Job
 
 sys.path.insert(0, str(Path(__file__).parent))
 from compare import device_line, spread, where
@@ -34,7 +34,7 @@ from shared import trained
 class Alternating:
     """Stands in for the run's loader: files and cached batches in turn; images/s of each."""
 
-    def __init__(self, job: engine.Job, segment: int) -> None:
+    def __init__(self, job: Job, segment: int) -> None:
         self.loader, self.segment = job.loader, segment
         self.device, self.images = job.world.device, job.config.data.batch_size
         self.ahead = job.config.data.prefetch + 1

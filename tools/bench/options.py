@@ -29,10 +29,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from compare import device_line, in_turn, spread, verdict
 from shared import join, learner_of, random_batch
 
-from ddp_ssl import distributed, engine
+from ddp_ssl import distributed
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import World
 from ddp_ssl.run.configure import load
+from ddp_ssl.training.build import on_device
 
 PLAIN = "as it is"
 Step = Callable[[], object]
@@ -51,7 +52,7 @@ def step_of(world: World, arguments: Sequence[str], how: str = "", **ddp: bool) 
         return DistributedDataParallel(*given, **{**options, **ddp})
 
     with patch.object(distributed.collectives, "DistributedDataParallel", told):
-        module: nn.Module = engine.on_device(learner, config, world)
+        module: nn.Module = on_device(learner, config, world)
     made = random_batch(config, comm)
     shape = torch.channels_last if config.model.channels_last else torch.contiguous_format
     views = [view.to(world.device, memory_format=shape) for view in made.views]

@@ -27,9 +27,9 @@ from typing import Any
 import timm
 import torch
 
-from ddp_ssl import checkpoint
+from ddp_ssl.checkpoint import store
+from ddp_ssl.checkpoint.saver import Saver
 from ddp_ssl.models import projection_head
-from ddp_ssl.saver import Saver
 
 sys.path.insert(0, str(Path(__file__).parent))
 from compare import ENOUGH, device_line, interval, spread, verdict, where
@@ -77,7 +77,7 @@ class Ways:
 
     def write(self, state: dict[str, Any]) -> None:
         step = next(self.count)
-        checkpoint.save(self.folder, state, step=step, epoch=0, identity={}, world_size=1, keep=2)
+        store.save(self.folder, state, step=step, epoch=0, identity={}, world_size=1, keep=2)
 
 
 def main() -> None:

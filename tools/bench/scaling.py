@@ -38,10 +38,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ddp_ssl import distributed, engine
+from ddp_ssl import distributed
 from ddp_ssl.distributed import StopFlag, World, comm_stats
 from ddp_ssl.methods.base import Progress
 from ddp_ssl.run.configure import load
+from ddp_ssl.training.build import on_device
 from tools.bench.shared import ALPHA, CLASSES, join, learner_of, random_batch
 from tools.scaling_model import SUMS, Cluster, elapsed, record
 
@@ -71,7 +72,7 @@ class Steps:
         config = load([*arguments, "run.device=cpu"]).config
         comm = distributed.comm_of(world, config.data.view_shards)
         self.learner = learner_of(config, comm)
-        self.module: nn.Module = engine.on_device(self.learner, config, world)
+        self.module: nn.Module = on_device(self.learner, config, world)
         self.buckets: list[int] = []
         self.compressed = config.optim.gradient_compression is not None
         if isinstance(self.module, DistributedDataParallel) and not self.compressed:

@@ -12,16 +12,22 @@ from unittest.mock import patch
 
 import torch
 
-from ddp_ssl import distributed, engine, log
+from ddp_ssl import distributed
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config
 from ddp_ssl.config.views import views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import World
+from ddp_ssl.logs import console
 from ddp_ssl.methods._learner import Learner
+from ddp_ssl.methods._registry import make_method
 from ddp_ssl.run.configure import load
-from ddp_ssl.signals import StopRequest
-from ddp_ssl.watchdog import Watchdog
+from ddp_ssl.run.signals import StopRequest
+from ddp_ssl.run.status import RunStatus
+from ddp_ssl.run.watchdog import Watchdog
+from ddp_ssl.training import build, lifecycle, loop
+from ddp_ssl.training.job import Job
+from ddp_ssl.utils.seeds import derive
 
 CLASSES, ALPHA = 10, 0.5
 Feeder = TypeVar("Feeder")
@@ -30,7 +36,7 @@ Feeder = TypeVar("Feeder")
 @contextmanager
 def trained(
     arguments: list[str],
-    feed: Callable[[engine.Job], Feeder],
+    feed: Callable[[Job], Feeder],
     stop: StopRequest | None = None,
 ) -> Iterator[Feeder]:
     """A real run, to its end or until `stop` asks, whose loader is what `feed` makes.
@@ -38,14 +44,14 @@ def trained(
     The run is still open within.
     """
     resolved = load(arguments)
-    world = engine.join(resolved.config)
-    log.setup_logging(None, world.rank)
+    world = lifecycle.join(resolved.config)
+    console.setup_logging(None, world.rank)
     watch = Watchdog(world, resolved.config.run)
-    job = engine.build(resolved, world, watch, [])
+    job = build.build(resolved, world, watch, RunStatus())
     feeder = feed(job)
     job.loader = feeder  # type: ignore[assignment]
     try:
-        engine.train(job, stop or StopRequest())
+        loop.train(job, stop or StopRequest())
         yield feeder
     finally:
         job.recorder.close()
@@ -72,7 +78,7 @@ class RandomLoader:
     def __next__(self) -> Batch:
         n, views = self.order.local_batch, []
         for k, view in zip(self.view_ids, self.views, strict=True):
-            generator = torch.Generator().manual_seed(engine.derive(0, self.step, self.first, k))
+            generator = torch.Generator().manual_seed(derive(0, self.step, self.first, k))
             pixels = torch.randn(n, view.size, view.size, 3, generator=generator)
             views.append(pixels.to(self.device))
         ids = torch.arange(n) + self.first
@@ -97,10 +103,10 @@ def without_input(steps_per_epoch: int) -> Iterator[None]:
                *rest: Any, **options: Any) -> RandomLoader:  # fmt: skip
         return RandomLoader(config, comm, device, views, steps_per_epoch)
 
-    load_data = engine.load_data
+    load_data = build.load_data
     with (
-        patch.object(engine, "train_loader", loader),
-        patch.object(engine, "load_data", lambda *args: replace(load_data(*args), val=None)),
+        patch.object(build, "train_loader", loader),
+        patch.object(build, "load_data", lambda *args: replace(load_data(*args), val=None)),
     ):
         yield
 
@@ -118,7 +124,7 @@ def join(rank: int, size: int, port: int, device: str, timeout_s: float) -> Worl
 def learner_of(config: Config, comm: Comm) -> Learner:
     """The run's method and probe with the same weights everywhere; alpha as once measured."""
     torch.manual_seed(0)
-    learner = Learner(engine.make_method(config, comm), CLASSES, some_unlabelled=False)
+    learner = Learner(make_method(config, comm), CLASSES, some_unlabelled=False)
     if hasattr(learner.method, "alpha"):
         learner.method.alpha = ALPHA
     return learner

@@ -25,8 +25,10 @@ from typing import Any
 
 import torch
 
-from ddp_ssl import engine, optim
+from ddp_ssl import optim
 from ddp_ssl.data.batch import Batch
+from ddp_ssl.training.build import parameter_groups
+from ddp_ssl.training.job import Job
 
 sys.path.insert(0, str(Path(__file__).parent))
 from compare import device_line, spread, where
@@ -36,15 +38,13 @@ from shared import trained
 class Turns:
     """Stands in for the run's loader, and times both loops in turn."""
 
-    def __init__(self, job: engine.Job, segment: int, cached: int) -> None:
+    def __init__(self, job: Job, segment: int, cached: int) -> None:
         self.loader, self.segment = job.loader, segment
         self.batches = [next(job.loader) for _ in range(cached)]
         self.device = job.world.device
-        self.learner = copy.deepcopy(job.learner)
+        self.learner = copy.deepcopy(job.network.learner)
         self.learner.train()
-        self.optimizer = optim.build(
-            job.config.optim, engine.parameter_groups(self.learner, job.config)
-        )
+        self.optimizer = optim.build(job.config.optim, parameter_groups(self.learner, job.config))
         # An epoch's last step is not counted, since what follows it is not a step's.
         most = max(1, job.loader.steps_per_epoch - 1)
         self.turn = min(segment, most) if self.device.type == "cuda" else 1

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_ssl.config import ConfigError
-from ddp_ssl.log import read_metrics
+from ddp_ssl.logs.writer import read_metrics
 
 from .cells import Cell, Number, Table, published_correlations
 from .runs import Run

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp_ssl.utils.seeds import generator
+from ddp_ssl.utils.seeds import generator as generator
+from ddp_ssl.utils.seeds import hashed as hashed
 
 Ids = NDArray[np.int64]
 

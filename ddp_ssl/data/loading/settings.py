@@ -10,7 +10,7 @@ import torch
 
 from ddp_ssl.config.views import View
 from ddp_ssl.data.loading.formats import Decoding, PixelFormat
-from ddp_ssl.launch import cpu_share
+from ddp_ssl.utils.launcher import cpu_share
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data

@@ -1,14 +1,14 @@
-"""A process that died or hangs is noticed, named, and ends the run everywhere.
+"""A process that died or hangs is noticed and named, and the run ends everywhere.
 
-Each process leaves a note of how far it is, every second, from a thread of its own: a number that
-grows, its last step, how many collectives it entered, what it does. Whoever gets no further, or
-finds the others gone, reads all notes and says whose fault it is:
+Each process writes a heartbeat every second, from a thread of its own: a number that grows, its
+last step, how many collectives it entered, what it does. A process that makes no progress for
+`run.timeout_s`, or loses its peers, reads all heartbeats and names the rank at fault:
 
-* a note that ends in an error: that process failed, and this is why;
-* a note that grows no more: that process, or its machine, died or was stopped;
+* a heartbeat with an error: that process failed, and this is why;
+* a heartbeat that grows no more: that process, or its machine, died or was stopped;
 * the fewest collectives: that process never came to where the others wait.
 
-A step may take `run.timeout_s`; what else the loop does, `run.start_timeout_s`.
+A step may take `run.timeout_s`; everything else that the loop does, `run.start_timeout_s`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SILENT = 4  # periods without a sign of life that a busy machine may explain
 
 
 @dataclass
-class Note:
-    """What a process says of itself."""
+class Heartbeat:
+    """The state of a process, as it says itself."""
 
     host: str
     beat: int = 0
@@ -45,7 +45,7 @@ class Note:
 
 
 class Watchdog:
-    """Watches this process's progress, and on two ranks the others' signs of life."""
+    """Watches this process's progress, and on ranks 0 and 1 the heartbeats of the others."""
 
     def __init__(self, world: World, limits: Run) -> None:
         self.world = world
@@ -53,21 +53,21 @@ class Watchdog:
         self.long, self.short = max(limits.start_timeout_s, limits.timeout_s), limits.timeout_s
         self.on_end: Callable[[str], None] = lambda reason: None
         """Called with the reason, on the one process that speaks, before the run ends."""
-        self._note = Note(socket.gethostname())
+        self._heartbeat = Heartbeat(socket.gethostname())
         self._limit, self._since = self.long, time.monotonic()
         self._first_step: int | None = None
         self._seen: dict[int, tuple[int, float]] = {}  # rank: its last beat, and when it changed
-        self._mute_since: float | None = None  # since when the notes cannot be read
+        self._mute_since: float | None = None  # since when the heartbeats cannot be read
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._board: HeartbeatStore | None = world.heartbeats(max(5.0, 5 * self.period))
         if self._board is not None:
             self._beat()
-            world.barrier()  # everyone's first note is there
+            world.barrier()  # the first heartbeat of every rank is there
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
-    # --- the main thread says what it does -----------------------------------------------------
+    # --- called by the main thread -----------------------------------------------------
 
     def at(self, step: int, doing: str) -> None:
         """Progress: `step` steps are done, and this is next.
@@ -75,28 +75,28 @@ class Watchdog:
         It may take `run.timeout_s`; the first step of the process, `run.start_timeout_s`.
         """
         self._first_step = step if self._first_step is None else self._first_step
-        self._note.step, self._note.doing = step, doing
+        self._heartbeat.step, self._heartbeat.doing = step, doing
         self._since = time.monotonic()  # before the limit: the thread may look in between
         self._limit = self.short if step > self._first_step else self.long
 
     def next(self, doing: str) -> None:
         """Progress while the run is built: this is next, and may take `run.start_timeout_s`."""
-        self._note.doing, self._since = doing, time.monotonic()
+        self._heartbeat.doing, self._since = doing, time.monotonic()
 
     @contextlib.contextmanager
     def during(self, doing: str) -> Iterator[None]:
         """Within: something that may take `run.start_timeout_s`."""
-        before = self._note.doing, self._limit
-        self._note.doing, self._limit, self._since = doing, self.long, time.monotonic()
+        before = self._heartbeat.doing, self._limit
+        self._heartbeat.doing, self._limit, self._since = doing, self.long, time.monotonic()
         try:
             yield
         finally:
             self._since = time.monotonic()
-            self._note.doing, self._limit = before
+            self._heartbeat.doing, self._limit = before
 
     def failed(self, error: str) -> None:
         """Tell the others why this process leaves."""
-        self._note.error = error
+        self._heartbeat.error = error
         self._beat()
         if self._board is not None and self.world.is_main and not self._board.outlives_rank_0:
             time.sleep(2 * SILENT * self.period)  # the others must be able to read it
@@ -105,13 +105,13 @@ class Watchdog:
         """Watch no longer."""
         self._closed.set()
 
-    # --- who it was ----------------------------------------------------------------------------
+    # --- naming the rank at fault ----------------------------------------------------------------
 
     def explain(self) -> tuple[str, bool]:
         """Why the others are not there, and whether it is this process that should say so.
 
-        Takes a few periods, in which the notes of the living must grow. Empty if all are there and
-        equally far, or if it is this process itself that is behind.
+        Takes a few periods, in which the heartbeats of living processes grow. Empty if all are
+        there and equally far, or if this process itself is behind.
         """
         try:
             before = self._read()
@@ -121,7 +121,7 @@ class Watchdog:
                 self._beat()  # the thread that does it otherwise may be the one that waits here
             now = self._read()
         except RuntimeError:
-            step = self._note.step
+            step = self._heartbeat.step
             return (
                 "the process that holds the rendezvous cannot be reached (rank 0, or torchrun on "
                 f"the first node): it, its node or the network died; this is rank "
@@ -159,9 +159,9 @@ class Watchdog:
     def _end_stuck(self) -> None:
         reason, speaks = self.explain()
         if not reason:
-            time.sleep(2 * SILENT * self.period)  # if it is this process, the others say it better
+            time.sleep(2 * SILENT * self.period)  # if this process is at fault, the others name it
         if seconds := self._stuck():  # still, after the time that it took to explain
-            reason = reason or f"all processes wait, or this one hangs, in: {self._note.doing}"
+            reason = reason or f"all processes wait, or this one hangs, in: {self._heartbeat.doing}"
             self._end(f"no progress for {seconds:.0f} s: {reason}", speaks)
 
     def _end_silent(self) -> None:
@@ -176,8 +176,8 @@ class Watchdog:
         try:
             notes = self._read()
         except RuntimeError:
-            # Nobody can write either, so nobody's silence counts, but that of rank 0 where it holds
-            # the notes: the others may be waiting for it in something long.
+            # No process can write either, so silence does not count, except that of rank 0 where it
+            # holds the heartbeats: the others may be waiting for it in a long task.
             self._seen.clear()
             assert self._board is not None
             if self._board.outlives_rank_0 or self.world.is_main:
@@ -210,22 +210,22 @@ class Watchdog:
     def _beat(self) -> None:
         """A sign of life, if it can be given."""
         with self._lock:
-            self._note.beat += 1
-            self._note.collectives = comm_stats.calls
-            text = json.dumps(vars(self._note))
+            self._heartbeat.beat += 1
+            self._heartbeat.collectives = comm_stats.calls
+            text = json.dumps(vars(self._heartbeat))
         if self._board is not None:
             with contextlib.suppress(RuntimeError):
                 self._board.write(self.world.rank, text)
 
-    def _read(self) -> list[Note]:
+    def _read(self) -> list[Heartbeat]:
         assert self._board is not None
-        return [Note(**json.loads(text)) for text in self._board.read()]
+        return [Heartbeat(**json.loads(text)) for text in self._board.read()]
 
 
-def blame(before: list[Note], now: list[Note], me: int) -> tuple[list[int], str]:
-    """The ranks that hold up the others, and what to say; `before` is some periods older.
+def blame(before: list[Heartbeat], now: list[Heartbeat], me: int) -> tuple[list[int], str]:
+    """The ranks that hold up the others, and why; `before` is some periods older than `now`.
 
-    Nobody, if all notes grow and all are equally far. Rank `me`, which asks, is alive.
+    No rank, if all heartbeats grow and all are equally far. Rank `me`, which asks, is alive.
     """
     failed = [rank for rank, note in enumerate(now) if note.error]
     silent = [
@@ -237,18 +237,18 @@ def blame(before: list[Note], now: list[Note], me: int) -> tuple[list[int], str]
     behind = [rank for rank, note in enumerate(now) if note.collectives == fewest]
     if failed:
         note = now[failed[0]]
-        return failed, f"{_who(failed, now)} failed after step {note.step}: {note.error}"
+        return failed, f"{_name(failed, now)} failed after step {note.step}: {note.error}"
     if silent:
         return silent, (
-            f"{_who(silent, now)} died or was stopped; last heard of after step "
+            f"{_name(silent, now)} died or was stopped; last heard of after step "
             f"{now[silent[0]].step}"
         )
     if len(behind) < len(now):
         note = now[behind[0]]
-        return behind, f"{_who(behind, now)} hangs after step {note.step}, in: {note.doing}"
+        return behind, f"{_name(behind, now)} hangs after step {note.step}, in: {note.doing}"
     return [], ""
 
 
-def _who(ranks: list[int], notes: list[Note]) -> str:
+def _name(ranks: list[int], notes: list[Heartbeat]) -> str:
     named = f"rank {ranks[0]} ({notes[ranks[0]].host})"
     return named if len(ranks) == 1 else f"{named} and {len(ranks) - 1} more"

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from ddp_ssl.config import Config
 from ddp_ssl.distributed import World
+from ddp_ssl.utils.text import one_line
 
 logger = logging.getLogger("ddp_ssl")
 
@@ -22,8 +23,8 @@ class Profiler:
     """Traces the steps FROM to TO - 1, counted from 0, on rank 0 and on the last rank.
 
     Into `profile/` of the run folder: `rankN.json.gz`, which chrome://tracing and Perfetto open,
-    and `rank0.txt`, the longest operators. Nothing that fails here ends the run. A run that starts
-    within the window traces the rest of it; one that stops there writes what it has.
+    and `rank0.txt`, the longest operators. An error here never ends the run. A run that starts
+    within the window traces the rest of it; one that stops there writes the part it has.
     """
 
     def __init__(self, config: Config, world: World, folder: Path) -> None:
@@ -49,11 +50,11 @@ class Profiler:
             if step >= end:
                 self.close()
                 self._window = None
-        except Exception as error:  # no trace is worth the run
+        except Exception as error:  # a trace is not worth the run
             self._give_up(error)
 
     def close(self) -> None:
-        """Write what was traced, if anything was."""
+        """Write the trace, if there is one."""
         trace, self._trace = self._trace, None
         if trace is None:
             if self._window is not None and self._rank == 0:
@@ -107,5 +108,5 @@ class Profiler:
         if trace is not None:
             with contextlib.suppress(Exception):
                 trace.stop()
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         logger.warning("run.profile: no whole trace of rank %d, going on: %s", self._rank, reason)

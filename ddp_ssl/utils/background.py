@@ -1,4 +1,4 @@
-"""Work beside training."""
+"""Work in a background thread."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def beside(work: Callable[[], T]) -> Future[T]:
+def in_background(work: Callable[[], T]) -> Future[T]:
     """Do `work` in a thread of its own, which Python's exit waits for."""
-    thread = ThreadPoolExecutor(1, "beside")
+    thread = ThreadPoolExecutor(1, "background")
     future = thread.submit(work)
     thread.shutdown(wait=False)
     return future

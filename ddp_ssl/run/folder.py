@@ -1,32 +1,32 @@
-"""The run folder: which one, whether it is free, and what a run continues from."""
+"""The run folder: which one, whether it is free, and the checkpoint that a run continues."""
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import json
 import os
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
-from ddp_ssl import checkpoint
+from ddp_ssl.checkpoint import store
 from ddp_ssl.config import Config, ConfigError
-from ddp_ssl.launch import restarts
-
-log = logging.getLogger(__name__)
+from ddp_ssl.run import environment
+from ddp_ssl.run.status import write_status
+from ddp_ssl.utils.launcher import restarts
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where the run lives and the checkpoint it continues from, if any."""
+    """The folder of a run and the checkpoint it continues from, if any."""
 
     folder: Path
     checkpoint: Path | None
     same_folder: bool
     """Whether the checkpoint is this folder's own, so that its metrics continue."""
     sha256: str | None = None
-    """Of the checkpoint as rank 0 sees it, if its manifest says; every rank must load the same."""
+    """Of the checkpoint as rank 0 sees it, if its manifest has one; every rank must load it."""
 
 
 def claim(config: Config, restarted: bool | None = None) -> Start:
@@ -35,7 +35,7 @@ def claim(config: Config, restarted: bool | None = None) -> Start:
     `restarted`: whether any process knows of a restart (default: this one); on several nodes
     torchrun's agents count each for itself.
 
-    Raises `ConfigError` for a folder in use and for a checkpoint of another experiment.
+    Raises `ConfigError` for a folder in use and for a starting point that is not there.
     """
     resume = config.run.resume
     restarted = bool(restarts()) if restarted is None else restarted
@@ -47,15 +47,34 @@ def claim(config: Config, restarted: bool | None = None) -> Start:
             f"run.resume: {source} does not exist; never, auto, or the path of a checkpoint or run "
             "folder would be accepted"
         )
-    if config.run.dir is not None:
-        folder = Path(config.run.dir)
-    elif source is not None and _home(source) is not None:
-        folder = cast(Path, _home(source))
-    elif source is not None:
-        raise ConfigError(f"run.dir: needed, since {source} lies in no run folder's checkpoints/")
-    else:
-        folder = Path("runs") / default_name(config)
+    folder = _choose(config, source)
+    home = None if source is None else _home(source)
+    own = resume == "auto" or (home is not None and folder.resolve() == home.resolve())
+    _refuse(folder, must_be_empty=not own)
+    if resume == "never":
+        return Start(folder, None, False)
+    if source is not None and source.is_file():
+        return Start(folder, source, own)
+    found = _newest_checkpoint(folder if source is None else source, needed=source is not None)
+    if found is None:
+        return Start(folder, None, own)
+    return Start(folder, found.path, own, found.sha256)
 
+
+def _choose(config: Config, source: Path | None) -> Path:
+    """`run.dir`, the folder of the checkpoint, or a new one."""
+    if config.run.dir is not None:
+        return Path(config.run.dir)
+    if source is None:
+        return Path("runs") / default_name(config)
+    home = _home(source)
+    if home is None:
+        raise ConfigError(f"run.dir: needed, since {source} lies in no run folder's checkpoints/")
+    return home
+
+
+def _refuse(folder: Path, must_be_empty: bool) -> None:
+    """Raise `ConfigError` for a folder that cannot be this run's."""
     parts = folder.parts
     if ".." in parts[parts.count("..") :]:
         raise ConfigError(
@@ -63,30 +82,26 @@ def claim(config: Config, restarted: bool | None = None) -> Start:
         )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.dir: {folder} is a file; a new or empty folder would be accepted")
-    home = None if source is None else _home(source)
-    own = home is not None and _same(folder, home)
-    if resume == "never" or (source is not None and not own):
-        taken = [p.name for p in folder.iterdir()] if folder.exists() else []
-        taken = sorted(name for name in taken if not name.endswith((".out", ".err")))
-        if taken:
-            raise ConfigError(
-                f"run.dir: {folder} is not empty ({', '.join(taken[:3])}); run.resume=auto "
-                "continues it, or give another run.dir"
-            )
-    found, sha256 = None, None
-    if resume == "auto" or (source is not None and source.is_dir()):
-        where = folder if source is None else source
-        good = checkpoint.newest_good(where)
-        if good is not None:
-            found, sha256 = good.path, good.sha256
-        if good is None and (source is not None or checkpoint.find(where)):
-            raise ConfigError(
-                f"run.resume: no good checkpoint in {where / 'checkpoints'}; give another folder, "
-                "or another run.dir to start anew"
-            )
-    elif source is not None:
-        found = source
-    return Start(folder, found, resume == "auto" or own, sha256)
+    if not must_be_empty or not folder.exists():
+        return
+    # Slurm's output may be there before the run.
+    taken = sorted(p.name for p in folder.iterdir() if not p.name.endswith((".out", ".err")))
+    if taken:
+        raise ConfigError(
+            f"run.dir: {folder} is not empty ({', '.join(taken[:3])}); run.resume=auto "
+            "continues it, or give another run.dir"
+        )
+
+
+def _newest_checkpoint(folder: Path, needed: bool) -> store.CheckpointInfo | None:
+    """The newest good checkpoint; `ConfigError` if there is none but should be one."""
+    good = store.newest_good(folder)
+    if good is None and (needed or store.find(folder)):
+        raise ConfigError(
+            f"run.resume: no good checkpoint in {folder / 'checkpoints'}; give another folder, "
+            "or another run.dir to start anew"
+        )
+    return good
 
 
 def create(folder: Path) -> None:
@@ -97,8 +112,26 @@ def create(folder: Path) -> None:
         raise ConfigError(f"run.dir: {folder} cannot be created: {error.strerror}") from None
 
 
+def write_about(folder: Path, config: str, ranks: list[str], step: int) -> None:
+    """Write the config (YAML) and the environment, and clean up after an earlier start."""
+    (folder / "config.yaml").write_text(config)
+    about = environment.environment() | {"world_size": len(ranks), "ranks": ranks}
+    (folder / "environment.json").write_text(json.dumps(about, indent=1) + "\n")
+    _remove_old_stop(folder)
+    write_status(folder, "running", step=step)
+    store.clean_up(folder)
+
+
+def _remove_old_stop(folder: Path) -> None:
+    """Remove the STOP file that an earlier start obeyed; a newer one is for this start."""
+    stop, status = folder / "STOP", folder / "status.json"
+    with contextlib.suppress(FileNotFoundError):
+        if stop.stat().st_mtime <= status.stat().st_mtime:
+            stop.unlink()
+
+
 def _has_own_checkpoint(config: Config) -> bool:
-    return config.run.dir is not None and bool(checkpoint.find(Path(config.run.dir)))
+    return config.run.dir is not None and bool(store.find(Path(config.run.dir)))
 
 
 def default_name(config: Config) -> str:
@@ -113,7 +146,7 @@ def default_name(config: Config) -> str:
     elif launch not in ("", "none") and int(env.get("GROUP_WORLD_SIZE", "1")) > 1:
         suffix = launch  # on several nodes rank 0 may move to another one
     elif "TORCHELASTIC_RESTART_COUNT" in env:
-        # Workers are new after a restart, their parent, torchrun's agent, is not.
+        # A restart makes new workers; their parent, torchrun's agent, stays the same.
         suffix = time.strftime("%Y%m%d-%H%M%S", time.localtime(_started(os.getppid())))
     else:
         suffix = time.strftime("%Y%m%d-%H%M%S")
@@ -137,15 +170,3 @@ def _home(source: Path) -> Path | None:
     if source.is_dir():
         return source
     return source.parent.parent if source.parent.name == "checkpoints" else None
-
-
-def _same(a: Path, b: Path) -> bool:
-    return a.resolve() == b.resolve()
-
-
-def per_rank(states: list[Any], rank: int) -> dict[str, Any]:
-    """The state that rank saved; with more ranks than then, rank 0's, to compare with."""
-    mine = states[rank] if rank < len(states) else states[0]
-    if isinstance(mine, dict):  # of a version that did not pack them
-        return mine
-    return checkpoint.unpack(mine.numpy().tobytes())

@@ -20,8 +20,8 @@ def view_grid(
 ) -> npt.NDArray[np.uint8]:
     """The first `images` of each view `[n, 3, S, S]`, un-normalised, as `[H, W, 3]` uint8.
 
-    Small views are enlarged to `cell` pixels without smoothing, so that what the network sees is
-    what is shown.
+    Small views are enlarged to `cell` pixels without smoothing, so that the picture shows
+    the network's input.
     """
     rows = []
     for view in views:

@@ -1,4 +1,4 @@
-"""Moments on the device's own clock, which nobody waits for until they are compared."""
+"""Moments on the device's own clock; only comparing them waits for the device."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Writing a checkpoint while training goes on.
 
-What takes time in a save is pickling, hashing and waiting for the disk: 1.2 s for a ResNet-50 with
-its momentum on a local disk, longer on a shared one. A thread of rank 0 does that from a copy in
-host memory, so that training waits for the copy only.
+Pickling, hashing and waiting for the disk take 1.2 s for a ResNet-50 with its momentum on a local
+disk, longer on a shared one. A thread of rank 0 does that from a copy in host memory, so that
+training waits for the copy only.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddp_ssl.checkpoint import CheckpointError
-from ddp_ssl.threads import beside
+from ddp_ssl.errors import CheckpointError
+from ddp_ssl.utils.background import in_background
 
 logger = logging.getLogger("ddp_ssl")
 
@@ -27,16 +27,16 @@ logger = logging.getLogger("ddp_ssl")
 class HostCopy:
     """Copies of nested state in host memory that is kept from one copy to the next.
 
-    Kept memory is a fifth of the time: its pages exist, and for a GPU they are pinned, where there
-    is room for that.
+    Kept memory takes a fifth of the time: its pages exist, and for a GPU they are pinned, where
+    there is room for that.
     """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], tuple[tuple[int, ...], Tensor]] = {}
         self._from_gpu = False
 
-    def of(self, state: dict[str, Any]) -> dict[str, Any]:
-        """`state` with tensors copied, and all else made anew.
+    def copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        """`state` with its tensors copied, and everything else made anew.
 
         Strides stay as they are where there are no gaps. The result holds until the next call.
         """
@@ -79,10 +79,10 @@ def _memory_for(value: Tensor) -> Tensor:
 
 
 class Outcome(NamedTuple):
-    """Why a checkpoint could not be written, "" if it was, and whether it never can be."""
+    """The reason why a checkpoint could not be written ("" if it was), and if it never can be."""
 
     problem: str
-    lasting: bool = False
+    fatal: bool = False
 
 
 class Saver:
@@ -96,31 +96,34 @@ class Saver:
     def start(self, state: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
         """Copy `state`, and `write` the copy in the background.
 
-        `write` may raise `CheckpointError`. The one before must have been waited for.
+        `write` may raise `CheckpointError`. Ask for the `outcome` of the one before first.
         """
         if self._writing is not None:
             raise RuntimeError("a checkpoint is still being written: ask for its outcome first")
-        self._work = functools.partial(write, self._copy.of(state))
-        self._writing = beside(self._work)
+        self._work = functools.partial(write, self._copy.copy(state))
+        self._writing = in_background(self._work)
 
     def again(self) -> None:
         """Write the same copy once more."""
         assert self._work is not None
         assert self._writing is None
-        self._writing = beside(self._work)
+        self._writing = in_background(self._work)
 
     def outcome(self, block: bool) -> Outcome | None:
-        """How the checkpoint under way ended; None: it has not yet, unless `block`."""
+        """The outcome of the checkpoint in flight; None if there is none, or not yet.
+
+        With `block` it is waited for.
+        """
         if self._writing is None or not (block or self._writing.done()):
             return None
         error, self._writing = self._writing.exception(), None
         if error is None or isinstance(error, CheckpointError):
             return Outcome("" if error is None else str(error))
-        return Outcome(f"{type(error).__name__}: {error}", lasting=True)
+        return Outcome(f"{type(error).__name__}: {error}", fatal=True)
 
     def close(self) -> None:
-        """Wait for what is being written; a warning, if it could not be."""
+        """Wait for the checkpoint in flight; a warning if it could not be written."""
         outcome = self.outcome(block=True)
-        self._work = None  # it holds what the run's processes talk through
+        self._work = None  # it keeps the process group alive
         if outcome is not None and outcome.problem:
             logger.warning("the last checkpoint is not saved: %s", outcome.problem)

@@ -1,8 +1,8 @@
 """Checkpoints: atomic save, verified load, retention.
 
 A checkpoint is `checkpoints/step_00001234.pt` and its manifest `step_00001234.json`, which is
-renamed into place last: what has no manifest was never committed. Loading verifies size and SHA-256
-(one flipped bit loads silently in `torch.load`) and executes nothing (`weights_only=True`).
+renamed into place last: a file without a manifest was never committed. Loading verifies size and
+SHA-256 (`torch.load` misses a flipped bit) and executes nothing (`weights_only=True`).
 
 Single-process: one rank saves, any rank may load.
 """
@@ -26,25 +26,25 @@ from typing import Any
 
 import torch
 
-from ddp_ssl.files import sync_folder
+from ddp_ssl.errors import CheckpointError
+from ddp_ssl.utils.files import (
+    TEMPORARY,
+    removed_on_error,
+    replace_text,
+    sync,
+    sync_folder,
+    write_synced,
+)
+from ddp_ssl.utils.text import one_line
 
 log = logging.getLogger(__name__)
 
-TEMPORARY = ".tmp"
 DAMAGED = ".damaged"
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the older ones are intact. The message is one line."""
-
-
-class SaveError(RuntimeError):
-    """Too many saves in a row failed."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """A committed checkpoint: its file and what its manifest says."""
+class CheckpointInfo:
+    """A committed checkpoint: its file and the fields of its manifest."""
 
     path: Path
     bytes: int
@@ -57,8 +57,8 @@ class Found:
     time: float
     """Seconds since 1970 at which it was saved."""
     serial: int
-    """Order of saving in this folder. The newest is the last one *saved*: a run that went back to
-    an older step must not take up the later ones that it left."""
+    """Order of saving in this folder. The newest checkpoint is the last one *saved*: a run that
+    went back to an older step must not continue from the later steps that it left."""
 
     @property
     def manifest(self) -> Path:
@@ -71,11 +71,11 @@ class Found:
         return json.dumps({"file": self.path.name, **fields}, indent=1) + "\n"
 
     @staticmethod
-    def read(manifest: Path) -> Found:
+    def read(manifest: Path) -> CheckpointInfo:
         """Read a manifest. Raises `OSError` or `ValueError` if that cannot be done."""
         fields = json.loads(manifest.read_text())
         try:
-            return Found(path=manifest.with_name(fields.pop("file")), **fields)
+            return CheckpointInfo(path=manifest.with_name(fields.pop("file")), **fields)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a manifest: {error}") from None
 
@@ -99,8 +99,8 @@ def save(
     The `keep` newest (at least two), the permanent ones and `best.pt` are kept.
 
     Raises `CheckpointError` if it cannot be written (`torch.save` reports a full disk as a
-    `RuntimeError`), with the older checkpoints intact and no temporary left; `TypeError` if
-    `state` holds what `weights_only=True` would refuse to load, such as NumPy arrays.
+    `RuntimeError`), with the older checkpoints intact and no temporary left. Raises `TypeError` if
+    `state` holds values that `weights_only=True` refuses to load, such as NumPy arrays.
     """
     home = folder / "checkpoints"
     with _writing(home):
@@ -110,7 +110,7 @@ def save(
     with _writing(path, temporary):
         home.mkdir(parents=True, exist_ok=True)
         size, sha256 = _write(temporary, state)
-        found = Found(
+        found = CheckpointInfo(
             path=path,
             bytes=size,
             sha256=sha256,
@@ -123,8 +123,8 @@ def save(
             serial=1 + max((f.serial for f in present), default=0),
         )
         os.replace(temporary, path)
-    with _writing(path, found.manifest, path):  # one without the other is worth nothing
-        _write_text(found.manifest, found.to_json())
+    with _writing(path, found.manifest, path):  # one is useless without the other
+        replace_text(found.manifest, found.to_json())
         sync_folder(home)
     _prune([found, *present], keep)
     return path
@@ -139,18 +139,18 @@ def save_best(folder: Path, newest_path: Path) -> Path:
     best = home / "best.pt"
     temporary = home / ("best.pt" + TEMPORARY)
     with _writing(best, temporary):
-        source = Found.read(newest_path.with_suffix(".json"))
+        source = CheckpointInfo.read(newest_path.with_suffix(".json"))
         temporary.unlink(missing_ok=True)
         try:
             os.link(newest_path, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(newest_path, temporary)
-            _sync(temporary)
-        # The new manifest waits beside the old one until the file is there, so that `sweep` can
+            sync(temporary)
+        # The new manifest waits beside the old one until the file is there, so that `clean_up` can
         # finish the exchange if the process dies in the middle of it.
         manifest = best.with_suffix(".json")
         waiting = manifest.with_name(manifest.name + TEMPORARY)
-        _write_synced(waiting, dataclasses.replace(source, path=best).to_json())
+        write_synced(waiting, dataclasses.replace(source, path=best).to_json())
         os.replace(temporary, best)
         temporary.unlink(missing_ok=True)  # renaming onto a link to the same file does nothing
         os.replace(waiting, manifest)
@@ -158,8 +158,8 @@ def save_best(folder: Path, newest_path: Path) -> Path:
     return best
 
 
-def sweep(folder: Path) -> None:
-    """Tidy up after a process that died: call it at start, before the first `save`.
+def clean_up(folder: Path) -> None:
+    """Clean up after a process that died. Call it at start, before the first `save`.
 
     Removes temporaries and files that were never committed, finishes an interrupted `save_best`,
     and renames damaged checkpoints newer than the newest good one to `*.damaged`, so that they do
@@ -191,7 +191,7 @@ def sweep(folder: Path) -> None:
 def _finish_best(home: Path) -> None:
     waiting = home / ("best.json" + TEMPORARY)
     try:
-        found = Found.read(waiting)
+        found = CheckpointInfo.read(waiting)
     except (OSError, ValueError):
         return
     if _problem(found) is None:
@@ -214,8 +214,8 @@ def _free_name(home: Path, step: int) -> Path:
     return path
 
 
-def _prune(newest_first: list[Found], keep: int) -> None:
-    """Remove what is neither new nor permanent; the manifest first, so that none is left alone."""
+def _prune(newest_first: list[CheckpointInfo], keep: int) -> None:
+    """Remove checkpoints that are neither new nor permanent, each manifest before its file."""
     for found in newest_first[max(keep, 2) :]:
         if not found.permanent:
             try:
@@ -226,7 +226,7 @@ def _prune(newest_first: list[Found], keep: int) -> None:
 
 
 class _HashingFile:
-    """A file for `torch.save`, which writes strictly forward, that hashes what passes through."""
+    """A file for `torch.save` that hashes the bytes on their way; they are written in order."""
 
     def __init__(self, file: io.BufferedWriter) -> None:
         self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
@@ -256,8 +256,8 @@ def _write(path: Path, state: Mapping[str, Any]) -> tuple[int, str]:
             raise (hashing.error or error) from None
         file.flush()
         os.fsync(file.fileno())
-    # Reads the structure and not the tensors: who cannot resume should learn it at the first
-    # checkpoint and not after a week.
+    # This reads the structure and not the tensors. A state that cannot be resumed is found at the
+    # first checkpoint and not after a week.
     with _loadable():
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return hashing.bytes, hashing.sha256.hexdigest()
@@ -274,62 +274,31 @@ def _loadable() -> Iterator[None]:
         ) from None
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Replace a small file atomically, on disk when this returns."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    with _removing(temporary):
-        _write_synced(temporary, text)
-        os.replace(temporary, path)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 @contextlib.contextmanager
 def _writing(target: Path, *unfinished: Path) -> Iterator[None]:
-    """Turn what a failing write raises into a `CheckpointError`; remove what is unfinished."""
-    with _removing(*unfinished):
+    """Turn the error of a failing write into a `CheckpointError`; remove unfinished files."""
+    with removed_on_error(*unfinished):
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise CheckpointError(f"{target}: {' '.join(str(reason).split())}") from error
+            raise CheckpointError(f"{target}: {one_line(reason)}") from error
 
 
-@contextlib.contextmanager
-def _removing(*unfinished: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        for path in unfinished:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def pack(state: Mapping[str, Any]) -> bytes:
-    """A small state as bytes, so that hundreds of them cost a checkpoint next to nothing.
+def to_bytes(state: Mapping[str, Any]) -> bytes:
+    """A small state as bytes, so that hundreds of them hardly slow a checkpoint.
 
     Raises `TypeError` as `save` does.
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     with _loadable():
-        unpack(buffer.getbuffer())
+        from_bytes(buffer.getbuffer())
     return buffer.getvalue()
 
 
-def unpack(packed: bytes | memoryview) -> dict[str, Any]:
-    """What `pack` packed; executes nothing."""
+def from_bytes(packed: bytes | memoryview) -> dict[str, Any]:
+    """The state of `to_bytes`; executes nothing."""
     state: dict[str, Any] = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
     return state
 
@@ -337,12 +306,12 @@ def unpack(packed: bytes | memoryview) -> dict[str, Any]:
 # --- finding and loading ---------------------------------------------------------------------
 
 
-def find(folder: Path) -> list[Found]:
+def find(folder: Path) -> list[CheckpointInfo]:
     """The run folder's checkpoints, the last saved first, as far as manifests can be read."""
     return _scan(folder / "checkpoints")[0]
 
 
-def newest_good(folder: Path) -> Found | None:
+def newest_good(folder: Path) -> CheckpointInfo | None:
     """The newest checkpoint with the right size and SHA-256, or None.
 
     Logs a warning naming each damaged one that it passes over.
@@ -352,7 +321,7 @@ def newest_good(folder: Path) -> Found | None:
 
 def load_newest(
     folder: Path, map_location: torch.device | str = "cpu"
-) -> tuple[Found, dict[str, Any]] | None:
+) -> tuple[CheckpointInfo, dict[str, Any]] | None:
     """The newest checkpoint that is good and its state, or None.
 
     Logs a warning naming each damaged one that it passes over.
@@ -370,8 +339,8 @@ def load(
 ) -> dict[str, Any]:
     """The state of a given checkpoint file, or of a run folder's newest good one.
 
-    Raises `ValueError`, in one line, for what is not there, damaged, no checkpoint, or other bytes
-    than those of `sha256`.
+    Raises `ValueError`, in one line, for a file that is missing, damaged or no checkpoint, or whose
+    bytes are not those of `sha256`.
     """
     if path.is_dir():
         newest = load_newest(path, map_location)
@@ -383,7 +352,7 @@ def load(
     manifest = path.with_suffix(".json")
     if manifest.exists():
         try:
-            found = Found.read(manifest)
+            found = CheckpointInfo.read(manifest)
             problem = _problem(found)
             if sha256 not in (None, found.sha256):
                 problem = f"its SHA-256 is {found.sha256[:12]}, rank 0 reads {(sha256 or '')[:12]}"
@@ -396,13 +365,13 @@ def load(
     return _read(path, map_location)
 
 
-def _scan(home: Path) -> tuple[list[Found], list[Path]]:
+def _scan(home: Path) -> tuple[list[CheckpointInfo], list[Path]]:
     """Readable manifests, the last saved first, and unreadable ones."""
-    found: list[Found] = []
+    found: list[CheckpointInfo] = []
     unreadable: list[Path] = []
     for manifest in sorted(home.glob("step_*.json")):
         try:
-            found.append(Found.read(manifest))
+            found.append(CheckpointInfo.read(manifest))
         except FileNotFoundError:  # pruned meanwhile by the run that we look at
             continue
         except (OSError, ValueError):
@@ -410,7 +379,7 @@ def _scan(home: Path) -> tuple[list[Found], list[Path]]:
     return sorted(found, key=lambda f: (f.serial, f.step), reverse=True), unreadable
 
 
-def _good(folder: Path) -> Iterator[Found]:
+def _good(folder: Path) -> Iterator[CheckpointInfo]:
     found, unreadable = _scan(folder / "checkpoints")
     for manifest in unreadable:
         log.warning("checkpoint manifest %s cannot be read: passed over", manifest)
@@ -424,15 +393,15 @@ def _good(folder: Path) -> Iterator[Found]:
             )
 
 
-def _problem(found: Found) -> str | None:
-    """What is wrong with a checkpoint's file, or None."""
+def _problem(found: CheckpointInfo) -> str | None:
+    """The problem of a checkpoint's file, or None."""
     try:
         return _mismatch(found)
     except OSError as error:
         return error.strerror or str(error)
 
 
-def _mismatch(found: Found) -> str | None:
+def _mismatch(found: CheckpointInfo) -> str | None:
     """How a checkpoint's file differs from its manifest, or None; raises `OSError`."""
     try:
         size = found.path.stat().st_size
@@ -463,11 +432,11 @@ def _read(path: Path, map_location: torch.device | str) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """What torch found, in one line, without its advice to turn `weights_only` off."""
+    """Torch's reason in one line, without its advice to turn `weights_only` off."""
     text = str(error)
     if forbidden := re.search(r"GLOBAL (\S+)", text):
         return f"{forbidden[1]} in it could execute code"
     text = text.partition("WeightsUnpickler error: ")[2] or text
-    line = " ".join(text.strip().partition("\n")[0].split())
+    line = one_line(text.strip().partition("\n")[0])
     known = isinstance(error, OSError | RuntimeError | pickle.UnpicklingError)
     return line if known else f"{type(error).__name__} {line}"

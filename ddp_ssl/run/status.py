@@ -1,0 +1,47 @@
+"""`status.json`: whether the run goes on, was stopped, is done or failed, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from ddp_ssl.utils.files import replace_text
+
+logger = logging.getLogger("ddp_ssl")
+
+State = Literal["running", "preempted", "done", "failed"]
+
+
+def write_status(folder: Path, state: State, **fields: Any) -> None:
+    """Replace `status.json` atomically; batch scripts decide from it whether to requeue."""
+    status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **fields}
+    replace_text(folder / "status.json", json.dumps(status, indent=1) + "\n")
+
+
+class RunStatus:
+    """The `status.json` of this run. Nothing is written before the run has its `folder`."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+
+    def record(self, state: State, **fields: Any) -> None:
+        """Replace the status; one that cannot be written is a warning."""
+        if self.folder is None:
+            return
+        try:
+            write_status(self.folder, state, **fields)
+        except OSError as error:
+            logger.warning("status.json cannot be written: %s", error)
+
+    def record_failure(self, reason: str) -> None:
+        """Record `failed`, unless the process that failed did so itself."""
+        if self.folder is None:
+            return
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if json.loads((self.folder / "status.json").read_text())["state"] != "running":
+                return
+        self.record("failed", error=reason, retry=True)

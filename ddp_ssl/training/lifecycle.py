@@ -1,0 +1,141 @@
+"""A run from joining the other processes to its exit code: build, loop, end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+
+from ddp_ssl import distributed
+from ddp_ssl.config import Config, ConfigError, Resolved
+from ddp_ssl.data.loading.reader import UnreadableError
+from ddp_ssl.distributed import World, others_failed
+from ddp_ssl.errors import BadDataError, BuildError, NonFiniteError, SaveError, ViewGroupError
+from ddp_ssl.logs import console
+from ddp_ssl.run.signals import StopRequest
+from ddp_ssl.run.status import RunStatus
+from ddp_ssl.run.watchdog import Watchdog
+from ddp_ssl.training import loop, report
+from ddp_ssl.training.build import build
+from ddp_ssl.training.job import Job
+from ddp_ssl.training.state import save
+from ddp_ssl.utils.launcher import job_end, rank_and_size
+from ddp_ssl.utils.text import one_line
+
+logger = logging.getLogger("ddp_ssl")
+
+
+def run(resolved: Resolved, stop: StopRequest, on_step: loop.OnStep | None = None) -> int:
+    """The whole run; returns the exit code. Raises `ConfigError` for a run that cannot start.
+
+    `on_step` is called before every step.
+    """
+    config = resolved.config
+    world = join(config)
+    console.setup_logging(None, world.rank)
+    set_deadlines(config, stop)
+    watch, status = Watchdog(world, config.run), RunStatus()
+    watch.on_end = status.record_failure
+    code, job = 0, None
+    try:
+        job = build(resolved, world, watch, status)
+        train_to_the_end(job, stop, status, on_step)
+    except ConfigError as error:  # raised by all ranks together
+        close(job)
+        if world.is_main:
+            status.record("failed", error=str(error), retry=isinstance(error, BuildError))
+        watch.close()
+        distributed.stop()
+        raise
+    except (NonFiniteError, ViewGroupError, BadDataError, SaveError) as error:  # likewise
+        close(job)
+        if world.is_main:
+            status.record("failed", error=str(error), retry=isinstance(error, SaveError))
+            logger.error("%s", error)
+        code = 1
+    except BaseException as error:
+        # One rank alone: the others wait in a collective, where leaving the group in order would
+        # block too. The process ends as it is, and the launcher ends the others.
+        explain(error, world, watch, status)
+        close(job)  # the checkpoint that is being written comes to its end
+        if not isinstance(error, Exception):
+            raise
+        raise SystemExit(1) from None
+    watch.close()
+    distributed.stop()
+    return code
+
+
+def train_to_the_end(
+    job: Job, stop: StopRequest, status: RunStatus, on_step: loop.OnStep | None
+) -> None:
+    """Train, and record how the training ended."""
+    world, watch, progress = job.world, job.setting.watch, job.state
+    try:
+        end = loop.train(job, stop, on_step)
+    except BadDataError:
+        with contextlib.suppress(SaveError):
+            save(job, must_succeed=True)  # between two steps, on all processes together
+        raise
+    world.barrier()  # a late process must not find the others gone
+    watch.close()
+    if end == "done":
+        report.finish(job)
+    elif world.is_main:
+        reason = stop.reason or "request of another rank"
+        logger.info("stopped on %s at step %d; run.resume=auto goes on", reason, progress.step)
+    close(job)
+    if world.is_main:
+        status.record(end, step=progress.step, epoch=progress.epoch)
+
+
+def close(job: Job | None) -> None:
+    """Wait for the checkpoint that is being written, and close the files."""
+    if job is not None:
+        job.checkpointer.close()
+        job.measurement.cancel_prefetch()
+        job.recorder.close()
+
+
+def explain(error: BaseException, world: World, watch: Watchdog, status: RunStatus) -> None:
+    """Log once, and record in `status.json`, whose error ended the run: this process's or not."""
+    reason, speaks = "", True
+    if world.size > 1 and others_failed(error):
+        reason, speaks = watch.explain()
+    if not reason:  # it is this process's own
+        name = "" if isinstance(error, UnreadableError) else f"{type(error).__name__}: "
+        reason = one_line(f"{name}{error}")
+        watch.failed(reason)
+        if isinstance(error, Exception) and not isinstance(error, UnreadableError):
+            logger.error("%s", reason, exc_info=error)
+        else:
+            logger.error("%s", reason)
+        status.record("failed", error=reason, retry=True)
+    elif speaks:
+        logger.error("%s", reason)
+        status.record_failure(reason)
+    watch.close()
+
+
+def set_deadlines(config: Config, stop: StopRequest) -> None:
+    """Stop at `run.max_hours` from the start of the process, and some time before the job's end."""
+    if config.run.max_hours is not None:
+        stop.at(stop.started + 3600 * config.run.max_hours, "run.max_hours")
+    end = job_end()
+    if end is not None:
+        margin = min(config.run.end_margin_s, max(0.0, end - stop.started) / 10)
+        stop.at(end - margin, "the end of the Slurm job")
+
+
+def join(config: Config) -> World:
+    """Join the process group. An error before there is a group is printed by the rank it is on."""
+    try:
+        # The watchdog keeps the shorter limits and names the rank at fault; this is behind it.
+        patience = max(config.run.start_timeout_s, config.run.timeout_s) + 60
+        return distributed.start(config.run.device, patience)
+    except distributed.Disagreement as error:
+        raise ConfigError(str(error)) from None
+    except ValueError as error:
+        if rank_and_size()[0]:
+            print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)
+        raise ConfigError(str(error)) from None

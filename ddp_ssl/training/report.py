@@ -1,0 +1,104 @@
+"""Text and pictures for people: at a run's start, and its result."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ddp_ssl.data.build import train_loader
+from ddp_ssl.logs.picture import view_grid
+from ddp_ssl.models import export, loading_snippet
+from ddp_ssl.training.job import Job
+from ddp_ssl.utils.launcher import cpu_share, layout_lines
+from ddp_ssl.utils.text import markdown_table, one_line
+
+logger = logging.getLogger("ddp_ssl")
+
+
+def describe(job: Job, threads: int, ranks: list[str]) -> None:
+    """The method, the data, the processes and their places: lines at the start, on rank 0."""
+    config, data, total = job.config, job.data, job.config.optim
+    val = 0 if data.val is None else len(data.val)
+    network = sum(p.numel() for p in job.network.method.parameters() if p.requires_grad)
+    job.recorder.tell(
+        f"{config.method.name} on {data.name}: {len(data.train)} images in "
+        f"{data.num_classes or 'no'} classes, {val} for validation; {config.data.batch_size} "
+        f"images x {config.num_views} views a step, {job.loader.steps_per_epoch} steps an epoch, "
+        f"{total.epochs} epochs"
+    )
+    job.recorder.tell(
+        f"{job.world.size} process(es) on {job.world.device.type}, {threads} thread(s) each; "
+        f"{network / 1e6:.2f} M parameters; peak learning rate "
+        f"{total.lr * config.data.batch_size / 256:g}; folder {job.setting.folder}"
+    )
+    if job.world.size > 1:
+        job.recorder.tell(
+            f"rendezvous {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}; threads per "
+            f"process: torch {threads}, DALI {config.data.threads or cpu_share()}, reading "
+            f"{config.data.read_threads}, OMP_NUM_THREADS "
+            f"{os.environ.get('OMP_NUM_THREADS', 'unset')}"
+        )
+    for line in layout_lines(ranks):
+        job.recorder.tell(line)
+
+
+def picture(job: Job) -> None:
+    """The views of some images as `views.png` and in TensorBoard, from a pipeline of its own."""
+    views, bad = range(job.config.num_views), job.recorder.bad_images.found
+    comm = job.network.method.comm
+    loader = train_loader(job.config, comm, job.data, job.world.device, views, bad)
+    image = view_grid(next(loader).views, *job.config.data.normalisation)
+    loader.close()
+    job.recorder.image("data/views", image, job.setting.folder / "views.png")
+
+
+def finish(job: Job) -> None:
+    """Export the backbone; print the result and how to load it."""
+    if not job.world.is_main:
+        return
+    config, state, folder = job.config, job.state, job.setting.folder
+    weights = folder / "backbone.pt"
+    with warned(weights):
+        torch.save(export(job.network.method.backbone), weights)
+    names = {
+        "eval/knn_raw_pixels": "k-NN top-1, raw pixels",
+        "eval/knn_top1": "k-NN top-1",
+        "eval/probe_top1": "online probe top-1",
+        "rep/alpha": "alpha",
+        "rep/effective_rank_z": "effective rank of z",
+        "rep/effective_rank_r": "effective rank of r",
+        "rep/mutual_information": "I(R;Z), nats",
+        "rep/embedding_std": "embedding std",
+    }
+    rows = [("run", str(folder)), ("method", config.method.name), ("steps", str(state.step))]
+    for name, label in names.items():
+        if name in state.latest:
+            before = f"{state.first[name]:.4f} at step 0, " if name in state.first else ""
+            rows.append(
+                (label, f"{before}{state.latest[name]:.4f}" + (" at the end" if before else ""))
+            )
+    table = markdown_table(rows)
+    snippet = loading_snippet(config.model, str(weights))
+    with warned(folder / "result.md"):
+        (folder / "result.md").write_text(f"{table}\n\n```python\n{snippet}\n```\n")
+    job.recorder.tell(f"\n{table}\n\nThe backbone, without ddp_ssl:\n\n{snippet}\n")
+    if config.data.name == "digits":
+        job.recorder.tell(
+            "These digits are easy: raw pixels classify as well. The run shows that everything "
+            "works, from JPEG files to a learned representation and a measured alpha; it does not "
+            "show that the method is better than another."
+        )
+
+
+@contextlib.contextmanager
+def warned(path: Path) -> Iterator[None]:
+    """A file that cannot be written is a warning, since the run's result is in its checkpoints."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
+        logger.warning("%s cannot be written: %s", path, one_line(error))

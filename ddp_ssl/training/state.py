@@ -1,0 +1,156 @@
+"""The state of a run: made for a checkpoint, and put back from one."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddp_ssl import optim
+from ddp_ssl.checkpoint import store
+from ddp_ssl.config import Config
+from ddp_ssl.methods._learner import Learner
+from ddp_ssl.run import folder
+from ddp_ssl.run.identity import check_identity, compare_identity
+from ddp_ssl.training.job import Job
+
+logger = logging.getLogger("ddp_ssl")
+
+
+def save(
+    job: Job, permanent: bool = False, best: float | None = None, *, must_succeed: bool = False
+) -> None:
+    """Save on all ranks together; `best` is this epoch's score if it is the best so far.
+
+    Raises `NonFiniteError` before a non-finite state is saved, and `SaveError` like
+    `Checkpointer.save`.
+    """
+    job.recorder.flush()
+    began = time.perf_counter()
+    if best is not None:
+        job.state.best = best
+    job.checkpointer.save(
+        whole_state(job),
+        rank_state(job),
+        permanent=permanent,
+        best=best is not None,
+        must_succeed=must_succeed,
+    )
+    job.recorder.saved(time.perf_counter() - began)
+    job.recorder.restart_clock()
+
+
+def whole_state(job: Job) -> dict[str, Any]:
+    """The state that all ranks share; on the other ranks than rank 0 its place in time only."""
+    state, network = job.state, job.network
+    if not job.world.is_main:
+        return {"step": state.step, "epoch": state.epoch}
+    return {
+        "model": network.learner.state_dict(),
+        "optimizer": optim.state_by_name(network.optimizer),
+        "scaler": network.scaler.state_dict(),
+        "step": state.step,
+        "epoch": state.epoch,
+        "best": state.best,
+        "first": state.first,
+        "latest": state.latest,
+        "metrics_offset": job.recorder.offset(),
+        "of_steps": sorted(job.recorder.step_metrics),
+        "bad_images": job.recorder.bad_images.state(),
+    }
+
+
+def rank_state(job: Job) -> dict[str, Any]:
+    """The state of this rank alone: its place in the data and its random numbers."""
+    state = {
+        "loader": job.loader.state(),
+        "torch_rng": torch.get_rng_state(),
+        "python_rng": random.getstate(),
+        "numpy_rng": numpy_rng(),
+    }
+    if job.world.device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    return state
+
+
+def numpy_rng() -> tuple[Any, ...]:
+    """NumPy's global state as plain numbers, which load without executing anything."""
+    kind, keys, *rest = np.random.get_state()
+    return (kind, np.asarray(keys).tolist(), *rest)
+
+
+def load(
+    identity: dict[str, str], start: folder.Start
+) -> tuple[dict[str, Any] | None, Path | None]:
+    """The checkpoint to continue from, if there is one, checked to be of this experiment."""
+    if start.checkpoint is None:
+        return None, None
+    state = store.load(start.checkpoint, sha256=start.sha256)
+    check_identity(identity, state["identity"], start.checkpoint)
+    return state, start.checkpoint
+
+
+def restore(job: Job, saved: dict[str, Any], path: Path) -> None:
+    """Continue from a checkpoint: weights, optimiser, random numbers, data, metrics."""
+    state, network = job.state, job.network
+    load_model(network.learner, saved["model"])
+    optim.load_state_by_name(network.optimizer, saved["optimizer"])
+    network.scaler.load_state_dict(saved["scaler"])
+    state.step, state.epoch, state.best = saved["step"], saved["epoch"], saved["best"]
+    state.first, state.latest = dict(saved["first"]), dict(saved["latest"])
+    if job.world.is_main:
+        job.recorder.bad_images.restore(saved.get("bad_images", {}))
+    job.recorder.step_metrics = set(saved.get("of_steps", ()))
+    own = state_of_rank(saved["ranks"], job.world.rank)
+    warning = job.loader.load_state(own["loader"], state.step)
+    if warning and job.world.is_main:
+        logger.warning("%s", warning)
+    differing = compare_identity(saved.get("code", {}), job.checkpointer.origin["code"])
+    if job.world.is_main and differing:
+        logger.warning("the code has changed, numbers may: %s", "; ".join(differing))
+    if len(saved["ranks"]) == job.world.size:
+        torch.set_rng_state(own["torch_rng"].cpu())
+        random.setstate(own["python_rng"])
+        np.random.set_state(tuple(own["numpy_rng"]))
+        if "cuda_rng" in own and job.world.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda_rng"].cpu())
+    job.recorder.tell(f"resumed from {path} at step {state.step}, epoch {state.epoch}")
+
+
+def state_of_rank(states: list[Any], rank: int) -> dict[str, Any]:
+    """The state that `rank` saved; rank 0's, to compare with, if there were fewer ranks then."""
+    own = states[rank] if rank < len(states) else states[0]
+    if isinstance(own, dict):  # saved by a version that did not turn them into bytes
+        return own
+    return store.from_bytes(own.numpy().tobytes())
+
+
+def load_model(learner: Learner, state: dict[str, Any]) -> None:
+    """Load weights and state; the probe's only if the run has the same probe."""
+    own = learner.state_dict()
+    probe = {name for name in own.keys() | state.keys() if name.startswith("probe.")}
+    state = {name: value for name, value in state.items() if name not in probe or name in own}
+    state |= {name: own[name] for name in probe & own.keys() if name not in state}
+    learner.load_state_dict(state)
+
+
+def initial_weights(learner: Learner, config: Config) -> None:
+    """`run.init_from`: load the method's parameters and buffers, and no training state."""
+    if config.run.init_from is None:
+        return
+    path = Path(config.run.init_from)
+    theirs, own = store.load(path)["model"], learner.state_dict()
+    ours = [n for n, v in own.items() if n.startswith("method.") and isinstance(v, Tensor)]
+    wrong = [n for n in ours if n not in theirs or theirs[n].shape != own[n].shape]
+    if wrong:
+        raise ValueError(
+            f"run.init_from: {path} does not fit this model: {len(wrong)} tensors are missing or "
+            f"of another shape, the first is {wrong[0].removeprefix('method.')}"
+        )
+    learner.load_state_dict({**own, **{name: theirs[name] for name in ours}})

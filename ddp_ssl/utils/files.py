@@ -1,0 +1,54 @@
+"""Small files that are whole or absent, and on disk when a call returns."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+TEMPORARY = ".tmp"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write or replace a small file atomically. Several processes may do so at the same time."""
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{TEMPORARY}")
+    with removed_on_error(temporary):
+        write_synced(temporary, text)
+        os.replace(temporary, path)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a file and wait until it is on disk."""
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def removed_on_error(*unfinished: Path) -> Iterator[None]:
+    """Remove these files if the block raises."""
+    try:
+        yield
+    except BaseException:
+        for path in unfinished:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content is on disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's entries, such as renames in it, are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
