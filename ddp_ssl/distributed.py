@@ -619,9 +619,6 @@ class MeshComm(Comm):
         # On the side group: the others may wait here for a long computation on rank 0.
         return float(self.world.broadcast_object(value))
 
-    def numbers(self, value: float) -> list[float]:
-        return [row[0] for row in self.world.gather_numbers([value])]
-
 
 # --- batch normalisation over the global batch -------------------------------------------------
 

@@ -18,7 +18,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -40,21 +39,19 @@ from ddp_ssl.distributed import LateFlag, World, others_failed, traffic
 from ddp_ssl.evals.probe import Learner
 from ddp_ssl.evals.validation import Validation
 from ddp_ssl.launch import cpu_share, job_end, layout_lines, rank_and_size, restarts
-from ddp_ssl.methods.base import Context, Method, Progress, trainable
+from ddp_ssl.methods.base import MeasurementError, Method, Progress, trainable
 from ddp_ssl.models import export, loading_snippet
 from ddp_ssl.picture import view_grid
 from ddp_ssl.profile import Profiler
 from ddp_ssl.recorder import BadDataError, NonFiniteError, Recorder, ViewGroupError
 from ddp_ssl.saver import Saver
 from ddp_ssl.signals import StopRequest
-from ddp_ssl.threads import beside
+from ddp_ssl.training.measurement import Measurement, stop_if_bad
 from ddp_ssl.watchdog import Watchdog
 
 logger = logging.getLogger("ddp_ssl")
 T = TypeVar("T")
 
-AHEAD = 20  # steps before the end of an epoch from which on a method's own batches are read
-TOGETHER = 16  # batches after which all learn that one of them has no more
 LONG_S = 30.0  # a validation worth a checkpoint before it
 SAVE_AGAIN_S = 5.0  # between attempts of a save that cannot wait for a later step
 
@@ -89,6 +86,7 @@ class Job:
     loader: TrainLoader
     validation: Validation | None
     recorder: Recorder
+    measurement: Measurement
     watch: Watchdog
     step: int = 0
     epoch: int = 0
@@ -96,7 +94,6 @@ class Job:
     latest: dict[str, float] = dataclasses.field(default_factory=dict)
     first: dict[str, float] = dataclasses.field(default_factory=dict)
     code: dict[str, str] = dataclasses.field(default_factory=dict)
-    ahead: Future[Sample] | None = None
     saver: Saver = dataclasses.field(default_factory=Saver)
     saving: Save | None = None
     unsaved: Save | None = None
@@ -145,7 +142,13 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
         watch.close()
         distributed.stop()
         raise
-    except (NonFiniteError, ViewGroupError, BadDataError, SaveError) as error:  # likewise
+    except (
+        NonFiniteError,
+        ViewGroupError,
+        BadDataError,
+        MeasurementError,
+        SaveError,
+    ) as error:  # likewise
         close(job)
         ended("failed", error=str(error), retry=isinstance(error, SaveError))
         if world.is_main:
@@ -170,7 +173,7 @@ def close(job: Job | None) -> None:
         return
     with job.watch.during("saving a checkpoint"):
         job.saver.close()
-    let_go(job)
+    job.measurement.cancel_prefetch()
     job.recorder.close()
 
 
@@ -274,7 +277,7 @@ def train(job: Job, stop: StopRequest) -> log.State:
             optimizer.zero_grad(set_to_none=True)
             method.after_step(progress)
             job.step += 1
-            look_ahead(job)
+            job.measurement.prefetch(job.epoch, (job.epoch + 1) * steps_per_epoch - job.step)
 
             recorder.add(job.step, figures | {"optim/lr": rate, "optim/grad_norm": norm})
             logging_step = recorder.logs(job.step)
@@ -314,19 +317,11 @@ def is_due(every: int, count: int) -> bool:
     return bool(every and count % every == 0)
 
 
-def stop_if_bad(world: World, reason: str | None) -> None:
-    """`BadDataError` on all processes together if one of them has a reason."""
-    if world.any(reason is not None):
-        reasons = world.gather_objects(reason) or []
-        raise BadDataError(world.broadcast_object(next((r for r in reasons if r), None)))
-
-
 def end_of_epoch(job: Job) -> float | None:
     """What is measured between epochs, before the epoch counts as done; the score, if the best."""
     job.recorder.flush()
     with job.watch.during("what the method measures between epochs"):
-        job.method.after_epoch(context_of(job))
-    let_go(job)
+        log_measured(job, job.measurement.call(job.method.after_epoch, job.epoch))
     done, config = job.epoch + 1, job.config
     job.method.train()
     last = done == config.optim.epochs
@@ -337,6 +332,15 @@ def end_of_epoch(job: Job) -> float | None:
     )
     job.recorder.restart_clock()
     return best_score(job, figures)
+
+
+def log_measured(job: Job, figures: dict[str, float]) -> None:
+    """Log the figures that a method reports between epochs."""
+    if figures:
+        job.latest.update(figures)
+        # Each step's row has these already; they would be a second point at this step.
+        new = {n: v for n, v in figures.items() if n not in job.recorder.of_steps}
+        job.recorder.row(job.step, new)
 
 
 def long_validation(job: Job) -> bool:
@@ -483,9 +487,15 @@ def build(resolved: Resolved, world: World, watch: Watchdog, claimed: list[Path]
     recorder = Recorder(
         config, world, loader.steps_per_epoch, writer, bad, images, start.folder / "bad_images.txt"
     )
+
+    def open_loader(bad: BadImages, purpose: str, epoch: int) -> TrainLoader:
+        seed = derive(config.run.seed, purpose, epoch)
+        return train_loader(config, comm, data, device, [0], bad, seed)
+
+    measurement = Measurement(method, config, world, data.train, bad, open_loader, recorder.tell)
     job = Job(
         config, world, start.folder, data, learner, module, optimizer, scaler, loader, validation,
-        recorder, watch, code=log.code_version() if world.is_main else {},
+        recorder, measurement, watch, code=log.code_version() if world.is_main else {},
     )  # fmt: skip
     recorder.hosts = {rank: text.partition(" ")[0] for rank, text in enumerate(ranks)}
     describe(job, threads, ranks)
@@ -637,7 +647,7 @@ def begin(job: Job) -> None:
     if job.config.run.init_from is not None:
         job.recorder.tell(f"weights from {job.config.run.init_from}")
     with job.watch.during("what the method does at the start"):
-        job.method.on_start(context_of(job))
+        log_measured(job, job.measurement.call(job.method.on_start, job.epoch))
     job.method.train()
     if job.config.eval.raw_pixels and job.validation is not None and job.validation.labelled:
         accuracy = job.validation.raw_pixels()
@@ -712,116 +722,6 @@ def remove_old_stop(place: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         if stop.stat().st_mtime <= status.stat().st_mtime:
             stop.unlink()
-
-
-class Sample:
-    """Random global batches of view 0, for what a method measures, from a pipeline of its own."""
-
-    def __init__(self, job: Job, purpose: str) -> None:
-        self.purpose, self.epoch, self.data = purpose, job.epoch, job.data.train
-        self.bad = job.recorder.bad.copy(self.data)  # another thread may come upon more of them
-        self.open = functools.partial(
-            train_loader,
-            job.config,
-            job.method.comm,
-            job.data,
-            job.world.device,
-            [0],
-            self.bad,
-            derive(job.config.run.seed, purpose, job.epoch),
-        )
-        self.device = job.world.device
-        self.problem: str | None = None
-        self._loader: TrainLoader | None = None
-        self._read: list[Batch] = []
-
-    @property
-    def loader(self) -> TrainLoader:
-        """Opened when it is first asked for."""
-        self._loader = self._loader or self.open()
-        return self._loader
-
-    def read_ahead(self) -> Sample:
-        """Have the first batch ready; in any thread."""
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # each thread has its own
-        self._read = [self.next()]
-        return self
-
-    def next(self) -> Batch:
-        """The next batch; black images once there is none, for the `problem`'s reason.
-
-        The other processes do not know of it yet and would wait for this one.
-        """
-        if self._read:
-            return self._read.pop()
-        try:
-            return next(self.loader)
-        except UnreadableError as error:
-            self.problem, size = str(error), self.loader.views[0].size
-        images = self.loader.order.local_batch
-        ids = torch.zeros(images, dtype=torch.long)
-        black = torch.zeros(images, 3, size, size, device=self.device)
-        return Batch([black], ids, ids.to(self.device))
-
-    def close(self) -> None:
-        """Let go of the pipeline."""
-        if self._loader is not None:
-            self._loader.close()
-
-
-def look_ahead(job: Job) -> None:
-    """Before the end of an epoch: begin to read what the method will measure after it."""
-    left = (job.epoch + 1) * job.loader.steps_per_epoch - job.step
-    if left > AHEAD or job.ahead is not None:
-        return
-    purpose = job.method.reads_after(job.epoch)
-    if purpose is not None:
-        job.ahead = beside(Sample(job, purpose).read_ahead)
-
-
-def let_go(job: Job) -> None:
-    """Close what was read ahead and nobody took, as soon as it is there."""
-    ahead, job.ahead = job.ahead, None
-    if ahead is not None:
-        ahead.add_done_callback(lambda done: None if done.exception() else done.result().close())
-
-
-def sample_of(job: Job, purpose: str) -> Sample:
-    """The sample that was read ahead, or one from now on."""
-    ahead = job.ahead
-    if ahead is not None:
-        sample = ahead.result()
-        if (sample.purpose, sample.epoch) == (purpose, job.epoch):
-            job.ahead = None
-            return sample
-    return Sample(job, purpose)
-
-
-def context_of(job: Job) -> Context:
-    """What a method sees of the run between epochs."""
-    seed, epoch, comm = job.config.run.seed, job.epoch, job.method.comm
-
-    def batches(count: int, purpose: str) -> Iterator[Batch]:
-        sample = sample_of(job, purpose)
-        try:
-            count = min(count, sample.loader.steps_per_epoch)
-            for number in range(1, count + 1):
-                batch = sample.next()
-                if number % TOGETHER == 0 or number == count:
-                    stop_if_bad(job.world, sample.problem)
-                yield batch
-        finally:
-            sample.close()
-            job.recorder.bad.take(sample.bad, sample.data)
-
-    def report(figures: dict[str, float]) -> None:
-        job.latest.update(figures)
-        # What each step's row says anyway would be a second point at this step.
-        new = {n: v for n, v in figures.items() if n not in job.recorder.of_steps}
-        job.recorder.row(job.step, new)
-
-    return Context(comm, seed, epoch, job.config.optim.epochs, batches, report, job.recorder.tell)
 
 
 # --- checkpoints -------------------------------------------------------------------------------

@@ -1,0 +1,124 @@
+"""Measurements of a method between epochs, and the batches for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from ddp_ssl.config import Config
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.data.loader import TrainLoader
+from ddp_ssl.data.manifest import Split
+from ddp_ssl.data.source import BadImages, UnreadableError
+from ddp_ssl.distributed import World
+from ddp_ssl.methods.base import Context, Method
+from ddp_ssl.recorder import BadDataError
+from ddp_ssl.threads import beside
+
+AHEAD = 20  # The first batch is read during the last 20 steps of an epoch.
+TOGETHER = 16  # Ranks compare notes every 16 batches, so that one rank's read error stops all.
+
+
+@dataclass
+class Measurement:
+    """Calls a method's hooks between epochs, and prefetches the batches that they ask for.
+
+    `open_loader(bad, purpose, epoch)` opens a pipeline of random batches of `split`, with its own
+    copy of `bad`, the run's bad images.
+    """
+
+    method: Method[Any]
+    config: Config
+    world: World
+    split: Split
+    bad: BadImages
+    open_loader: Callable[[BadImages, str, int], TrainLoader]
+    tell: Callable[[str], None]
+    _prefetched: dict[str, Future[MeasurementBatches]] = field(default_factory=dict)
+
+    def prefetch(self, epoch: int, steps_left: int) -> None:
+        """After each step: near the epoch's end, begin to read what the method will measure."""
+        purpose = self.method.reads_after(epoch) if steps_left <= AHEAD else None
+        if purpose is not None and purpose not in self._prefetched:
+            bad = self.bad.copy(self.split)  # the two threads may find different ones
+            self._prefetched[purpose] = beside(lambda: self._open(purpose, epoch, bad).read_first())
+
+    def cancel_prefetch(self) -> None:
+        """Close prefetched batches that nobody took, as soon as they have been read."""
+        for unused in self._prefetched.values():
+            unused.add_done_callback(lambda f: None if f.exception() else f.result().loader.close())
+        self._prefetched.clear()
+
+    def call(self, hook: Callable[[Context], None], epoch: int) -> dict[str, float]:
+        """Call `on_start` or `after_epoch` of the method; returns the figures that it reports."""
+        figures: dict[str, float] = {}
+        run, comm = self.config.run, self.method.comm
+        batches, epochs = partial(self._batches, epoch), self.config.optim.epochs
+        hook(Context(comm, run.seed, epoch, epochs, batches, figures.update, self.tell))
+        self.cancel_prefetch()
+        return figures
+
+    def _batches(self, epoch: int, count: int, purpose: str) -> Iterator[Batch]:
+        """`Context.batches`; raises `BadDataError` on all processes if one cannot read on."""
+        ahead, copy = self._prefetched.pop(purpose, None), self.bad.copy(self.split)
+        batches = ahead.result() if ahead is not None else self._open(purpose, epoch, copy)
+        try:
+            count = min(count, batches.loader.steps_per_epoch)
+            for number in range(1, count + 1):
+                batch = batches.next()
+                if number % TOGETHER == 0 or number == count:
+                    stop_if_bad(self.world, batches.problem)
+                yield batch
+        finally:
+            batches.loader.close()
+            self.bad.take(batches.bad, self.split)
+
+    def _open(self, purpose: str, epoch: int, bad: BadImages) -> MeasurementBatches:
+        device = self.world.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # each thread has its own
+        return MeasurementBatches(self.open_loader(bad, purpose, epoch), bad, device)
+
+
+@dataclass
+class MeasurementBatches:
+    """Random global batches of view 0 for one measurement, from a pipeline of their own."""
+
+    loader: TrainLoader
+    bad: BadImages
+    device: torch.device
+    problem: str | None = None
+    _first: list[Batch] = field(default_factory=list)
+
+    def read_first(self) -> MeasurementBatches:
+        """Read the first batch ahead; returns itself."""
+        self._first = [self.next()]
+        return self
+
+    def next(self) -> Batch:
+        """The next batch; black images if none can be read, and `problem` says why.
+
+        The other processes do not know of the problem yet and would wait for this one.
+        """
+        if self._first:
+            return self._first.pop()
+        try:
+            return next(self.loader)
+        except UnreadableError as error:
+            self.problem, size = str(error), self.loader.views[0].size
+        images = self.loader.order.local_batch
+        ids = torch.zeros(images, dtype=torch.long)
+        black = torch.zeros(images, 3, size, size, device=self.device)
+        return Batch([black], ids, ids.to(self.device))
+
+
+def stop_if_bad(world: World, reason: str | None) -> None:
+    """Raise `BadDataError` on all processes together if one of them has a reason."""
+    if world.any(reason is not None):
+        reasons = world.gather_objects(reason) or []
+        raise BadDataError(world.broadcast_object(next((r for r in reasons if r), None)))
