@@ -64,9 +64,5 @@ class Comm:
         """Rank 0's value, the same bits everywhere."""
         return value
 
-    def numbers(self, value: float) -> list[float]:
-        """Every process's value in rank order, the same bits everywhere; on the host."""
-        return [value]
-
 
 ONE_PROCESS = Comm()

@@ -29,3 +29,7 @@ class BadDataError(RuntimeError):
 
 class ViewGroupError(RuntimeError):
     """Processes that share the views of an image did not read the same images."""
+
+
+class MeasurementError(RuntimeError):
+    """A method's measurement between epochs failed; raised on all processes."""

@@ -1,8 +1,9 @@
-"""alpha measured beside training: the same value, later; resumed to the last bit meanwhile."""
+"""Alpha in whole runs: rank 0 decomposes, a delay changes only when the value is broadcast."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ import torch
 
 from ddp_ssl.checkpoint import store
 from ddp_ssl.config import ConfigError
+from ddp_ssl.methods._alpha import Alpha, AlphaConfig
 from ddp_ssl.metrics.effective_rank import Matrix
 from ddp_ssl.run.identity import check_identity, identity
 from ddp_ssl.training import measurement
@@ -81,7 +83,7 @@ def test_at_any_number_of_processes(
 def test_resumed_while_alpha_is_not_yet_in_use(
     ranks: Ranks, photos: Path, whole: Path, tmp_path: Path, death: int
 ) -> None:
-    """From the checkpoint of epoch 2's end, and from one in epoch 3."""
+    """From the checkpoint at the end of epoch 2, and from one in epoch 3."""
     more = ("method.alpha_delay=1", "checkpoint.every_steps=8")
     args = arguments(photos, tmp_path / "run", *SETTINGS, *more)
     assert ranks.launch(train, 2, args, death) == ["killed"] * 2
@@ -98,7 +100,7 @@ def test_resumed_while_alpha_is_not_yet_in_use(
 def test_a_checkpoint_does_not_wait_for_alpha(
     ranks: Ranks, photos: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """It has what is left to decompose, which the resumed run does."""
+    """It holds the matrices that are left, and the resumed run decomposes them."""
     args = arguments(photos, tmp_path / "run", *SETTINGS, "method.alpha_delay=1")
     args += ["checkpoint.every_steps=1"]
     assert ranks.launch(held_and_killed, 2, args, 8) == ["killed"] * 2
@@ -116,7 +118,7 @@ def held_and_killed(args: list[str], death: int) -> int | str:
     """alpha does not come to its end while the run lasts."""
     work, over = Matrix.effective_rank, threading.Event()
 
-    def held(self: Matrix) -> torch.Tensor:
+    def held(self: Matrix) -> float:
         assert over.wait(WAIT_S), "a checkpoint waits for alpha"
         return work(self)
 
@@ -127,19 +129,42 @@ def held_and_killed(args: list[str], death: int) -> int | str:
             over.set()
 
 
-def test_a_decomposition_that_fails_ends_the_run(
-    ranks: Ranks, photos: Path, tmp_path: Path
+@pytest.mark.parametrize("delay", ["null", "1"])
+def test_a_decomposition_that_fails_on_rank_0_ends_all_ranks(
+    ranks: Ranks, photos: Path, tmp_path: Path, delay: str
 ) -> None:
-    args = arguments(photos, tmp_path / "run", *SETTINGS, "method.alpha_delay=1")
-    assert ranks.launch(broken_decomposition, 1, args) == ["1"]
-    assert "LinAlgError: did not converge" in status(tmp_path / "run")["error"]
+    """With one message, and none hangs; checkpoints saved meanwhile do not mind."""
+    args = arguments(photos, tmp_path / "run", *SETTINGS, f"method.alpha_delay={delay}")
+    assert ranks.launch(broken_decomposition, 2, args) == [1, 1]
+    reason = (
+        "alpha: the effective rank of the batches measured after epoch 2 could not be computed "
+        "on rank 0: LinAlgError: did not converge"
+    )
+    assert status(tmp_path / "run")["error"] == reason
+    assert (tmp_path / "run/train.log").read_text().count("did not converge") == 1
+    assert store.find(tmp_path / "run")[0].step == {"null": 6, "1": 8}[delay]
 
 
 def broken_decomposition(args: list[str]) -> int | str:
-    def broken(self: Matrix) -> torch.Tensor:
+    def broken(self: Matrix) -> float:
+        assert os.environ["RANK"] == "0"
         raise torch.linalg.LinAlgError("did not converge")
 
     with patch.object(Matrix, "effective_rank", broken):
+        return train(args)
+
+
+def test_embeddings_that_are_not_finite_give_no_alpha(
+    ranks: Ranks, photos: Path, tmp_path: Path
+) -> None:
+    """The value is refused on all ranks, and no epoch begins with it."""
+    args = arguments(photos, tmp_path / "run", *SETTINGS)
+    assert ranks.launch(measured_as_nan, 2, args) == [1, 1]
+    assert status(tmp_path / "run")["error"].endswith("on rank 0: not a number")
+
+
+def measured_as_nan(args: list[str]) -> int | str:
+    with patch.object(Matrix, "effective_rank", lambda self: math.nan):
         return train(args)
 
 
@@ -155,7 +180,7 @@ def test_longer_delays_and_the_end_of_training(ranks: Ranks, photos: Path, tmp_p
 
 
 def test_with_views_over_several_processes(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
-    """Whose holders of the first view are measured: as when training waits."""
+    """The rows of the first view's holders count, with a delay as without one."""
     found = []
     for more in ("method.alpha_center=true", "method.alpha_delay=1"):
         place = tmp_path / more[-4:]
@@ -184,7 +209,7 @@ def held_until_step_8(args: list[str]) -> int | str:
             reached.set()
         return rate(step, *rest, **more)
 
-    def held(self: Matrix) -> torch.Tensor:
+    def held(self: Matrix) -> float:
         assert os.environ["RANK"] == "0"
         assert reached.wait(WAIT_S), "training waits for alpha"
         return work(self)
@@ -199,7 +224,7 @@ def held_until_step_8(args: list[str]) -> int | str:
 def test_the_batches_are_read_during_the_last_steps(
     ranks: Ranks, photos: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """And are the same as those that are read when they are asked for."""
+    """They are the same as those that are read when they are asked for."""
     args = arguments(photos, tmp_path / "run", *SETTINGS, "method.alpha_delay=1")
     opened = ranks.launch(opened_at, 2, args, 2)
     assert opened == [[("alpha", "background_0")]] * 2
@@ -210,17 +235,25 @@ def test_the_batches_are_read_during_the_last_steps(
     assert rows(tmp_path / "late") == rows(whole)
 
 
-def opened_at(args: list[str], ahead: int) -> list[tuple[str, str]]:
-    """The purpose of each pipeline of random batches, and the thread that opened it."""
-    original, seen = measurement.Measurement._open, []
+def opened_at(args: list[str], ahead: int) -> list[tuple[str, int, str]]:
+    """For each measurement: its purpose, the steps done when it opens, and the thread."""
+    from ddp_ssl import optim
+
+    begin, rate = measurement.Measurement._open, optim.learning_rate
+    steps, seen = [0], []
 
     def watched(self: Any, purpose: str, *rest: Any) -> Any:
-        seen.append((purpose, threading.current_thread().name))
-        return original(self, purpose, *rest)
+        seen.append((purpose, steps[0], threading.current_thread().name))
+        return begin(self, purpose, *rest)
+
+    def counting(step: int, *rest: Any, **more: Any) -> float:
+        steps[0] = step + 1  # the step that begins now
+        return rate(step, *rest, **more)
 
     with (
         patch.object(measurement, "AHEAD", ahead),
         patch.object(measurement.Measurement, "_open", watched),
+        patch.object(optim, "learning_rate", counting),
     ):
         assert train(args) == 0
     return seen
@@ -229,7 +262,7 @@ def opened_at(args: list[str], ahead: int) -> list[tuple[str, str]]:
 def test_stopped_while_the_batches_are_read(
     ranks: Ranks, photos: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """And read again by the run that goes on."""
+    """The run that goes on reads them again."""
     args = arguments(photos, tmp_path / "run", *SETTINGS, "method.alpha_delay=1")
     assert ranks.launch(stopped_at_5, 2, args) == [0, 0]
     assert status(tmp_path / "run")["state"] == "preempted"
@@ -256,7 +289,7 @@ def stopped_at_5(args: list[str]) -> int | str:
 def test_batches_that_only_one_process_cannot_read(
     ranks: Ranks, photos: Path, whole: Path, tmp_path: Path, delay: str
 ) -> None:
-    """All end together with its reason, nothing measured from what was there instead."""
+    """All end together with its reason, and the black images set no alpha."""
     args = arguments(photos, tmp_path / "run", *SETTINGS, f"method.alpha_delay={delay}")
     assert ranks.launch(unreadable_on_rank_1, 2, args) == [1, 1]
     assert status(tmp_path / "run")["error"] == "no image left"
@@ -290,15 +323,12 @@ def test_a_delay_is_shorter_than_the_interval() -> None:
 
 
 def test_a_run_begun_before_delays_goes_on(tmp_path: Path) -> None:
-    """Its identity and its state have no entry for it."""
-    from ddp_ssl.methods.adadim import AdaDim
-
+    """Its identity and its state have no entry for a delay."""
     now = identity(config_of())
     before = {key: value for key, value in now.items() if "alpha_delay" not in key}
     assert len(before) == len(now) - 1
     check_identity(now, before, tmp_path)
-    method = AdaDim.__new__(AdaDim)
-    torch.nn.Module.__init__(method)
-    method.set_extra_state({"alpha": 0.25, "history": []})
-    assert (method.alpha, method.measured) == (0.25, None)
-    assert json.dumps(method.get_extra_state())
+    alpha = Alpha(AlphaConfig(), 10)
+    alpha.load_state({"alpha": 0.25, "history": []})
+    assert alpha.state() == {"alpha": 0.25, "history": [], "measured": None}
+    assert json.dumps(alpha.state())

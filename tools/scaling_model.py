@@ -281,7 +281,7 @@ def record(
     comm = RankOf(ranks, shards, recorder)
     method.comm = comm
     if hasattr(method, "alpha"):
-        method.alpha = alpha
+        method.alpha.value = alpha
     norms = [m for m in learner.modules() if isinstance(m, GlobalBatchNorm) and m.reduce]
     removed: list[Any] = []
     if ranks > 1:

@@ -118,9 +118,6 @@ class MeshComm(Comm):
         # On the host group: the others may wait here for a long computation on rank 0.
         return float(self.world.broadcast_object(value))
 
-    def numbers(self, value: float) -> list[float]:
-        return [row[0] for row in self.world.gather_numbers([value])]
-
 
 def comm_of(world: World, view_shards: int = 1) -> Comm:
     """The `Comm` of this world: the identity for one process."""

@@ -62,7 +62,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may use between epochs, on all processes alike."""
+    """Arguments of a method's hooks between epochs, the same on all processes."""
 
     comm: Comm
     seed: int
@@ -135,10 +135,10 @@ class Method(nn.Module, Generic[C]):
         """Before the first step of a fresh run."""
 
     def after_epoch(self, context: Context) -> None:
-        """After each epoch: what is measured between epochs."""
+        """After each epoch: measurements between epochs."""
 
     def reads_after(self, epoch: int) -> str | None:
-        """The purpose of `context.batches` in `after_epoch`; the first is read before."""
+        """The purpose of `context.batches` in `after_epoch`, whose first batch is prefetched."""
 
     # --- given -------------------------------------------------------------------------------
 

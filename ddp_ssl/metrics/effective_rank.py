@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, cast
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -48,79 +47,37 @@ def rank_of_gram(gram: Tensor, rank_bound: int) -> Tensor:
     return rank_of_spectrum(eigenvalues.clamp(min=0).sqrt())
 
 
-def global_effective_rank(
+def global_matrix(
     x: Tensor, route: Route = "auto", center: bool = False, comm: Comm = ONE_PROCESS
-) -> tuple[float, int]:
-    """Effective rank of the rows of all processes, and the largest it can be.
+) -> Matrix:
+    """The matrix whose decomposition gives the effective rank of a global batch.
 
-    `x`: `[n, d]`, one view of the images held here (of a view group, its first member counts). See
-    `global_effective_ranks`, of which this is one batch.
+    `x`: `[n, d]`, one view of the images held here (of a view group, the first member's counts).
+    `gather`: the rows of all processes. `gram`: their X^T X in float64, all-reduced, which is
+    cheaper for many rows (with fewer rows than columns, the rows). `auto`: `gather` up to
+    N d = 2^20, where the SVD takes a fraction of a second. The two differ by 1e-11 of the value;
+    where the rows span a few dimensions only, by up to 1e-4 at d = 2,048. `center` subtracts the
+    mean row. A collective call; every process gets the same bits.
     """
-    (value,), bound = global_effective_ranks([x], route, center, comm)
-    return value, bound
-
-
-def global_effective_ranks(
-    batches: Iterable[Tensor],
-    route: Route = "auto",
-    center: bool = False,
-    comm: Comm = ONE_PROCESS,
-) -> tuple[list[float], int]:
-    """Effective rank of each global batch, and the largest it can be; the same bits everywhere.
-
-    `batches`: of each the rows held here, `[n, d]`, all of one shape. `gather`: the rows are
-    gathered and decomposed (SVD in float64). `gram`: one all-reduced d x d matrix in float64,
-    cheaper for many rows (with fewer rows than columns, the N x N matrix of the gathered rows).
-    `auto`: `gather` up to N d = 2^20, where it takes a fraction of a second. The two differ by
-    1e-11 of the value; where the rows span a few dimensions only, by up to 1e-4 at d = 2,048.
-
-    Batch i is decomposed on rank i mod W, so that W batches take the time of one. With `center`
-    the mean row is subtracted and the bound is min(N - 1, d).
-    """
-    values: list[float] = []
-    bound, count = 1, 0
-    mine: Matrix | None = None  # this process's of this round
-
-    def decomposed() -> list[float]:
-        return comm.numbers(0.0 if mine is None else float(mine.effective_rank()))[:count]
-
-    for matrix in matrices(batches, route, center, comm):
-        if count == comm.world_size:
-            values += decomposed()
-            count, mine = 0, None
-        mine, bound = matrix if count == comm.rank else mine, matrix.bound
-        count += 1
-    values += decomposed()
-    return values, bound
-
-
-def matrices(
-    batches: Iterable[Tensor],
-    route: Route = "auto",
-    center: bool = False,
-    comm: Comm = ONE_PROCESS,
-) -> Iterator[Matrix]:
-    """What `global_effective_ranks` decomposes of each batch, on every process."""
-    for x in batches:
-        images, width = x.shape[0] * comm.data_shards, x.shape[1]
-        bound = max(1, min(images - 1 if center else images, width))
-        if route == "auto":
-            route = "gather" if images * width <= GATHERED else "gram"
-        with torch.no_grad():
-            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            if route == "gather" or images < width:
-                values, kind = comm.gather(x[None])[0], "pairs" if route == "gram" else "rows"
-            else:
-                values, kind = _gram(x, center, images, comm), "gram"
-        yield Matrix(values, cast(Kind, kind), bound, center)
+    images, width = x.shape[0] * comm.data_shards, x.shape[1]
+    bound = max(1, min(images - 1 if center else images, width))
+    if route == "auto":
+        route = "gather" if images * width <= GATHERED else "gram"
+    with torch.no_grad():
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        if route == "gram" and images >= width:
+            return Matrix(_gram(x, center, images, comm), "gram", bound, center)
+        kind: Kind = "pairs" if route == "gram" else "rows"
+        return Matrix(comm.gather(x[None])[0], kind, bound, center)
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A global batch, ready to be decomposed without the other processes.
+    """A global batch that one process can decompose alone.
 
     `values`: its rows `[N, d]`, decomposed by their SVD (`rows`) or through their N x N products
-    (`pairs`), or X^T X `[d, d]` (`gram`). `bound`: the largest effective rank it can have.
+    (`pairs`), or X^T X `[d, d]` (`gram`). `bound`: the largest effective rank it can have,
+    min(N, d), or min(N - 1, d) if the mean row is to be subtracted (`center`).
     """
 
     values: Tensor
@@ -128,20 +85,16 @@ class Matrix:
     bound: int
     center: bool
 
-    def effective_rank(self) -> Tensor:
-        """A float64 scalar."""
+    def effective_rank(self) -> float:
+        """The effective rank, from a decomposition in float64."""
         with torch.no_grad():
             if self.kind == "gram":
-                return rank_of_gram(self.values, self.bound)
+                return float(rank_of_gram(self.values, self.bound))
             rows = self.values.double()
             rows = rows - rows.mean(0) if self.center else rows
             if self.kind == "pairs":
-                return rank_of_gram(rows @ rows.T, self.bound)
-            return effective_rank(rows)
-
-    def on_cpu(self) -> Matrix:
-        """The same in host memory."""
-        return replace(self, values=self.values.cpu())
+                return float(rank_of_gram(rows @ rows.T, self.bound))
+            return float(effective_rank(rows))
 
 
 def _gram(x: Tensor, center: bool, images: int, comm: Comm) -> Tensor:

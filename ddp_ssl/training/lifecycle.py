@@ -10,7 +10,14 @@ from ddp_ssl import distributed
 from ddp_ssl.config import Config, ConfigError, Resolved
 from ddp_ssl.data.loading.reader import UnreadableError
 from ddp_ssl.distributed import World, others_failed
-from ddp_ssl.errors import BadDataError, BuildError, NonFiniteError, SaveError, ViewGroupError
+from ddp_ssl.errors import (
+    BadDataError,
+    BuildError,
+    MeasurementError,
+    NonFiniteError,
+    SaveError,
+    ViewGroupError,
+)
 from ddp_ssl.logs import console
 from ddp_ssl.run.signals import StopRequest
 from ddp_ssl.run.status import RunStatus
@@ -23,6 +30,9 @@ from ddp_ssl.utils.launcher import job_end, rank_and_size
 from ddp_ssl.utils.text import one_line
 
 logger = logging.getLogger("ddp_ssl")
+
+# Errors that all ranks raise together.
+ENDS_ALL_RANKS = (NonFiniteError, ViewGroupError, BadDataError, MeasurementError, SaveError)
 
 
 def run(resolved: Resolved, stop: StopRequest, on_step: loop.OnStep | None = None) -> int:
@@ -47,7 +57,7 @@ def run(resolved: Resolved, stop: StopRequest, on_step: loop.OnStep | None = Non
         watch.close()
         distributed.stop()
         raise
-    except (NonFiniteError, ViewGroupError, BadDataError, SaveError) as error:  # likewise
+    except ENDS_ALL_RANKS as error:  # likewise
         close(job)
         if world.is_main:
             status.record("failed", error=str(error), retry=isinstance(error, SaveError))

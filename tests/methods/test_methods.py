@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ddp_ssl.comm import Comm
@@ -15,6 +17,7 @@ from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import MeshComm, World, comm_of
 from ddp_ssl.methods._registry import builtin_methods
 from ddp_ssl.methods.base import Context
+from ddp_ssl.metrics.effective_rank import Matrix
 from tests.helpers import (
     assert_same_gradients,
     batch_of,
@@ -202,30 +205,45 @@ def test_a_small_view_group_goes_through_its_own_forward() -> None:
 # --- alpha -----------------------------------------------------------------------------------
 
 
-def measure(world: World, settings: tuple[str, ...], batches: int) -> Any:
-    comm = comm_of(world)
+def measure(world: World, settings: tuple[str, ...], batches: int, view_shards: int = 1) -> Any:
+    comm = comm_of(world, view_shards)
     method = method_of(config_of("method.alpha_every=2", *settings), comm)
     data = [images(1, 12, seed_shift(i)) for i in range(batches)]
     told: list[str] = []
     reported: list[dict[str, float]] = []
+    decomposed: list[int] = []
+    work = Matrix.effective_rank
+
+    def counted(self: Matrix) -> float:
+        decomposed.append(world.rank)
+        return work(self)
+
     before = {n: b.clone() for n, b in method.named_buffers()}
 
     def source(count: int, purpose: str) -> Any:
         assert purpose == "alpha"
-        return (batch_of(x, comm) for x in data[:count])
+        return (first_view(x, comm) for x in data[:count])
 
     alphas = []
-    for epoch in range(4):
-        context = Context(comm, 0, epoch, 4, source, reported.append, told.append)
-        method.after_epoch(context)
-        alphas.append(method.alpha)
+    with patch.object(Matrix, "effective_rank", counted):
+        for epoch in range(4):
+            context = Context(comm, 0, epoch, 4, source, reported.append, told.append)
+            method.after_epoch(context)
+            alphas.append(method.alpha.value)
     unchanged = all(torch.equal(before[n], b) for n, b in method.named_buffers())
     z = torch.cat([torch.zeros(0, 12, dtype=torch.float64)])
     if world.size == 1:
         method.eval()
         z = torch.stack([method.embed(x[0])[1].detach() for x in data])
     state = method.state_dict()["_extra_state"]
-    return alphas, told, reported, unchanged, z, method.training, state
+    return alphas, told, reported, unchanged, z, method.training, state, decomposed
+
+
+def first_view(x: Tensor, comm: Comm) -> Batch:
+    """This process's images; other members of a view group have others, which must not count."""
+    mine = x[0, comm.rows(x.shape[1] // comm.data_shards)] + comm.view_rank
+    ids = torch.arange(len(mine))
+    return Batch([mine], ids, ids)
 
 
 def seed_shift(index: int) -> int:
@@ -236,7 +254,9 @@ def seed_shift(index: int) -> int:
 def test_alpha_is_the_same_at_any_world_size(ranks: Ranks, settings: tuple[str, ...]) -> None:
     from ddp_ssl.metrics import effective_rank
 
-    ((alphas, told, reported, unchanged, z, training, state),) = ranks.run(measure, 1, settings, 3)
+    ((alphas, told, reported, unchanged, z, training, state, _),) = ranks.run(
+        measure, 1, settings, 3
+    )
     expected = sum(float(effective_rank(batch)) for batch in z) / 3 / 12
     assert alphas == [0, alphas[1], alphas[1], alphas[3]]  # from the epoch after a measurement
     assert alphas[1] == pytest.approx(expected, rel=1e-10)
@@ -247,8 +267,10 @@ def test_alpha_is_the_same_at_any_world_size(ranks: Ranks, settings: tuple[str, 
     assert reported[0]["rep/effective_rank_z_train"] == pytest.approx(alphas[1] * 12)
     assert state["alpha"] == alphas[3]
     assert [entry["epoch"] for entry in state["history"]] == [2, 4]
-    for size in (3, 4):
-        results = ranks.run(measure, size, settings, 3)
+    for size, view_shards in ((2, 1), (3, 1), (4, 1), (2, 2), (4, 2)):
+        results = ranks.run(measure, size, settings, 3, view_shards)
+        assert [r[7] for r in results] == [[0] * 6] + [[]] * (size - 1)  # rank 0 alone
+        assert all(r[6] == results[0][6] for r in results)
         assert all(r[0] == results[0][0] for r in results)  # bit-identical on all ranks
         assert results[0][0] == pytest.approx(alphas, rel=1e-10)
         assert all(r[5] for r in results)  # back in training mode
@@ -268,7 +290,7 @@ def test_scheduled_alpha_grows_from_zero(alpha: str, expected: list[float]) -> N
     method = method_of(config_of(f"method.alpha={alpha}"))
     seen = []
     for epoch in range(4):
-        seen.append(method.alpha)
+        seen.append(method.alpha.value)
         method.after_epoch(Context(method.comm, 0, epoch, 4, None, None, None))  # type: ignore[arg-type]
     assert seen == pytest.approx(expected)
 
@@ -282,10 +304,10 @@ def test_beta_keeps_its_sign(beta: str, expected: float) -> None:
 
 def test_alpha_and_history_survive_a_state_dict() -> None:
     method = method_of(config_of())
-    method.alpha, method.history = 0.123456789012345678, [{"epoch": 2, "alpha": 0.5}]
+    method.alpha.value, method.alpha.history = 0.123456789012345678, [{"epoch": 2, "alpha": 0.5}]
     other = method_of(config_of())
     other.load_state_dict(method.state_dict())
-    assert (other.alpha, other.history) == (method.alpha, method.history)
+    assert other.alpha.state() == method.alpha.state()
 
 
 def test_cov_needs_equal_widths() -> None:

@@ -13,12 +13,7 @@ from torch import Tensor
 
 from ddp_ssl.distributed import MeshComm, World, comm_of
 from ddp_ssl.metrics import effective_rank, mutual_information
-from ddp_ssl.metrics.effective_rank import (
-    global_effective_rank,
-    global_effective_ranks,
-    matrices,
-    rank_of_gram,
-)
+from ddp_ssl.metrics.effective_rank import global_matrix, rank_of_gram
 from tests.losses import oracles
 from tests.ranks import Ranks
 
@@ -76,7 +71,8 @@ def ranks_of(world: World, view_shards: int, shape: tuple[int, int], center: boo
     if comm.view_rank:  # other views than view 0 must not count
         x = torch.randn_like(x)
     routes = ("gather", "gram", "auto")
-    return [global_effective_rank(x.clone(), route, center, comm) for route in routes]  # type: ignore[arg-type]
+    found = [global_matrix(x.clone(), route, center, comm) for route in routes]  # type: ignore[arg-type]
+    return [(matrix.effective_rank(), matrix.bound) for matrix in found]
 
 
 @pytest.mark.parametrize("center", [False, True])
@@ -93,77 +89,41 @@ def test_routes_and_processes_agree(ranks: Ranks, shape: tuple[int, int], center
             assert limit == bound
 
 
-def many_ranks(world: World, count: int, route: Any, rows: int) -> Any:
-    """The values, and how many decompositions this process made."""
-    comm, made = comm_of(world), 0
-    module: Any = sys.modules[global_effective_rank.__module__]
-
-    def counting(p: Tensor) -> Tensor:
-        nonlocal made
-        made += 1
-        return of_spectrum(p)
-
-    of_spectrum = module.rank_of_spectrum
-    x = [embeddings(rows, 10) ** (1 + i % 2) for i in range(count)]
-    with patch.object(module, "rank_of_spectrum", counting):
-        found = global_effective_ranks(
-            (b[comm.rows(rows // world.size)] for b in x), route, comm=comm
-        )
-    return *found, made
-
-
-@pytest.mark.parametrize("count", [1, 3, 5])
-@pytest.mark.parametrize(("route", "rows"), [("auto", 24), ("gram", 24), ("gram", 8)])
-def test_batches_are_shared_among_processes(
-    ranks: Ranks, count: int, route: str, rows: int
-) -> None:
-    alone = World(0, 1, 0, 1, torch.device("cpu"))
-    expected, bound, made = many_ranks(alone, count, route, rows)
-    assert made == count
-    assert len(expected) == count
-    assert len({round(value, 6) for value in expected}) == min(count, 2)
-    for size in (2, 4):
-        results = ranks.run(many_ranks, size, count, route, rows)
-        for rank, (values, limit, made) in enumerate(results):
-            assert values == results[0][0]
-            assert values == pytest.approx(expected, rel=1e-9)
-            assert limit == bound
-            assert made == len(range(rank, count, size))
-
-
 def decomposed_by_each(world: World, route: Any, rows: int, center: bool) -> list[float]:
     comm = comm_of(world)
     x = [embeddings(rows, 10) ** (1 + i % 2) for i in range(3)]
     grad = torch.is_grad_enabled()
     found = []
-    for matrix in matrices((b[comm.rows(rows // world.size)] for b in x), route, center, comm):
+    for batch in x:
+        matrix = global_matrix(batch[comm.rows(rows // world.size)], route, center, comm)
         assert torch.is_grad_enabled() == grad
-        found.append(float(matrix.on_cpu().effective_rank()))
+        found.append(matrix.effective_rank())
     return found
 
 
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize(("route", "rows"), [("gather", 24), ("gram", 24), ("gram", 8)])
-def test_every_process_can_decompose_every_batch(
+def test_every_process_gets_the_whole_matrix(
     ranks: Ranks, route: str, rows: int, center: bool
 ) -> None:
-    """As rank 0 does beside training."""
+    """So rank 0 can decompose it alone; the bits are the same on all."""
     x = [embeddings(rows, 10) ** (1 + i % 2) for i in range(3)]
     expected = [float(effective_rank(b - b.mean(0) if center else b)) for b in x]
     for size in (1, 2, 4):
-        for values in ranks.run(decomposed_by_each, size, route, rows, center):
-            assert values == pytest.approx(expected, rel=1e-6 if center else 1e-9)
+        results = ranks.run(decomposed_by_each, size, route, rows, center)
+        assert all(values == results[0] for values in results)
+        assert results[0] == pytest.approx(expected, rel=1e-6 if center else 1e-9)
 
 
 def test_auto_gathers_few_rows_only() -> None:
-    module = sys.modules[global_effective_rank.__module__]
+    module = sys.modules[global_matrix.__module__]
     with (
         patch.object(module, "GATHERED", 40),
         patch.object(module, "rank_of_gram", wraps=rank_of_gram) as gram,
     ):
-        global_effective_rank(torch.randn(8, 4))
+        global_matrix(torch.randn(8, 4)).effective_rank()
         assert not gram.called
-        global_effective_rank(torch.randn(40, 4))
+        global_matrix(torch.randn(40, 4)).effective_rank()
         assert gram.called
 
 

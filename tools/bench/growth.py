@@ -140,7 +140,7 @@ def of_step(repeats: int) -> Iterator[Growth]:
         config = load([f"data.batch_size={size}", "run.device=cpu"]).config
         torch.manual_seed(0)
         method = make_method(config, ONE_PROCESS)
-        method.alpha = 0.5
+        method.alpha.value = 0.5
         views = [torch.rand(size, 3, v.size, v.size) for v in views_of(config.data.views)]
         batch = Batch(views, torch.arange(size), torch.zeros(size, dtype=torch.long))
 

@@ -126,7 +126,7 @@ def learner_of(config: Config, comm: Comm) -> Learner:
     torch.manual_seed(0)
     learner = Learner(make_method(config, comm), CLASSES, some_unlabelled=False)
     if hasattr(learner.method, "alpha"):
-        learner.method.alpha = ALPHA
+        learner.method.alpha.value = ALPHA
     return learner
 
 
