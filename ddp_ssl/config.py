@@ -22,6 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
+from ddp_ssl import config_files
 from ddp_ssl.data.augment import AUGMENTATION_FIELDS, RECIPES, CentralCrop
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -199,7 +200,7 @@ class Data(Section):
     `tiny_imagenet`, `cinic10`, `blood`, `organa`, `organc`, `organs`, `digits`, `folder` or `list`;
     docs/data.md says what each one looks for."""
     root: str | None = None
-    """Folder of the data, or of shards that `tools/pack_shards.py` made of them. `folder`: class
+    """Folder of the data, or of shards that `ddp-ssl pack-shards` made of them. `folder`: class
     folders under `train/` and `val/`, class folders, or a flat folder of unlabelled images."""
     files: str | None = None
     """`name: list`: a text or CSV file with a path and, if there are labels, a class per line;
@@ -210,7 +211,7 @@ class Data(Section):
     """Seeded share of the training images used for pretraining; the probe and k-NN of
     `ddp_ssl.evaluate` keep all labels."""
     skip: str | None = None
-    """File of images to leave out, one path a line, as `tools/check_data.py` writes it."""
+    """File of images to leave out, one path a line, as `ddp-ssl check-data` writes it."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Images that cannot be decoded are replaced and listed; a larger share stops the run."""
     reader: Literal["indexed", "streamed"] = "indexed"
@@ -726,10 +727,8 @@ def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
             )
         elif path is not None:
             raise ConfigError(f"{argument}: one config file is accepted, {path} is given already")
-        elif not argument.endswith((".yaml", ".yml")) and not Path(argument).exists():
-            raise ConfigError(f"{argument}: expected CONFIG.yaml or key=value")
-        else:
-            path = Path(argument)
+        elif (path := config_files.find(argument)) is None:
+            raise ConfigError(config_files.unknown(argument))
     return path, overrides
 
 

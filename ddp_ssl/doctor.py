@@ -10,11 +10,11 @@ import contextlib
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ddp_ssl.config import Config, ConfigError, check_world_size, load
+from ddp_ssl.commands import common
+from ddp_ssl.config import Config, check_world_size, load
 from ddp_ssl.launch import local_rank_and_size, rank_and_size
 
 if TYPE_CHECKING:
@@ -42,21 +42,16 @@ LONGEST_S = 1800.0  # where finding the images of a large folder takes its time
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    rank, size = rank_and_size()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return common.exit_code(lambda: _main(words))
+
+
+def _main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
-        if rank == 0:
-            print(USAGE, end="")
+        common.say(USAGE.rstrip("\n"))
         return 0
-    try:
-        config = load(arguments).config
-        check_world_size(config, size)
-    except ConfigError as error:
-        if rank == 0:
-            print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # the launcher ends all ranks at the first exit; rank 0 must have spoken
-        return 2
+    config = load(arguments).config
+    check_world_size(config, rank_and_size()[1])
     with _ending_in_order():
         return _examine(config, arguments)
 
@@ -118,8 +113,7 @@ def _examine(config: Config, arguments: Sequence[str]) -> int:
         # No more answers: what was found is printed, the rest cannot be judged.
         report.add("processes", [fail(str(error), "see what that rank is doing: py-spy, dmesg")])
         report.close()
-        if rank:
-            time.sleep(3)  # the launcher ends all ranks at the first exit; rank 0 must have spoken
+        common.wait_for_rank_0()
         return 1
     finally:
         distributed.stop()

@@ -12,8 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from ddp_ssl.commands import common
 from ddp_ssl.config import Config, ConfigError, Resolved, Section, reference_of
 from ddp_ssl.evals.settings import (
     COMMANDS,
@@ -25,7 +26,6 @@ from ddp_ssl.evals.settings import (
     load_settings,
     protocol_of,
 )
-from ddp_ssl.launch import cpu_share, rank_and_size
 from ddp_ssl.signals import stop_with_parent
 
 if TYPE_CHECKING:
@@ -70,31 +70,22 @@ NOT_OF_DYNAMICS = ("run.name", "run.seed", "run.cache_mb")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     stop_with_parent()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    rank, _ = rank_and_size()
-    options = {"-h", "--help", "--print-config"} & set(arguments)
-    words = [a for a in arguments if a not in options]
-    try:
-        if options & {"-h", "--help"}:
-            if rank == 0:
-                print(_help(words[0] if words and words[0] in COMMANDS else None))
-            return 0
-        command, source, rest = _parse(words)
-        settings, origins = load_settings(source, rest)
-        _check(command, source, origins)
-        if options:
-            if rank == 0:
-                print(Resolved(cast(Config, settings), origins).to_yaml(), end="")
-            return 0
-        return run(command, source, settings)
-    except ConfigError as error:
-        if rank == 0:
-            print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # the launcher ends all ranks at the first exit; rank 0 must have spoken
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    words = sys.argv[1:] if arguments is None else arguments
+    return common.exit_code(lambda: _main(words))
+
+
+def _main(arguments: Sequence[str]) -> int:
+    wants_help, wants_config, words = common.split_options(arguments)
+    if wants_help:
+        common.say(_help(words[0] if words and words[0] in COMMANDS else None))
+        return 0
+    command, source, rest = _parse(words)
+    settings, origins = load_settings(source, rest)
+    _check(command, source, origins)
+    if wants_config:
+        common.say(Resolved(cast(Config, settings), origins).to_yaml().rstrip("\n"))
+        return 0
+    return run(command, source, settings)
 
 
 def _parse(words: list[str]) -> tuple[str, Source, list[str]]:
@@ -133,20 +124,18 @@ def _used(command: str, key: str) -> bool:
 
 
 def _help(command: str | None) -> str:
-    lines, section = [USAGE], ""
-    for key, kind, default, text in reference_of(EvaluateConfig):
-        shown = command is None or _used(command, key)
-        if key in OF_PRETRAINING or not shown:
-            continue
-        if key.partition(".")[0] != section:
-            section = key.partition(".")[0]
-            shared = section == "eval" and command not in (None, "dynamics")
-            lines.append(f"\n{section}:" + ("" if shared else f" {_docstring(section)}"))
-        lines.append(f"  {key}  ({kind}, default {default})\n      {text}")
-    return "\n".join(lines)
+    rows = [
+        row
+        for row in reference_of(EvaluateConfig)
+        if row[0] not in OF_PRETRAINING and (command is None or _used(command, row[0]))
+    ]
+    return "\n".join([USAGE, *common.describe_keys(rows, lambda name: _docstring(name, command))])
 
 
-def _docstring(section: str) -> str:
+def _docstring(section: str, command: str | None) -> str:
+    """A section's first line; "" for `eval` where the command uses its batch size only."""
+    if section == "eval" and command not in (None, "dynamics"):
+        return ""
     kind = EvaluateConfig.model_fields[section].annotation
     assert isinstance(kind, type)
     assert issubclass(kind, Section)
@@ -177,59 +166,21 @@ class Work:
 
 def run(command: str, source: Source, settings: EvaluateConfig) -> int:
     """The whole evaluation; returns the exit code. Raises `ConfigError`."""
-    import torch
-
-    from ddp_ssl import distributed, log
     from ddp_ssl.engine import together
 
-    try:
-        world = distributed.start(settings.run.device, settings.run.timeout_s)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    log.setup_logging(None, world.rank)
-    torch.set_num_threads(settings.run.threads or cpu_share())
-    code = 0
-    try:
+    with common.processes(settings.run) as world:
         if command == "dynamics":
             from ddp_ssl.evals import dynamics
 
             assert source.home is not None
-            code = int(dynamics.run(settings, source.home, world))
-        else:
-            start = time.perf_counter()
-            work = prepare(command, source, settings, world)
-            report = evaluate(work)
-            bad = unreadable(work)
-            seconds = time.perf_counter() - start
-            together(world, lambda: finish(work, report, bad, seconds) if world.is_main else None)
-    except ConfigError:  # raised by all processes together
-        distributed.stop()
-        raise
-    except Exception as error:
-        end_alone(error, world)
-    distributed.stop()
-    return code
-
-
-def end_alone(error: Exception, world: World) -> NoReturn:
-    """Say at once what went wrong on this process, and end it as it is.
-
-    The others may wait for it in a collective: leaving the group in order would wait for them, and
-    the launcher ends them when this process is gone.
-    """
-    import logging
-
-    from ddp_ssl.data.source import UnreadableError
-    from ddp_ssl.distributed import others_failed
-
-    logger, text = logging.getLogger("ddp_ssl"), " ".join(str(error).split())
-    if isinstance(error, UnreadableError):
-        logger.error("%s", text)
-    elif world.size > 1 and others_failed(error):
-        logger.error("another process failed or left: %s", text[:200])
-    else:
-        logger.error("%s: %s", type(error).__name__, text, exc_info=error)
-    raise SystemExit(1) from None
+            return int(dynamics.run(settings, source.home, world))
+        start = time.perf_counter()
+        work = prepare(command, source, settings, world)
+        report = evaluate(work)
+        bad = unreadable(work)
+        seconds = time.perf_counter() - start
+        together(world, lambda: finish(work, report, bad, seconds) if world.is_main else None)
+    return 0
 
 
 def prepare(command: str, source: Source, settings: EvaluateConfig, world: World) -> Work:
@@ -332,7 +283,7 @@ def unreadable(work: Work) -> dict[str, str]:
         raise ConfigError(
             f"data.max_bad_fraction: {len(found)} of {images} images cannot be read, more than "
             f"{bound:g} of them; the first is {ascii(first)[1:-1]} ({why}). Mend them, list them "
-            "in data.skip or raise data.max_bad_fraction; tools/check_data.py finds all there are"
+            "in data.skip or raise data.max_bad_fraction; ddp-ssl check-data finds all there are"
         )
     return found
 

@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddp_ssl import checkpoint, models
+from ddp_ssl.commands import common
 from ddp_ssl.config import Config, ConfigError, Model
 from ddp_ssl.evals.settings import config_of_run, find_source
 from ddp_ssl.models import STEM_PADDING, architecture, build_backbone, loading_snippet
@@ -457,8 +458,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(arguments)
         file, off = export(options.source, options.form, options.out)
     except (OSError, ValueError, MismatchError) as error:
-        print(f"ddp_ssl: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, MismatchError) else 2
+        code = 1 if isinstance(error, MismatchError) else common.UNUSABLE
+        return common.refuse(" ".join(str(error).split()), code)
     print(f"{file}, and README.md beside it; read back, its features are {equal(off)}")
     return 0
 

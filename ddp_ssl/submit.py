@@ -28,7 +28,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ddp_ssl
+from ddp_ssl import config_files
+from ddp_ssl.commands import common
 from ddp_ssl.config import ConfigError, check_world_size, load
 
 # Run once a job, before srun. Slurm knows its nodes by addresses; their names need not resolve. All
@@ -65,7 +66,7 @@ class Training:
         environment = submitit.JobEnvironment()
         requeue = signal.getsignal(signal.SIGUSR2)  # before the trainer's handlers replace it
         group = submitit.helpers.TorchDistributedEnvironment()
-        # submitit draws a port from those that Linux gives to outgoing connections: it may be taken.
+        # submitit's own port is one that Linux may have given to an outgoing connection.
         group.master_port = int(os.environ["MASTER_PORT"])
         if environment.cluster == "slurm":
             group.master_addr = os.environ["MASTER_ADDR"]
@@ -116,8 +117,7 @@ class Training:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Submit from the command line; returns the exit code."""
-    parser = _parser()
-    options = parser.parse_intermixed_args(arguments)
+    options = parser().parse_intermixed_args(arguments)
     per_node = options.tasks_per_node or options.gpus_per_node or 1
     try:
         runs = sweep(options.arguments)
@@ -137,12 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "the cluster, or use --cluster local or torchrun"
             )
     except ConfigError as error:
-        print(f"ddp_ssl: error: {error}", file=sys.stderr)
-        return 2
-
-    # The jobs inherit this, so that they import this very package, installed or not.
-    paths = [str(Path(ddp_ssl.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        return common.refuse(error)
+    common.share_import_path()  # the jobs inherit the environment
     name = run_name(options.arguments)
     trainings = [
         Training(run, folder, options.max_requeues)
@@ -189,7 +185,7 @@ def run_name(arguments: Sequence[str]) -> str:
     """The config's name: `imagenet100-adadim`."""
     for argument in arguments:
         if "=" not in argument:
-            path = Path(argument).resolve()
+            path = (config_files.find(argument) or Path(argument)).resolve()
             return re.sub(r"[^\w.-]", "_", f"{path.parent.name}-{path.stem}")
     return "digits"
 
@@ -240,9 +236,7 @@ def _submit(
             jobs = [executor.submit(training) for training in trainings]
         ids = [str(job.job_id) for job in jobs]
     except Exception as error:  # sbatch's own words: submitit has classes for some failures only
-        text = " ".join(str(error).split())
-        print(f"ddp_ssl: error: nothing was submitted: {text}", file=sys.stderr)
-        return 1
+        return common.refuse(f"nothing was submitted: {' '.join(str(error).split())}", 1)
     for job, job_id, training in zip(jobs, ids, trainings, strict=True):
         _tell(job_id, training, str(job.paths.stderr), options)
     return 0
@@ -312,14 +306,15 @@ def _log_folder(options: argparse.Namespace) -> Path:
 # --- parts -------------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    made = argparse.ArgumentParser(
         prog="python -m ddp_ssl.submit",
         description="Submit a run, or a sweep, through submitit.",
         epilog="key=a,b,c is a sweep: one run for each value, and for each combination of several.",
     )
-    add = parser.add_argument
-    add("arguments", nargs="*", metavar="CONFIG.yaml key=value", help="as for ddp_ssl.train")
+    add = made.add_argument
+    add("arguments", nargs="*", metavar="CONFIG key=value", help="as for ddp_ssl.train")
     add("--cluster", choices=("slurm", "local", "debug"), default="slurm",
         help="slurm; local: processes on this machine; debug: this process")  # fmt: skip
     add("--nodes", type=_count, default=1)
@@ -334,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--parallel", type=_count, help="runs of a sweep at the same time")
     add("--sbatch", type=_pair, action="append", default=[], metavar="KEY=VALUE",
         help="a further argument of sbatch, such as qos=high; may be repeated")  # fmt: skip
-    return parser
+    return made
 
 
 def _free_port() -> int:

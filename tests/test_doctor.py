@@ -401,7 +401,7 @@ def test_files_that_come_slowly(ranks: Ranks, args: list[str]) -> None:
     assert code == 0
     assert line.startswith("warn  reading")
     assert "ms a file" in line
-    assert "tools/pack_shards.py, data.stage, or more data.read_threads" in line
+    assert "ddp-ssl pack-shards, data.stage, or more data.read_threads" in line
 
 
 def test_ranks_that_see_other_images(ranks: Ranks, args: list[str]) -> None:

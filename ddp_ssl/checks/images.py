@@ -167,7 +167,7 @@ def judge_read(bench: Bench, facts: list[Reading | None]) -> Iterator[Finding]:
         f"{bench.config.data.read_threads} threads, {median * 1000:.2g} ms a file"
     )
     if median > SLOW_READ_S:
-        yield warn(text, "tools/pack_shards.py, data.stage, or more data.read_threads")
+        yield warn(text, "ddp-ssl pack-shards, data.stage, or more data.read_threads")
     else:
         yield ok(text)
 
@@ -258,7 +258,7 @@ def judge_decoded(bench: Bench, facts: list[Decoded | None]) -> Iterator[Finding
 
 def _check_data(bench: Bench) -> str:
     given = shlex.join(a for a in bench.arguments if not a.startswith("run."))
-    return f"python tools/check_data.py {given} finds all; data.skip leaves them out"
+    return f"ddp-ssl check-data {given} finds all; data.skip leaves them out"
 
 
 CHECKS = (

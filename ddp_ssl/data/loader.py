@@ -292,7 +292,7 @@ class StreamLoader(TrainLoader):
 
     def _error(self, error: Exception) -> RuntimeError:
         return UnreadableError(
-            f"{telling(error)}; a streamed run cannot replace a bad image: tools/check_data.py "
+            f"{telling(error)}; a streamed run cannot replace a bad image: ddp-ssl check-data "
             "finds it, data.skip leaves it out of new shards, data.reader=indexed replaces it"
         )
 

@@ -1,6 +1,6 @@
 """Tar shards read by the project's own order: bytes by offset and size. numpy only.
 
-`tools/pack_shards.py` writes a folder of them: `shards.json` last of all, and for `train` and
+`ddp-ssl pack-shards` writes a folder of them: `shards.json` last of all, and for `train` and
 `val` the tar files, DALI's index of each (`.idx`), and arrays in the order of the original ids, so
 that a run on shards sees what it would see on the files. Images stand in the tars under numbers;
 their names are in an array, and are never used as paths.
@@ -89,7 +89,7 @@ class Shards:
         for missing in [path for path in indices if not os.path.isfile(path)][:1]:
             raise ValueError(
                 f"data.root: {missing} is missing, which data.reader=streamed needs; copy it "
-                "again, or pack it again with tools/pack_shards.py"
+                "again, or pack it again with ddp-ssl pack-shards"
             )
         if url is None:
             return {"paths": list(self.paths), "indices": indices}
@@ -161,13 +161,13 @@ def describe(root: Path, remote: bool = False) -> dict[str, Any]:
 
     With `remote` those of the training images are elsewhere and are not looked for.
     """
-    again = "copy it again, or pack it again with tools/pack_shards.py"
+    again = "copy it again, or pack it again with ddp-ssl pack-shards"
     try:
         about = json.loads((root / ABOUT).read_text())
         if about["format"] != FORMAT:
             raise ValueError(
                 f"data.root: {root} holds shards of format {about['format']}; accepted: {FORMAT}, "
-                "as this version's tools/pack_shards.py writes it"
+                "as this version's ddp-ssl pack-shards writes it"
             )
         tars = [(tar["file"], tar["bytes"]) for s in about["splits"].values() for tar in s["tars"]]
         damaged = "train" not in about["splits"] or not {"name", "class_names", "extensions"} <= {
@@ -206,7 +206,7 @@ def _open_split(root: Path, name: str, kept: dict[str, Any]) -> Split:
         if not fits:
             raise ValueError(
                 f"data.root: {path} is missing or damaged; copy it again, or pack the data again "
-                "with tools/pack_shards.py"
+                "with ddp-ssl pack-shards"
             )
         arrays[key] = np.asarray(mapped)  # `memmap` itself makes every index slower
     paths = tuple(str(root / tar["file"]) for tar in kept["tars"])
@@ -349,7 +349,7 @@ def _copy(
         part.unlink()
         raise ValueError(
             f"data.root: {source} is damaged (its checksum differs from {ABOUT}'s); "
-            "pack it again with tools/pack_shards.py"
+            "pack it again with ddp-ssl pack-shards"
         )
     part.rename(target / source.name)
 

@@ -44,14 +44,12 @@ from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import InterpolationMode, v2
 
+from ddp_ssl.commands import pack_shards
 from ddp_ssl.data import pipeline
 from ddp_ssl.data.augment import RECIPES, Decoding, PixelFormat, View
 from ddp_ssl.data.loader import StreamLoader, TrainLoader
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.shards import open_shards
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import pack_shards
 
 Pixels = NDArray[np.uint8]
 FORM = PixelFormat((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -9,8 +9,7 @@ from ddp_ssl import config
 from ddp_ssl.config import Config, ConfigError, Resolved
 from ddp_ssl.data.cache import write_atomically
 from ddp_ssl.data.sources import digits
-
-from .cells import Cell
+from ddp_ssl.reproduction.cells import Cell
 
 # Of the epochs a tenth, but not fewer than 40 (440 steps of 128 images).
 SHARE, LEAST = 10, 40

@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
+from ddp_ssl.config_files import FOLDER
 
 Number = tuple[float, float | None]  # mean, sd where there is one
 
@@ -34,7 +33,7 @@ class Cell:
     @property
     def arguments(self) -> list[str]:
         """As for `ddp_ssl.config.load`."""
-        return [str(CONFIGS / self.base), *self.overrides]
+        return [str(FOLDER / self.base), *self.overrides]
 
 
 @dataclass(frozen=True)
