@@ -146,7 +146,7 @@ def _docstring(section: str, command: str | None) -> str:
 
 
 @dataclass
-class Work:
+class Evaluation:
     """What every command starts from."""
 
     command: str
@@ -175,15 +175,15 @@ def run(command: str, source: Source, settings: EvaluateConfig) -> int:
             assert source.home is not None
             return int(dynamics.run(settings, source.home, world))
         start = time.perf_counter()
-        work = prepare(command, source, settings, world)
-        report = evaluate(work)
-        bad = unreadable(work)
+        evaluation = prepare(command, source, settings, world)
+        report = evaluate(evaluation)
+        bad = unreadable(evaluation)
         seconds = time.perf_counter() - start
-        together(world, lambda: finish(work, report, bad, seconds) if world.is_main else None)
+        together(world, lambda: finish(evaluation, report, bad, seconds) if world.is_main else None)
     return 0
 
 
-def prepare(command: str, source: Source, settings: EvaluateConfig, world: World) -> Work:
+def prepare(command: str, source: Source, settings: EvaluateConfig, world: World) -> Evaluation:
     """Find the data, load the weights, claim a place for the results; on all processes."""
     import torch
 
@@ -229,7 +229,9 @@ def prepare(command: str, source: Source, settings: EvaluateConfig, world: World
         cache=folder / "features",
         tell=tell,
     )
-    return Work(command, source, settings, world, pretrained, data, extractor, train, val, folder)
+    return Evaluation(
+        command, source, settings, world, pretrained, data, extractor, train, val, folder
+    )
 
 
 def _splits(settings: EvaluateConfig, data: Dataset) -> tuple[Split, Split]:
@@ -252,32 +254,37 @@ def _teller(world: World) -> Any:
     return logger.info if world.is_main else lambda line: None
 
 
-def evaluate(work: Work) -> Report:
+def evaluate(evaluation: Evaluation) -> Report:
     """What the command asks for, on all processes; raises `ConfigError` on all or on none."""
     from ddp_ssl.evals import report
     from ddp_ssl.evals.finetune import evaluate_finetune
     from ddp_ssl.evals.linear import evaluate_linear
     from ddp_ssl.evals.neighbours import evaluate_knn
 
-    settings, classes = work.settings, work.data.num_classes
-    parts = work.extractor, work.train, work.val, classes
-    if work.command == "linear":
-        work.protocol, results, best = evaluate_linear(*parts)
-        return report.linear_report(work.protocol, results, best, settings.linear.held_out)
-    if work.command == "knn":
+    settings, classes = evaluation.settings, evaluation.data.num_classes
+    parts = evaluation.extractor, evaluation.train, evaluation.val, classes
+    if evaluation.command == "linear":
+        evaluation.protocol, results, best = evaluate_linear(*parts)
+        return report.linear_report(evaluation.protocol, results, best, settings.linear.held_out)
+    if evaluation.command == "knn":
         accuracies, bank = evaluate_knn(*parts)
         return report.knn_report(settings.knn.k, accuracies, bank)
-    return report.finetune_report(evaluate_finetune(*parts, work.world), settings.finetune.fraction)
+    return report.finetune_report(
+        evaluate_finetune(*parts, evaluation.world), settings.finetune.fraction
+    )
 
 
-def unreadable(work: Work) -> dict[str, str]:
+def unreadable(evaluation: Evaluation) -> dict[str, str]:
     """What no process could read, with the reason, on all; `ConfigError` on all if it is more than
     `data.max_bad_fraction` of the images."""
-    everyones = work.world.gather_objects(work.extractor.bad.known)
-    found: dict[str, str] = work.world.broadcast_object(
+    everyones = evaluation.world.gather_objects(evaluation.extractor.bad.known)
+    found: dict[str, str] = evaluation.world.broadcast_object(
         {name: why for known in everyones or [] for name, why in known.items()}
     )
-    images, bound = len(work.train) + len(work.val), work.settings.data.max_bad_fraction
+    images, bound = (
+        len(evaluation.train) + len(evaluation.val),
+        evaluation.settings.data.max_bad_fraction,
+    )
     if len(found) > bound * images:
         first, why = next(iter(found.items()))
         raise ConfigError(
@@ -288,7 +295,9 @@ def unreadable(work: Work) -> dict[str, str]:
     return found
 
 
-def finish(work: Work, report: Report, unreadable: dict[str, str], seconds: float) -> None:
+def finish(
+    evaluation: Evaluation, report: Report, unreadable: dict[str, str], seconds: float
+) -> None:
     """Write the result files and print the table; on rank 0."""
     import json
 
@@ -297,39 +306,43 @@ def finish(work: Work, report: Report, unreadable: dict[str, str], seconds: floa
 
     if unreadable:
         report.notes.append(f"{len(unreadable)} images cannot be read and are left out")
-    report.notes += _reservations(work)
-    settings = _settings(work)
-    stem = work.pretrained.path.stem if work.pretrained.path else work.source.name
-    kind = f"linear_{work.settings.linear.protocol}" if work.command == "linear" else work.command
-    name = work.settings.run.name or f"{kind}-{work.data.name}-{stem}"
-    path = free_name(work.folder, name, settings)
+    report.notes += _reservations(evaluation)
+    settings = _settings(evaluation)
+    stem = evaluation.pretrained.path.stem if evaluation.pretrained.path else evaluation.source.name
+    kind = (
+        f"linear_{evaluation.settings.linear.protocol}"
+        if evaluation.command == "linear"
+        else evaluation.command
+    )
+    name = evaluation.settings.run.name or f"{kind}-{evaluation.data.name}-{stem}"
+    path = free_name(evaluation.folder, name, settings)
     facts = {
-        "command": work.command,
-        "source": work.source.text,
-        "weights": work.pretrained.description,
-        "weights_sha256": work.pretrained.digest,
-        "step": work.pretrained.step,
-        "epoch": work.pretrained.epoch,
-        "data": _data_facts(work),
+        "command": evaluation.command,
+        "source": evaluation.source.text,
+        "weights": evaluation.pretrained.description,
+        "weights_sha256": evaluation.pretrained.digest,
+        "step": evaluation.pretrained.step,
+        "epoch": evaluation.pretrained.epoch,
+        "data": _data_facts(evaluation),
         "settings": settings,
-        "batch_size": work.protocol and work.protocol.batch_size,
-        "processes": work.world.size,
+        "batch_size": evaluation.protocol and evaluation.protocol.batch_size,
+        "processes": evaluation.world.size,
         "seconds": round(seconds, 1),
         "unreadable": unreadable,
         "environment": log.environment(),
     }
-    heading = f"{_what(work)} on {work.data.name}, {work.pretrained.description}"
+    heading = f"{_what(evaluation)} on {evaluation.data.name}, {evaluation.pretrained.description}"
     body = "\n\n".join([heading, table(report), *report.notes])
-    text = f"{body}\n\n{class_table(report, work.data.class_names)}\n"
+    text = f"{body}\n\n{class_table(report, evaluation.data.class_names)}\n"
     write(path.with_name(path.name + ".json"), json.dumps(as_json(report, facts), indent=1) + "\n")
     write(path.with_name(path.name + ".md"), text)
     print(f"\n{body}\n\n{path}.md  {path}.json  ({seconds:.0f} s)", flush=True)
 
 
-def _reservations(work: Work) -> list[str]:
+def _reservations(evaluation: Evaluation) -> list[str]:
     """What a reader of the table must know before quoting it."""
     notes = []
-    weights, val = work.pretrained, work.data.val
+    weights, val = evaluation.pretrained, evaluation.data.val
     chosen = weights.path is not None and weights.path.name == "best.pt"
     if chosen and val is not None and weights.test_images == val.digest[:12]:
         assert weights.config is not None
@@ -337,27 +350,28 @@ def _reservations(work: Work) -> list[str]:
             f"this checkpoint was chosen among the run's by {weights.config.checkpoint.best} on "
             "these very test images, which favours it; the newest one (RUN) was not chosen by them"
         )
-    p = work.protocol
-    if p is not None and p.batch_size != protocol_of(work.settings.linear).batch_size:
-        asked = protocol_of(work.settings.linear).batch_size
+    p = evaluation.protocol
+    if p is not None and p.batch_size != protocol_of(evaluation.settings.linear).batch_size:
+        asked = protocol_of(evaluation.settings.linear).batch_size
         notes.append(
             f"batch of {p.batch_size} images instead of {asked}: it splits evenly over "
-            f"{work.world.size} process(es), and there are {len(work.train)} training images"
+            f"{evaluation.world.size} process(es), and there are {len(evaluation.train)} training "
+            "images"
         )
     return notes
 
 
-def _what(work: Work) -> str:
+def _what(evaluation: Evaluation) -> str:
     """The evaluation in a few words."""
-    settings = work.settings
-    if work.command == "linear":
-        p = work.protocol or protocol_of(settings.linear)
+    settings = evaluation.settings
+    if evaluation.command == "linear":
+        p = evaluation.protocol or protocol_of(settings.linear)
         views = "random crops" if settings.linear.augment else f"{p.patches} view(s) an image"
         return (
             f"Linear classifier, {p.name} protocol ({p.epochs} epochs, batch {p.batch_size}, "
             f"{views}, {len(settings.linear.seeds)} seed(s)),"
         )
-    if work.command == "knn":
+    if evaluation.command == "knn":
         return f"k-NN (temperature {settings.knn.temperature:g})"
     f = settings.finetune
     return (
@@ -366,26 +380,28 @@ def _what(work: Work) -> str:
     )
 
 
-def _settings(work: Work) -> dict[str, Any]:
+def _settings(evaluation: Evaluation) -> dict[str, Any]:
     """What the result depends on, as plain values."""
-    tree = work.settings.model_dump(mode="json")
-    used: dict[str, Any] = {name: tree[name] for name in SECTIONS[work.command] if name != "run"}
+    tree = evaluation.settings.model_dump(mode="json")
+    used: dict[str, Any] = {
+        name: tree[name] for name in SECTIONS[evaluation.command] if name != "run"
+    }
     for key in OF_PRETRAINING:
         used["data"].pop(key.partition(".")[2], None)
     used["run"] = {"seed": tree["run"]["seed"]}
-    return used | {"weights": work.pretrained.digest}
+    return used | {"weights": evaluation.pretrained.digest}
 
 
-def _data_facts(work: Work) -> dict[str, Any]:
-    mean, std = work.settings.data.normalisation
+def _data_facts(evaluation: Evaluation) -> dict[str, Any]:
+    mean, std = evaluation.settings.data.normalisation
     return {
-        "name": work.data.name,
-        "training_images": len(work.train),
-        "test_images": len(work.val),
-        "training_digest": work.train.digest[:12],
-        "test_digest": work.val.digest[:12],
-        "classes": list(work.data.class_names),
-        "image_size": work.settings.image_size,
+        "name": evaluation.data.name,
+        "training_images": len(evaluation.train),
+        "test_images": len(evaluation.val),
+        "training_digest": evaluation.train.digest[:12],
+        "test_digest": evaluation.val.digest[:12],
+        "classes": list(evaluation.data.class_names),
+        "image_size": evaluation.settings.image_size,
         "mean": mean,
         "std": std,
     }

@@ -261,7 +261,7 @@ def about(trained: Trained) -> dict[str, str]:
     }
 
 
-FIGURES = {
+METRICS = {
     "eval/knn_top1": "k-NN top-1",
     "eval/probe_top1": "online linear probe, top-1",
     "rep/effective_rank_r": "effective rank of the features",
@@ -298,7 +298,7 @@ def model_card(trained: Trained, form: Form, file: Path, off: float) -> str:
         "checked": f"read back, its features are {equal(off)} (images of noise, CPU)",
     }
     latest: dict[str, float] = state.get("latest", {})
-    measured = [(label, latest[name]) for name, label in FIGURES.items() if name in latest]
+    measured = [(label, latest[name]) for name, label in METRICS.items() if name in latest]
     mean, std = config.data.normalisation
     crop = config.data.central_crop
     lines = [

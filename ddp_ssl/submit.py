@@ -3,10 +3,10 @@
 The config is validated before anything is submitted. `optim.lr=0.1,0.2` is a sweep: one array task
 for each combination of values, each in a run folder of its own.
 
-A stop is cooperative, as everywhere: submitit's signal handler would checkpoint on rank 0 alone,
-inside the handler, where a collective save cannot work. So the trainer's handlers, which only set a
-flag, rule while it trains; after all ranks have saved and left the loop, rank 0 calls submitit's
-handler, which requeues the job.
+submitit's own signal handler would save on rank 0 alone, inside the handler, where a save by all
+ranks cannot work. Therefore the trainer's handlers, which only set a flag, replace it during
+training. After all ranks have saved and left the loop, rank 0 calls submitit's handler, which
+requeues the job.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from ddp_ssl import config_files
 from ddp_ssl.commands import common
 from ddp_ssl.config import ConfigError, check_world_size, load
 
-# Run once a job, before srun. Slurm knows its nodes by addresses; their names need not resolve. All
-# CPUs of a node are shared out, since what sbatch is told of CPUs per task does not reach srun.
+# Run once per job, before srun. Node addresses are used because node names need not resolve. The
+# CPUs of a node are shared among its tasks here, because sbatch's CPUs per task do not reach srun.
 SETUP = """\
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
 MASTER_ADDR=$(scontrol show node -o "$head" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
@@ -49,7 +49,7 @@ SAVE_BEFORE_END_S = 300
 
 
 class Training:
-    """What submitit pickles and calls on every rank: one run.
+    """One run, which submitit pickles and calls on every rank.
 
     `folder` may hold `%A`, the id of the job or of its array.
     """
@@ -92,7 +92,7 @@ class Training:
         return state
 
     def checkpoint(self) -> Any:
-        """What submitit submits again: the same, which goes on after the newest checkpoint."""
+        """The job that submitit requeues: the same, which resumes from the newest checkpoint."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def sweep(arguments: Sequence[str]) -> list[list[str]]:
-    """Every combination of the values that `key=a,b` lists; commas in brackets are no lists."""
+    """Every combination of the values in `key=a,b`; a comma in brackets separates no values."""
     choices = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -163,7 +163,7 @@ def sweep(arguments: Sequence[str]) -> list[list[str]]:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside brackets, braces and quotes."""
+    """Split at the commas outside brackets, braces and quotes."""
     parts, depth, quote = [""], 0, ""
     for character in text:
         if quote:
@@ -191,7 +191,7 @@ def run_name(arguments: Sequence[str]) -> str:
 
 
 def folders(runs: Sequence[Sequence[str]], name: str, options: argparse.Namespace) -> list[str]:
-    """A folder each: the one asked for or `runs/NAME-JOB`; the runs of a sweep in it by values."""
+    """The folder of each run: `--run-dir` or `runs/NAME-JOB`; for a sweep one per run inside it."""
     base = os.path.abspath(options.run_dir or f"runs/{name}-%A")
     if len(runs) == 1:
         return [base]
@@ -380,7 +380,7 @@ def _status(folder: Path) -> str:
 
 
 def _about_job(job_id: str) -> dict[str, str]:
-    """What Slurm says of a job: JobState, Restarts, ...; empty where it does not answer."""
+    """Slurm's fields of a job: JobState, Restarts, ...; empty if Slurm does not answer."""
     command = ["scontrol", "show", "job", "-o", job_id]
     try:
         text = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
