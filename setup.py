@@ -17,8 +17,10 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=find_packages(include=["ddp_ssl", "ddp_ssl.*"]),
-    package_data={"ddp_ssl": ["py.typed", "data/imagenet100_classes.txt", "config/digits/*.yaml"]},
+    # A checkout has its configs beside the package, a wheel inside it: config/files.py finds both.
+    packages=[*find_packages(include=["ddp_ssl", "ddp_ssl.*"]), "ddp_ssl.configs"],
+    package_dir={"ddp_ssl.configs": "configs"},
+    package_data={"": ["py.typed", "**/*.yaml", "**/*.txt", "**/*.csv"]},
     python_requires=">=3.10,<3.13",
     install_requires=[
         "torch>=2.8",

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
 
 from ddp_ssl import __version__
 
-# Each is a module with a `main(arguments)` that returns the exit code.
+# A command is a module with a `main(arguments)` that returns the exit code.
 COMMANDS = {
-    "train": "pretrain, here and now; the processes are torchrun's or srun's, if any",
-    "submit": "the same as a Slurm job, or an array of jobs, through submitit",
-    "evaluate": "linear probe, k-NN, fine-tuning, and how a run's figures moved",
-    "export": "a run's backbone for timm, torchvision, safetensors or ONNX, with a model card",
-    "embed": "features of a data set as NPZ, and for TensorBoard's embedding projector",
-    "doctor": "check the machine, the data and the cluster before a long run",
+    "train": ("train", "pretrain, in the processes of torchrun or srun, or in one"),
+    "submit": ("submit", "pretrain in a Slurm job, or in an array of jobs, through submitit"),
+    "evaluate": ("evaluate", "linear probe, k-NN, fine-tuning, and the metrics of a finished run"),
+    "export": ("export", "a run's backbone for timm, torchvision, safetensors or ONNX"),
+    "embed": ("embed", "features of a data set as NPZ, and for TensorBoard's projector"),
+    "doctor": ("doctor", "check the machine, the data and the cluster before a long run"),
+    "prepare-data": ("commands.prepare_data", "fetch a data set and check that it is complete"),
+    "check-data": ("commands.check_data", "find images that cannot be read or decoded"),
+    "pack-shards": ("commands.pack_shards", "pack a data set into tar files"),
+    "plot": ("commands.plot", "draw runs: metrics over epochs, accuracy over rank and I(R;Z)"),
+    "reproduce": ("commands.reproduce", "the papers' tables and figures"),
+    "simulate": ("commands.simulate", "AdaDim's simulation of I(R;Z) with Gaussian clusters"),
 }
-USAGE = "usage: ddp-ssl COMMAND [CONFIG.yaml] [key=value ...]"
+USAGE = "usage: ddp-ssl COMMAND [CONFIG] [key=value ...]"
 
 
 def main() -> int:
@@ -28,16 +35,19 @@ def main() -> int:
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         # Imported when it is needed: `train` catches signals before torch is imported.
-        return int(importlib.import_module(f"ddp_ssl.{command}").main(arguments))
+        module = importlib.import_module(f"ddp_ssl.{COMMANDS[command][0]}")
+        return int(module.main(arguments))
     if command == "--version":
         print(f"ddp_ssl {__version__}")
         return 0
     if command in ("-h", "--help"):
-        print("\n".join([USAGE, "", *(f"  {name:<8}{text}" for name, text in COMMANDS.items())]))
+        lines = (f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items())
+        print("\n".join([USAGE, "", *lines]))
         print("\nddp-ssl COMMAND --help says more; ddp-ssl --version tells the version.")
         return 0
-    accepted = ", ".join(COMMANDS)
-    print(f"ddp-ssl: error: unknown command {command!r}; accepted: {accepted}", file=sys.stderr)
+    close = difflib.get_close_matches(command, COMMANDS, 1)
+    hint = f"did you mean {close[0]}?" if close else f"accepted: {', '.join(COMMANDS)}"
+    print(f"ddp-ssl: error: unknown command {command!r}; {hint}", file=sys.stderr)
     return 2
 
 

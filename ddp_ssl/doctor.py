@@ -1,7 +1,8 @@
 """Check the machine before a long run: `ddp-ssl doctor [CONFIG.yaml] [key=value ...]`.
 
-Under torchrun, under srun with one task per GPU, or alone: every process looks, rank 0 prints a
-line per finding. Exit codes: 0 nothing failed, 1 something did, 2 the config cannot be used.
+Under torchrun, under srun with one task per GPU, or alone. Every process runs the checks; rank 0
+prints a line per finding. Exit codes: 0 nothing failed, 1 something did, 2 the config cannot be
+used.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ import contextlib
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ddp_ssl.config import Config, ConfigError, check_world_size
+from ddp_ssl.commands import common
+from ddp_ssl.config import Config, check_world_size
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.launcher import local_rank_and_size, rank_and_size
 
 if TYPE_CHECKING:
     import torch
 
-    from ddp_ssl.checks.base import Bench, Check, Finding
+    from ddp_ssl.checks.base import Check, CheckContext, Finding
     from ddp_ssl.distributed import World
 
 USAGE = """usage: ddp-ssl doctor [CONFIG.yaml] [key=value ...]
@@ -43,28 +44,23 @@ LONGEST_S = 1800.0  # where finding the images of a large folder takes its time
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    rank, size = rank_and_size()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return common.exit_code(lambda: _main(words))
+
+
+def _main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
-        if rank == 0:
-            print(USAGE, end="")
+        common.say(USAGE.rstrip("\n"))
         return 0
-    try:
-        config = load(arguments).config
-        check_world_size(config, size)
-    except ConfigError as error:
-        if rank == 0:
-            print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # the launcher ends all ranks at the first exit; rank 0 must have spoken
-        return 2
+    config = load(arguments).config
+    check_world_size(config, rank_and_size()[1])
     with _ending_in_order():
         return _examine(config, arguments)
 
 
 @contextlib.contextmanager
 def _ending_in_order() -> Iterator[None]:
-    """SIGTERM ends this as an exception does, so that no file stays behind."""
+    """SIGTERM raises `SystemExit`, so that temporary files are removed."""
 
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -82,25 +78,25 @@ def _examine(config: Config, arguments: Sequence[str]) -> int:
     import torch
 
     from ddp_ssl import distributed
-    from ddp_ssl.checks.base import Bench, fail, ok
+    from ddp_ssl.checks.base import CheckContext, fail, ok
 
     rank, size = rank_and_size()
     report = Report(rank == 0)
     timeout_s = min(TIMEOUT_S, config.run.start_timeout_s)
     problem = None
     try:
-        # On the CPU whatever the run uses: a missing GPU is a finding, and must not end this.
+        # On the CPU, whatever the run uses: a missing GPU is a finding and must not end the checks.
         world = distributed.with_timeout(distributed.start("cpu", timeout_s), LONGEST_S)
     except Exception as error:
         problem = one_line(error)
         if rank:
-            # Rank 0 looks at the rest alone; an exit code from here would make a launcher end it.
+            # Rank 0 continues alone; with another exit code from here a launcher would end it.
             print(f"rank {rank} ({socket.gethostname()}): {problem}", file=sys.stderr, flush=True)
             return 0
         world = distributed.World(0, 1, *local_rank_and_size(), torch.device("cpu"))
     try:
         hosts = _everyones(world, socket.gethostname(), timeout_s)
-        bench = Bench(config, arguments, world, hosts, _device(config, world), timeout_s)
+        ctx = CheckContext(config, arguments, world, hosts, _device(config, world), timeout_s)
         what = " ".join(arguments) or "the embedded default"
         report.title(f"{size} process(es) on {len(set(hosts))} host(s), {what}")
         if problem is not None:
@@ -110,24 +106,23 @@ def _examine(config: Config, arguments: Sequence[str]) -> int:
                 "rest is about rank 0 alone",
             )])  # fmt: skip
         elif size > 1:
-            ranks = "; ".join(f"{h}: {bench.ranks_of(h)}" for h in dict.fromkeys(hosts))
+            ranks = "; ".join(f"{h}: {ctx.ranks_of(h)}" for h in dict.fromkeys(hosts))
             report.add("processes", [ok(f"all {size} answer; {ranks}")])
         for check in _checks():
-            report.add(check.name, examine(check, bench))
+            report.add(check.name, examine(check, ctx))
         return int(world.broadcast_object(report.close()))
     except Silent as error:
-        # No more answers: what was found is printed, the rest cannot be judged.
+        # The remaining checks need all processes; the findings so far are printed.
         report.add("processes", [fail(str(error), "see what that rank is doing: py-spy, dmesg")])
         report.close()
-        if rank:
-            time.sleep(3)  # the launcher ends all ranks at the first exit; rank 0 must have spoken
+        common.wait_for_rank_0()
         return 1
     finally:
         distributed.stop()
 
 
 def _checks() -> Iterator[Check]:
-    """In the order of the report; some use what an earlier one found."""
+    """The checks in the order of the report; some use the result of an earlier one."""
     from ddp_ssl.checks import images, machine, network, slurm, software, storage
 
     yield storage.FOLDER
@@ -140,7 +135,7 @@ def _checks() -> Iterator[Check]:
 
 
 def _device(config: Config, world: World) -> torch.device:
-    """Where the run would compute here, as `distributed.start` has it."""
+    """The device that `distributed.start` would give this process in a run."""
     import torch
 
     if config.run.device == "cpu" or not torch.cuda.is_available():
@@ -154,45 +149,45 @@ def _device(config: Config, world: World) -> torch.device:
 
 
 class Silent(RuntimeError):
-    """Some process does not answer, so that nothing more can be asked of all."""
+    """A process does not answer, so that no further check can run on all processes."""
 
 
-def examine(check: Check, bench: Bench) -> list[Finding]:
+def examine(check: Check, ctx: CheckContext) -> list[Finding]:
     """Run a check on all processes; its findings on rank 0, nothing elsewhere.
 
-    A check that breaks on some process is a finding, and no other process waits for that one.
+    A check that raises on a process is a finding; the other processes do not wait for it.
     """
     from ddp_ssl.checks.base import by_value, fail
 
-    limit = check.timeout_s or bench.timeout_s
+    limit = check.timeout_s or ctx.timeout_s
     facts: list[Any] = []
-    with contextlib.ExitStack() as bench.cleanup:
+    with contextlib.ExitStack() as ctx.cleanup:
         for stage in check.stages:
             problem, fact = None, None
             try:
-                fact = stage(bench, facts)
+                fact = stage(ctx, facts)
             except Exception as error:
                 problem = one_line(error)
-            answers = _everyones(bench.world, (problem, fact), limit)
+            answers = _everyones(ctx.world, (problem, fact), limit)
             facts = [fact for _, fact in answers]
             problems = [problem for problem, _ in answers]
             if any(problems):
                 said = by_value(problems)
                 return [
-                    fail(f"{text}{_on(bench, ranks)}", "mend this, then look again")
+                    fail(f"{text}{_on(ctx, ranks)}", "mend this, then look again")
                     for text, ranks in said.items()
                     if text is not None
                 ]
-        if not bench.world.is_main:
+        if not ctx.world.is_main:
             return []
         try:
-            return list(check.judge(bench, facts))
+            return list(check.judge(ctx, facts))
         except Exception as error:
             return [fail(f"cannot be judged: {one_line(error)}", "report it, with this line")]
 
 
-def _on(bench: Bench, ranks: list[int]) -> str:
-    return "" if len(ranks) == bench.world.size else f" [{bench.who(ranks)}]"
+def _on(ctx: CheckContext, ranks: list[int]) -> str:
+    return "" if len(ranks) == ctx.world.size else f" [{ctx.who(ranks)}]"
 
 
 def _everyones(world: World, value: Any, timeout_s: float) -> list[Any]:
@@ -209,7 +204,7 @@ def _everyones(world: World, value: Any, timeout_s: float) -> list[Any]:
 
 
 def one_line(error: Exception) -> str:
-    """What went wrong, in a line of bearable length."""
+    """An error as one line of at most 300 characters."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"
@@ -231,11 +226,11 @@ class Report:
         self.counts = {"ok": 0, "warn": 0, "fail": 0}
 
     def title(self, text: str) -> None:
-        """What is looked at."""
+        """Print what is checked."""
         self._say(f"ddp-ssl doctor: {text}")
 
     def add(self, name: str, findings: Sequence[Finding]) -> None:
-        """The findings of a check, a line each."""
+        """Print the findings of a check, a line each."""
         for finding in findings:
             self.counts[finding.level] += 1
             remedy = f" -> {finding.remedy}" if finding.remedy else ""
@@ -243,7 +238,7 @@ class Report:
             self._say(" ".join(line.splitlines()))
 
     def close(self) -> int:
-        """The sum of it; returns the exit code."""
+        """Print the number of findings of each level; returns the exit code."""
         counts = self.counts
         self._say(f"{counts['ok']} ok, {counts['warn']} warn, {counts['fail']} fail")
         return int(counts["fail"] > 0)

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
 from ddp_ssl import distributed
+from ddp_ssl.commands import common
 from ddp_ssl.config import Config, ConfigError
 from ddp_ssl.data.build import load_data
 from ddp_ssl.data.datasets import registry
@@ -41,10 +41,8 @@ from ddp_ssl.evals.pretrained import Pretrained, load_pretrained, normalised
 from ddp_ssl.evals.settings import EvaluateConfig, load_settings
 from ddp_ssl.evals.weights import Source, find_source
 from ddp_ssl.export import Parser
-from ddp_ssl.logs import console
 from ddp_ssl.run import environment
 from ddp_ssl.run.signals import stop_with_parent
-from ddp_ssl.utils.launcher import cpu_share, rank_and_size
 
 logger = logging.getLogger("ddp_ssl")
 Array = npt.NDArray[Any]
@@ -68,15 +66,8 @@ class Wanted:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     stop_with_parent()
-    rank, _ = rank_and_size()
-    try:
-        return run(*_parse(sys.argv[1:] if arguments is None else arguments))
-    except ConfigError as error:
-        if rank == 0:
-            print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # the launcher ends all ranks at the first exit; rank 0 must have spoken
-        return 2
+    words = sys.argv[1:] if arguments is None else arguments
+    return common.exit_code(lambda: run(*_parse(words)))
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Source, EvaluateConfig, Wanted]:
@@ -125,16 +116,8 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
 
 def run(source: Source, settings: EvaluateConfig, wanted: Wanted) -> int:
     """The whole command; returns the exit code. Raises `ConfigError`."""
-    try:
-        world = distributed.start(settings.run.device, settings.run.timeout_s)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    console.setup_logging(None, world.rank)
-    torch.set_num_threads(settings.run.threads or cpu_share())
-    try:
+    with common.processes(settings.run) as world:
         embed(source, settings, wanted, world)
-    finally:
-        distributed.stop()
     return 0
 
 

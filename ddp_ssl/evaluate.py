@@ -12,8 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from ddp_ssl.commands import common
 from ddp_ssl.config import Config, ConfigError, Resolved, Section, reference_of
 from ddp_ssl.evals.settings import (
     COMMANDS,
@@ -25,7 +26,6 @@ from ddp_ssl.evals.settings import (
 )
 from ddp_ssl.evals.weights import Source, find_source
 from ddp_ssl.run.signals import stop_with_parent
-from ddp_ssl.utils.launcher import cpu_share, rank_and_size
 
 if TYPE_CHECKING:
     from ddp_ssl.data.datasets.base import Dataset
@@ -70,31 +70,22 @@ NOT_OF_DYNAMICS = ("run.name", "run.seed", "run.cache_mb")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     stop_with_parent()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    rank, _ = rank_and_size()
-    options = {"-h", "--help", "--print-config"} & set(arguments)
-    words = [a for a in arguments if a not in options]
-    try:
-        if options & {"-h", "--help"}:
-            if rank == 0:
-                print(_help(words[0] if words and words[0] in COMMANDS else None))
-            return 0
-        command, source, rest = _parse(words)
-        settings, origins = load_settings(source, rest)
-        _check(command, source, origins)
-        if options:
-            if rank == 0:
-                print(Resolved(cast(Config, settings), origins).to_yaml(), end="")
-            return 0
-        return run(command, source, settings)
-    except ConfigError as error:
-        if rank == 0:
-            print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # the launcher ends all ranks at the first exit; rank 0 must have spoken
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    words = sys.argv[1:] if arguments is None else arguments
+    return common.exit_code(lambda: _main(words))
+
+
+def _main(arguments: Sequence[str]) -> int:
+    wants_help, wants_config, words = common.split_options(arguments)
+    if wants_help:
+        common.say(_help(words[0] if words and words[0] in COMMANDS else None))
+        return 0
+    command, source, rest = _parse(words)
+    settings, origins = load_settings(source, rest)
+    _check(command, source, origins)
+    if wants_config:
+        common.say(Resolved(cast(Config, settings), origins).to_yaml().rstrip("\n"))
+        return 0
+    return run(command, source, settings)
 
 
 def _parse(words: list[str]) -> tuple[str, Source, list[str]]:
@@ -133,20 +124,18 @@ def _used(command: str, key: str) -> bool:
 
 
 def _help(command: str | None) -> str:
-    lines, section = [USAGE], ""
-    for key, kind, default, text in reference_of(EvaluateConfig):
-        shown = command is None or _used(command, key)
-        if key in OF_PRETRAINING or not shown:
-            continue
-        if key.partition(".")[0] != section:
-            section = key.partition(".")[0]
-            shared = section == "eval" and command not in (None, "dynamics")
-            lines.append(f"\n{section}:" + ("" if shared else f" {_docstring(section)}"))
-        lines.append(f"  {key}  ({kind}, default {default})\n      {text}")
-    return "\n".join(lines)
+    rows = [
+        row
+        for row in reference_of(EvaluateConfig)
+        if row[0] not in OF_PRETRAINING and (command is None or _used(command, row[0]))
+    ]
+    return "\n".join([USAGE, *common.describe_keys(rows, lambda name: _docstring(name, command))])
 
 
-def _docstring(section: str) -> str:
+def _docstring(section: str, command: str | None) -> str:
+    """A section's first line; "" for `eval` where the command uses its batch size only."""
+    if section == "eval" and command not in (None, "dynamics"):
+        return ""
     kind = EvaluateConfig.model_fields[section].annotation
     assert isinstance(kind, type)
     assert issubclass(kind, Section)
@@ -177,62 +166,23 @@ class Evaluation:
 
 def run(command: str, source: Source, settings: EvaluateConfig) -> int:
     """The whole evaluation; returns the exit code. Raises `ConfigError`."""
-    import torch
-
-    from ddp_ssl import distributed
     from ddp_ssl.distributed.agreement import on_all_ranks
-    from ddp_ssl.logs import console
 
-    try:
-        world = distributed.start(settings.run.device, settings.run.timeout_s)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    console.setup_logging(None, world.rank)
-    torch.set_num_threads(settings.run.threads or cpu_share())
-    code = 0
-    try:
+    with common.processes(settings.run) as world:
         if command == "dynamics":
             from ddp_ssl.evals import dynamics
 
             assert source.home is not None
-            code = int(dynamics.run(settings, source.home, world))
-        else:
-            start = time.perf_counter()
-            work = prepare(command, source, settings, world)
-            report = evaluate(work)
-            bad = unreadable(work)
-            seconds = time.perf_counter() - start
-            on_all_ranks(
-                world, lambda: finish(work, report, bad, seconds) if world.is_main else None
-            )
-    except ConfigError:  # raised by all processes together
-        distributed.stop()
-        raise
-    except Exception as error:
-        end_alone(error, world)
-    distributed.stop()
-    return code
-
-
-def end_alone(error: Exception, world: World) -> NoReturn:
-    """Say at once what went wrong on this process, and end it as it is.
-
-    The others may wait for it in a collective: leaving the group in order would wait for them, and
-    the launcher ends them when this process is gone.
-    """
-    import logging
-
-    from ddp_ssl.data.loading.reader import UnreadableError
-    from ddp_ssl.distributed import others_failed
-
-    logger, text = logging.getLogger("ddp_ssl"), " ".join(str(error).split())
-    if isinstance(error, UnreadableError):
-        logger.error("%s", text)
-    elif world.size > 1 and others_failed(error):
-        logger.error("another process failed or left: %s", text[:200])
-    else:
-        logger.error("%s: %s", type(error).__name__, text, exc_info=error)
-    raise SystemExit(1) from None
+            return int(dynamics.run(settings, source.home, world))
+        start = time.perf_counter()
+        evaluation = prepare(command, source, settings, world)
+        report = evaluate(evaluation)
+        bad = unreadable(evaluation)
+        seconds = time.perf_counter() - start
+        on_all_ranks(
+            world, lambda: finish(evaluation, report, bad, seconds) if world.is_main else None
+        )
+    return 0
 
 
 def prepare(command: str, source: Source, settings: EvaluateConfig, world: World) -> Evaluation:
@@ -309,43 +259,50 @@ def _teller(world: World) -> Any:
     return logger.info if world.is_main else lambda line: None
 
 
-def evaluate(work: Evaluation) -> Report:
+def evaluate(evaluation: Evaluation) -> Report:
     """What the command asks for, on all processes; raises `ConfigError` on all or on none."""
     from ddp_ssl.evals import report
     from ddp_ssl.evals.finetune import evaluate_finetune
     from ddp_ssl.evals.knn import evaluate_knn
     from ddp_ssl.evals.linear import evaluate_linear
 
-    settings, classes = work.settings, work.data.num_classes
-    parts = work.extractor, work.train, work.val, classes
-    if work.command == "linear":
-        work.protocol, results, best = evaluate_linear(*parts)
-        return report.linear_report(work.protocol, results, best, settings.linear.held_out)
-    if work.command == "knn":
+    settings, classes = evaluation.settings, evaluation.data.num_classes
+    parts = evaluation.extractor, evaluation.train, evaluation.val, classes
+    if evaluation.command == "linear":
+        evaluation.protocol, results, best = evaluate_linear(*parts)
+        return report.linear_report(evaluation.protocol, results, best, settings.linear.held_out)
+    if evaluation.command == "knn":
         accuracies, bank = evaluate_knn(*parts)
         return report.knn_report(settings.knn.k, accuracies, bank)
-    return report.finetune_report(evaluate_finetune(*parts, work.world), settings.finetune.fraction)
+    return report.finetune_report(
+        evaluate_finetune(*parts, evaluation.world), settings.finetune.fraction
+    )
 
 
-def unreadable(work: Evaluation) -> dict[str, str]:
+def unreadable(evaluation: Evaluation) -> dict[str, str]:
     """What no process could read, with the reason, on all; `ConfigError` on all if it is more than
     `data.max_bad_fraction` of the images."""
-    everyones = work.world.gather_objects(work.extractor.bad.known)
-    found: dict[str, str] = work.world.broadcast_object(
+    everyones = evaluation.world.gather_objects(evaluation.extractor.bad.known)
+    found: dict[str, str] = evaluation.world.broadcast_object(
         {name: why for known in everyones or [] for name, why in known.items()}
     )
-    images, bound = len(work.train) + len(work.val), work.settings.data.max_bad_fraction
+    images, bound = (
+        len(evaluation.train) + len(evaluation.val),
+        evaluation.settings.data.max_bad_fraction,
+    )
     if len(found) > bound * images:
         first, why = next(iter(found.items()))
         raise ConfigError(
             f"data.max_bad_fraction: {len(found)} of {images} images cannot be read, more than "
             f"{bound:g} of them; the first is {ascii(first)[1:-1]} ({why}). Mend them, list them "
-            "in data.skip or raise data.max_bad_fraction; tools/check_data.py finds all there are"
+            "in data.skip or raise data.max_bad_fraction; ddp-ssl check-data finds all there are"
         )
     return found
 
 
-def finish(work: Evaluation, report: Report, unreadable: dict[str, str], seconds: float) -> None:
+def finish(
+    evaluation: Evaluation, report: Report, unreadable: dict[str, str], seconds: float
+) -> None:
     """Write the result files and print the table; on rank 0."""
     import json
 
@@ -354,39 +311,43 @@ def finish(work: Evaluation, report: Report, unreadable: dict[str, str], seconds
 
     if unreadable:
         report.notes.append(f"{len(unreadable)} images cannot be read and are left out")
-    report.notes += _reservations(work)
-    settings = _settings(work)
-    stem = work.pretrained.path.stem if work.pretrained.path else work.source.name
-    kind = f"linear_{work.settings.linear.protocol}" if work.command == "linear" else work.command
-    name = work.settings.run.name or f"{kind}-{work.data.name}-{stem}"
-    path = free_name(work.folder, name, settings)
+    report.notes += _reservations(evaluation)
+    settings = _settings(evaluation)
+    stem = evaluation.pretrained.path.stem if evaluation.pretrained.path else evaluation.source.name
+    kind = (
+        f"linear_{evaluation.settings.linear.protocol}"
+        if evaluation.command == "linear"
+        else evaluation.command
+    )
+    name = evaluation.settings.run.name or f"{kind}-{evaluation.data.name}-{stem}"
+    path = free_name(evaluation.folder, name, settings)
     facts = {
-        "command": work.command,
-        "source": work.source.text,
-        "weights": work.pretrained.description,
-        "weights_sha256": work.pretrained.digest,
-        "step": work.pretrained.step,
-        "epoch": work.pretrained.epoch,
-        "data": _data_facts(work),
+        "command": evaluation.command,
+        "source": evaluation.source.text,
+        "weights": evaluation.pretrained.description,
+        "weights_sha256": evaluation.pretrained.digest,
+        "step": evaluation.pretrained.step,
+        "epoch": evaluation.pretrained.epoch,
+        "data": _data_facts(evaluation),
         "settings": settings,
-        "batch_size": work.protocol and work.protocol.batch_size,
-        "processes": work.world.size,
+        "batch_size": evaluation.protocol and evaluation.protocol.batch_size,
+        "processes": evaluation.world.size,
         "seconds": round(seconds, 1),
         "unreadable": unreadable,
         "environment": environment.environment(),
     }
-    heading = f"{_what(work)} on {work.data.name}, {work.pretrained.description}"
+    heading = f"{_what(evaluation)} on {evaluation.data.name}, {evaluation.pretrained.description}"
     body = "\n\n".join([heading, table(report), *report.notes])
-    text = f"{body}\n\n{class_table(report, work.data.class_names)}\n"
+    text = f"{body}\n\n{class_table(report, evaluation.data.class_names)}\n"
     write(path.with_name(path.name + ".json"), json.dumps(as_json(report, facts), indent=1) + "\n")
     write(path.with_name(path.name + ".md"), text)
     print(f"\n{body}\n\n{path}.md  {path}.json  ({seconds:.0f} s)", flush=True)
 
 
-def _reservations(work: Evaluation) -> list[str]:
+def _reservations(evaluation: Evaluation) -> list[str]:
     """What a reader of the table must know before quoting it."""
     notes = []
-    weights, val = work.pretrained, work.data.val
+    weights, val = evaluation.pretrained, evaluation.data.val
     chosen = weights.path is not None and weights.path.name == "best.pt"
     if chosen and val is not None and weights.test_images == val.digest[:12]:
         assert weights.config is not None
@@ -394,27 +355,28 @@ def _reservations(work: Evaluation) -> list[str]:
             f"this checkpoint was chosen among the run's by {weights.config.checkpoint.best} on "
             "these very test images, which favours it; the newest one (RUN) was not chosen by them"
         )
-    p = work.protocol
-    if p is not None and p.batch_size != protocol_of(work.settings.linear).batch_size:
-        asked = protocol_of(work.settings.linear).batch_size
+    p = evaluation.protocol
+    if p is not None and p.batch_size != protocol_of(evaluation.settings.linear).batch_size:
+        asked = protocol_of(evaluation.settings.linear).batch_size
         notes.append(
             f"batch of {p.batch_size} images instead of {asked}: it splits evenly over "
-            f"{work.world.size} process(es), and there are {len(work.train)} training images"
+            f"{evaluation.world.size} process(es), and there are {len(evaluation.train)} training "
+            "images"
         )
     return notes
 
 
-def _what(work: Evaluation) -> str:
+def _what(evaluation: Evaluation) -> str:
     """The evaluation in a few words."""
-    settings = work.settings
-    if work.command == "linear":
-        p = work.protocol or protocol_of(settings.linear)
+    settings = evaluation.settings
+    if evaluation.command == "linear":
+        p = evaluation.protocol or protocol_of(settings.linear)
         views = "random crops" if settings.linear.augment else f"{p.patches} view(s) an image"
         return (
             f"Linear classifier, {p.name} protocol ({p.epochs} epochs, batch {p.batch_size}, "
             f"{views}, {len(settings.linear.seeds)} seed(s)),"
         )
-    if work.command == "knn":
+    if evaluation.command == "knn":
         return f"k-NN (temperature {settings.knn.temperature:g})"
     f = settings.finetune
     return (
@@ -423,26 +385,28 @@ def _what(work: Evaluation) -> str:
     )
 
 
-def _settings(work: Evaluation) -> dict[str, Any]:
+def _settings(evaluation: Evaluation) -> dict[str, Any]:
     """What the result depends on, as plain values."""
-    tree = work.settings.model_dump(mode="json")
-    used: dict[str, Any] = {name: tree[name] for name in SECTIONS[work.command] if name != "run"}
+    tree = evaluation.settings.model_dump(mode="json")
+    used: dict[str, Any] = {
+        name: tree[name] for name in SECTIONS[evaluation.command] if name != "run"
+    }
     for key in OF_PRETRAINING:
         used["data"].pop(key.partition(".")[2], None)
     used["run"] = {"seed": tree["run"]["seed"]}
-    return used | {"weights": work.pretrained.digest}
+    return used | {"weights": evaluation.pretrained.digest}
 
 
-def _data_facts(work: Evaluation) -> dict[str, Any]:
-    mean, std = work.settings.data.normalisation
+def _data_facts(evaluation: Evaluation) -> dict[str, Any]:
+    mean, std = evaluation.settings.data.normalisation
     return {
-        "name": work.data.name,
-        "training_images": len(work.train),
-        "test_images": len(work.val),
-        "training_digest": work.train.digest[:12],
-        "test_digest": work.val.digest[:12],
-        "classes": list(work.data.class_names),
-        "image_size": work.settings.image_size,
+        "name": evaluation.data.name,
+        "training_images": len(evaluation.train),
+        "test_images": len(evaluation.val),
+        "training_digest": evaluation.train.digest[:12],
+        "test_digest": evaluation.val.digest[:12],
+        "classes": list(evaluation.data.class_names),
+        "image_size": evaluation.settings.image_size,
         "mean": mean,
         "std": std,
     }

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from ddp_ssl import models
 from ddp_ssl.checkpoint import store
+from ddp_ssl.commands import common
 from ddp_ssl.config import Config, ConfigError, Model
 from ddp_ssl.evals.settings import config_of_run
 from ddp_ssl.evals.weights import find_source
@@ -262,7 +263,7 @@ def about(trained: Trained) -> dict[str, str]:
     }
 
 
-FIGURES = {
+METRICS = {
     "eval/knn_top1": "k-NN top-1",
     "eval/probe_top1": "online linear probe, top-1",
     "rep/effective_rank_r": "effective rank of the features",
@@ -299,7 +300,7 @@ def model_card(trained: Trained, form: Form, file: Path, off: float) -> str:
         "checked": f"read back, its features are {equal(off)} (images of noise, CPU)",
     }
     latest: dict[str, float] = state.get("latest", {})
-    measured = [(label, latest[name]) for name, label in FIGURES.items() if name in latest]
+    measured = [(label, latest[name]) for name, label in METRICS.items() if name in latest]
     mean, std = config.data.normalisation
     crop = config.data.central_crop
     lines = [
@@ -459,8 +460,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(arguments)
         file, off = export(options.source, options.form, options.out)
     except (OSError, ValueError, MismatchError) as error:
-        print(f"ddp_ssl: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, MismatchError) else 2
+        code = 1 if isinstance(error, MismatchError) else common.UNUSABLE
+        return common.refuse(" ".join(str(error).split()), code)
     print(f"{file}, and README.md beside it; read back, its features are {equal(off)}")
     return 0
 

@@ -3,10 +3,10 @@
 The config is validated before anything is submitted. `optim.lr=0.1,0.2` is a sweep: one array task
 for each combination of values, each in a run folder of its own.
 
-A stop is cooperative, as everywhere: submitit's signal handler would checkpoint on rank 0 alone,
-inside the handler, where a collective save cannot work. So the trainer's handlers, which only set a
-flag, rule while it trains; after all ranks have saved and left the loop, rank 0 calls submitit's
-handler, which requeues the job.
+submitit's own signal handler would save on rank 0 alone, inside the handler, where a save by all
+ranks cannot work. Therefore the trainer's handlers, which only set a flag, replace it during
+training. After all ranks have saved and left the loop, rank 0 calls submitit's handler, which
+requeues the job.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ddp_ssl
+from ddp_ssl.commands import common
 from ddp_ssl.config import ConfigError, check_world_size
+from ddp_ssl.config import files as config_files
 from ddp_ssl.run.configure import load
 
-# Run once a job, before srun. Slurm knows its nodes by addresses; their names need not resolve. All
-# CPUs of a node are shared out, since what sbatch is told of CPUs per task does not reach srun.
+# Run once per job, before srun. Node addresses are used because node names need not resolve. The
+# CPUs of a node are shared among its tasks here, because sbatch's CPUs per task do not reach srun.
 SETUP = """\
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
 MASTER_ADDR=$(scontrol show node -o "$head" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
@@ -49,7 +50,7 @@ SAVE_BEFORE_END_S = 300
 
 
 class Training:
-    """What submitit pickles and calls on every rank: one run.
+    """One run, which submitit pickles and calls on every rank.
 
     `folder` may hold `%A`, the id of the job or of its array.
     """
@@ -66,7 +67,6 @@ class Training:
         environment = submitit.JobEnvironment()
         requeue = signal.getsignal(signal.SIGUSR2)  # before the trainer's handlers replace it
         group = submitit.helpers.TorchDistributedEnvironment()
-        # submitit draws a port at random, which an outgoing connection may hold.
         group.master_port = int(os.environ["MASTER_PORT"])
         if environment.cluster == "slurm":
             group.master_addr = os.environ["MASTER_ADDR"]
@@ -92,7 +92,7 @@ class Training:
         return state
 
     def checkpoint(self) -> Any:
-        """What submitit submits again: the same, which goes on after the newest checkpoint."""
+        """The job that submitit requeues: the same, which resumes from the newest checkpoint."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
@@ -117,8 +117,7 @@ class Training:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Submit from the command line; returns the exit code."""
-    parser = _parser()
-    options = parser.parse_intermixed_args(arguments)
+    options = parser().parse_intermixed_args(arguments)
     per_node = options.tasks_per_node or options.gpus_per_node or 1
     try:
         runs = sweep(options.arguments)
@@ -138,12 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "the cluster, or use --cluster local or torchrun"
             )
     except ConfigError as error:
-        print(f"ddp_ssl: error: {error}", file=sys.stderr)
-        return 2
-
-    # The jobs inherit this, so that they import this very package, installed or not.
-    paths = [str(Path(ddp_ssl.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        return common.refuse(error)
+    common.share_import_path()  # the jobs inherit the environment
     name = run_name(options.arguments)
     trainings = [
         Training(run, folder, options.max_requeues)
@@ -158,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def sweep(arguments: Sequence[str]) -> list[list[str]]:
-    """Every combination of the values that `key=a,b` lists; commas in brackets are no lists."""
+    """Every combination of the values in `key=a,b`; a comma in brackets separates no values."""
     choices = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -168,7 +163,7 @@ def sweep(arguments: Sequence[str]) -> list[list[str]]:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside brackets, braces and quotes."""
+    """Split at the commas outside brackets, braces and quotes."""
     parts, depth, quote = [""], 0, ""
     for character in text:
         if quote:
@@ -190,13 +185,13 @@ def run_name(arguments: Sequence[str]) -> str:
     """The config's name: `imagenet100-adadim`."""
     for argument in arguments:
         if "=" not in argument:
-            path = Path(argument).resolve()
+            path = (config_files.find(argument) or Path(argument)).resolve()
             return re.sub(r"[^\w.-]", "_", f"{path.parent.name}-{path.stem}")
     return "digits"
 
 
 def folders(runs: Sequence[Sequence[str]], name: str, options: argparse.Namespace) -> list[str]:
-    """A folder each: the one asked for or `runs/NAME-JOB`; the runs of a sweep in it by values."""
+    """The folder of each run: `--run-dir` or `runs/NAME-JOB`; for a sweep one per run inside it."""
     base = os.path.abspath(options.run_dir or f"runs/{name}-%A")
     if len(runs) == 1:
         return [base]
@@ -241,9 +236,7 @@ def _submit(
             jobs = [executor.submit(training) for training in trainings]
         ids = [str(job.job_id) for job in jobs]
     except Exception as error:  # sbatch's own words: submitit has classes for some failures only
-        text = " ".join(str(error).split())
-        print(f"ddp_ssl: error: nothing was submitted: {text}", file=sys.stderr)
-        return 1
+        return common.refuse(f"nothing was submitted: {' '.join(str(error).split())}", 1)
     for job, job_id, training in zip(jobs, ids, trainings, strict=True):
         _tell(job_id, training, str(job.paths.stderr), options)
     return 0
@@ -313,14 +306,15 @@ def _log_folder(options: argparse.Namespace) -> Path:
 # --- parts -------------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    made = argparse.ArgumentParser(
         prog="python -m ddp_ssl.submit",
         description="Submit a run, or a sweep, through submitit.",
         epilog="key=a,b,c is a sweep: one run for each value, and for each combination of several.",
     )
-    add = parser.add_argument
-    add("arguments", nargs="*", metavar="CONFIG.yaml key=value", help="as for ddp_ssl.train")
+    add = made.add_argument
+    add("arguments", nargs="*", metavar="CONFIG key=value", help="as for ddp_ssl.train")
     add("--cluster", choices=("slurm", "local", "debug"), default="slurm",
         help="slurm; local: processes on this machine; debug: this process")  # fmt: skip
     add("--nodes", type=_count, default=1)
@@ -335,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--parallel", type=_count, help="runs of a sweep at the same time")
     add("--sbatch", type=_pair, action="append", default=[], metavar="KEY=VALUE",
         help="a further argument of sbatch, such as qos=high; may be repeated")  # fmt: skip
-    return parser
+    return made
 
 
 def _free_port() -> int:
@@ -386,7 +380,7 @@ def _status(folder: Path) -> str:
 
 
 def _about_job(job_id: str) -> dict[str, str]:
-    """What Slurm says of a job: JobState, Restarts, ...; empty where it does not answer."""
+    """Slurm's fields of a job: JobState, Restarts, ...; empty if Slurm does not answer."""
     command = ["scontrol", "show", "job", "-o", job_id]
     try:
         text = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout

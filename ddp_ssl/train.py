@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import faulthandler
 import sys
-import time
 from collections.abc import Sequence
 
-from ddp_ssl.config import Config, ConfigError, check_world_size, reference
+from ddp_ssl.commands import common
+from ddp_ssl.config import Config, check_world_size, reference
 from ddp_ssl.run.configure import load
 from ddp_ssl.run.signals import StopRequest, stop_with_parent
 from ddp_ssl.utils.launcher import rank_and_size
 
 LEAVE_WITHIN_S = 120
 
-USAGE = """usage: torchrun --nproc_per_node N -m ddp_ssl.train [CONFIG.yaml] [key=value ...]
-       python -m ddp_ssl.train [CONFIG.yaml] [key=value ...]
-       ddp-ssl train [CONFIG.yaml] [key=value ...]
+USAGE = """usage: torchrun --nproc_per_node N -m ddp_ssl.train [CONFIG] [key=value ...]
+       python -m ddp_ssl.train [CONFIG] [key=value ...]
+       ddp-ssl train [CONFIG] [key=value ...]
 
-Without CONFIG.yaml: AdaDim on 1,797 handwritten digits, a minute or two on two cores.
+CONFIG: a YAML file, or the name of one of the project's configs, such as imagenet100/adadim.
+Without CONFIG: AdaDim on 1,797 handwritten digits, a minute or two on two cores.
   --help          this text and every key with its type and default
   --print-config  the resolved configuration and where each value came from
 """
@@ -33,42 +34,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # First of all, so that no signal is lost while torch and DALI are imported.
     stop = StopRequest().install()
     stop_with_parent()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    rank, world_size = rank_and_size()
-    options = {"-h", "--help", "--print-config"} & set(arguments)
-    arguments = [a for a in arguments if a not in options]
-    try:
-        if options & {"-h", "--help"}:
-            if rank == 0:
-                print(_help(arguments))
-            return 0
-        resolved = load(arguments)
-        check_world_size(resolved.config, world_size)
-        if options:
-            if rank == 0:
-                print(resolved.to_yaml(), end="")
-            return 0
-        from ddp_ssl.training.lifecycle import run
+    words = sys.argv[1:] if arguments is None else arguments
+    return common.exit_code(lambda: _main(words, stop))
 
-        return run(resolved, stop)
-    except ConfigError as error:
-        if rank == 0:
-            print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # the launcher ends all ranks at the first exit; rank 0 must have spoken
-        return 2
+
+def _main(words: Sequence[str], stop: StopRequest) -> int:
+    wants_help, wants_config, arguments = common.split_options(words)
+    if wants_help:
+        common.say(_help(arguments))
+        return 0
+    resolved = load(arguments)
+    check_world_size(resolved.config, rank_and_size()[1])
+    if wants_config:
+        common.say(resolved.to_yaml().rstrip("\n"))
+        return 0
+    from ddp_ssl.training.lifecycle import run
+
+    return run(resolved, stop)
 
 
 def _help(arguments: Sequence[str]) -> str:
     config = load(arguments).config
-    lines = [USAGE]
-    section = ""
-    for key, kind, default, text in reference(type(config.method)):
-        if key.partition(".")[0] != section:
-            section = key.partition(".")[0]
-            lines.append(f"\n{section}: {(_docstring(config, section))}")
-        lines.append(f"  {key}  ({kind}, default {default})\n      {text}")
-    return "\n".join(lines)
+    rows = reference(type(config.method))
+    return "\n".join([USAGE, *common.describe_keys(rows, lambda name: _docstring(config, name))])
 
 
 def _docstring(config: Config, section: str) -> str:

@@ -123,7 +123,9 @@ ERRORS = {
     "run.dir=[": "run.dir: not a YAML value",
     "--epochs": "--epochs: unknown option",
     "nowhere.yaml": "nowhere.yaml: cannot be read: No such file or directory",
-    "nonsense": "nonsense: expected CONFIG.yaml or key=value",
+    "nonsense": "nonsense: expected CONFIG.yaml, the name of a config such as imagenet100/adadim",
+    "imagenet100/adadin": "did you mean imagenet100/adadim",
+    "ablation/beta_off": "did you mean cifar/ablation/beta_off or imagenet100/ablation/beta_off?",
 }
 
 

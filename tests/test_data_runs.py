@@ -218,7 +218,7 @@ def test_too_many_bad_images_stop_the_run_and_lose_nothing(
     assert state["state"] == "failed"
     assert state["error"].startswith("data.max_bad_fraction: 3 of 48 images cannot be used")
     assert "\n" not in state["error"]
-    assert "tools/check_data.py" in state["error"]
+    assert "ddp-ssl check-data" in state["error"]
     steps = [r["step"] for r in rows(folder) if "train/loss" in r]
     assert ranks.launch(train, 2, [*mine, "run.resume=auto"]) == [0, 0]
     after = [r["step"] for r in rows(folder) if "train/loss" in r]

@@ -23,7 +23,7 @@ import torch
 
 from ddp_ssl import cli, distributed, doctor
 from ddp_ssl.checks import images, machine, network, slurm, software, storage
-from ddp_ssl.checks.base import Bench, Check, Finding, file_system, ok
+from ddp_ssl.checks.base import Check, CheckContext, Finding, file_system, ok
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import Exchange, World
 from ddp_ssl.run import environment
@@ -115,8 +115,8 @@ def other_images() -> Any:
     """This rank sees one image less."""
     real = images._load
 
-    def fewer(bench: Bench) -> Any:
-        data = real(bench)
+    def fewer(ctx: CheckContext) -> Any:
+        data = real(ctx)
         some = data.train.subset(torch.arange(1, len(data.train)).numpy())
         return dataclasses.replace(data, train=some)
 
@@ -138,9 +138,9 @@ def slow_scan() -> Any:
     """This rank finds its images late."""
     real = images._load
 
-    def late(bench: Bench) -> Any:
+    def late(ctx: CheckContext) -> Any:
         time.sleep(10)
-        return real(bench)
+        return real(ctx)
 
     return mock.patch.object(images, "_load", late)
 
@@ -148,7 +148,7 @@ def slow_scan() -> Any:
 def broken() -> Any:
     """A look breaks."""
 
-    def look(bench: Bench, before: list[Any]) -> None:
+    def look(ctx: CheckContext, before: list[Any]) -> None:
         raise KeyError("cores")
 
     return replaced(machine, "cores", look)
@@ -157,7 +157,7 @@ def broken() -> Any:
 def asleep() -> Any:
     """A look does not end."""
 
-    def look(bench: Bench, before: list[Any]) -> None:
+    def look(ctx: CheckContext, before: list[Any]) -> None:
         time.sleep(12)
 
     return replaced(machine, "cores", look)
@@ -402,7 +402,7 @@ def test_files_that_come_slowly(ranks: Ranks, args: list[str]) -> None:
     assert code == 0
     assert line.startswith("warn  reading")
     assert "ms a file" in line
-    assert "tools/pack_shards.py, data.stage, or more data.read_threads" in line
+    assert "ddp-ssl pack-shards, data.stage, or more data.read_threads" in line
 
 
 def test_ranks_that_see_other_images(ranks: Ranks, args: list[str]) -> None:
@@ -459,10 +459,10 @@ def test_a_check_that_breaks_on_one_rank(ranks: Ranks, args: list[str]) -> None:
 
 
 def test_a_judgement_that_breaks() -> None:
-    def judge(bench: Bench, facts: list[Any]) -> list[Finding]:
+    def judge(ctx: CheckContext, facts: list[Any]) -> list[Finding]:
         raise ZeroDivisionError("division by zero\nand more")
 
-    (finding,) = doctor.examine(Check("odd", (lambda bench, before: 1,), judge), bench_of(1))
+    (finding,) = doctor.examine(Check("odd", (lambda ctx, before: 1,), judge), ctx_of(1))
     assert finding.level == "fail"
     assert finding.text == "cannot be judged: ZeroDivisionError: division by zero and more"
 
@@ -514,12 +514,14 @@ def test_sigterm_leaves_nothing_behind(args: list[str], tmp_path: Path) -> None:
 # --- judgements ----------------------------------------------------------------------------------
 
 
-def bench_of(size: int, *overrides: str, hosts: Sequence[str] = ()) -> Bench:
+def ctx_of(size: int, *overrides: str, hosts: Sequence[str] = ()) -> CheckContext:
     """As rank 0 has it."""
     world = World(0, 1, 0, 1, CPU)
-    bench = Bench(config_of(*overrides), overrides, world, list(hosts) or ["n1"] * size, CPU, 10)
-    bench.world = dataclasses.replace(world, size=size)
-    return bench
+    ctx = CheckContext(
+        config_of(*overrides), overrides, world, list(hosts) or ["n1"] * size, CPU, 10
+    )
+    ctx.world = dataclasses.replace(world, size=size)
+    return ctx
 
 
 def gpu(number: int, **fields: Any) -> dict[str, Any]:
@@ -531,7 +533,7 @@ def gpu(number: int, **fields: Any) -> dict[str, Any]:
 
 def test_gpus() -> None:
     def judged(facts: list[Any], *overrides: str) -> list[Finding]:
-        return list(machine.judge_gpus(bench_of(len(facts), "run.device=auto", *overrides), facts))
+        return list(machine.judge_gpus(ctx_of(len(facts), "run.device=auto", *overrides), facts))
 
     (found,) = judged([gpu(0), gpu(1)])
     assert found == ok("2 x H100, each rank one, 79 GiB free or more")
@@ -559,16 +561,16 @@ def test_gpus() -> None:
 
 def test_the_driver_and_cuda() -> None:
     mine = {"driver": "12.4", "cuda": "13.0", "torch": "2.14.1", "nvidia-dali-cuda120": "2.4"}
-    (found,) = software._cuda_matches(bench_of(1, "run.device=auto"), mine)
+    (found,) = software._cuda_matches(ctx_of(1, "run.device=auto"), mine)
     assert found.level == "fail"
     assert found.text == "the driver supports CUDA 12.4, torch is built for 13"
     mine |= {"driver": "13.1"}
-    assert not list(software._cuda_matches(bench_of(1, "run.device=auto"), mine))
+    assert not list(software._cuda_matches(ctx_of(1, "run.device=auto"), mine))
 
 
 def test_what_is_not_installed() -> None:
     facts = [{"torch": "2", "torchvision": "1", "timm": "1", "driver": "none", "commit": "none"}]
-    (found,) = software.judge_versions(bench_of(1), facts)
+    (found,) = software.judge_versions(ctx_of(1), facts)
     assert (found.level, found.text) == ("fail", "nvidia-dali not installed")
 
 
@@ -578,7 +580,7 @@ def variables(**values: str) -> dict[str, Any]:
 
 def test_variables_that_bite() -> None:
     def judged(*facts: Any) -> list[Finding]:
-        return list(software.judge_variables(bench_of(len(facts), "run.device=auto"), list(facts)))
+        return list(software.judge_variables(ctx_of(len(facts), "run.device=auto"), list(facts)))
 
     (found,) = judged(variables(NCCL_P2P_DISABLE="1"))
     assert found.level == "warn"
@@ -611,7 +613,7 @@ def test_all_reduce() -> None:
 
     def judged(slow: dict[int, Exchange], hosts: list[str] = hosts) -> list[Finding]:
         facts = [slow.get(rank) or exchanged(rank) for rank in range(4)]
-        return list(network.judge_exchange(bench_of(4, hosts=hosts), facts))
+        return list(network.judge_exchange(ctx_of(4, hosts=hosts), facts))
 
     (found,) = judged({})
     assert found.level == "ok"
@@ -632,7 +634,7 @@ def test_all_reduce() -> None:
 
 
 def test_a_slow_rank() -> None:
-    (found,) = machine.judge_speed(bench_of(3, hosts=["n1", "n1", "n2"]), [1.0, 1.1, 2.2])
+    (found,) = machine.judge_speed(ctx_of(3, hosts=["n1", "n1", "n2"]), [1.0, 1.1, 2.2])
     assert found.level == "warn"
     assert found.text.startswith("rank 2 (n2) need up to 2.0 times as long")
 
@@ -644,7 +646,7 @@ def cores(**fields: Any) -> dict[str, Any]:
 
 def test_cores() -> None:
     def judged(*facts: Any, **fields: Any) -> list[Finding]:
-        return list(machine.judge_cores(bench_of(len(facts), **fields), list(facts)))
+        return list(machine.judge_cores(ctx_of(len(facts), **fields), list(facts)))
 
     (found,) = judged(cores(), cores())
     assert found.level == "ok"
@@ -669,10 +671,10 @@ def test_cores_of_a_container(tmp_path: Path) -> None:
 
 def test_limits() -> None:
     fact = {"shm": 64 << 20, "shm_free": 60 << 20, "files": 256}
-    (found,) = machine.judge_shm(bench_of(1), [fact])
+    (found,) = machine.judge_shm(ctx_of(1), [fact])
     assert found.level == "warn"
     assert "60 MiB of 64 MiB are free on n1" in found.text
-    (found,) = machine.judge_files(bench_of(1), [fact])
+    (found,) = machine.judge_files(ctx_of(1), [fact])
     assert (found.level, found.remedy) == ("warn", "ulimit -n 65536 in the job script")
 
 

@@ -560,7 +560,7 @@ def test_one_keystroke_reaches_a_worker_twice(monkeypatch: pytest.MonkeyPatch) -
 def test_a_second_ctrl_c_ends_a_process_that_is_blocked() -> None:
     """The main thread does not come back to Python, as in a collective that hangs."""
     program = (
-        "import hashlib; from ddp_ssl.signals import StopRequest; StopRequest().install();"
+        "import hashlib; from ddp_ssl.run.signals import StopRequest; StopRequest().install();"
         "print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10**9)"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)

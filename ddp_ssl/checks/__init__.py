@@ -1,1 +1,1 @@
-"""What `ddp-ssl doctor` looks at, a file per subject."""
+"""The checks of `ddp-ssl doctor`, a file per subject."""

@@ -1,4 +1,4 @@
-"""What a check is: stages that every process runs, and a judgement on rank 0."""
+"""A check: stages that every process runs, and a judgement on rank 0."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def fail(text: str, remedy: str) -> Finding:
 
 
 @dataclass
-class Bench:
-    """What checks work with, one on every process."""
+class CheckContext:
+    """State that the checks of a process share."""
 
     config: Config
     arguments: Sequence[str]
     world: World
-    """The processes as they talk to each other here: on the CPU, whatever the run is to use."""
+    """The process group of the checks: on the CPU, whatever device the run uses."""
     hosts: list[str]
-    """Of every rank."""
+    """Host name of every rank."""
     device: torch.device
     """Where the run would compute."""
     timeout_s: float
@@ -68,12 +68,13 @@ class Bench:
     comm: Comm = ONE_PROCESS
     """Which images and views of a batch are this process's."""
     loader: TrainLoader | None = None
-    """The training pipeline while it is timed, and the bad images that it met."""
+    """The training pipeline while it is timed."""
     bad: BadImages | None = None
+    """The bad images that the pipeline met."""
     checkpoint_s: float | None = None
     """Seconds to write a checkpoint, on rank 0, once a check has measured it."""
     cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    """What to undo when the check is over on all processes."""
+    """Callbacks for the moment when the check has ended on all processes."""
 
     @property
     def one_per_host(self) -> list[int]:
@@ -107,23 +108,23 @@ class Bench:
         return f"rank{'s' * (len(these) > 1)} {shown} ({hosts})"
 
 
-Stage = Callable[[Bench, list[Any]], Any]
-"""Runs on every process with what all processes gave in the stage before. Of several processes one
-may raise alone: the others learn of it, and no further stage runs."""
+Stage = Callable[[CheckContext, list[Any]], Any]
+"""Runs on every process, with the results of all processes in the stage before. If one process
+raises, the others are told, and no further stage runs."""
 
 
 class Check(NamedTuple):
-    """One subject. `judge` sees, on rank 0, what every process gave in the last stage."""
+    """One subject. `judge` runs on rank 0, with every process's result of the last stage."""
 
     name: str
     stages: tuple[Stage, ...]
-    judge: Callable[[Bench, list[Any]], Iterable[Finding]]
+    judge: Callable[[CheckContext, list[Any]], Iterable[Finding]]
     timeout_s: float | None = None
-    """Seconds for a stage where the usual ones may not do."""
+    """Seconds for a stage, if it may need more than the usual limit."""
 
 
 def by_value(facts: Sequence[T]) -> dict[T, list[int]]:
-    """The ranks that gave each value, the commonest value first."""
+    """The ranks of each value, the most frequent value first."""
     ranks: dict[T, list[int]] = {}
     for rank, fact in enumerate(facts):
         ranks.setdefault(fact, []).append(rank)

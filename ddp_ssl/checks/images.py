@@ -15,7 +15,17 @@ import numpy as np
 import torch
 
 from ddp_ssl import distributed
-from ddp_ssl.checks.base import Bench, Check, Finding, by_value, fail, file_system, ok, size, warn
+from ddp_ssl.checks.base import (
+    Check,
+    CheckContext,
+    Finding,
+    by_value,
+    fail,
+    file_system,
+    ok,
+    size,
+    warn,
+)
 from ddp_ssl.data.build import train_loader
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import Dataset
@@ -35,49 +45,47 @@ SLOW_READ_S = 0.1  # for one file
 # --- found ---------------------------------------------------------------------------------------
 
 
-def find_first(bench: Bench, before: list[Any]) -> None:
-    """Rank 0 finds the images, and keeps what it found of a large folder for the others."""
-    if bench.world.is_main:
-        bench.found = _load(bench)
+def find_first(ctx: CheckContext, before: list[Any]) -> None:
+    """Rank 0 finds the images, and caches its listing of a large folder for the others."""
+    if ctx.world.is_main:
+        ctx.found = _load(ctx)
 
 
-def find_all(bench: Bench, before: list[Any]) -> str:
-    """Every process finds them; what must be the same everywhere."""
-    bench.found = bench.found or _load(bench)
-    val = bench.found.val
-    return f"{bench.found.train.digest} {'' if val is None else val.digest}"
+def find_all(ctx: CheckContext, before: list[Any]) -> str:
+    """Every process finds the images; returns a digest that must be the same everywhere."""
+    ctx.found = ctx.found or _load(ctx)
+    val = ctx.found.val
+    return f"{ctx.found.train.digest} {'' if val is None else val.digest}"
 
 
-def keep(bench: Bench, before: list[Any]) -> str:
-    """All have found them: other checks may use them."""
-    bench.data = bench.found
-    digest: str = before[bench.world.rank]
+def keep(ctx: CheckContext, before: list[Any]) -> str:
+    """All processes have found the images: other checks may use them."""
+    ctx.data = ctx.found
+    digest: str = before[ctx.world.rank]
     return digest
 
 
-def _load(bench: Bench) -> Dataset:
+def _load(ctx: CheckContext) -> Dataset:
     # Shards stay where they are: copying them to the node would take longer than all checks.
-    return registry.load(
-        bench.config.data.model_copy(update={"stage": None}), bench.config.run.seed
-    )
+    return registry.load(ctx.config.data.model_copy(update={"stage": None}), ctx.config.run.seed)
 
 
-def judge_found(bench: Bench, facts: list[str]) -> Iterator[Finding]:
-    assert bench.data is not None
-    train, val = bench.data.train, bench.data.val
+def judge_found(ctx: CheckContext, facts: list[str]) -> Iterator[Finding]:
+    assert ctx.data is not None
+    train, val = ctx.data.train, ctx.data.val
     others = [rank for rank, fact in enumerate(facts) if fact != facts[0]]
     if others:
-        text = f"{bench.who(others)} see other images than rank 0"
+        text = f"{ctx.who(others)} see other images than rank 0"
         yield fail(text, "data.root with the same files on every host")
-    if len(train) < bench.config.data.batch_size:
-        text = f"{len(train)} training images, and data.batch_size={bench.config.data.batch_size}"
+    if len(train) < ctx.config.data.batch_size:
+        text = f"{len(train)} training images, and data.batch_size={ctx.config.data.batch_size}"
         yield fail(text, f"a batch of {len(train)} or less")
     elif not others:
         yield ok(
-            f"{bench.data.name}: {len(train):,} training and {len(val) if val else 0:,} validation "
-            f"images, {bench.data.num_classes or 'no'} classes, {_where(train)}"
+            f"{ctx.data.name}: {len(train):,} training and {len(val) if val else 0:,} "
+            f"validation images, {ctx.data.num_classes or 'no'} classes, {_where(train)}"
         )
-    stage = bench.config.data.stage
+    stage = ctx.config.data.stage
     if stage and train.shards is not None:
         needed = int(train.shards.size.sum()) + (
             int(val.shards.size.sum()) if val is not None and val.shards is not None else 0
@@ -101,7 +109,7 @@ def _where(split: Split) -> str:
 
 
 class Reading(NamedTuple):
-    """What reading some files took."""
+    """Times of reading some files."""
 
     files: int
     nbytes: int
@@ -110,11 +118,11 @@ class Reading(NamedTuple):
     problem: str | None
 
 
-def read_some(bench: Bench, before: list[Any]) -> Reading | None:
-    """Read files at random places with the run's threads, other ones on every process."""
-    if bench.data is None or bench.data.train.images is not None or bench.config.data.url:
+def read_some(ctx: CheckContext, before: list[Any]) -> Reading | None:
+    """Read random files with the run's threads, different ones on every process."""
+    if ctx.data is None or ctx.data.train.images is not None or ctx.config.data.url:
         return None
-    split, rank = bench.data.train, bench.world.rank
+    split, rank = ctx.data.train, ctx.world.rank
     some = np.random.default_rng(rank).permutation(len(split))[:READ]
     deadline = time.perf_counter() + READ_S
 
@@ -129,7 +137,7 @@ def read_some(bench: Bench, before: list[Any]) -> Reading | None:
             return f"{split.where(i)}: {first_line(error)}"
 
     start = time.perf_counter()
-    with ThreadPoolExecutor(bench.config.data.read_threads) as pool:
+    with ThreadPoolExecutor(ctx.config.data.read_threads) as pool:
         results = list(pool.map(read, map(int, some)))
     seconds = time.perf_counter() - start
     done = [r for r in results if isinstance(r, tuple)]
@@ -148,27 +156,27 @@ def forget(split: Split, i: int) -> None:
             os.close(file)
 
 
-def judge_read(bench: Bench, facts: list[Reading | None]) -> Iterator[Finding]:
-    if bench.data is None:
+def judge_read(ctx: CheckContext, facts: list[Reading | None]) -> Iterator[Finding]:
+    if ctx.data is None:
         return  # said already
     read = [fact for fact in facts if fact is not None]
     if not read:
-        where = "a URL: read by the pipeline alone" if bench.config.data.url else "in memory"
+        where = "a URL: read by the pipeline alone" if ctx.config.data.url else "in memory"
         yield ok(f"{where}: no files to read one by one")
         return
     for rank, fact in enumerate(read):
         if fact.problem:
-            yield fail(f"{bench.who([rank])} cannot read {fact.problem}", _check_data(bench))
+            yield fail(f"{ctx.who([rank])} cannot read {fact.problem}", _check_data(ctx))
             return
     files = sum(fact.files / fact.seconds for fact in read)
     rate = sum(fact.nbytes / fact.seconds for fact in read)
     median = max(fact.median for fact in read)
     text = (
-        f"{files:.0f} files/s, {size(rate)}/s with {bench.world.size} x "
-        f"{bench.config.data.read_threads} threads, {median * 1000:.2g} ms a file"
+        f"{files:.0f} files/s, {size(rate)}/s with {ctx.world.size} x "
+        f"{ctx.config.data.read_threads} threads, {median * 1000:.2g} ms a file"
     )
     if median > SLOW_READ_S:
-        yield warn(text, "tools/pack_shards.py, data.stage, or more data.read_threads")
+        yield warn(text, "ddp-ssl pack-shards, data.stage, or more data.read_threads")
     else:
         yield ok(text)
 
@@ -177,7 +185,7 @@ def judge_read(bench: Bench, facts: list[Reading | None]) -> Iterator[Finding]:
 
 
 class Decoded(NamedTuple):
-    """What became of the images here."""
+    """Result of decoding images on this process."""
 
     tried: int
     bad: tuple[str, ...]
@@ -185,24 +193,24 @@ class Decoded(NamedTuple):
     """Images per second, of which all views are made."""
 
 
-def know_place(bench: Bench, before: list[Any]) -> None:
-    """Which part of a batch is made here; view groups are made by all together."""
-    bench.comm = distributed.comm_of(bench.world, bench.config.data.view_shards)
+def know_place(ctx: CheckContext, before: list[Any]) -> None:
+    """Find which part of a batch is made here; all processes form the view groups together."""
+    ctx.comm = distributed.comm_of(ctx.world, ctx.config.data.view_shards)
 
 
-def decode_some(bench: Bench, before: list[Any]) -> tuple[int, list[str]]:
-    """Decode ten images of each split, one by one; how many, and the bad ones."""
-    config, tried, bad = bench.config.data, 0, list[str]()
-    index = bench.device.index if bench.device.type == "cuda" else None
+def decode_some(ctx: CheckContext, before: list[Any]) -> tuple[int, list[str]]:
+    """Decode ten images of each split, one by one; returns their number and the bad ones."""
+    config, tried, bad = ctx.config.data, 0, list[str]()
+    index = ctx.device.index if ctx.device.type == "cuda" else None
     decoder = Decoder(index, Decoding(config.hw_decoder_load, config.preallocate))
-    for split in () if bench.data is None else (bench.data.train, bench.data.val):
+    for split in () if ctx.data is None else (ctx.data.train, ctx.data.val):
         if split is None or split.images is not None or config.url:
             continue
         for i in np.linspace(0, len(split) - 1, min(DECODED, len(split)), dtype=np.int64):
             tried += 1
             try:
                 encoded = split.read(int(i))
-                # The decoder writes lines of its own about what is plainly no image.
+                # The decoder prints lines about files that are no images.
                 problem = None if worth_trying(encoded) else why(encoded)
                 problem = problem or decoder.problem(encoded)
             except OSError as error:
@@ -212,58 +220,58 @@ def decode_some(bench: Bench, before: list[Any]) -> tuple[int, list[str]]:
     return tried, bad
 
 
-def start_pipeline(bench: Bench, before: list[Any]) -> tuple[int, list[str]]:
-    """The run's own pipeline, beyond what it has ready before it is asked."""
-    if bench.data is not None:
-        held = range(bench.config.num_views)[bench.comm.views]
-        bench.bad = BadImages()
-        loader = train_loader(bench.config, bench.comm, bench.data, bench.device, held, bench.bad)
-        bench.cleanup.callback(loader.close)
-        for _ in range(1 + bench.config.data.prefetch):
+def start_pipeline(ctx: CheckContext, before: list[Any]) -> tuple[int, list[str]]:
+    """Start the run's own pipeline and take the batches that it prepares ahead."""
+    if ctx.data is not None:
+        held = range(ctx.config.num_views)[ctx.comm.views]
+        ctx.bad = BadImages()
+        loader = train_loader(ctx.config, ctx.comm, ctx.data, ctx.device, held, ctx.bad)
+        ctx.cleanup.callback(loader.close)
+        for _ in range(1 + ctx.config.data.prefetch):
             next(loader)
-        bench.loader = loader
-    mine: tuple[int, list[str]] = before[bench.world.rank]
+        ctx.loader = loader
+    mine: tuple[int, list[str]] = before[ctx.world.rank]
     return mine
 
 
-def time_pipeline(bench: Bench, before: list[Any]) -> Decoded | None:
-    """Its images per second, while it works on all processes."""
-    if bench.data is None or bench.loader is None or bench.bad is None:
+def time_pipeline(ctx: CheckContext, before: list[Any]) -> Decoded | None:
+    """Images per second of the pipeline, while it runs on all processes."""
+    if ctx.data is None or ctx.loader is None or ctx.bad is None:
         return None
     done, start = 0, time.perf_counter()
     while done == 0 or time.perf_counter() - start < PIPELINE_S:
-        done += len(next(bench.loader).ids)
-        if bench.device.type == "cuda":
-            torch.cuda.synchronize(bench.device)
-    rate = done / (time.perf_counter() - start) / bench.config.data.view_shards
-    tried, bad = before[bench.world.rank]
-    replaced = [f"{where}: {reason}" for where, reason in bench.bad.known.items()]
+        done += len(next(ctx.loader).ids)
+        if ctx.device.type == "cuda":
+            torch.cuda.synchronize(ctx.device)
+    rate = done / (time.perf_counter() - start) / ctx.config.data.view_shards
+    tried, bad = before[ctx.world.rank]
+    replaced = [f"{where}: {reason}" for where, reason in ctx.bad.known.items()]
     return Decoded(tried, tuple(dict.fromkeys(bad + replaced)), rate)
 
 
-def judge_decoded(bench: Bench, facts: list[Decoded | None]) -> Iterator[Finding]:
+def judge_decoded(ctx: CheckContext, facts: list[Decoded | None]) -> Iterator[Finding]:
     decoded = [fact for fact in facts if fact is not None]
     if not decoded:
         return  # said already
     bad = by_value([name for fact in decoded for name in fact.bad])
     if bad:
         shown = "; ".join(list(bad)[:3]) + ("; ..." if len(bad) > 3 else "")
-        yield fail(f"{len(bad)} bad image(s): {shown}", _check_data(bench))
+        yield fail(f"{len(bad)} bad image(s): {shown}", _check_data(ctx))
     rate, slowest = sum(fact.rate for fact in decoded), min(fact.rate for fact in decoded)
     tried = f"{decoded[0].tried} images decode; " if decoded[0].tried and not bad else ""
     yield ok(
-        f"{tried}the pipeline makes {bench.config.num_views} views of {rate:.0f} images/s "
-        f"(at least {slowest * bench.config.data.view_shards:.0f} a process)"
+        f"{tried}the pipeline makes {ctx.config.num_views} views of {rate:.0f} images/s "
+        f"(at least {slowest * ctx.config.data.view_shards:.0f} a process)"
     )
 
 
-def _check_data(bench: Bench) -> str:
-    given = shlex.join(a for a in bench.arguments if not a.startswith("run."))
-    return f"python tools/check_data.py {given} finds all; data.skip leaves them out"
+def _check_data(ctx: CheckContext) -> str:
+    given = shlex.join(a for a in ctx.arguments if not a.startswith("run."))
+    return f"ddp-ssl check-data {given} finds all; data.skip leaves them out"
 
 
 CHECKS = (
-    # As long as a run would wait: a large folder is scanned at first sight.
+    # As long as a run would wait: a large folder is scanned here for the first time.
     Check("data", (find_first, find_all, keep), judge_found, SCAN_S),
     Check("reading", (read_some,), judge_read),
     Check("decoding", (know_place, decode_some, start_pipeline, time_pipeline), judge_decoded),

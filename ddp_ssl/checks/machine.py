@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ddp_ssl.checks.base import Bench, Check, Finding, by_value, fail, ok, size, warn
+from ddp_ssl.checks.base import Check, CheckContext, Finding, by_value, fail, ok, size, warn
 from ddp_ssl.driver import why_no_gpu
 from ddp_ssl.utils.launcher import cpu_share
 
@@ -26,15 +26,15 @@ SLOWER = 1.3  # times the median for the same computation
 # --- GPUs ----------------------------------------------------------------------------------------
 
 
-def look_at_gpu(bench: Bench, before: list[Any]) -> dict[str, Any] | str | None:
-    """This process's GPU; without one why it is missing, or None if none is meant."""
-    if bench.device.type != "cuda":
+def look_at_gpu(ctx: CheckContext, before: list[Any]) -> dict[str, Any] | str | None:
+    """This process's GPU; why it is missing; or None if the run uses none."""
+    if ctx.device.type != "cuda":
         return why_no_gpu(torch.__version__, torch.version.cuda)
-    properties = torch.cuda.get_device_properties(bench.device)
+    properties = torch.cuda.get_device_properties(ctx.device)
     others = _others_on(str(properties.uuid))  # before this process is there itself
-    free, total = torch.cuda.mem_get_info(bench.device)
+    free, total = torch.cuda.mem_get_info(ctx.device)
     return {
-        "id": f"{bench.hosts[bench.world.rank]} {properties.uuid}",
+        "id": f"{ctx.hosts[ctx.world.rank]} {properties.uuid}",
         "name": properties.name,
         "free": free,
         "total": total,
@@ -57,7 +57,7 @@ def _others_on(uuid: str) -> list[str]:
 
 
 def _far_from_cores(properties: Any) -> str | None:
-    """Why this process's cores are far from its GPU; None if they are not, or nobody knows."""
+    """Why this process's cores are far from its GPU; None if they are near, or unknown."""
     if not hasattr(properties, "pci_bus_id"):
         return None
     address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:"
@@ -76,8 +76,8 @@ def _far_from_cores(properties: Any) -> str | None:
     return f"its cores are all outside of the GPU's NUMA node {node} (cores {listed})"
 
 
-def judge_gpus(bench: Bench, facts: list[dict[str, Any] | str | None]) -> Iterator[Finding]:
-    wanted = bench.config.run.device
+def judge_gpus(ctx: CheckContext, facts: list[dict[str, Any] | str | None]) -> Iterator[Finding]:
+    wanted = ctx.config.run.device
     gpus = {rank: fact for rank, fact in enumerate(facts) if isinstance(fact, dict)}
     without = [rank for rank in range(len(facts)) if rank not in gpus]
     missing = next((fact for fact in facts if isinstance(fact, str)), None)
@@ -86,7 +86,7 @@ def judge_gpus(bench: Bench, facts: list[dict[str, Any] | str | None]) -> Iterat
         return
     if without and (gpus or missing or wanted == "cuda"):
         remedy = missing or "sbatch --gpus-per-node, CUDA_VISIBLE_DEVICES, or run.device=cpu"
-        yield fail(f"{bench.who(without)} found no GPU", remedy)
+        yield fail(f"{ctx.who(without)} found no GPU", remedy)
     if not gpus:
         if wanted != "cuda" and not missing:
             yield ok("no GPU: the run would use the CPU")
@@ -94,21 +94,21 @@ def judge_gpus(bench: Bench, facts: list[dict[str, Any] | str | None]) -> Iterat
     found: list[Finding] = []
     for ranks in by_value([f["id"] if isinstance(f, dict) else None for f in facts]).values():
         if ranks[0] in gpus and len(ranks) > 1:
-            text = f"{bench.who(ranks)} share one GPU"
+            text = f"{ctx.who(ranks)} share one GPU"
             found.append(fail(text, "one process per GPU: --ntasks-per-node, --nproc_per_node"))
-    if bench.config.optim.precision == "bf16":
+    if ctx.config.optim.precision == "bf16":
         ranks = [rank for rank, gpu in gpus.items() if not gpu["bf16"]]
         if ranks:
-            text = f"{bench.who(ranks)}: the GPU has no bf16"
+            text = f"{ctx.who(ranks)}: the GPU has no bf16"
             found.append(fail(text, "optim.precision=fp16 or fp32"))
     for rank, gpu in gpus.items():
         used = gpu["total"] - gpu["free"]
         if used > IN_USE or gpu["others"]:
             names = f" ({'; '.join(gpu['others'][:3])})" if gpu["others"] else ""
-            text = f"{bench.who([rank])}: {size(used)} of the GPU are in use already{names}"
+            text = f"{ctx.who([rank])}: {size(used)} of the GPU are in use already{names}"
             found.append(warn(text, "end the other processes, or take another GPU"))
         if gpu["far"]:
-            found.append(warn(f"{bench.who([rank])}: {gpu['far']}", "srun --cpu-bind, --gpu-bind"))
+            found.append(warn(f"{ctx.who([rank])}: {gpu['far']}", "srun --cpu-bind, --gpu-bind"))
     names_of = by_value([gpu["name"] for gpu in gpus.values()])
     if len(names_of) > 1:
         text = f"different GPUs ({', '.join(names_of)})"
@@ -122,28 +122,28 @@ def judge_gpus(bench: Bench, facts: list[dict[str, Any] | str | None]) -> Iterat
 # --- the same work everywhere --------------------------------------------------------------------
 
 
-def look_at_speed(bench: Bench, before: list[Any]) -> float:
-    """Milliseconds of a matrix product, the best of some."""
-    side, count = (4096, 20) if bench.device.type == "cuda" else (256, 20)
-    a = torch.ones(side, side, device=bench.device)
+def look_at_speed(ctx: CheckContext, before: list[Any]) -> float:
+    """Milliseconds of a matrix product, the fastest of several."""
+    side, count = (4096, 20) if ctx.device.type == "cuda" else (256, 20)
+    a = torch.ones(side, side, device=ctx.device)
     best = float("inf")
     for _ in range(count):
         start = time.perf_counter()
         a @ a
-        if bench.device.type == "cuda":
-            torch.cuda.synchronize(bench.device)
+        if ctx.device.type == "cuda":
+            torch.cuda.synchronize(ctx.device)
         best = min(best, time.perf_counter() - start)
     return best * 1000
 
 
-def judge_speed(bench: Bench, facts: list[float]) -> Iterator[Finding]:
+def judge_speed(ctx: CheckContext, facts: list[float]) -> Iterator[Finding]:
     median = statistics.median(facts)
     slow = [rank for rank, ms in enumerate(facts) if ms > SLOWER * median]
     if slow:
         worst = max(slow, key=facts.__getitem__)
         yield warn(
-            f"{bench.who(slow)} need up to {facts[worst] / median:.1f} times as long as the others "
-            f"for the same matrix product ({facts[worst]:.2g} ms)",
+            f"{ctx.who(slow)} need up to {facts[worst] / median:.1f} times as long as the "
+            f"others for the same matrix product ({facts[worst]:.2g} ms)",
             "another job there, a hot GPU (nvidia-smi -q -d PERFORMANCE) or too few cores",
         )
     else:
@@ -155,21 +155,21 @@ def judge_speed(bench: Bench, facts: list[float]) -> Iterator[Finding]:
 # --- cores ---------------------------------------------------------------------------------------
 
 
-def look_at_cores(bench: Bench, before: list[Any]) -> dict[str, Any]:
+def look_at_cores(ctx: CheckContext, before: list[Any]) -> dict[str, Any]:
     """Which cores this process may use, and how many threads are asked for."""
     cores = tuple(sorted(os.sched_getaffinity(0)))
     return {
         "cores": cores,
         "share": cpu_share(),
         "omp": os.environ.get("OMP_NUM_THREADS"),
-        "threads": bench.config.run.threads or cpu_share(),
+        "threads": ctx.config.run.threads or cpu_share(),
         "quota": cpu_quota(),
         "numa": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))),
     }
 
 
 def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
-    """Cores' worth of time that the container may use; None without a limit."""
+    """Number of cores that the container's CPU quota allows; None without a quota."""
     try:
         quota, period = path.read_text().split()
         return None if quota == "max" else int(quota) / int(period)
@@ -177,14 +177,14 @@ def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
         return None
 
 
-def judge_cores(bench: Bench, facts: list[dict[str, Any]]) -> Iterator[Finding]:
+def judge_cores(ctx: CheckContext, facts: list[dict[str, Any]]) -> Iterator[Finding]:
     found: list[Finding] = []
     hosts: dict[str, list[int]] = {}
-    for rank, host in enumerate(bench.hosts):
+    for rank, host in enumerate(ctx.hosts):
         hosts.setdefault(host, []).append(rank)
     unset = [r for ranks in hosts.values() if len(ranks) > 1 for r in ranks if not facts[r]["omp"]]
     if unset:
-        text = f"OMP_NUM_THREADS is unset with several processes on a host ({bench.who(unset)})"
+        text = f"OMP_NUM_THREADS is unset with several processes on a host ({ctx.who(unset)})"
         found.append(warn(text, f"export OMP_NUM_THREADS={facts[unset[0]]['share']}"))
     for host, ranks in hosts.items():
         cores = set().union(*(facts[r]["cores"] for r in ranks))
@@ -192,14 +192,14 @@ def judge_cores(bench: Bench, facts: list[dict[str, Any]]) -> Iterator[Finding]:
             text = f"{len(ranks)} processes on {host} share {len(cores)} core(s)"
             found.append(warn(text, "sbatch --cpus-per-task, and SRUN_CPUS_PER_TASK; or fewer"))
         threads = sum(facts[r]["threads"] for r in ranks)
-        if bench.config.run.threads and threads > len(cores):
+        if ctx.config.run.threads and threads > len(cores):
             text = f"run.threads asks for {threads} threads on the {len(cores)} cores of {host}"
             found.append(warn(text, "run.threads=0 shares the cores"))
         quota = facts[ranks[0]]["quota"]
         if quota is not None and quota < 0.9 * len(cores):
             text = f"the container on {host} may use {quota:g} cores' time, but sees {len(cores)}"
             found.append(warn(text, "raise its CPU limit, or data.threads and run.threads to fit"))
-        few = [r for r in ranks if bench.device.type == "cuda" and facts[r]["share"] < 4]
+        few = [r for r in ranks if ctx.device.type == "cuda" and facts[r]["share"] < 4]
         if few:
             text = f"{facts[few[0]]['share']} core(s) per GPU on {host} rarely feed it"
             found.append(warn(text, "sbatch --cpus-per-task=8 or more"))
@@ -216,7 +216,7 @@ def judge_cores(bench: Bench, facts: list[dict[str, Any]]) -> Iterator[Finding]:
 # --- limits --------------------------------------------------------------------------------------
 
 
-def look_at_limits(bench: Bench, before: list[Any]) -> dict[str, Any]:
+def look_at_limits(ctx: CheckContext, before: list[Any]) -> dict[str, Any]:
     """Shared memory and open files."""
     shm = os.statvfs(SHM)
     return {
@@ -226,30 +226,30 @@ def look_at_limits(bench: Bench, before: list[Any]) -> dict[str, Any]:
     }
 
 
-def judge_shm(bench: Bench, facts: list[dict[str, Any]]) -> Iterator[Finding]:
+def judge_shm(ctx: CheckContext, facts: list[dict[str, Any]]) -> Iterator[Finding]:
     small = [
         rank
-        for rank in bench.one_per_host
+        for rank in ctx.one_per_host
         if facts[rank]["shm"] < SHM_WANTED or facts[rank]["shm_free"] < SHM_WANTED // 4
     ]
     if small:
         fact = facts[small[0]]
         yield warn(
             f"{size(fact['shm_free'])} of {size(fact['shm'])} are free on "
-            f"{bench.hosts[small[0]]}; NCCL talks through it within a host",
+            f"{ctx.hosts[small[0]]}; NCCL talks through it within a host",
             "docker run --shm-size=8g, or remove what is left in /dev/shm",
         )
     else:
-        least = min(facts[rank]["shm_free"] for rank in bench.one_per_host)
+        least = min(facts[rank]["shm_free"] for rank in ctx.one_per_host)
         yield ok(f"{size(least)} free or more")
 
 
-def judge_files(bench: Bench, facts: list[dict[str, Any]]) -> Iterator[Finding]:
+def judge_files(ctx: CheckContext, facts: list[dict[str, Any]]) -> Iterator[Finding]:
     # Every process has sockets to all others, in several groups, and files that it reads ahead.
-    wanted = 512 + 8 * bench.world.size + 4 * bench.config.data.read_threads
+    wanted = 512 + 8 * ctx.world.size + 4 * ctx.config.data.read_threads
     low = [r for r, f in enumerate(facts) if 0 <= f["files"] < wanted]
     if low:
-        text = f"{bench.who(low)} may open {facts[low[0]]['files']} files, about {wanted} are used"
+        text = f"{ctx.who(low)} may open {facts[low[0]]['files']} files, about {wanted} are used"
         yield warn(text, "ulimit -n 65536 in the job script")
     else:
         yield ok(f"{min(f['files'] for f in facts)} may be open, about {wanted} are used")

@@ -1,4 +1,4 @@
-"""How well the processes talk to each other, and whether their clocks agree."""
+"""Communication between the processes, and their clocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from ddp_ssl import distributed
-from ddp_ssl.checks.base import Bench, Check, Finding, by_value, fail, ok, scratch, size, warn
+from ddp_ssl.checks.base import (
+    Check,
+    CheckContext,
+    Finding,
+    by_value,
+    fail,
+    ok,
+    scratch,
+    size,
+    warn,
+)
 
 NBYTES = 64 << 20
 SLOW_NCCL = {"one host": 5e9, "several": 2e9}  # bytes/s of bus bandwidth below which all is wrong
@@ -20,33 +30,36 @@ PAUSES = (0.1, 1.0, 4.0)  # s; a network file system may remember that a file wa
 # --- all-reduce ----------------------------------------------------------------------------------
 
 
-def ready(bench: Bench, before: list[Any]) -> str:
-    """Where this process would talk from."""
-    return bench.device.type if bench.device.type == "cpu" else _gpu(bench)
+def ready(ctx: CheckContext, before: list[Any]) -> str:
+    """The device that this process communicates from."""
+    return ctx.device.type if ctx.device.type == "cpu" else _gpu(ctx)
 
 
-def _gpu(bench: Bench) -> str:
+def _gpu(ctx: CheckContext) -> str:
     import torch
 
-    return f"{bench.hosts[bench.world.rank]} {torch.cuda.get_device_properties(bench.device).uuid}"
+    uuid = torch.cuda.get_device_properties(ctx.device).uuid
+    return f"{ctx.hosts[ctx.world.rank]} {uuid}"
 
 
-def exchange(bench: Bench, before: list[Any]) -> distributed.Exchange | None:
+def exchange(ctx: CheckContext, before: list[Any]) -> distributed.Exchange | None:
     """The measured all-reduce; None for one process, and where GPUs are missing or shared."""
-    if bench.world.size == 1 or not _can_talk(before):
+    if ctx.world.size == 1 or not _can_talk(before):
         return None
-    # A failing collective raises, where otherwise NCCL's watchdog would end the process.
+    # A collective that fails raises here; otherwise NCCL's watchdog would end the process.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-    return distributed.measure_bandwidth(bench.world, bench.device, NBYTES, bench.timeout_s / 2)
+    return distributed.measure_bandwidth(ctx.world, ctx.device, NBYTES, ctx.timeout_s / 2)
 
 
 def _can_talk(places: list[str]) -> bool:
     return set(places) == {"cpu"} or ("cpu" not in places and len(set(places)) == len(places))
 
 
-def judge_exchange(bench: Bench, facts: list[distributed.Exchange | None]) -> Iterator[Finding]:
+def judge_exchange(
+    ctx: CheckContext, facts: list[distributed.Exchange | None]
+) -> Iterator[Finding]:
     measured = [fact for fact in facts if fact is not None]
-    if bench.world.size == 1:
+    if ctx.world.size == 1:
         yield ok("one process: nothing to talk about")
         return
     if len(measured) < len(facts):
@@ -54,15 +67,15 @@ def judge_exchange(bench: Bench, facts: list[distributed.Exchange | None]) -> It
         return
     wrong = [rank for rank, fact in enumerate(measured) if not fact.correct]
     if wrong:
-        yield fail(f"{bench.who(wrong)} got a wrong sum", "a broken network, NCCL or memory")
+        yield fail(f"{ctx.who(wrong)} got a wrong sum", "a broken network, NCCL or memory")
         return
     seconds = max(fact.seconds for fact in measured)
     latency = max(fact.latency for fact in measured)
-    nbytes, backend, several = measured[0].nbytes, measured[0].backend, len(set(bench.hosts)) > 1
+    nbytes, backend, several = measured[0].nbytes, measured[0].backend, len(set(ctx.hosts)) > 1
     algorithm = nbytes / seconds
-    bus = algorithm * 2 * (bench.world.size - 1) / bench.world.size
+    bus = algorithm * 2 * (ctx.world.size - 1) / ctx.world.size
     text = (
-        f"{backend}, {bench.world.size} processes on {len(set(bench.hosts))} host(s): "
+        f"{backend}, {ctx.world.size} processes on {len(set(ctx.hosts))} host(s): "
         f"{size(nbytes)} in {seconds * 1000:.3g} ms, {algorithm / 1e9:.3g} GB/s "
         f"(bus {bus / 1e9:.3g} GB/s), latency {latency * 1e6:.0f} us, sums right"
     )
@@ -70,49 +83,49 @@ def judge_exchange(bench: Bench, facts: list[distributed.Exchange | None]) -> It
         yield warn(text + ": slow", "NCCL_DEBUG=INFO says what it uses; NCCL_SOCKET_IFNAME chooses")
     else:
         yield ok(text)
-    yield from _slow_links(bench, measured)
+    yield from _slow_links(ctx, measured)
 
 
-def _slow_links(bench: Bench, measured: list[distributed.Exchange]) -> Iterator[Finding]:
-    """Each rank's receiving from the one before, compared with its like: in a host, or between."""
+def _slow_links(ctx: CheckContext, measured: list[distributed.Exchange]) -> Iterator[Finding]:
+    """Links slower than the others of their kind: within a host, or between hosts."""
     kinds: dict[bool, list[int]] = {True: [], False: []}
     for rank in range(len(measured)):
-        kinds[bench.hosts[rank] == bench.hosts[rank - 1]].append(rank)
+        kinds[ctx.hosts[rank] == ctx.hosts[rank - 1]].append(rank)
     for within, ranks in kinds.items():
         if len(ranks) < 2 or (within and measured[0].backend == "gloo"):
-            continue  # on one CPU the kernel's mood decides
+            continue  # on one CPU the scheduler decides, not the link
         best = min(measured[rank].link for rank in ranks)
         rank = max(ranks, key=lambda r: measured[r].link)
         if measured[rank].link > 3 * best:
             before = (rank - 1) % len(measured)
             rates = [measured[rank].nbytes / s / 1e9 for s in (measured[rank].link, best)]
             yield warn(
-                f"the slowest link is from rank {before} ({bench.hosts[before]}) to rank {rank} "
-                f"({bench.hosts[rank]}): {rates[0]:.3g} GB/s, the best has {rates[1]:.3g}",
-                f"look at the network of {bench.hosts[rank]}, or leave it out (sbatch --exclude)",
+                f"the slowest link is from rank {before} ({ctx.hosts[before]}) to rank {rank} "
+                f"({ctx.hosts[rank]}): {rates[0]:.3g} GB/s, the best has {rates[1]:.3g}",
+                f"look at the network of {ctx.hosts[rank]}, or leave it out (sbatch --exclude)",
             )
 
 
 # --- clocks --------------------------------------------------------------------------------------
 
 
-def read_clocks(bench: Bench, before: list[Any]) -> list[float]:
+def read_clocks(ctx: CheckContext, before: list[Any]) -> list[float]:
     """The host's clock at five moments that are the same on all processes."""
     moments = []
     for _ in range(5):
-        bench.world.barrier()
+        ctx.world.barrier()
         moments.append(time.time())
     return moments
 
 
-def file_clock(bench: Bench, before: list[Any]) -> tuple[float, float | None]:
-    """Seconds by which this host's clock is ahead of rank 0's, and its file system's of it."""
-    rank = bench.world.rank
+def file_clock(ctx: CheckContext, before: list[Any]) -> tuple[float, float | None]:
+    """Seconds that this host's clock is ahead of rank 0's, and its file system's of its own."""
+    rank = ctx.world.rank
     # All leave a barrier within a millisecond or so; the median forgets the one that did not.
     ahead = statistics.median(a - b for a, b in zip(before[rank], before[0], strict=True))
-    if rank not in bench.one_per_host:
+    if rank not in ctx.one_per_host:
         return ahead, None
-    with scratch(bench.home) as path:
+    with scratch(ctx.home) as path:
         start = time.time()
         path.write_bytes(b"x")
         written, end = modified(path), time.time()
@@ -121,39 +134,39 @@ def file_clock(bench: Bench, before: list[Any]) -> tuple[float, float | None]:
 
 
 def modified(path: Any) -> float:
-    """When the file system says that a file was written, in seconds since 1970."""
+    """A file's modification time, in seconds since 1970."""
     return float(os.stat(path).st_mtime)
 
 
-def judge_clocks(bench: Bench, facts: list[tuple[float, float | None]]) -> Iterator[Finding]:
+def judge_clocks(ctx: CheckContext, facts: list[tuple[float, float | None]]) -> Iterator[Finding]:
     remedy = "time synchronisation (chrony) there; log lines and timeouts go by these clocks"
-    apart = [rank for rank in bench.one_per_host if abs(facts[rank][0]) > APART_S]
+    apart = [rank for rank in ctx.one_per_host if abs(facts[rank][0]) > APART_S]
     for rank in apart:
-        text = f"the clock of {bench.hosts[rank]} is {facts[rank][0]:+.1f} s from rank 0's"
+        text = f"the clock of {ctx.hosts[rank]} is {facts[rank][0]:+.1f} s from rank 0's"
         yield warn(text, remedy)
     skews = {rank: skew for rank, (_, skew) in enumerate(facts) if skew is not None}
     odd = [rank for rank, skew in skews.items() if abs(skew) > APART_S]
     for rank in odd:
         yield warn(
-            f"the file system of {bench.home} is {skews[rank]:+.1f} s from the clock of "
-            f"{bench.hosts[rank]}",
+            f"the file system of {ctx.home} is {skews[rank]:+.1f} s from the clock of "
+            f"{ctx.hosts[rank]}",
             "time synchronisation (chrony) on the file server",
         )
     if not apart and not odd:
-        hosts = max(abs(facts[rank][0]) for rank in bench.one_per_host)
+        hosts = max(abs(facts[rank][0]) for rank in ctx.one_per_host)
         files = max(map(abs, skews.values()))
-        between = f"hosts within {hosts:.3f} s, " if len(set(bench.hosts)) > 1 else ""
+        between = f"hosts within {hosts:.3f} s, " if len(set(ctx.hosts)) > 1 else ""
         yield ok(f"{between}file system within {files:.3f} s of the host")
 
 
 # --- a folder that all see -----------------------------------------------------------------------
 
 
-def write_token(bench: Bench, before: list[Any]) -> str | None:
-    """Rank 0 writes a file; its path."""
-    if not bench.world.is_main:
+def write_token(ctx: CheckContext, before: list[Any]) -> str | None:
+    """Rank 0 writes a file; returns its path."""
+    if not ctx.world.is_main:
         return None
-    path = bench.cleanup.enter_context(scratch(bench.home_above))
+    path = ctx.cleanup.enter_context(scratch(ctx.home_above))
     with open(path, "w") as file:
         file.write(path.name)
         file.flush()
@@ -161,8 +174,8 @@ def write_token(bench: Bench, before: list[Any]) -> str | None:
     return str(path)
 
 
-def see_token(bench: Bench, before: list[Any]) -> str:
-    """`seen`, or what this process sees instead."""
+def see_token(ctx: CheckContext, before: list[Any]) -> str:
+    """`seen`, or what this process finds in place of the file."""
     path = before[0]
     for pause in (*PAUSES, None):
         try:
@@ -175,18 +188,18 @@ def see_token(bench: Bench, before: list[Any]) -> str:
     return ""
 
 
-def judge_token(bench: Bench, facts: list[str]) -> Iterator[Finding]:
-    if bench.world.size == 1:
-        yield ok(f"{bench.home_above}: one process")
+def judge_token(ctx: CheckContext, facts: list[str]) -> Iterator[Finding]:
+    if ctx.world.size == 1:
+        yield ok(f"{ctx.home_above}: one process")
         return
     for answer, ranks in by_value(facts).items():
         if answer != "seen":
             yield fail(
-                f"{bench.who(ranks)} do not see what rank 0 wrote in {bench.home_above}: {answer}",
+                f"{ctx.who(ranks)} do not see what rank 0 wrote in {ctx.home_above}: {answer}",
                 "run.dir on a file system that all hosts mount",
             )
     if set(facts) == {"seen"}:
-        yield ok(f"{bench.who(range(len(facts)))} see what rank 0 writes in {bench.home_above}")
+        yield ok(f"{ctx.who(range(len(facts)))} see what rank 0 writes in {ctx.home_above}")
 
 
 CHECKS = (

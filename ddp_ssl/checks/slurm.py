@@ -1,4 +1,4 @@
-"""Settings of Slurm that are known to bite."""
+"""Settings of Slurm that are known to cause trouble."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ddp_ssl.checks.base import Bench, Check, Finding, ok, warn
+from ddp_ssl.checks.base import Check, CheckContext, Finding, ok, warn
 from ddp_ssl.utils.launcher import under_srun
 
 STEP_S = 10.0  # for the step under way to end, and for the others to agree
 SHORT_MIN = 15  # a job shorter than this spends its time on starting
 
 
-def look_at_slurm(bench: Bench, before: list[Any]) -> dict[str, Any] | None:
+def look_at_slurm(ctx: CheckContext, before: list[Any]) -> dict[str, Any] | None:
     """Slurm's configuration and this job, on rank 0; None where there is no Slurm."""
-    if not bench.world.is_main or shutil.which("scontrol") is None:
+    if not ctx.world.is_main or shutil.which("scontrol") is None:
         return None
     job = os.environ.get("SLURM_JOB_ID")
     try:
@@ -40,7 +40,7 @@ def look_at_slurm(bench: Bench, before: list[Any]) -> dict[str, Any] | None:
 
 
 def ask(*words: str) -> str:
-    """What scontrol says."""
+    """The output of scontrol."""
     told = subprocess.run(
         ["scontrol", *words], capture_output=True, text=True, timeout=20, check=True
     )
@@ -64,7 +64,7 @@ def fields(text: str) -> dict[str, str]:
     return dict(re.findall(r"(\S+?)=(\S*)", text))
 
 
-def judge_slurm(bench: Bench, facts: list[dict[str, Any] | None]) -> Iterator[Finding]:
+def judge_slurm(ctx: CheckContext, facts: list[dict[str, Any] | None]) -> Iterator[Finding]:
     found, env = facts[0], os.environ
     if found is None:
         if "SLURM_JOB_ID" in env:
@@ -75,7 +75,7 @@ def judge_slurm(bench: Bench, facts: list[dict[str, Any] | None]) -> Iterator[Fi
         else:
             yield ok("not in use here")
         return
-    biting = [*_of_cluster(bench, found["config"], env), *_of_environment(bench, env)]
+    biting = [*_of_cluster(ctx, found["config"], env), *_of_environment(ctx, env)]
     if found["job"]:
         biting += _of_job(found, env)
     yield from biting
@@ -87,7 +87,9 @@ def judge_slurm(bench: Bench, facts: list[dict[str, Any] | None]) -> Iterator[Fi
         yield ok(", ".join(shown))
 
 
-def _of_cluster(bench: Bench, config: Mapping[str, str], env: Mapping[str, str]) -> list[Finding]:
+def _of_cluster(
+    ctx: CheckContext, config: Mapping[str, str], env: Mapping[str, str]
+) -> list[Finding]:
     found: list[Finding] = []
     tracker = config.get("ProctrackType", "")
     if tracker.endswith("cgroup") and _under_torchrun(env):
@@ -107,7 +109,7 @@ def _of_cluster(bench: Bench, config: Mapping[str, str], env: Mapping[str, str])
             )
         )
     wait = re.match(r"\d+", config.get("KillWait", ""))
-    needed = STEP_S + 2 * (bench.checkpoint_s or 0)
+    needed = STEP_S + 2 * (ctx.checkpoint_s or 0)
     if wait and int(wait[0]) < needed:
         found.append(
             warn(
@@ -153,9 +155,9 @@ def _of_job(found: dict[str, Any], env: Mapping[str, str]) -> list[Finding]:
     return result
 
 
-def _of_environment(bench: Bench, env: Mapping[str, str]) -> list[Finding]:
+def _of_environment(ctx: CheckContext, env: Mapping[str, str]) -> list[Finding]:
     found: list[Finding] = []
-    if env.get("SLURM_GPUS_PER_TASK") and bench.config.run.device != "cpu":
+    if env.get("SLURM_GPUS_PER_TASK") and ctx.config.run.device != "cpu":
         found.append(
             warn(
                 "--gpus-per-task shows each task one GPU, and NCCL may not connect GPUs directly "
@@ -164,7 +166,7 @@ def _of_environment(bench: Bench, env: Mapping[str, str]) -> list[Finding]:
             )
         )
     cpus = env.get("SLURM_CPUS_PER_TASK", "")
-    # In a task that srun did give its cores nothing is wrong.
+    # A task that has its cores from srun is fine.
     short = not under_srun() or len(os.sched_getaffinity(0)) < int(cpus or 0)
     if cpus and not env.get("SRUN_CPUS_PER_TASK") and short:
         found.append(
@@ -175,7 +177,7 @@ def _of_environment(bench: Bench, env: Mapping[str, str]) -> list[Finding]:
             )
         )
     tasks = env.get("SLURM_NTASKS", "1")
-    if bench.world.size == 1 and tasks.isdigit() and int(tasks) > 1:
+    if ctx.world.size == 1 and tasks.isdigit() and int(tasks) > 1:
         text = f"one process of a job with {tasks} tasks was looked at"
         found.append(warn(text, "srun ddp-ssl doctor ... looks at all"))
     return found

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ddp_ssl.checks.base import Bench, Check, Finding, by_value, fail, ok, warn
+from ddp_ssl.checks.base import Check, CheckContext, Finding, by_value, fail, ok, warn
 from ddp_ssl.driver import Driver, find_driver, install_command
 from ddp_ssl.run import environment
 
@@ -20,8 +20,8 @@ NEEDED = ("torch", "torchvision", "timm", "nvidia-dali")
 # --- versions ------------------------------------------------------------------------------------
 
 
-def look_at_versions(bench: Bench, before: list[Any]) -> dict[str, str]:
-    """What is installed here, and what the GPU's driver supports."""
+def look_at_versions(ctx: CheckContext, before: list[Any]) -> dict[str, str]:
+    """Installed versions, and the CUDA version that the GPU's driver supports."""
     here = environment.environment()
     found = {name.lower(): version for name, version in here["packages"].items()}
     found |= {"python": here["python"], "commit": here["git_commit"] or "none"}
@@ -31,7 +31,7 @@ def look_at_versions(bench: Bench, before: list[Any]) -> dict[str, str]:
     return found
 
 
-def judge_versions(bench: Bench, facts: list[dict[str, str]]) -> Iterator[Finding]:
+def judge_versions(ctx: CheckContext, facts: list[dict[str, str]]) -> Iterator[Finding]:
     mine = facts[0]
     missing = [n for n in NEEDED if not any(found.startswith(n) for found in mine)]
     if missing:
@@ -41,9 +41,9 @@ def judge_versions(bench: Bench, facts: list[dict[str, str]]) -> Iterator[Findin
         values = by_value([fact.get(name, "none") for fact in facts])
         if len(values) > 1:
             differing = True
-            parts = [f"{value} on {bench.who(ranks)}" for value, ranks in values.items()]
+            parts = [f"{value} on {ctx.who(ranks)}" for value, ranks in values.items()]
             yield fail(f"{name} differs: {'; '.join(parts)}", "one environment for all processes")
-    yield from _cuda_matches(bench, mine)
+    yield from _cuda_matches(ctx, mine)
     if not missing and not differing:
         dali = sorted(name for name in mine if name.startswith("nvidia-dali-"))
         names = ("python", "torch", "torchvision", "timm", *dali, "ddp_ssl")
@@ -53,9 +53,9 @@ def judge_versions(bench: Bench, facts: list[dict[str, str]]) -> Iterator[Findin
         yield ok(", ".join(shown))
 
 
-def _cuda_matches(bench: Bench, mine: dict[str, str]) -> Iterator[Finding]:
+def _cuda_matches(ctx: CheckContext, mine: dict[str, str]) -> Iterator[Finding]:
     """Whether the driver is new enough for torch's and DALI's CUDA."""
-    if bench.config.run.device == "cpu" or mine["driver"] == "none":
+    if ctx.config.run.device == "cpu" or mine["driver"] == "none":
         return
     driver = int(mine["driver"].partition(".")[0])
     built = {"torch": mine["cuda"].partition(".")[0]}
@@ -72,7 +72,7 @@ def _cuda_matches(bench: Bench, mine: dict[str, str]) -> Iterator[Finding]:
 
 # --- variables -----------------------------------------------------------------------------------
 
-# Name, what the value must look like to bite, why, what to do.
+# Name, pattern of the values that cause trouble, reason, remedy.
 BITING = (
     ("NCCL_P2P_DISABLE", "1", "GPUs do not talk directly", "unset it"),
     ("NCCL_SHM_DISABLE", "1", "processes of a host talk through sockets", "unset it"),
@@ -93,23 +93,23 @@ NAMES = re.compile(r"(NCCL|TORCH_NCCL|GLOO|CUDA|OMP|TORCH_DISTRIBUTED)_\w+")
 OWN = ("CUDA_VISIBLE_DEVICES",)  # may differ between processes
 
 
-def look_at_variables(bench: Bench, before: list[Any]) -> dict[str, Any]:
-    """The variables that steer torch, NCCL and gloo, and this host's network interfaces."""
+def look_at_variables(ctx: CheckContext, before: list[Any]) -> dict[str, Any]:
+    """Environment variables of torch, NCCL and gloo, and this host's network interfaces."""
     names = {name for name in os.environ if NAMES.fullmatch(name)} | set(AFFINITY)
     variables = {name: os.environ[name] for name in sorted(names) if name in os.environ}
     return {"variables": variables, "interfaces": [name for _, name in socket.if_nameindex()]}
 
 
-def judge_variables(bench: Bench, facts: list[dict[str, Any]]) -> Iterator[Finding]:
+def judge_variables(ctx: CheckContext, facts: list[dict[str, Any]]) -> Iterator[Finding]:
     found: list[Finding] = []
     variables = [fact["variables"] for fact in facts]
     for names, value, reason, remedy in BITING:
-        if "CUDA" in names and bench.config.run.device == "cpu":
+        if "CUDA" in names and ctx.config.run.device == "cpu":
             continue
         for name in names.split("|"):
             ranks = [r for r, v in enumerate(variables) if v.get(name) in value.split("|")]
             if ranks:
-                text = f"{name}={variables[ranks[0]][name]} on {bench.who(ranks)}: {reason}"
+                text = f"{name}={variables[ranks[0]][name]} on {ctx.who(ranks)}: {reason}"
                 found.append(warn(text, remedy))
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         lost = [
@@ -119,17 +119,17 @@ def judge_variables(bench: Bench, facts: list[dict[str, Any]]) -> Iterator[Findi
         ]
         if lost:
             there = ", ".join(facts[lost[0]]["interfaces"])
-            text = f"{name}={variables[lost[0]][name]} is no interface of {bench.who(lost)}"
+            text = f"{name}={variables[lost[0]][name]} is no interface of {ctx.who(lost)}"
             found.append(fail(text, f"one of {there}, or unset it"))
     for name in AFFINITY:
         ranks = [r for r, v in enumerate(variables) if v.get(name) not in (None, "false", "FALSE")]
-        if len(ranks) > len(set(bench.hosts)):
+        if len(ranks) > len(set(ctx.hosts)):
             text = f"{name} is set: the processes of a host may be bound to the same cores"
             found.append(warn(text, "unset it"))
     for name in sorted(set().union(*variables) - set(OWN)):
         values = by_value([v.get(name, "unset") for v in variables])
         if len(values) > 1:
-            parts = [f"{value} on {bench.who(ranks)}" for value, ranks in values.items()]
+            parts = [f"{value} on {ctx.who(ranks)}" for value, ranks in values.items()]
             found.append(warn(f"{name} differs: {'; '.join(parts)}", "the same for all processes"))
     yield from found
     if not found:
@@ -149,9 +149,9 @@ def _interface_exists(wanted: str, there: list[str]) -> bool:
 # --- TensorBoard ---------------------------------------------------------------------------------
 
 
-def look_at_tensorboard(bench: Bench, before: list[Any]) -> str | None:
+def look_at_tensorboard(ctx: CheckContext, before: list[Any]) -> str | None:
     """TensorBoard's version on rank 0, which writes."""
-    if not bench.world.is_main or not bench.config.log.tensorboard:
+    if not ctx.world.is_main or not ctx.config.log.tensorboard:
         return None
     try:
         return importlib.metadata.version("tensorboard")
@@ -159,13 +159,13 @@ def look_at_tensorboard(bench: Bench, before: list[Any]) -> str | None:
         return ""
 
 
-def judge_tensorboard(bench: Bench, facts: list[Any]) -> Iterator[Finding]:
-    if not bench.config.log.tensorboard:
+def judge_tensorboard(ctx: CheckContext, facts: list[Any]) -> Iterator[Finding]:
+    if not ctx.config.log.tensorboard:
         yield ok("log.tensorboard=false: metrics.jsonl alone")
     elif not facts[0]:
         yield fail("not installed", "pip install tensorboard, or log.tensorboard=false")
     else:
-        where = bench.folder.parent if bench.folder else Path("runs")
+        where = ctx.folder.parent if ctx.folder else Path("runs")
         yield ok(f"{facts[0]}; tensorboard --logdir {where}")
 
 

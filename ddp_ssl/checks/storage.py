@@ -12,8 +12,8 @@ import torch
 
 from ddp_ssl import optim
 from ddp_ssl.checks.base import (
-    Bench,
     Check,
+    CheckContext,
     Finding,
     fail,
     file_system,
@@ -37,20 +37,20 @@ LONG_S = 60.0  # for one checkpoint
 # --- run folder ----------------------------------------------------------------------------------
 
 
-def choose_folder(bench: Bench, before: list[Any]) -> folder.Start | None:
-    """Where the run would live, and what it would go on from; on rank 0."""
-    return folder.claim(bench.config) if bench.world.is_main else None
+def choose_folder(ctx: CheckContext, before: list[Any]) -> folder.Start | None:
+    """Choose the run folder and the checkpoint to resume from; on rank 0."""
+    return folder.claim(ctx.config) if ctx.world.is_main else None
 
 
-def know_folder(bench: Bench, before: list[Any]) -> folder.Start | None:
-    """The same for all, who need to know the place."""
+def know_folder(ctx: CheckContext, before: list[Any]) -> folder.Start | None:
+    """Tell all processes the run folder."""
     if before[0] is not None:
-        bench.folder = before[0].folder
-    mine: folder.Start | None = before[bench.world.rank]
+        ctx.folder = before[0].folder
+    mine: folder.Start | None = before[ctx.world.rank]
     return mine
 
 
-def judge_folder(bench: Bench, facts: list[folder.Start | None]) -> Iterator[Finding]:
+def judge_folder(ctx: CheckContext, facts: list[folder.Start | None]) -> Iterator[Finding]:
     start = facts[0]
     assert start is not None
     if start.checkpoint is not None:
@@ -63,7 +63,7 @@ def judge_folder(bench: Bench, facts: list[folder.Start | None]) -> Iterator[Fin
 
 
 def checkpoint_bytes(config: Config, classes: int, world_size: int) -> int:
-    """About how large a checkpoint is: model, optimiser, and what every process adds."""
+    """Approximate size of a checkpoint: model, optimiser, and the state of every process."""
     method = make_method(config, ONE_PROCESS)
     learner = Learner(method, classes if config.eval.probe else 0)
     optimizer = optim.build(config.optim, parameter_groups(learner, config))
@@ -75,22 +75,22 @@ def checkpoint_bytes(config: Config, classes: int, world_size: int) -> int:
 
 
 def checkpoint_count(config: Config) -> int:
-    """How many there can be at a time: kept, kept for good, the best, and one being written."""
+    """How many checkpoints can exist at once: kept, kept for good, the best, one in writing."""
     every = config.checkpoint.keep_every
     permanent = config.optim.epochs // every if every else 0
     return config.checkpoint.keep + permanent + (config.checkpoint.best is not None) + 1
 
 
-def look_at_disk(bench: Bench, before: list[Any]) -> dict[str, Any] | None:
-    """Room, and the time that a write takes; on rank 0, which saves."""
-    if not bench.world.is_main:
+def look_at_disk(ctx: CheckContext, before: list[Any]) -> dict[str, Any] | None:
+    """Free space and the time of a write; on rank 0, which saves."""
+    if not ctx.world.is_main:
         return None
     nbytes = checkpoint_bytes(
-        bench.config, 0 if bench.data is None else bench.data.num_classes, bench.world.size
+        ctx.config, 0 if ctx.data is None else ctx.data.num_classes, ctx.world.size
     )
-    free, files = room(bench.home)
+    free, files = room(ctx.home)
     block = os.urandom(WRITTEN)  # a file system that compresses must not look faster than it is
-    with scratch(bench.home) as path, open(path, "wb") as file:
+    with scratch(ctx.home) as path, open(path, "wb") as file:
         start = time.perf_counter()
         file.write(block)
         file.flush()
@@ -101,7 +101,7 @@ def look_at_disk(bench: Bench, before: list[Any]) -> dict[str, Any] | None:
         start = time.perf_counter()
         os.fsync(file.fileno())
         sync = time.perf_counter() - start
-    bench.checkpoint_s = nbytes / WRITTEN * bulk
+    ctx.checkpoint_s = nbytes / WRITTEN * bulk
     return {"bytes": nbytes, "free": free, "files": files, "rate": WRITTEN / bulk, "sync": sync}
 
 
@@ -111,14 +111,14 @@ def room(place: Path) -> tuple[int, int | None]:
     return disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else None
 
 
-def judge_disk(bench: Bench, facts: list[dict[str, Any] | None]) -> Iterator[Finding]:
+def judge_disk(ctx: CheckContext, facts: list[dict[str, Any] | None]) -> Iterator[Finding]:
     fact = facts[0]
     assert fact is not None
-    assert bench.checkpoint_s is not None
-    count = checkpoint_count(bench.config)
+    assert ctx.checkpoint_s is not None
+    count = checkpoint_count(ctx.config)
     needed = count * fact["bytes"]
     text = f"{count} of about {size(fact['bytes'])} each need {size(needed)}"
-    there = f"{size(fact['free'])} are free in {bench.home} ({file_system(bench.home)})"
+    there = f"{size(fact['free'])} are free in {ctx.home} ({file_system(ctx.home)})"
     remedy = "another run.dir, fewer of checkpoint.keep, or a larger checkpoint.keep_every"
     if fact["free"] < needed:
         yield fail(f"{text}, {there}", remedy)
@@ -127,14 +127,14 @@ def judge_disk(bench: Bench, facts: list[dict[str, Any] | None]) -> Iterator[Fin
     else:
         yield ok(f"{text}, {there}; a quota is not seen here")
     if fact["files"] is not None and fact["files"] < 1000:
-        text = f"only {fact['files']} more files can be made in {bench.home}"
+        text = f"only {fact['files']} more files can be made in {ctx.home}"
         yield fail(text, "remove some (df -i)")
     rate = f"{size(fact['rate'])}/s, fsync {fact['sync'] * 1000:.0f} ms"
-    if bench.checkpoint_s > LONG_S:
-        text = f"a checkpoint would take {bench.checkpoint_s:.0f} s ({rate})"
+    if ctx.checkpoint_s > LONG_S:
+        text = f"a checkpoint would take {ctx.checkpoint_s:.0f} s ({rate})"
         yield warn(text, "a faster run.dir, or fewer saves (checkpoint.every_steps)")
     else:
-        yield ok(f"writing goes at {rate}: about {bench.checkpoint_s:.2g} s for a checkpoint")
+        yield ok(f"writing goes at {rate}: about {ctx.checkpoint_s:.2g} s for a checkpoint")
 
 
 FOLDER = Check("run folder", (choose_folder, know_folder), judge_folder)

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ddp_ssl.config import files
 from ddp_ssl.config.schema import Config
 from ddp_ssl.config.section import S, Section
 from ddp_ssl.config.views import ViewGroup
@@ -132,10 +133,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
             )
         elif path is not None:
             raise ConfigError(f"{argument}: one config file is accepted, {path} is given already")
-        elif not argument.endswith((".yaml", ".yml")) and not Path(argument).exists():
-            raise ConfigError(f"{argument}: expected CONFIG.yaml or key=value")
-        else:
-            path = Path(argument)
+        elif (path := files.find(argument)) is None:
+            raise ConfigError(files.unknown(argument))
     return path, overrides
 
 

@@ -107,7 +107,7 @@ class Data(Section):
     `tiny_imagenet`, `cinic10`, `blood`, `organa`, `organc`, `organs`, `digits`, `folder` or `list`;
     docs/data.md says what each one looks for."""
     root: str | None = None
-    """Folder of the data, or of shards that `tools/pack_shards.py` made of them. `folder`: class
+    """Folder of the data, or of shards that `ddp-ssl pack-shards` made of them. `folder`: class
     folders under `train/` and `val/`, class folders, or a flat folder of unlabelled images."""
     files: str | None = None
     """`name: list`: a text or CSV file with a path and, if there are labels, a class per line;
@@ -118,7 +118,7 @@ class Data(Section):
     """Seeded share of the training images used for pretraining; the probe and k-NN of
     `ddp_ssl.evaluate` keep all labels."""
     skip: str | None = None
-    """File of images to leave out, one path a line, as `tools/check_data.py` writes it."""
+    """File of images to leave out, one path a line, as `ddp-ssl check-data` writes it."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Images that cannot be decoded are replaced and listed; a larger share stops the run."""
     reader: Literal["indexed", "streamed"] = "indexed"

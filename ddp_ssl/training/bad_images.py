@@ -71,7 +71,7 @@ class BadImageList:
             f"data.max_bad_fraction: {count} of {self._images} images cannot be used, more than "
             f"{bound:g} of them; the first is {printable(first)} ({self._listed[first]}), all are "
             f"in {self._path}. Mend them or raise data.max_bad_fraction, and go on with "
-            "run.resume=auto; tools/check_data.py finds all there are, data.skip leaves them out "
+            "run.resume=auto; ddp-ssl check-data finds all there are, data.skip leaves them out "
             "of a new run"
         )
 

@@ -227,9 +227,9 @@ def test_another_error_of_dali_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_list_of_a_run_can_be_skipped(tmp_path: Path) -> None:
     """Names of any bytes, files and shards: what the loader lists is what `data.skip` takes."""
+    from ddp_ssl.commands import pack_shards
     from ddp_ssl.config import Data
     from ddp_ssl.data.datasets import registry
-    from tools import pack_shards
 
     for i in range(IMAGES):
         name = os.fsencode(f"{i:02d}").replace(b"7", b"\xff\xe9") + b".jpg"

@@ -1,4 +1,4 @@
-"""tools/pack_shards.py where it must stop: no room, a wrong `--out`, nothing to pack, Ctrl-C."""
+"""ddp-ssl pack-shards where it must stop: no room, a wrong `--out`, nothing to pack, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from ddp_ssl.commands import pack_shards, shard_writer
 from ddp_ssl.data.datasets.shards import open_shards
 from tests.data.images import write
-from tools import pack_shards
 
 
 @pytest.fixture(autouse=True)
@@ -75,10 +75,10 @@ def test_a_small_disk_is_known_at_once(
 def test_the_room_that_is_asked_for_is_what_is_taken(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plans: list[pack_shards.Shard] = []
+    plans: list[shard_writer.Shard] = []
     plan = pack_shards._plan
 
-    def spied(*arguments: Any) -> list[pack_shards.Shard]:
+    def spied(*arguments: Any) -> list[shard_writer.Shard]:
         made = plan(*arguments)
         plans.extend(made)
         return made
@@ -150,7 +150,7 @@ def test_a_disk_that_becomes_read_only(
     def fails(*_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path / "out" / "x"))
 
-    monkeypatch.setattr(pack_shards, "_note", fails)
+    monkeypatch.setattr(shard_writer, "_note", fails)
     assert pack(files, tmp_path / "out") == 1
     assert said(capsys) == f"pack_shards: error: {tmp_path}/out/x: Read-only file system"
 
@@ -188,8 +188,9 @@ def test_a_suggested_key_is_quoted(
 def test_ctrl_c_is_one_line(files: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code = (
-        "import sys, time; from tools import pack_shards as p; read = p._read\n"
-        "p._read = lambda *a: (time.sleep(0.2), read(*a))[1]\n"
+        "import sys, time; from ddp_ssl.commands import pack_shards as p, shard_writer as w\n"
+        "read = w._read\n"
+        "w._read = lambda *a: (time.sleep(0.2), read(*a))[1]\n"
         "sys.exit(p.main(sys.argv[1:]))"
     )
     arguments = ["--out", str(out), "--shard-size", "8e3", "data.name=folder", f"data.root={files}"]

@@ -1,4 +1,4 @@
-"""tools/prepare_data.py: what is there, what is missing, and downloads from this machine."""
+"""ddp-ssl prepare-data: what is there, what is missing, and downloads from this machine."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 
+from ddp_ssl.commands import prepare_data
+from ddp_ssl.commands.prepare_data import Counts, main
 from tests.data.images import write
-from tools import prepare_data
-from tools.prepare_data import Counts, main
 
 
 @pytest.fixture

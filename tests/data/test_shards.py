@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddp_ssl.commands import pack_shards, shard_writer
 from ddp_ssl.config import Data
 from ddp_ssl.data.datasets import registry, shards, staging
 from ddp_ssl.data.datasets.base import Dataset, Definition
 from ddp_ssl.data.datasets.shards import open_shards
 from ddp_ssl.data.datasets.split import Split
 from tests.data.images import picture, write
-from tools import pack_shards
 
 SIZE = 20_000  # bytes of a shard: a few pictures
 
@@ -32,7 +32,7 @@ SIZE = 20_000  # bytes of a shard: a few pictures
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DDP_SSL_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(pack_shards, "RETRIES", ())
+    monkeypatch.setattr(shard_writer, "RETRIES", ())
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_the_seed_decides_every_byte(files: Path, packed: Path, tmp_path: Path) 
     assert pack(files, tmp_path / "other", seed=1) == 0
     same, other, first = (contents(p) for p in (tmp_path / "same", tmp_path / "other", packed))
     for name in first:
-        if name != pack_shards.JOURNAL:  # whose lines are in the order of the threads
+        if name != shard_writer.JOURNAL:  # whose lines are in the order of the threads
             assert same[name] == first[name], name
     assert other["train-00000.tar"] != first["train-00000.tar"]
     assert open_shards(tmp_path / "other").train.digest == open_shards(packed).train.digest
@@ -260,7 +260,7 @@ def spoil_index(out: Path) -> None:
 
 def forget(out: Path) -> None:
     """Killed while it wrote the journal: the last line is torn."""
-    journal = out / pack_shards.JOURNAL
+    journal = out / shard_writer.JOURNAL
     journal.write_bytes(journal.read_bytes()[:-20])
 
 
@@ -276,18 +276,18 @@ def test_packing_goes_on(
     (copy / shards.ABOUT).unlink()
     (copy / ".part-train-00009.tar").write_bytes(b"half")
     damage(copy)
-    written, write_shard = [], pack_shards._write_shard
+    written, write_shard = [], shard_writer._write_shard
 
-    def spied(split: Split, shard: pack_shards.Shard, *rest: object) -> object:
+    def spied(split: Split, shard: shard_writer.Shard, *rest: object) -> object:
         written.append(shard.tar)
         return write_shard(split, shard, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pack_shards, "_write_shard", spied)
+    monkeypatch.setattr(shard_writer, "_write_shard", spied)
     assert pack(files, copy) == 0
     assert len(written) == 1
     again, first = contents(copy), contents(packed)
     for name in first:
-        assert again[name] == first[name] or name == pack_shards.JOURNAL, name
+        assert again[name] == first[name] or name == shard_writer.JOURNAL, name
     assert not list(copy.glob(".part-*"))
     written.clear()
     assert pack(files, copy) == 0
@@ -299,7 +299,7 @@ def test_a_killed_process_leaves_nothing_that_looks_whole(files: Path, tmp_path:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         calls: list[Path] = []
-        read_back = pack_shards._read_back
+        read_back = shard_writer._read_back
 
         def dies(part: Path, *rest: object) -> None:
             calls.append(part)
@@ -307,7 +307,7 @@ def test_a_killed_process_leaves_nothing_that_looks_whole(files: Path, tmp_path:
                 raise OSError(5, "Input/output error")
             read_back(part, *rest)  # type: ignore[arg-type]
 
-        patch.setattr(pack_shards, "_read_back", dies)
+        patch.setattr(shard_writer, "_read_back", dies)
         assert pack(files, out) == 1
     assert not shards.is_shards(out)
     assert 0 < len(list(out.glob("[!.]*.tar"))) <= 3
@@ -468,7 +468,7 @@ def test_staged_copies_are_the_same(packed: Path, tmp_path: Path) -> None:
     stamp = hashlib.sha256((packed / shards.ABOUT).read_bytes()).hexdigest()[:12]
     assert copy == tmp_path / "disk" / "deep" / f"folder-{stamp}"
     mine, other = contents(copy), contents(packed)
-    del other[pack_shards.JOURNAL]
+    del other[shard_writer.JOURNAL]
     assert mine == other
     split, moved = open_shards(packed).train, open_shards(copy).train
     # A list for `data.skip` made of the one names the images of the other.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from ddp_ssl.commands import pack_shards
 from ddp_ssl.config import ConfigError, Data
 from ddp_ssl.config.views import View
 from ddp_ssl.data.datasets import registry
@@ -20,7 +21,6 @@ from tests.helpers import config_of
 from tests.ranks import Ranks
 from tests.test_data_runs import ids_of, watch
 from tests.test_resume import arguments, rows, train
-from tools import pack_shards
 
 IMAGES = 36
 

@@ -1,4 +1,4 @@
-"""tools/check_data.py and the decoder behind it: what is found, and what is let through."""
+"""ddp-ssl check-data and the decoder behind it: what is found, and what is let through."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddp_ssl.commands import check_data, pack_shards
 from ddp_ssl.config import Data
 from ddp_ssl.data.datasets import registry, shards
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.decodable import Decoder, looks_whole
 from tests.data.images import picture, write
-from tools import check_data, pack_shards
 
 
 @pytest.fixture(autouse=True)
@@ -152,8 +152,9 @@ def checked(
     """
     out = tmp_path_factory.mktemp("checked") / "bad.txt"
     done = subprocess.run(
-        [sys.executable, check_data.__file__, *(["--full"] if request.param == "full" else []),
-         "--out", str(out), "--workers", "2", "data.name=folder", f"data.root={files}"],
+        [sys.executable, "-m", "ddp_ssl.cli", "check-data",
+         *(["--full"] if request.param == "full" else []), "--out", str(out), "--workers", "2",
+         "data.name=folder", f"data.root={files}"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return request.param == "full", out, done.returncode, done.stderr
@@ -301,7 +302,8 @@ def test_only_what_is_not_written_is_said_to_be(
 
 def in_process(root: Path, out: Path, *more: str, code: str = "") -> subprocess.Popen[str]:
     """In a process group of its own: the tool forks."""
-    code = f"import sys, time; from tools import check_data as c\n{code}\nsys.exit(c.main())"
+    begin = "import sys, time; from ddp_ssl.commands import check_data as c"
+    code = f"{begin}\n{code}\nsys.exit(c.main())"
     arguments = ["--out", str(out), "--workers", "3", "data.name=folder", f"data.root={root}"]
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments, *more],

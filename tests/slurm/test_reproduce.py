@@ -1,4 +1,4 @@
-"""`tools/reproduce.py --launcher slurm` on a real Slurm: submitted once, queued, collected."""
+"""`ddp-ssl reproduce --launcher slurm` on a real Slurm: submitted once, queued, collected."""
 
 from __future__ import annotations
 

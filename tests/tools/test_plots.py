@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 from scipy.stats import pearsonr
 
+from ddp_ssl import reproduction
+from ddp_ssl.commands import plot_balance, plot_dynamics
+from ddp_ssl.commands.plot_balance import Model, correlations
 from ddp_ssl.evals import dynamics
-from tools import plot_balance, plot_dynamics
-from tools.plot_balance import Model, correlations
 
-TABLE_18 = Path(__file__).parents[2] / "docs" / "data" / "adadim_table18.csv"
+TABLE_18 = Path(reproduction.__file__).with_name("adadim_table18.csv")
 
 
 def write_run(folder: Path, rows: list[dict[str, Any]], method: str = "simclr") -> Path:
@@ -120,7 +121,7 @@ def test_a_line_that_is_no_row_is_one_line(
     (folder / "metrics.jsonl").write_text(line + "\n")
     assert tool.main([str(folder)]) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"{tool.__name__.partition('.')[2]}: error: {folder}")
+    assert said.startswith(f"{tool.__name__.rpartition('.')[2]}: error: {folder}")
 
 
 @pytest.mark.parametrize("tool", [plot_dynamics, plot_balance])

@@ -1,4 +1,4 @@
-"""tools/reproduce.py: every config is valid, runs are kept and resumed, tables are right."""
+"""ddp-ssl reproduce: every config is valid, runs are kept and resumed, tables are right."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ import yaml
 from PIL import Image
 
 from ddp_ssl import submit
+from ddp_ssl.commands import reproduce
 from ddp_ssl.config import Config
-from ddp_ssl.run.configure import load
-from ddp_ssl.run.identity import identity
-from tools import reproduce
-from tools.reproduction import (
+from ddp_ssl.config.files import FOLDER
+from ddp_ssl.reproduction import (
     adadim,
     configs,
     cost,
@@ -39,7 +38,9 @@ from tools.reproduction import (
     sphere,
     theorem,
 )
-from tools.reproduction.cells import CONFIGS, ROOT, Cell, Table, _published
+from ddp_ssl.reproduction.cells import Cell, Table, _published
+from ddp_ssl.run.configure import load
+from ddp_ssl.run.identity import identity
 
 TABLES = [t for t in reproduce.EVERYTHING.values() if isinstance(t, Table)]
 
@@ -135,13 +136,13 @@ def test_the_small_scale_has_the_rows_that_are_promised() -> None:
      ("medmnist", "blood"), ("medmnist", "organs"), ("cifar", "cifar100")],
 )  # fmt: skip
 def test_adadim_on_a_data_set_is_the_recipe_in_its_folder(folder: str, dataset: str) -> None:
-    recipe = load([str(CONFIGS / folder / "adadim.yaml"), f"data.name={dataset}"]).config
+    recipe = load([str(FOLDER / folder / "adadim.yaml"), f"data.name={dataset}"]).config
     assert identity(full("table15", "AdaDim", dataset)) == identity(recipe)
 
 
 def test_table_6_and_12_are_the_files_as_they_are() -> None:
     for made in table("table6").cells("cifar100"):
-        of_file = load([str(CONFIGS / made.base)]).config
+        of_file = load([str(FOLDER / made.base)]).config
         assert identity(configs.resolve(made, "full", 0).config) == identity(of_file)
     for made in table("table12").cells("imagenet100"):
         assert not made.overrides
@@ -683,7 +684,7 @@ def test_two_shells_do_not_train_in_one_folder(
         fcntl.flock(other, fcntl.LOCK_EX)
         assert reproduce.main(command) == 1
     assert run.state() == "not run"
-    assert "another tools/reproduce.py is at it" in capsys.readouterr().err
+    assert "another reproduce is at it" in capsys.readouterr().err
     assert reproduce.main(command) == 0
     assert run.state() == "done"
 
@@ -803,7 +804,7 @@ def test_evaluations_are_submitted_once_with_the_words_of_submit(
     words = "--gpus-per-node 4 --partition gpu --time 12:00:00 --sbatch qos=high"
     assert reproduce.main([*command, words]) == 0
     text = said.read_text()
-    given = text.split("--chdir")[0].split()
+    given = text.split("--output")[0].split()
     assert given == ["--parsable", "--gpus-per-node=1", "--partition=gpu", "--time=720",
                      "--qos=high"]  # fmt: skip
     assert "ddp_ssl.evaluate linear" in text
@@ -814,7 +815,7 @@ def test_evaluations_are_submitted_once_with_the_words_of_submit(
     assert said.read_text() == text
     assert "1 runs, 1 ended or queued" in capsys.readouterr().out
     # Training on CPUs asks for no GPU.
-    assert not any("gpu" in word for word in runs._evaluation_options(["--tasks-per-node", "4"]))
+    assert not any("gpu" in word for word in reproduce.sbatch_options(["--tasks-per-node", "4"]))
     for wrong, part in {"--partitoin gpu": "--partitoin is no option", "--time x": "'x' is not a"
                         }.items():  # fmt: skip
         (tmp_path / "full" / "cifar10" / planned[0].cell.run
@@ -942,7 +943,9 @@ def test_the_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_reader_that_stops_is_no_error() -> None:
     command = f"set -o pipefail; {sys.executable} tools/reproduce.py --list | head -c 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=FOLDER.parent
+    )
     assert (done.stdout, done.stderr) == ("A", "")
 
 

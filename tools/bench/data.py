@@ -44,6 +44,7 @@ from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import InterpolationMode, v2
 
+from ddp_ssl.commands import pack_shards
 from ddp_ssl.config.views import RECIPES, View
 from ddp_ssl.data.datasets.shards import open_shards
 from ddp_ssl.data.datasets.split import Split
@@ -52,9 +53,6 @@ from ddp_ssl.data.loading.formats import Decoding, PixelFormat
 from ddp_ssl.data.loading.loader import StreamLoader, TrainLoader
 from ddp_ssl.data.loading.order import Order
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import pack_shards
 
 Pixels = NDArray[np.uint8]
 FORM = PixelFormat((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

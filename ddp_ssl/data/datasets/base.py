@@ -80,4 +80,4 @@ def absolute(path: str) -> Path:
 def prepare(data: Data) -> str:
     """The command that fetches and checks a data set."""
     root = shlex.quote(data.root) if data.root else "FOLDER"
-    return f"python tools/prepare_data.py {data.name} {root}"
+    return f"ddp-ssl prepare-data {data.name} {root}"

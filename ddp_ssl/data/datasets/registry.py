@@ -39,7 +39,7 @@ def definition_of(data: Data) -> Definition:
         if value != reset:
             raise ValueError(
                 f"data.{key}: {value} is for shards, and {data.root or 'data.root'} holds no "
-                f"{shards.ABOUT}; tools/pack_shards.py makes them"
+                f"{shards.ABOUT}; ddp-ssl pack-shards makes them"
             )
     if data.name not in DATASETS:
         close = difflib.get_close_matches(data.name, DATASETS, 1, 0.4)
@@ -73,7 +73,7 @@ def find(data: Data) -> None:
     if data.skip and not absolute(data.skip).is_file():
         raise ValueError(
             f"data.skip: {absolute(data.skip)} is not a file; accepted: a list of images, one path "
-            "a line, as tools/check_data.py writes it"
+            "a line, as ddp-ssl check-data writes it"
         )
 
 

@@ -1,6 +1,6 @@
 """Data sets packed into tar shards: a folder with `shards.json`. numpy only.
 
-`tools/pack_shards.py` writes the folder and `shards.json` last of all. For `train` and `val` it
+`ddp-ssl pack-shards` writes the folder and `shards.json` last of all. For `train` and `val` it
 holds the tar files, DALI's index of each (`.idx`), and arrays in the order of the original ids, so
 that a run on shards sees the same images as a run on the files. Images stand in the tars under
 numbers. Their names are in an array and are never used as paths.
@@ -52,13 +52,13 @@ def describe(root: Path, remote: bool = False) -> dict[str, Any]:
 
     With `remote` the tar files of the training images are elsewhere and are not looked for.
     """
-    again = "copy it again, or pack it again with tools/pack_shards.py"
+    again = "copy it again, or pack it again with ddp-ssl pack-shards"
     try:
         about = json.loads((root / ABOUT).read_text())
         if about["format"] != FORMAT:
             raise ValueError(
                 f"data.root: {root} holds shards of format {about['format']}; accepted: {FORMAT}, "
-                "as this version's tools/pack_shards.py writes it"
+                "as this version's ddp-ssl pack-shards writes it"
             )
         tars = [(tar["file"], tar["bytes"]) for s in about["splits"].values() for tar in s["tars"]]
         damaged = "train" not in about["splits"] or not {"name", "class_names", "extensions"} <= {
@@ -95,7 +95,7 @@ def _open_split(root: Path, name: str, kept: dict[str, Any]) -> Split:
         if not fits:
             raise ValueError(
                 f"data.root: {path} is missing or damaged; copy it again, or pack the data again "
-                "with tools/pack_shards.py"
+                "with ddp-ssl pack-shards"
             )
         arrays[key] = np.asarray(mapped)  # `memmap` itself makes every index slower
     paths = tuple(str(root / tar["file"]) for tar in kept["tars"])

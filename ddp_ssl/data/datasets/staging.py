@@ -153,6 +153,6 @@ def _copy(
         part.unlink()
         raise ValueError(
             f"data.root: {source} is damaged (its checksum differs from {ABOUT}'s); "
-            "pack it again with tools/pack_shards.py"
+            "pack it again with ddp-ssl pack-shards"
         )
     part.rename(target / source.name)

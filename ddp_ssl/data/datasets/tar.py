@@ -65,7 +65,7 @@ class Shards:
         for missing in [path for path in indices if not os.path.isfile(path)][:1]:
             raise ValueError(
                 f"data.root: {missing} is missing, which data.reader=streamed needs; copy it "
-                "again, or pack it again with tools/pack_shards.py"
+                "again, or pack it again with ddp-ssl pack-shards"
             )
         if url is None:
             return {"paths": list(self.paths), "indices": indices}

@@ -264,7 +264,7 @@ class StreamLoader(TrainLoader):
     def _error(self, error: Exception) -> RuntimeError:
         return UnreadableError(
             f"{dali_message(error)}; a streamed run cannot replace a bad image: "
-            "tools/check_data.py finds it, data.skip leaves it out of new shards, "
+            "ddp-ssl check-data finds it, data.skip leaves it out of new shards, "
             "data.reader=indexed replaces it"
         )
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from ddp_ssl.config import Config, ConfigError, Resolved
 from ddp_ssl.data.datasets import digits
 from ddp_ssl.data.datasets.cache import write_atomically
+from ddp_ssl.reproduction.cells import Cell
 from ddp_ssl.run.configure import load
 from ddp_ssl.run.identity import identity
-
-from .cells import Cell
 
 # Of the epochs a tenth, but not fewer than 40 (440 steps of 128 images).
 SHARE, LEAST = 10, 40

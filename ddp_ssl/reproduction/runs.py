@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import os
@@ -18,11 +17,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from ddp_ssl import submit as submitting
 from ddp_ssl.config import ConfigError
-
-from . import configs
-from .cells import ROOT, Cell, Table
+from ddp_ssl.reproduction import configs
+from ddp_ssl.reproduction.cells import Cell, Table
 
 OFFLINE = "linear"  # the measure that the offline evaluation makes
 NEGATIVE = "digits-in-negative"
@@ -158,12 +155,15 @@ def evaluate_command(run: Run, roots: dict[str, str], extra: Sequence[str] = ())
 
 
 def submit_commands(
-    runs: Sequence[Run], options: Sequence[str], roots: dict[str, str]
+    runs: Sequence[Run], options: Sequence[str], sbatch: Sequence[str], roots: dict[str, str]
 ) -> list[tuple[list[Run], list[str]]]:
-    """Through `ddp_ssl.submit`: the seeds of a cell are one array; evaluations are jobs apart."""
+    """Commands that submit runs: the seeds of a cell as one array, an evaluation as its own job.
+
+    `options` are those of `ddp_ssl.submit`, for training; `sbatch` are sbatch's, for evaluations.
+    """
     by_cell: dict[Path, list[Run]] = {}
     commands: list[tuple[list[Run], list[str]]] = []
-    evaluation = ["sbatch", "--parsable", *_evaluation_options(options), f"--chdir={ROOT}"]
+    evaluation = ["sbatch", "--parsable", *sbatch]
     for run in runs:
         if run.state() == "to evaluate":
             wrapped = shlex.join(evaluate_command(run, roots))
@@ -179,34 +179,6 @@ def submit_commands(
             "--run-dir", str(place), *options,
         ]))  # fmt: skip
     return commands
-
-
-def _evaluation_options(options: Sequence[str]) -> list[str]:
-    """sbatch's options of an evaluation: submit's, but one process, so one GPU if GPUs are asked.
-
-    Raises `ConfigError` for what `ddp_ssl.submit` does not know.
-    """
-    parser = submitting._parser()
-    parser.exit_on_error = False
-    try:
-        given, unknown = parser.parse_known_args(options)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"--submit: {error}") from None
-    unknown += given.arguments
-    if unknown:
-        raise ConfigError(
-            f"--submit: {unknown[0]} is no option of python -m ddp_ssl.submit, whose --help lists "
-            "them; key=value for every run stands outside --submit"
-        )
-    words = {
-        "gpus-per-node": 1 if given.gpus_per_node else None,
-        "cpus-per-task": given.cpus_per_task,
-        "partition": given.partition,
-        "account": given.account,
-        "time": given.time,
-    }
-    words |= dict(given.sbatch)  # the user's own word, such as gres, wins
-    return [f"--{name}={value}" for name, value in words.items() if value is not None]
 
 
 # --- starting ----------------------------------------------------------------------------------
@@ -259,7 +231,7 @@ def _one(run: Run, slot: int, parallel: int, processes: int, roots: dict[str, st
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return "not started: another tools/reproduce.py is at it on this machine"
+            return "not started: another reproduce is at it on this machine"
         if run.state() == "done":  # that one has ended in the meantime
             return None
         return _train_and_evaluate(run, slot, parallel, processes, roots, lock.fileno())
@@ -280,7 +252,7 @@ def _train_and_evaluate(
             file.write(f"$ {shlex.join(command)}\n".encode())
             file.flush()
             # A run that outlives a killed shell keeps the lock.
-            done = subprocess.run(command, stdout=file, stderr=file, env=environment, cwd=ROOT,
+            done = subprocess.run(command, stdout=file, stderr=file, env=environment,
                                   pass_fds=[lock])  # fmt: skip
         if done.returncode:
             return f"failed with {done.returncode}: {_last_line(log)} ({log})"
@@ -292,8 +264,6 @@ def _train_and_evaluate(
 def _environment(slot: int, parallel: int, processes: int) -> tuple[dict[str, str], list[str]]:
     """GPUs shared out among runs at the same time; on CPUs one thread each."""
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     gpus = visible_gpus()
     if gpus:
         mine = gpus[slot * processes : (slot + 1) * processes]
@@ -327,7 +297,7 @@ def submit(
     for group, command in commands:
         if len(group) > 1:
             _link_array(group)
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True)
         name = f"{group[0].cell.group}, {group[0].cell.row}"
         numbers = re.findall(r"^(?:job +)?(\d+(?:_\d+)?)", done.stdout, re.MULTILINE)
         if done.returncode or not numbers:
@@ -394,5 +364,5 @@ def write_configs(
         root = roots.get(resolved.config.data.name)
         if root is not None:
             resolved = configs.resolve(run.cell, scale, run.seed, [*keys, f"data.root={root}"])
-        heading = f"{what}: {run.label}; written by tools/reproduce.py"
+        heading = f"{what}: {run.label}; written by ddp-ssl reproduce"
         configs.write(run.config, resolved, heading, keep=run.state() == "queued")

@@ -8,15 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cells import ROOT
-from .results import ENDED, Row, bests, curve, entropies, law, searched
-from .runs import Run
-
-TOOLS = {"dynamics": "plot_dynamics.py", "balance": "plot_balance.py"}
+from ddp_ssl.config import ConfigError
+from ddp_ssl.reproduction import figures
+from ddp_ssl.reproduction.results import ENDED, Row, bests, curve, entropies, law, searched
+from ddp_ssl.reproduction.runs import Run
 
 
 def draw(kind: str, groups: dict[str, list[Row]], file: Path) -> str:
-    """Draw what there is into `file`, or beside it a picture for each group; what is to be told."""
+    """Draw the ended runs into `file`, or one picture a group beside it; returns what was made."""
     ended = {
         group: [run for row in rows for run in row.runs if run.state() in ENDED]
         for group, rows in groups.items()
@@ -25,13 +24,16 @@ def draw(kind: str, groups: dict[str, list[Row]], file: Path) -> str:
         return "no picture: no run has ended yet"
     own = {"pareto": _pareto, "entropy": _entropy, "curves": _curves, "coefficient": _coefficient}
     if kind in own:
-        own[kind](groups, file)
+        try:
+            own[kind](groups, file)
+        except ConfigError as error:  # matplotlib is not installed
+            return f"no picture: {error}"
         return f"picture: {file}"
     if kind == "dynamics":  # one seed: more make it unreadable
         first = [run for group in ended.values() for run in group if run.seed == 0]
-        return _with_tool(kind, first, file) if first else "no picture: seed 0 has not ended yet"
+        return _plot(kind, first, file) if first else "no picture: seed 0 has not ended yet"
     return "\n".join(
-        _with_tool(kind, members, _named(file, group, len(ended)), "--together")
+        _plot(kind, members, _named(file, group, len(ended)), "--together")
         for group, members in ended.items()
         if len(members) > 2
     )
@@ -42,10 +44,11 @@ def _named(file: Path, group: str, groups: int) -> Path:
     return file if groups == 1 else file.with_name(f"{file.stem}-{plain}.png")
 
 
-def _with_tool(kind: str, ended: Sequence[Run], file: Path, *options: str) -> str:
+def _plot(kind: str, ended: Sequence[Run], file: Path, *options: str) -> str:
+    """Call `ddp-ssl plot`; returns what it made, or its error."""
     folders = list(dict.fromkeys(str(run.folder) for run in ended))
-    command = [sys.executable, str(ROOT / "tools" / TOOLS[kind]), *folders, "--out", str(file)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", "ddp_ssl.cli", "plot", kind, *folders, "--out", str(file)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
     if done.returncode:
         return f"no picture: {(done.stderr or done.stdout).strip().splitlines()[-1][:300]}"
     return f"picture: {file}"
@@ -53,11 +56,7 @@ def _with_tool(kind: str, ended: Sequence[Run], file: Path, *options: str) -> st
 
 def _entropy(groups: dict[str, list[Row]], file: Path) -> None:
     """Rényi entropy over effective rank, of seed 0: a line over training, a dot at its end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = figures.pyplot()
     figure, axes = pyplot.subplots(1, len(groups), figsize=(6 * len(groups), 4.5), squeeze=False)
     for axis, (group, rows) in zip(axes[0], groups.items(), strict=True):
         for row in rows:
@@ -76,11 +75,7 @@ def _entropy(groups: dict[str, list[Row]], file: Path) -> None:
 
 def _pareto(groups: dict[str, list[Row]], file: Path) -> None:
     """Accuracy over minutes of training, a line for each number of views."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = figures.pyplot()
     figure, axes = pyplot.subplots(1, len(groups), figsize=(5 * len(groups), 4), squeeze=False)
     for axis, (group, rows) in zip(axes[0], groups.items(), strict=True):
         lines: dict[str, list[tuple[float, float]]] = {}
@@ -102,12 +97,9 @@ def _pareto(groups: dict[str, list[Row]], file: Path) -> None:
 
 def _curves(groups: dict[str, list[Row]], file: Path) -> None:
     """The online probe over epochs and over minutes of training: mean and deviation over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import numpy as np
-    from matplotlib import pyplot
 
+    pyplot = figures.pyplot()
     figure, axes = pyplot.subplots(
         len(groups), 2, figsize=(11, 4 * len(groups)), squeeze=False, sharey="row"
     )
@@ -139,11 +131,7 @@ def _curves(groups: dict[str, list[Row]], file: Path) -> None:
 
 def _coefficient(groups: dict[str, list[Row]], file: Path) -> None:
     """Accuracy over the coefficient, a line for each width; the best ones over 1 / width."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = figures.pyplot()
     figure, axes = pyplot.subplots(len(groups), 2, figsize=(11, 4 * len(groups)), squeeze=False)
     for (left, right), (group, rows) in zip(axes, groups.items(), strict=True):
         for width, by in searched(rows).items():

@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
+from ddp_ssl.config.files import FOLDER
 
 Number = tuple[float, float | None]  # mean, sd where there is one
 
@@ -33,8 +32,8 @@ class Cell:
 
     @property
     def arguments(self) -> list[str]:
-        """As for `ddp_ssl.run.configure.load`."""
-        return [str(CONFIGS / self.base), *self.overrides]
+        """As for `ddp_ssl.config.load`."""
+        return [str(FOLDER / self.base), *self.overrides]
 
 
 @dataclass(frozen=True)

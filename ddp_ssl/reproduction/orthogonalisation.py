@@ -1,6 +1,6 @@
 """Weak against strong orthogonalisation: what gradient descent learns in two dimensions.
 
-    python -m tools.reproduction.orthogonalisation [--out DIR] [--seeds 50]
+    python -m ddp_ssl.reproduction.orthogonalisation [--out DIR] [--seeds 50]
 
 The setting of Ghosh et al. 2024, Theorem 3.2 and appendix B: a linear network W of d outputs on
 two-dimensional data, a small start, the Barlow Twins loss sum_i (C_ii - 1)^2 + beta sum_{i != j}
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .example import run
+from ddp_ssl.reproduction import figures
+from ddp_ssl.reproduction.example import run
 
 STRENGTHS = (0.0, 1e-3, 1e-2, 0.1, 0.3, 1.0)
 WIDTHS = (2, 4, 8, 16, 32)
@@ -66,7 +67,8 @@ def train(
         (gradient,) = torch.autograd.grad(on + beta * off, w)
         w = w.detach() - RATE * gradient
         path.append(w)
-    return torch.stack(path) @ vectors
+    paths: Tensor = torch.stack(path) @ vectors
+    return paths
 
 
 def effective_rank(weights: Tensor, matrix: Tensor) -> Tensor:
@@ -74,7 +76,8 @@ def effective_rank(weights: Tensor, matrix: Tensor) -> Tensor:
     values = torch.linalg.eigvalsh(matrix).flip(0)
     singular = torch.linalg.svdvals(weights * values.clamp(min=0).sqrt())
     p = singular / singular.sum(-1, keepdim=True)
-    return torch.special.entr(p).sum(-1).exp()
+    rank: Tensor = torch.special.entr(p).sum(-1).exp()
+    return rank
 
 
 def growth_gap(path: Tensor, matrix: Tensor) -> float:
@@ -161,11 +164,7 @@ def checks(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
 
 def draw(found: dict[str, Any], file: Path) -> None:
     """Paths of two outputs, weak and strong; rank over beta and over width."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = figures.pyplot()
     paths, rank = found["paths"], found["rank"]
     figure, axes = pyplot.subplots(1, 4, figsize=(16, 4))
     for axis, beta, name in zip(axes, (WEAK, STRONG), ("weak", "strong"), strict=False):

@@ -14,9 +14,8 @@ from typing import Any
 
 from ddp_ssl.config import ConfigError
 from ddp_ssl.logs.writer import read_metrics
-
-from .cells import Cell, Number, Table, published_correlations
-from .runs import Run
+from ddp_ssl.reproduction.cells import Cell, Number, Table, published_correlations
+from ddp_ssl.reproduction.runs import Run
 
 TITLES = {
     "probe": "online probe, %",

@@ -1,6 +1,6 @@
 """Theorem 3.1 on finite graphs of augmentations: what the losses' minimisers span.
 
-    python -m tools.reproduction.theorem [--out DIR] [--starts 5]
+    python -m ddp_ssl.reproduction.theorem [--out DIR] [--starts 5]
 
 Ghosh et al. 2024, Theorem 3.1, Lemma B.2, Theorem B.3 and section C.2. Functions live on the looks
 that augmentations can have, with inner product <f, g> = sum_x p(x) f(x) g(x). `T_M f` is the mean
@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from ddp_ssl.losses import barlow_twins, spectral_contrastive, vicreg
-
-from . import graph
-from .example import Claim, run
+from ddp_ssl.reproduction import figures, graph
+from ddp_ssl.reproduction.example import Claim, run
 
 IMAGES, LOOKS, COUNT, WIDTH = 6, 9, 12, 3
 """Each image has COUNT equally likely augmentations among LOOKS; WIDTH features are learned."""
@@ -127,7 +126,8 @@ def minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> list[Tensor]:
 def orthonormal(f: Tensor, inner: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """f with <f_i, f_j> = 1 or 0, the span being the same; differentiable."""
     upper = torch.linalg.cholesky(inner(f, f)).mT
-    return torch.linalg.solve_triangular(upper, f, upper=True, left=False)
+    solved: Tensor = torch.linalg.solve_triangular(upper, f, upper=True, left=False)
+    return solved
 
 
 def objectives(whole: Graph, pairs: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -312,11 +312,7 @@ def checks(found: Found) -> list[Claim]:
 
 def draw(found: Found, file: Path) -> None:
     """The kernel, its eigenvalues beside what is learned, and the way there."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = figures.pyplot()
     whole = of_looks(augmentations())
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4))
     picture = axes[0].imshow(whole.kernel.numpy(), cmap="Blues", vmin=0)

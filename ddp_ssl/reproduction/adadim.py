@@ -12,8 +12,9 @@ import csv
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
-from .cells import ROOT, Cell, Simulation, Table, published
+from ddp_ssl.reproduction.cells import Cell, Simulation, Table, published
 
 # Side of the crops, whether the stem is for small images (padding 2, the code base's). The paper
 # does not say; as in `configs/`.
@@ -236,7 +237,7 @@ COLUMNS = {"probe": "accuracy", "rank": "effective_rank", "information": "mutual
 @cache
 def _models() -> list[dict[str, str]]:
     """Table 18's lines, in its order."""
-    with open(ROOT / "docs" / "data" / "adadim_table18.csv", newline="") as file:
+    with open(Path(__file__).with_name("adadim_table18.csv"), newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -408,9 +409,9 @@ TABLES: list[Table | Simulation] = [
           ("cifar100", "cifar10", "tiny_imagenet"), figure1b, END,
           NO_NUMBERS + " Its three data sets are not named.", picture="dynamics"),
     Simulation("figure1c", P, "points on a sphere: more dimensions, then more uniform",
-               ("-m", "tools.reproduction.sphere", "--out", "{out}"), "seconds"),
+               ("-m", "ddp_ssl.reproduction.sphere", "--out", "{out}"), "seconds"),
     Simulation("figure2", P, "I(R;Z) of Gaussian clusters and their PCA; Equations 1 and 3",
-               ("tools/simulate_gaussian.py", "--out", "{out}"), "a minute on two cores"),
+               ("-m", "ddp_ssl.cli", "simulate", "--out", "{out}"), "a minute on two cores"),
     Table("figure3", P, "eigenvalues, uniformity and information over 2000 epochs", ("cifar100",),
           figure3, END, NO_NUMBERS + " Two of its four methods are our choice.",
           picture="dynamics"),
@@ -425,7 +426,7 @@ TABLES: list[Table | Simulation] = [
           ("rank", "entropy"), NO_NUMBERS + " Its text says only that the two are correlated; the "
           "runs are Figure 6's.", small=_everything, picture="entropy"),
     Simulation("figure11", P, "the simulation with a network for the projection",
-               ("tools/simulate_gaussian.py", "--network", "--out", "{out}"),
+               ("-m", "ddp_ssl.cli", "simulate", "--network", "--out", "{out}"),
                "minutes on two cores"),
     Table("figure12", P, "SimCLR and VICReg over 2000 epochs", ("cifar100",), figure12, END,
           NO_NUMBERS, picture="dynamics"),

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from ddp_ssl.config import read_yaml
-
-from .cells import CONFIGS, Cell
+from ddp_ssl.config.files import FOLDER
+from ddp_ssl.reproduction.cells import Cell
 
 # ResNet-50, 224 px, mixed precision, DALI, one A100: 2,470 images/s of training (NVIDIA
 # DeepLearningExamples). At 4.09 G multiplications and additions an image that is 10.1 T a second.
@@ -71,7 +71,7 @@ def cpu_minutes(tree: dict[str, Any]) -> float:
 
 @cache
 def _base(name: str) -> dict[str, Any]:
-    return read_yaml(CONFIGS / name)
+    return read_yaml(FOLDER / name)
 
 
 def outline(cell: Cell) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The augmentation graph of four images: what few augmentations hide and many show.
 
-    python -m tools.reproduction.graph [--out DIR] [--draws 2000]
+    python -m ddp_ssl.reproduction.graph [--out DIR] [--draws 2000]
 
 The setting of Ghosh et al. 2024, appendix C.3: four images, two classes, and two groups that look
 alike across the classes. An augmentation of an image looks like the image itself with probability
@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .example import run
+from ddp_ssl.reproduction import figures
+from ddp_ssl.reproduction.example import run
 
 RHO, MU, NU, DELTA = 0.5, 0.25, 0.18, 0.07
 VIEWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # augmentations drawn of each image
@@ -91,7 +92,8 @@ def class_share(f: Tensor) -> Tensor:
     on_class = (q * CLASS[:, None]).sum(-2).square().sum(-1)
     on_look = (q * LOOK[:, None]).sum(-2).square().sum(-1)
     on_both = (q * BOTH[:, None]).sum(-2).square().sum(-1)
-    return on_class / (on_class + on_look + on_both).clamp(min=1e-12)
+    share: Tensor = on_class / (on_class + on_look + on_both).clamp(min=1e-12)
+    return share
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,12 @@ def measure(draws: int) -> Found:
     for views in VIEWS:
         p = draw_augmentations(views, draws)
         a = normalised(adjacency(p))
-        share = class_share(learn(a))
+        shares = class_share(learn(a))
         gap = _along(a, CLASS) - _along(a, LOOK)
         # Of every image, the entries of its row in the order itself, class, look, both.
         own = torch.stack([p[:, i, [i, i ^ 1, i ^ 2, i ^ 3]] for i in range(4)], 1)
         rows.append((
-            share.mean().item(),
+            shares.mean().item(),
             ((gap > 1e-9).double() + 0.5 * (gap.abs() <= 1e-9)).mean().item(),
             (own[..., 1] == own[..., 2]).double().mean().item(),
             (own[..., 3] == 0).double().mean().item(),
@@ -128,8 +130,8 @@ def measure(draws: int) -> Found:
     whole = normalised(adjacency(probabilities()))
     q, _ = torch.linalg.qr(learn(whole))
     agreement = min((q * v[:, None]).sum(0).norm().item() for v in (ALL, CLASS))
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    return Found(*columns, agreement)
+    share, first, tie, no_change = (list(column) for column in zip(*rows, strict=True))
+    return Found(share, first, tie, no_change, agreement)
 
 
 def _along(a: Tensor, direction: Tensor) -> Tensor:
@@ -172,11 +174,7 @@ def checks(found: Found) -> list[tuple[str, str, bool]]:
 
 def draw(found: Found, file: Path) -> None:
     """The graph, and what is learned over the number of augmentations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = figures.pyplot()
     figure, axes = pyplot.subplots(1, 4, figsize=(16, 4))
     names = ["class 1\nlook a", "class 1\nlook b", "class 2\nlook a", "class 2\nlook b"]
     pictures = (

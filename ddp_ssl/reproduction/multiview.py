@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from .cells import Cell, Number, Simulation, Table, published
+from ddp_ssl.reproduction.cells import Cell, Number, Simulation, Table, published
 
 LOSSES = ("barlow_twins", "vicreg")
 # Side of the crops and of small ones.
@@ -322,10 +322,10 @@ TABLES: list[Table | Simulation] = [
     Table("longer", P, "400 epochs", ("cifar10",), longer, ("best", "best_epoch", "linear"),
           "best: of the online probe, over epochs.", seeds=3, picture="curves"),
     Simulation("orthogonalisation", P, "weak against strong orthogonalisation in two dimensions",
-               ("-m", "tools.reproduction.orthogonalisation", "--out", "{out}"),
+               ("-m", "ddp_ssl.reproduction.orthogonalisation", "--out", "{out}"),
                "seconds"),
     Simulation("graph", P, "the augmentation graph of four images, few against many views",
-               ("-m", "tools.reproduction.graph", "--out", "{out}"), "seconds"),
+               ("-m", "ddp_ssl.reproduction.graph", "--out", "{out}"), "seconds"),
     Simulation("theorem", P, "what the losses' minimisers span, on finite graphs",
-               ("-m", "tools.reproduction.theorem", "--out", "{out}"), "a minute"),
+               ("-m", "ddp_ssl.reproduction.theorem", "--out", "{out}"), "a minute"),
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """AdaDim's Figure 1c: 200 points on a sphere, first in more dimensions, then more uniform.
 
-    python -m tools.reproduction.sphere [--out DIR] [--repetitions 50]
+    python -m ddp_ssl.reproduction.sphere [--out DIR] [--repetitions 50]
 
 R are unit vectors in three dimensions, Z their projection to two of them. *Decorrelation*: the
 third coordinate grows from nothing, so that R goes from a circle to the sphere and Z from a line to
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ddp_ssl.metrics import effective_rank, pair_means, renyi_entropy
-
-from .example import Claim, run
+from ddp_ssl.reproduction import figures
+from ddp_ssl.reproduction.example import Claim, run
 
 POINTS, CLUSTERS = 200, 5
 STEPS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
@@ -34,7 +34,8 @@ MEASURES = ("effective rank of R", "entropy of R", "I(R;Z)", "uniformity of R", 
 
 def unit(x: Tensor) -> Tensor:
     """Rows of length one."""
-    return x / x.norm(dim=1, keepdim=True)
+    rows: Tensor = x / x.norm(dim=1, keepdim=True)
+    return rows
 
 
 def decorrelated(share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -60,8 +61,8 @@ PHASES = {"decorrelation": decorrelated, "spread": spread}
 def describe(r: Tensor, z: Tensor) -> list[float]:
     """What `MEASURES` names; entropies are matrix-based, of order 2, in nats."""
     pairs = pair_means(r, z)
-    return [effective_rank(r), renyi_entropy(r), pairs.mutual_information, pairs.uniformity_r,
-            pairs.uniformity_z]  # fmt: skip
+    return [float(effective_rank(r)), renyi_entropy(r), pairs.mutual_information,
+            pairs.uniformity_r, pairs.uniformity_z]  # fmt: skip
 
 
 def uniform_uniformity(dimension: int) -> float:
@@ -164,11 +165,7 @@ def checks(found: Found) -> list[Claim]:
 
 def draw(found: Found, file: Path) -> None:
     """Points at the start, between the phases and at the end; the measures; uniform points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = figures.pyplot()
     figure = pyplot.figure(figsize=(16, 7.5))
     scenes = (
         ("R on a circle", decorrelated, 0.0), ("R on the sphere", decorrelated, 1.0),

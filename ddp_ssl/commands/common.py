@@ -1,0 +1,131 @@
+"""Shared by all commands: errors in one line, exit codes, and the start and end of the processes.
+
+Imports torch only where processes are started, so that `--help` and errors come at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import ddp_ssl
+from ddp_ssl.config import ConfigError
+from ddp_ssl.utils.launcher import cpu_share, rank_and_size
+
+if TYPE_CHECKING:
+    from ddp_ssl.distributed import World
+    from ddp_ssl.evals.settings import EvaluateRun
+
+UNUSABLE = 2  # exit code: the config, the data or the command line cannot be used
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Run a command; a `ConfigError` becomes one line on stderr and exit code 2, Ctrl-C 130."""
+    try:
+        return command()
+    except ConfigError as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        return 130
+
+
+def refuse(error: object, code: int = UNUSABLE) -> int:
+    """Rank 0 prints `error`; returns the exit code, on the other ranks when rank 0 has printed."""
+    if rank_and_size()[0] == 0:
+        print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)
+    wait_for_rank_0()
+    return code
+
+
+def wait_for_rank_0() -> None:
+    """Wait on all ranks but rank 0: the launcher ends all of them when the first one exits."""
+    if rank_and_size()[0]:
+        time.sleep(3)
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if rank_and_size()[0] == 0:
+        print(text)
+
+
+def split_options(arguments: Iterable[str]) -> tuple[bool, bool, list[str]]:
+    """Whether `--help` and `--print-config` are among the arguments, and all other arguments."""
+    words = list(arguments)
+    asked = {"-h", "--help", "--print-config"} & set(words)
+    rest = [word for word in words if word not in asked]
+    return bool(asked & {"-h", "--help"}), "--print-config" in asked, rest
+
+
+def describe_keys(
+    rows: Iterable[tuple[str, str, str, str]], about: Callable[[str], str]
+) -> Iterator[str]:
+    """Lines of a help text: every key (key, type, default, description) below its section.
+
+    `about` gives a section's description.
+    """
+    section = ""
+    for key, kind, default, text in rows:
+        if key.partition(".")[0] != section:
+            section = key.partition(".")[0]
+            yield f"\n{section}: {about(section)}".rstrip()
+        yield f"  {key}  ({kind}, default {default})\n      {text}"
+
+
+def share_import_path() -> None:
+    """Let child processes import this very package, whether it is installed or not."""
+    paths = [str(Path(ddp_ssl.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+
+
+@contextlib.contextmanager
+def processes(run: EvaluateRun) -> Iterator[World]:
+    """The process group of a command that needs one, with logging and threads set up.
+
+    A `ConfigError` must be raised by all processes together. Any other error ends this process at
+    once, with exit code 1.
+    """
+    import torch
+
+    from ddp_ssl import distributed
+    from ddp_ssl.logs import console
+
+    try:
+        world = distributed.start(run.device, run.timeout_s)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    console.setup_logging(None, world.rank)
+    torch.set_num_threads(run.threads or cpu_share())
+    try:
+        yield world
+    except ConfigError:
+        distributed.stop()
+        raise
+    except Exception as error:
+        end_alone(error, world)
+    distributed.stop()
+
+
+def end_alone(error: Exception, world: World) -> NoReturn:
+    """Log the error and end this process, without leaving the process group in order.
+
+    The other processes may wait for this one in a collective, and leaving in order would wait for
+    them. The launcher ends them when this process is gone.
+    """
+    from ddp_ssl.data.loading.reader import UnreadableError
+    from ddp_ssl.distributed import others_failed
+
+    logger, text = logging.getLogger("ddp_ssl"), " ".join(str(error).split())
+    if isinstance(error, UnreadableError):
+        logger.error("%s", text)
+    elif world.size > 1 and others_failed(error):
+        logger.error("another process failed or left: %s", text[:200])
+    else:
+        logger.error("%s: %s", type(error).__name__, text, exc_info=error)
+    raise SystemExit(1) from None

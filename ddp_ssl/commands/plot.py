@@ -1,0 +1,28 @@
+"""Draw runs: `ddp-ssl plot dynamics RUN ...` or `ddp-ssl plot balance RUN|CSV ...`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ddp_ssl.commands import common, plot_balance, plot_dynamics
+
+USAGE = """usage: ddp-ssl plot dynamics RUN [RUN ...]
+       ddp-ssl plot balance RUN|CSV [RUN|CSV ...]
+
+  dynamics  the metrics of runs over epochs
+  balance   accuracy over effective rank and I(R;Z), a point a run
+
+ddp-ssl plot dynamics --help and ddp-ssl plot balance --help say more."""
+PLOTS = {"dynamics": plot_dynamics.main, "balance": plot_balance.main}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    kind, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if kind in PLOTS:
+        return PLOTS[kind](rest)
+    if kind in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    return common.refuse(f"plot {kind}: unknown picture; accepted: {', '.join(PLOTS)}")

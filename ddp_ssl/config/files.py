@@ -1,0 +1,45 @@
+"""The project's configs by name: `imagenet100/adadim` is `configs/imagenet100/adadim.yaml`.
+
+An installed package holds them inside, a checkout beside `ddp_ssl`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import ddp_ssl
+
+_PACKAGE = Path(ddp_ssl.__file__).parent
+_INSIDE = _PACKAGE / "configs"
+FOLDER = _INSIDE if _INSIDE.is_dir() else _PACKAGE.parent / "configs"
+
+
+def find(given: str) -> Path | None:
+    """The file that a path or a name stands for; None if there is none.
+
+    A path ending in `.yaml` or `.yml` is returned whether the file exists or not.
+    """
+    path = Path(given)
+    if path.suffix in (".yaml", ".yml") or (path.exists() and not path.is_dir()):
+        return path
+    named = FOLDER / f"{given}.yaml"
+    return named if named.is_file() else None
+
+
+def names() -> list[str]:
+    """Names of all configs: `cifar/adadim`, `imagenet100/ablation/alpha_0.2`, ..."""
+    files = (path.relative_to(FOLDER) for path in FOLDER.rglob("*.yaml"))
+    return sorted(path.as_posix().removesuffix(".yaml") for path in files)
+
+
+def unknown(given: str) -> str:
+    """The error, in one line, for a word that is neither a path nor a name."""
+    known = names()
+    close = [name for name in known if name.endswith(f"/{given}")][:3]
+    close = close or difflib.get_close_matches(given, known, 3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return (
+        f"{given}: expected CONFIG.yaml, the name of a config such as imagenet100/adadim, or "
+        f"key=value{hint}"
+    )

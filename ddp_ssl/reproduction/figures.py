@@ -1,0 +1,33 @@
+"""matplotlib, which is an extra of the package, and pictures as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ddp_ssl.config import ConfigError
+
+
+def pyplot() -> Any:
+    """`matplotlib.pyplot`, which draws into files. Raises `ConfigError` if it is not installed."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is needed: pip install 'ddp_ssl[plots]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure: Any, path: Path) -> list[Path]:
+    """Write the picture as PNG and as SVG, whatever the suffix of `path`; returns both paths."""
+    import matplotlib
+
+    # The same bytes for the same figures: no date, no random ids.
+    matplotlib.rcParams.update({"svg.hashsalt": "ddp_ssl", "svg.fonttype": "none"})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
+    figure.savefig(png, dpi=110)
+    figure.savefig(svg, metadata={"Date": None})
+    return [png, svg]
