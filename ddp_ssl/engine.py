@@ -107,7 +107,10 @@ class Job:
         return self.learner.method
 
 
-def run(resolved: Resolved, stop: StopRequest) -> int:
+OnStep = Callable[[Job], None]
+
+
+def run(resolved: Resolved, stop: StopRequest, on_step: OnStep | None = None) -> int:
     """The whole run; returns the exit code. Raises `ConfigError` for what cannot be run."""
     config = resolved.config
     world = join(config)
@@ -125,7 +128,7 @@ def run(resolved: Resolved, stop: StopRequest) -> int:
     try:
         job = build(resolved, world, watch, claimed)
         try:
-            state = train(job, stop)
+            state = train(job, stop, on_step)
         except BadDataError:
             with contextlib.suppress(SaveError):
                 save(job, insist=True)  # between two steps, on all processes together
@@ -239,8 +242,11 @@ def record_end(claimed: list[Path], reason: str) -> None:
 # --- the loop ----------------------------------------------------------------------------------
 
 
-def train(job: Job, stop: StopRequest) -> log.State:
-    """Train to the end or until asked to stop; returns `done` or `preempted`."""
+def train(job: Job, stop: StopRequest, on_step: OnStep | None = None) -> log.State:
+    """Train to the end or until asked to stop; returns `done` or `preempted`.
+
+    `on_step` is called before every step, once its batch is there.
+    """
     config, world, method, watch = job.config, job.world, job.method, job.watch
     steps_per_epoch, epochs = job.loader.steps_per_epoch, config.optim.epochs
     total_steps, stop_file = steps_per_epoch * epochs, job.folder / "STOP"
@@ -259,6 +265,8 @@ def train(job: Job, stop: StopRequest) -> log.State:
                 batch = next(job.loader)
             watch.at(job.step, "a step")
             recorder.saw(batch.ids)
+            if on_step is not None:
+                on_step(job)
             rate = optim.set_learning_rates(
                 optimizer, config.optim, config.data.batch_size, job.step, steps_per_epoch
             )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import faulthandler
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ddp_ssl.config import Config, ConfigError, check_world_size, load, reference
 from ddp_ssl.launch import rank_and_size
@@ -27,8 +28,10 @@ Without CONFIG.yaml: AdaDim on 1,797 handwritten digits, a minute or two on two 
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
+def main(
+    arguments: Sequence[str] | None = None, on_step: Callable[[Any], None] | None = None
+) -> int:
+    """Run from the command line; returns the exit code. `on_step` is called before every step."""
     # First of all, so that no signal is lost while torch and DALI are imported.
     stop = StopRequest().install()
     stop_with_parent()
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         from ddp_ssl.engine import run
 
-        return run(resolved, stop)
+        return run(resolved, stop, on_step)
     except ConfigError as error:
         if rank == 0:
             print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)

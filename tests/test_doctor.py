@@ -28,7 +28,7 @@ from ddp_ssl.data.manifest import Split
 from ddp_ssl.distributed import Exchange, World
 from tests.helpers import config_of
 from tests.ranks import Ranks
-from tests.test_resume import arguments, train
+from tests.runs import arguments, train
 
 CPU = torch.device("cpu")
 NAMES = (

@@ -17,8 +17,8 @@ from ddp_ssl.data import datasets
 from ddp_ssl.data.augment import CentralCrop, PixelFormat
 from ddp_ssl.data.loader import EvalLoader
 from ddp_ssl.methods.base import Method
+from tests.exports import run_folder
 from tests.ranks import Ranks
-from tests.test_export import run_folder
 
 QUIET = ("run.device=cpu", "run.threads=1")
 

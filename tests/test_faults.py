@@ -26,8 +26,7 @@ from ddp_ssl.distributed import World
 from ddp_ssl.signals import Keyboard, StopRequest
 from tests.helpers import config_of
 from tests.ranks import Ranks
-from tests.test_resume import arguments, complaint, rows, status, train
-from tests.test_saver import Writes
+from tests.runs import Writes, arguments, complaint, rows, status, train
 
 
 def losses(place: Path) -> list[int]:
@@ -73,18 +72,14 @@ ACTIONS = {
 
 def train_with(args: list[str], at: dict[int, str], place: str) -> int | str:
     """Run; before step `s` rank 0 does `at[s]` to the file system at `place`."""
-    from ddp_ssl import optim
 
-    original, left = optim.learning_rate, dict(at)
-
-    def watched(step: int, *rest: Any, **more: Any) -> float:
-        if os.environ["RANK"] == "0" and step in left:
+    def act(job: Any) -> None:
+        if os.environ["RANK"] == "0" and job.step in at:
             writes.finish()
-            ACTIONS[left.pop(step)](Path(place))
-        return original(step, *rest, **more)
+            ACTIONS[at[job.step]](Path(place))
 
-    with Writes() as writes, patch.object(optim, "learning_rate", watched):
-        return train(args)
+    with Writes() as writes:
+        return train(args, on_step=act)
 
 
 @pytest.mark.parametrize(("break_it", "mend_it"), [("fill", "free"), ("read only", "writable")])
@@ -124,14 +119,11 @@ def test_a_stale_mount_is_waited_out(ranks: Ranks, photos: Path, tmp_path: Path)
 
 
 def train_on_a_stale_mount(args: list[str], place: str) -> int | str:
-    from ddp_ssl import optim
+    step_now = [0]
 
-    rate, step_now = optim.learning_rate, [0]
-
-    def watched(step: int, *rest: Any, **more: Any) -> float:
+    def watched(job: Any) -> None:
         writes.finish()
-        step_now[0] = step
-        return rate(step, *rest, **more)
+        step_now[0] = job.step
 
     def failing(function: Any) -> Any:
         def call(path: Any = ".", *rest: Any, **more: Any) -> Any:
@@ -144,14 +136,13 @@ def train_on_a_stale_mount(args: list[str], place: str) -> int | str:
 
     with (
         Writes() as writes,
-        patch.object(optim, "learning_rate", watched),
         patch.object(os, "stat", failing(os.stat)),
         patch.object(os, "scandir", failing(os.scandir)),
         patch.object(os, "mkdir", failing(os.mkdir)),
         patch.object(os, "replace", failing(os.replace)),
         patch("builtins.open", failing(open)),
     ):
-        return train(args)
+        return train(args, on_step=watched)
 
 
 def test_too_many_failing_saves_end_the_run_and_keep_the_good_one(
@@ -180,15 +171,11 @@ def test_a_stop_insists_on_its_checkpoint(ranks: Ranks, photos: Path, tmp_path: 
 
 
 def stopped_with_failing_saves(args: list[str]) -> int | str:
-    from ddp_ssl import optim
+    save, left = checkpoint.save, [2]
 
-    original, save = optim.learning_rate, checkpoint.save
-    left = [2]
-
-    def stopping(step: int, *rest: Any, **more: Any) -> float:
-        if step == 1:
-            os.kill(os.getpid(), 15)
-        return original(step, *rest, **more)
+    def second(job: Any) -> None:
+        if job.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def failing(*args: Any, **more: Any) -> Path:
         if left[0]:
@@ -197,11 +184,10 @@ def stopped_with_failing_saves(args: list[str]) -> int | str:
         return save(*args, **more)
 
     with (
-        patch.object(optim, "learning_rate", stopping),
         patch.object(checkpoint, "save", failing),
         patch.object(engine, "SAVE_AGAIN_S", 0.01),
     ):
-        return train(args)
+        return train(args, on_step=second)
 
 
 # --- one rank alone ----------------------------------------------------------------------------
@@ -405,28 +391,14 @@ def test_every_request_to_stop_loses_no_step(
 
 
 def stopped_by(args: list[str], what: str, place: str) -> int | str:
-    from ddp_ssl import optim
+    def fifth(job: Any) -> None:
+        if job.step == 4 and what == "STOP":
+            (Path(place) / "STOP").touch()
+            time.sleep(1.1)  # it is looked for once a second
+        elif job.step == 4:
+            os.kill(os.getpid(), getattr(signal, what))
 
-    original, left = optim.set_learning_rates, [1]
-
-    def asking(*rest: Any) -> float:
-        if rest[3] == 4 and left:
-            left.clear()
-            if what == "STOP":
-                (Path(place) / "STOP").touch()
-                time.sleep(1.1)  # it is looked for once a second
-            else:
-                os.kill(os.getpid(), getattr(signal, what))
-        return original(*rest)
-
-    optim.set_learning_rates = asking
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGUSR2)}
-    try:
-        return train(args)
-    finally:
-        optim.set_learning_rates = original
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    return train(args, on_step=fifth)
 
 
 def test_a_request_in_an_epochs_last_step_comes_before_the_validation(
@@ -442,17 +414,11 @@ def test_a_request_in_an_epochs_last_step_comes_before_the_validation(
 
 
 def stopped_in_the_last_step(args: list[str]) -> int | str:
-    from ddp_ssl import optim
-
-    original = optim.set_learning_rates
-
-    def asking(*rest: Any) -> float:
-        if rest[3] == 2 and os.environ["RANK"] == "1":
+    def third(job: Any) -> None:
+        if job.step == 2 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*rest)
 
-    with patch.object(optim, "set_learning_rates", asking):
-        return train(args)
+    return train(args, on_step=third)
 
 
 def test_a_stop_made_before_the_start_counts_and_an_obeyed_one_does_not(

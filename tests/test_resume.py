@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -19,77 +17,9 @@ import torch
 
 from ddp_ssl import checkpoint
 from tests.ranks import Ranks
-
-ROOT = Path(__file__).parent.parent
-
-
-def arguments(photos: Path, folder: Path, *more: str) -> list[str]:
-    """AdaDim for 3 epochs of 3 steps, with everything switched on."""
-    return [
-        "data.name=folder",
-        f"data.root={photos}",
-        f"run.dir={folder}",
-        "run.device=cpu",
-        "run.threads=1",
-        "model.backbone_args={channels: [8, 8, 16, 16]}",
-        "model.projector=[24, 12]",
-        "data.views=[{count: 2, size: 16, recipe: sym}]",
-        "data.batch_size=12",
-        "data.threads=1",
-        "optim.epochs=3",
-        "optim.lr=1.0",
-        "method.alpha_every=1",
-        "method.beta_scale=0.1",
-        "eval.every=1",
-        "measure.every=1",
-        "eval.raw_pixels=false",
-        "log.every_steps=2",
-        "log.tensorboard=false",
-        "checkpoint.every_steps=2",
-        *more,
-    ]
-
+from tests.runs import ROOT, arguments, assert_same_bits, complaint, restarted, rows, status, train
 
 COSTS = ("perf/log_ms", "perf/probe_ms", "perf/alpha_s", "perf/save_ms")
-
-
-def train(args: list[str], die_at: int | None = None, break_at: int | None = None) -> int | str:
-    """Run in this process; `die_at` ends it before that step, `break_at` gives a NaN there."""
-    from ddp_ssl import optim
-    from ddp_ssl.train import main
-
-    original = optim.set_learning_rates
-
-    def watched(optimizer: Any, config: Any, batch: int, step: int, steps: int) -> float:
-        if step == die_at:
-            raise SystemExit("killed")
-        if step == break_at:
-            with torch.no_grad():
-                optimizer.param_groups[0]["params"][0].fill_(float("nan"))
-        return original(optimizer, config, batch, step, steps)
-
-    optim.set_learning_rates = watched
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        return main(args)
-    except SystemExit as end:
-        return str(end)
-    finally:
-        optim.set_learning_rates = original
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """What was logged, but for times."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    parsed = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in parsed]
-
-
-def status(folder: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((folder / "status.json").read_text())
-    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +95,7 @@ def test_resume_is_exact_to_the_last_bit(
         torch.load(checkpoint.find(f)[0].path, weights_only=True)["model"]
         for f in (tmp_path / "run", whole[size])
     )
-    for name, value in theirs.items():
-        same = torch.equal(ours[name], value) if torch.is_tensor(value) else ours[name] == value
-        assert same, name
+    assert_same_bits(ours, theirs)
 
 
 def test_a_restart_by_the_launcher_resumes(
@@ -177,14 +105,6 @@ def test_a_restart_by_the_launcher_resumes(
     assert ranks.launch(train, 1, args, 7) == ["killed"]
     assert ranks.launch(restarted, 1, args) == [0]
     assert rows(tmp_path / "run") == rows(whole[1])
-
-
-def restarted(args: list[str]) -> int | str:
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
-    try:
-        return train(args)
-    finally:
-        del os.environ["TORCHELASTIC_RESTART_COUNT"]
 
 
 def test_another_world_size_keeps_the_order_and_warns(
@@ -316,27 +236,12 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
 
 def train_and_stop(args: list[str]) -> int | str:
     """SIGTERM to rank 2 alone, in the middle."""
-    from ddp_ssl import optim
 
-    original = optim.learning_rate
-
-    def stopping(step: int, *rest: Any, **more: Any) -> float:
-        if step == 3 and os.environ["RANK"] == "2":
+    def fourth(job: Any) -> None:
+        if job.step == 3 and os.environ["RANK"] == "2":
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(step, *rest, **more)
 
-    optim.learning_rate = stopping
-    try:
-        return train(args)
-    finally:
-        optim.learning_rate = original
-
-
-def complaint(args: list[str]) -> tuple[int | str, str]:
-    """The exit code and what went to stderr."""
-    with contextlib.redirect_stderr(io.StringIO()) as captured:
-        code = train(args)
-    return code, captured.getvalue()
+    return train(args, on_step=fourth)
 
 
 def test_a_used_folder_and_another_experiment_are_refused(
@@ -483,12 +388,3 @@ def test_methods_with_state_resume_to_the_last_bit(
         for f in ("run", "whole")
     )
     assert_same_bits(ours, theirs)
-
-
-def assert_same_bits(ours: Any, theirs: Any) -> None:
-    if isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys()
-        for key, value in theirs.items():
-            assert_same_bits(ours[key], value)
-    else:
-        assert torch.equal(ours, theirs) if torch.is_tensor(theirs) else ours == theirs

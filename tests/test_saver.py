@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,9 +17,7 @@ from ddp_ssl import checkpoint
 from ddp_ssl.checkpoint import CheckpointError
 from ddp_ssl.saver import HostCopy, Outcome, Saver
 from tests.ranks import Ranks
-from tests.test_resume import arguments, rows, status, train
-
-WAIT_S = 60
+from tests.runs import WAIT_S, Writes, arguments, assert_same_bits, rows, status, train
 
 
 def test_a_copy_is_equal_and_independent() -> None:
@@ -128,45 +125,27 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     for mine, theirs in zip(held, free, strict=True):
         left, right = (torch.load(found.path, weights_only=True) for found in (mine, theirs))
         for part in ("model", "optimizer"):
-            same(left[part], right[part])
+            assert_same_bits(left[part], right[part])
         assert (left["step"], left["best"]) == (right["step"], right["best"])
     assert rows(tmp_path / "held") == rows(tmp_path / "free")
 
 
-def same(left: Any, right: Any) -> None:
-    """Nested state, bit by bit."""
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right)
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for name in left:
-            same(left[name], right[name])
-    elif isinstance(left, list | tuple):
-        for x, y in zip(left, right, strict=True):
-            same(x, y)
-    else:
-        assert left == right
-
-
 def holding(args: list[str], place: str) -> int | str:
-    from ddp_ssl import optim
+    save, reached = checkpoint.save, threading.Event()
 
-    rate, save, reached = optim.learning_rate, checkpoint.save, threading.Event()
-
-    def watched(step: int, *rest: Any, **more: Any) -> float:
-        if step == 4 and not reached.is_set():  # the fifth; there are several groups
+    def fifth(job: Any) -> None:
+        if job.step == 4:
             if os.environ["RANK"] == "0":
                 assert not list((Path(place) / "checkpoints").glob("step_*"))
                 assert status(Path(place))["step"] == 0
             reached.set()
-        return rate(step, *rest, **more)
 
     def held(*rest: Any, **more: Any) -> Path:
         assert reached.wait(WAIT_S), "training waits for the checkpoint"
         return save(*rest, **more)
 
-    with patch.object(optim, "learning_rate", watched), patch.object(checkpoint, "save", held):
-        return train(args)
+    with patch.object(checkpoint, "save", held):
+        return train(args, on_step=fifth)
 
 
 def test_a_run_ends_only_after_its_checkpoint(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
@@ -182,22 +161,19 @@ def test_a_run_ends_only_after_its_checkpoint(ranks: Ranks, photos: Path, tmp_pa
 
 
 def broken_while_writing(args: list[str]) -> int | str:
-    from ddp_ssl import optim
+    save, broken = checkpoint.save, threading.Event()
 
-    rate, save, broken = optim.learning_rate, checkpoint.save, threading.Event()
-
-    def watched(step: int, *rest: Any, **more: Any) -> float:
-        if step == 4:
+    def fifth(job: Any) -> None:
+        if job.step == 4:
             broken.set()
             raise ZeroDivisionError("not today")
-        return rate(step, *rest, **more)
 
     def held(*rest: Any, **more: Any) -> Path:
         assert broken.wait(WAIT_S)
         return save(*rest, **more)
 
-    with patch.object(optim, "learning_rate", watched), patch.object(checkpoint, "save", held):
-        return train(args)
+    with patch.object(checkpoint, "save", held):
+        return train(args, on_step=fifth)
 
 
 def test_what_could_not_be_written_is_said_at_the_end(
@@ -211,22 +187,19 @@ def test_what_could_not_be_written_is_said_at_the_end(
 
 
 def broken_while_failing_to_write(args: list[str]) -> int | str:
-    from ddp_ssl import optim
+    broken = threading.Event()
 
-    rate, broken = optim.learning_rate, threading.Event()
-
-    def watched(step: int, *rest: Any, **more: Any) -> float:
-        if step == 4 and os.environ["RANK"] == "0":
+    def fifth(job: Any) -> None:
+        if job.step == 4 and os.environ["RANK"] == "0":
             broken.set()
             raise ZeroDivisionError("not today")
-        return rate(step, *rest, **more)
 
     def full(*rest: Any, **more: Any) -> Path:
         assert broken.wait(WAIT_S)
         raise CheckpointError("step_3.pt: No space left on device")
 
-    with patch.object(optim, "learning_rate", watched), patch.object(checkpoint, "save", full):
-        return train(args)
+    with patch.object(checkpoint, "save", full):
+        return train(args, on_step=fifth)
 
 
 def test_what_failed_is_written_again_as_it_was(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
@@ -240,7 +213,7 @@ def test_what_failed_is_written_again_as_it_was(ranks: Ranks, photos: Path, tmp_
     assert [(f.step, f.permanent) for f in ours] == [(f.step, f.permanent) for f in free]
     for mine, theirs in zip(ours, free, strict=True):
         left, right = (torch.load(found.path, weights_only=True) for found in (mine, theirs))
-        same(left["model"], right["model"])
+        assert_same_bits(left["model"], right["model"])
         assert left["best"] == right["best"]
     best = [
         json.loads((tmp_path / n / "checkpoints/best.json").read_text()) for n in ("run", "free")
@@ -252,17 +225,14 @@ def test_what_failed_is_written_again_as_it_was(ranks: Ranks, photos: Path, tmp_
 
 def failing_once(args: list[str]) -> list[int]:
     """The steps of which a checkpoint was begun; that of step 3 fails, then takes two steps."""
-    from ddp_ssl import optim
-
-    rate, save, reached = optim.learning_rate, checkpoint.save, threading.Event()
+    save, reached = checkpoint.save, threading.Event()
     begun: list[int] = []
 
-    def watched(step: int, *rest: Any, **more: Any) -> float:
-        if step == 3:
+    def watched(job: Any) -> None:
+        if job.step == 3:
             writes.finish()
-        if step == 5:
+        if job.step == 5:
             reached.set()
-        return rate(step, *rest, **more)
 
     def watched_save(*rest: Any, **more: Any) -> Path:
         begun.append(more["step"])
@@ -271,12 +241,8 @@ def failing_once(args: list[str]) -> list[int]:
         assert reached.wait(WAIT_S), "training waits for the checkpoint"
         return save(*rest, **more)
 
-    with (
-        Writes() as writes,
-        patch.object(optim, "learning_rate", watched),
-        patch.object(checkpoint, "save", watched_save),
-    ):
-        assert train(args) == 0
+    with Writes() as writes, patch.object(checkpoint, "save", watched_save):
+        assert train(args, on_step=watched) == 0
     return begun
 
 
@@ -294,22 +260,19 @@ def test_a_stop_comes_after_what_is_being_written(
 
 
 def stopped_while_writing(args: list[str]) -> int | str:
-    from ddp_ssl import optim
+    save, asked = checkpoint.save, threading.Event()
 
-    rate, save, asked = optim.learning_rate, checkpoint.save, threading.Event()
-
-    def watched(step: int, *rest: Any, **more: Any) -> float:
-        if step == 4:
+    def fifth(job: Any) -> None:
+        if job.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
             asked.set()
-        return rate(step, *rest, **more)
 
     def held(*rest: Any, **more: Any) -> Path:
         assert asked.wait(WAIT_S)
         return save(*rest, **more)
 
-    with patch.object(optim, "learning_rate", watched), patch.object(checkpoint, "save", held):
-        return train(args)
+    with patch.object(checkpoint, "save", held):
+        return train(args, on_step=fifth)
 
 
 def test_resumed_where_not_every_epoch_is_saved(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
@@ -356,29 +319,3 @@ def test_epochs_between_checkpoints(ranks: Ranks, photos: Path, tmp_path: Path) 
     }
     best = checkpoint.Found.read(tmp_path / "best/checkpoints/best.json").step
     assert knn[best] == max(value for step, value in knn.items() if step)
-
-
-class Writes:
-    """What this process writes in the background."""
-
-    def __init__(self) -> None:
-        self.savers: list[Saver] = []
-        original = Saver.start
-
-        def start(saver: Saver, *rest: Any) -> None:
-            self.savers.append(saver)
-            original(saver, *rest)
-
-        self.patch = patch.object(Saver, "start", start)
-
-    def __enter__(self) -> Writes:
-        self.patch.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.patch.stop()
-
-    def finish(self) -> None:
-        """Wait until nothing is being written."""
-        under_way = [s._writing for s in self.savers if s._writing is not None]
-        assert not wait(under_way, WAIT_S).not_done

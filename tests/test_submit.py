@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ddp_ssl import submit
-from tests.test_resume import arguments
+from tests.runs import arguments
 
 ROOT = Path(__file__).parent.parent
 

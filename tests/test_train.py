@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from ddp_ssl.driver import find_driver, install_command
+from tests.runs import BIN, call
 
 ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
-
-
-def call(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        command, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=300
-    )
 
 
 def test_help_shows_every_key_of_the_chosen_method() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddp_ssl.data.augment import PixelFormat, View
-from ddp_ssl.data.loader import TrainLoader
+from ddp_ssl.data.augment import CentralCrop, PixelFormat, View
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.data.loader import EvalLoader, TrainLoader
 from ddp_ssl.data.manifest import Split
 
 Pixels = NDArray[np.uint8]
@@ -67,3 +69,30 @@ def loader_of(split: Split, views: list[View] | None = None, **changes: Any) -> 
     if views is None:
         views = [View(size=16, solarize_p=0.3), View(size=8, blur_p=0.1)]
     return TrainLoader(split, views, **(settings | changes))
+
+
+def same(a: Batch, b: Batch) -> bool:
+    views = zip(a.views, b.views, strict=True)
+    return torch.equal(a.ids, b.ids) and all(torch.equal(x, y) for x, y in views)
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+    return loaded
+
+
+def eval_of(split: Split, ids: Any, shard: int = 0, shards: int = 1, **changes: Any) -> EvalLoader:
+    settings: dict[str, Any] = {
+        "batch_size": 4,
+        "shard": shard,
+        "num_shards": shards,
+        "crop": CentralCrop(16, 16),
+        "form": PixelFormat(HALF, HALF),
+        "threads": 1,
+        "prefetch": 2,
+        "device": torch.device("cpu"),
+    }
+    return EvalLoader(split, ids, **(settings | changes))

@@ -12,9 +12,8 @@ import torch
 from ddp_ssl.data.augment import CentralCrop, Decoding, View
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.source import BadImages
-from tests.data.images import array_of, folder_of, loader_of, write
-from tests.data.test_bad_images import BAD, IMAGES, victim
-from tests.data.test_loader import eval_of, through_a_file
+from tests.data.bad import BAD, IMAGES, victim
+from tests.data.images import array_of, eval_of, folder_of, loader_of, through_a_file, write
 
 pytestmark = [
     pytest.mark.gpu,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -10,22 +9,25 @@ import pytest
 import torch
 
 from ddp_ssl.config import load
-from ddp_ssl.data.augment import CentralCrop, PixelFormat, View
-from ddp_ssl.data.loader import Batch, EvalLoader
+from ddp_ssl.data.augment import CentralCrop, View
+from ddp_ssl.data.loader import Batch
 from ddp_ssl.data.manifest import Split
 from ddp_ssl.data.order import permutation
-from tests.data.images import HALF, array_of, folder_of, loader_of, picture
+from tests.data.images import (
+    array_of,
+    eval_of,
+    folder_of,
+    loader_of,
+    picture,
+    same,
+    through_a_file,
+)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Split:
     """20 JPEGs: three steps of six an epoch, and two left over."""
     return folder_of(tmp_path_factory.mktemp("files"), 20)
-
-
-def same(a: Batch, b: Batch) -> bool:
-    views = zip(a.views, b.views, strict=True)
-    return torch.equal(a.ids, b.ids) and all(torch.equal(x, y) for x, y in views)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -123,14 +125,6 @@ def test_view_ids_name_the_random_streams(files: Split) -> None:
 # --- resuming ------------------------------------------------------------------------------------
 
 
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
-    return loaded
-
-
 @pytest.mark.parametrize("mode", ["fast", "seq", "exact"])
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 7])
 def test_resuming_is_exact(files: Split, step: int, mode: str) -> None:
@@ -225,20 +219,6 @@ def test_a_restart_draws_anew() -> None:
 
 
 # --- evaluation ----------------------------------------------------------------------------------
-
-
-def eval_of(split: Split, ids: Any, shard: int = 0, shards: int = 1, **changes: Any) -> EvalLoader:
-    settings: dict[str, Any] = {
-        "batch_size": 4,
-        "shard": shard,
-        "num_shards": shards,
-        "crop": CentralCrop(16, 16),
-        "form": PixelFormat(HALF, HALF),
-        "threads": 1,
-        "prefetch": 2,
-        "device": torch.device("cpu"),
-    }
-    return EvalLoader(split, ids, **(settings | changes))
 
 
 @pytest.mark.parametrize("kind", ["files", "array"])

@@ -14,12 +14,10 @@ from ddp_ssl.data import datasets
 from ddp_ssl.data.augment import PixelFormat, View
 from ddp_ssl.data.loader import StreamLoader
 from ddp_ssl.data.manifest import Split
-from tests.data.images import HALF, loader_of, write
-from tests.data.test_loader import through_a_file
+from tests.data.images import HALF, loader_of, through_a_file, write
 from tests.helpers import config_of
 from tests.ranks import Ranks
-from tests.test_data_runs import ids_of, watch
-from tests.test_resume import arguments, rows, train
+from tests.runs import arguments, ids_of, rows, train, watch
 from tools import pack_shards
 
 IMAGES = 36

@@ -25,7 +25,7 @@ from tests.faults.launched import (
     until,
 )
 from tests.ranks import Ranks
-from tests.test_resume import arguments, rows, status, train
+from tests.runs import arguments, rows, status, train
 
 pytestmark = pytest.mark.faults
 

@@ -20,6 +20,7 @@ from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import MeshComm, World, comm_of, data_parallel
 from ddp_ssl.methods.base import Context, Method, Progress
 from tests.helpers import config_of, images, method_of
+from tests.methods.settings import SETTINGS
 from tests.ranks import Ranks
 
 STEPS, EPOCH = 5, 3
@@ -31,26 +32,6 @@ COMMON = (
     "model.backbone_args={channels: [8, 8, 8, 8], layers: [1, 1, 1, 1]}",
 )
 
-# What makes a method use all its state within five steps of twelve images.
-SETTINGS: dict[str, tuple[str, ...]] = {
-    "adadim": ("method.alpha_every=1", "method.beta_scale=0.1"),
-    "deepclusterv2": ("method.prototypes=[5, 3, 4]",),
-    "dino": (
-        "method.prototypes=9",
-        "method.warmup_teacher_temperature=0.04",
-        "method.teacher_temperature=0.07",
-        "method.warmup_teacher_epochs=2",
-    ),
-    "mocov2plus": ("method.queue_size=31",),  # goes round in the middle of a batch
-    "nnclr": ("method.queue_size=31",),
-    "ressl": ("method.queue_size=31",),
-    "swav": (
-        "method.prototypes=7",
-        "method.epsilon=0.05",
-        "method.queue_size=17",
-        "method.queue_epoch=0",
-    ),
-}
 SHARDED = ("deepclusterv2",)  # whose extra state is in parts; test_clustering.py looks at these
 LARGE = "data.views=[{count: 2, size: 16, recipe: sym}]"
 CROPS = "data.views=[{count: 2, size: 16, recipe: sym}, {count: 2, size: 8, recipe: sym}]"
