@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import wait
 from pathlib import Path
@@ -18,6 +19,7 @@ from unittest.mock import patch
 import torch
 
 from ddp_ssl.saver import Saver
+from tests.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -50,6 +52,28 @@ def arguments(photos: Path, folder: Path, *more: str) -> list[str]:
         "checkpoint.every_steps=2",
         *more,
     ]
+
+
+# Less than half the time, for tests of the steps: only the start and the end are evaluated.
+STEPS_ONLY = ("eval.every=0", "measure.every=0")
+BARE = (*STEPS_ONLY, "method.alpha_every=100", "log.every_steps=1")
+
+
+class Whole:
+    """Folders of uninterrupted runs, each made once per session."""
+
+    def __init__(self, ranks: Ranks, photos: Path, root: Path) -> None:
+        self.ranks, self.photos, self.root = ranks, photos, root
+        self.made: dict[tuple[int, tuple[str, ...]], Path] = {}
+
+    def __call__(self, size: int, *more: str) -> Path:
+        """The run of `size` processes with `arguments(..., *more)`; not to be written to."""
+        if (size, more) not in self.made:
+            folder = self.root / f"{len(self.made)}"
+            codes = self.ranks.launch(train, size, arguments(self.photos, folder, *more))
+            assert codes == [0] * size
+            self.made[size, more] = folder
+        return self.made[size, more]
 
 
 def train(
@@ -86,7 +110,11 @@ def train(
 
 def complaint(args: list[str]) -> tuple[int | str, str]:
     """The exit code and what went to stderr."""
-    with contextlib.redirect_stderr(io.StringIO()) as captured:
+    sleep = time.sleep  # a launcher would end this rank before rank 0 has said why; a pool does not
+    with (
+        contextlib.redirect_stderr(io.StringIO()) as captured,
+        patch.object(time, "sleep", lambda seconds: sleep(min(seconds, 0.1))),
+    ):
         code = train(args)
     return code, captured.getvalue()
 

@@ -17,7 +17,7 @@ from ddp_ssl import checkpoint
 from ddp_ssl.checkpoint import CheckpointError
 from ddp_ssl.saver import HostCopy, Outcome, Saver
 from tests.ranks import Ranks
-from tests.runs import WAIT_S, Writes, arguments, assert_same_bits, rows, status, train
+from tests.runs import BARE, WAIT_S, Whole, Writes, arguments, assert_same_bits, rows, status, train
 
 
 def test_a_copy_is_equal_and_independent() -> None:
@@ -117,7 +117,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     ranks: Ranks, photos: Path, tmp_path: Path
 ) -> None:
     """Step 3's is held until step 5 begins, and is the same file as one that nobody held."""
-    args = arguments(photos, tmp_path / "held", "checkpoint.every_steps=0", "checkpoint.keep=5")
+    more = (*BARE, "checkpoint.every_steps=0", "checkpoint.keep=5")
+    args = arguments(photos, tmp_path / "held", *more)
     assert ranks.launch(holding, 2, args, str(tmp_path / "held")) == [0, 0]
     assert ranks.launch(train, 2, [*args, f"run.dir={tmp_path / 'free'}"]) == [0, 0]
     held, free = (checkpoint.find(tmp_path / name) for name in ("held", "free"))
@@ -148,16 +149,17 @@ def holding(args: list[str], place: str) -> int | str:
         return train(args, on_step=fifth)
 
 
-def test_a_run_ends_only_after_its_checkpoint(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+def test_a_run_ends_only_after_its_checkpoint(
+    ranks: Ranks, photos: Path, whole: Whole, tmp_path: Path
+) -> None:
     """An error in a step does not lose what is being written; the run goes on from there."""
-    args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
+    args = arguments(photos, tmp_path / "run", *BARE, "checkpoint.every_steps=0")
     assert ranks.launch(broken_while_writing, 1, args) == ["1"]
     assert [found.step for found in checkpoint.find(tmp_path / "run")] == [3]
     assert status(tmp_path / "run")["state"] == "failed"
     assert "ZeroDivisionError" in status(tmp_path / "run")["error"]
     assert ranks.launch(train, 1, [*args, "run.resume=auto"]) == [0]
-    assert ranks.launch(train, 1, [*args, f"run.dir={tmp_path / 'whole'}"]) == [0]
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(whole(1, *BARE))
 
 
 def broken_while_writing(args: list[str]) -> int | str:
@@ -179,7 +181,7 @@ def broken_while_writing(args: list[str]) -> int | str:
 def test_what_could_not_be_written_is_said_at_the_end(
     ranks: Ranks, photos: Path, tmp_path: Path
 ) -> None:
-    args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
+    args = arguments(photos, tmp_path / "run", *BARE, "checkpoint.every_steps=0")
     assert ranks.launch(broken_while_failing_to_write, 1, args) == ["1"]
     text = (tmp_path / "run/train.log").read_text()
     assert text.count("WARNING the last checkpoint is not saved: step_3.pt: No space left") == 1
@@ -204,7 +206,12 @@ def broken_while_failing_to_write(args: list[str]) -> int | str:
 
 def test_what_failed_is_written_again_as_it_was(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
     """Once, beside training: the weights of its own step, best and kept for good as was meant."""
-    more = ("checkpoint.every_steps=0", "log.every_steps=1", "checkpoint.keep_every=1")
+    more = (
+        "checkpoint.every_steps=0",
+        "log.every_steps=1",
+        "checkpoint.keep_every=1",
+        "measure.every=0",
+    )
     args = arguments(photos, tmp_path / "run", *more)
     written = ranks.launch(failing_once, 2, args)
     assert written == [[3, 3, 6, 9], []]
@@ -247,16 +254,15 @@ def failing_once(args: list[str]) -> list[int]:
 
 
 def test_a_stop_comes_after_what_is_being_written(
-    ranks: Ranks, photos: Path, tmp_path: Path
+    ranks: Ranks, photos: Path, whole: Whole, tmp_path: Path
 ) -> None:
-    args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
+    args = arguments(photos, tmp_path / "run", *BARE, "checkpoint.every_steps=0")
     assert ranks.launch(stopped_while_writing, 2, args) == [0, 0]
     assert status(tmp_path / "run")["state"] == "preempted"
     steps = [found.step for found in checkpoint.find(tmp_path / "run")]
     assert steps == [status(tmp_path / "run")["step"], 3]
     assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
-    assert ranks.launch(train, 2, [*args, f"run.dir={tmp_path / 'whole'}"]) == [0, 0]
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(whole(2, *BARE))
 
 
 def stopped_while_writing(args: list[str]) -> int | str:
@@ -276,7 +282,7 @@ def stopped_while_writing(args: list[str]) -> int | str:
 
 
 def test_resumed_where_not_every_epoch_is_saved(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
-    more = ("checkpoint.every=2", "checkpoint.every_steps=0", "checkpoint.best=null")
+    more = (*BARE, "checkpoint.every=2", "checkpoint.every_steps=0", "checkpoint.best=null")
     args = arguments(photos, tmp_path / "run", *more, "optim.epochs=4")
     for death, saved in ((5, []), (11, [6])):
         assert ranks.launch(train, 2, [*args, "run.resume=auto"], death) == ["killed"] * 2
@@ -289,7 +295,7 @@ def test_resumed_where_not_every_epoch_is_saved(ranks: Ranks, photos: Path, tmp_
 def test_state_that_cannot_be_loaded_ends_the_run(
     ranks: Ranks, photos: Path, tmp_path: Path
 ) -> None:
-    args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
+    args = arguments(photos, tmp_path / "run", *BARE, "checkpoint.every_steps=0")
     assert ranks.launch(with_unsafe_state, 2, args) == [1, 1]
     assert "cannot be loaded safely" in status(tmp_path / "run")["error"]
     assert checkpoint.find(tmp_path / "run") == []
@@ -305,9 +311,9 @@ def with_unsafe_state(args: list[str]) -> int | str:
 def test_epochs_between_checkpoints(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
     """Every second epoch, the last, and those kept for good."""
     more = ["checkpoint.every=2", "checkpoint.every_steps=0", "checkpoint.keep=9", "optim.epochs=7"]
-    args = arguments(
-        photos, tmp_path / "run", *more, "checkpoint.keep_every=5", "checkpoint.best=null"
-    )
+    more = [*more, "method.alpha_every=100", "measure.every=0"]
+    unbest = ("eval.every=0", "checkpoint.keep_every=5", "checkpoint.best=null")
+    args = arguments(photos, tmp_path / "run", *more, *unbest)
     assert ranks.launch(train, 1, args) == [0]
     assert [found.step for found in checkpoint.find(tmp_path / "run")] == [21, 18, 15, 12, 6]
     args = arguments(photos, tmp_path / "best", *more)

@@ -113,6 +113,7 @@ def words(photos: Path, *more: str) -> list[str]:
     return [a for a in given if not a.startswith("run.dir=")]
 
 
+@pytest.mark.faults
 def test_local_runs_several_processes(photos: Path, tmp_path: Path) -> None:
     """A sweep, one run after the other; the second one finds no images."""
     given = words(photos, "optim.epochs=1", f"data.root={photos},nowhere")
