@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 
 from ddp_ssl.saver import Saver
+from tests.helpers import SHALLOW
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +36,7 @@ def arguments(photos: Path, folder: Path, *more: str) -> list[str]:
         f"run.dir={folder}",
         "run.device=cpu",
         "run.threads=1",
-        "model.backbone_args={channels: [8, 8, 16, 16]}",
+        SHALLOW,
         "model.projector=[24, 12]",
         "data.views=[{count: 2, size: 16, recipe: sym}]",
         "data.batch_size=12",

@@ -15,6 +15,7 @@ from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import MeshComm, World, comm_of
 from ddp_ssl.methods.base import Context
 from tests.helpers import (
+    SHALLOW,
     assert_same_gradients,
     batch_of,
     config_of,
@@ -76,7 +77,7 @@ def starting(comm: Comm, views: int) -> Context:
 
 def step(world: World, view_shards: int, views: int, settings: tuple[str, ...]) -> Any:
     comm = MeshComm(world, view_shards) if world.size > 1 else comm_of(world)
-    config = config_of(f"data.views.0.count={views}", *settings)
+    config = config_of(SHALLOW, f"data.views.0.count={views}", *settings)
     method = method_of(config, comm)
     module = DDP(method, broadcast_buffers=False) if world.size > 1 else method
     method.on_start(starting(comm, views))
@@ -132,7 +133,7 @@ def test_the_memory_of_every_view_starts_from_view_zero(ranks: Ranks) -> None:
 
 def first_memory(world: World, view_shards: int, settings: tuple[str, ...]) -> Any:
     comm = MeshComm(world, view_shards) if world.size > 1 else comm_of(world)
-    method = method_of(config_of("data.views.0.count=4", *settings), comm)
+    method = method_of(config_of(SHALLOW, "data.views.0.count=4", *settings), comm)
     method.on_start(starting(comm, 4))
     return comm.rank, method.get_extra_state()["rows"]
 
