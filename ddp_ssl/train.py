@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import faulthandler
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, check_world_size, reference
@@ -29,16 +30,18 @@ Without CONFIG: AdaDim on 1,797 handwritten digits, a minute or two on two cores
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
+def main(
+    arguments: Sequence[str] | None = None, on_step: Callable[[Any], None] | None = None
+) -> int:
+    """Run from the command line; returns the exit code. `on_step` is called before every step."""
     # First of all, so that no signal is lost while torch and DALI are imported.
     stop = StopRequest().install()
     stop_with_parent()
     words = sys.argv[1:] if arguments is None else arguments
-    return common.exit_code(lambda: _main(words, stop))
+    return common.exit_code(lambda: _main(words, stop, on_step))
 
 
-def _main(words: Sequence[str], stop: StopRequest) -> int:
+def _main(words: Sequence[str], stop: StopRequest, on_step: Callable[[Any], None] | None) -> int:
     wants_help, wants_config, arguments = common.split_options(words)
     if wants_help:
         common.say(_help(arguments))
@@ -50,7 +53,7 @@ def _main(words: Sequence[str], stop: StopRequest) -> int:
         return 0
     from ddp_ssl.training.lifecycle import run
 
-    return run(resolved, stop)
+    return run(resolved, stop, on_step)
 
 
 def _help(arguments: Sequence[str]) -> str:

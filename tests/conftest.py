@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from tests.ranks import Ranks
+from tests.runs import Whole
 
 # Where torch cannot use a GPU that is there, the tests mean the CPU.
 if not torch.cuda.is_available():
@@ -24,12 +25,27 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _end(number: int, frame: object) -> None:
+    """SIGTERM ends the session as Ctrl-C does, so that fixtures stop what they have started."""
+    signal.signal(number, signal.SIG_IGN)  # `timeout` and `make` send it twice
+    raise KeyboardInterrupt
+
+
+signal.signal(signal.SIGTERM, _end)
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Processes that form gloo groups of 1 to 4."""
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def whole(ranks: Ranks, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """`whole(size, *more)`: an uninterrupted run, shared by all tests."""
+    return Whole(ranks, photos, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(autouse=True)

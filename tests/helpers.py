@@ -24,6 +24,9 @@ TINY = (
     "run.device=cpu",
 )
 
+# Half the layers: for tests that cost a network's step on several processes.
+SHALLOW = "model.backbone_args={channels: [8, 8, 16, 16], layers: [1, 1, 1, 1]}"
+
 
 def config_of(*overrides: str) -> Config:
     """A config from `key=value`, tiny unless told otherwise."""

@@ -22,7 +22,7 @@ from ddp_ssl.run.identity import check_identity, identity
 from ddp_ssl.training import measurement
 from tests.helpers import config_of
 from tests.ranks import Ranks
-from tests.test_resume import arguments, rows, status, train
+from tests.runs import arguments, rows, status, train
 
 WAIT_S = 60
 SETTINGS = ("optim.epochs=4", "method.alpha_every=2", "eval.every=0", "measure.every=0")
@@ -200,25 +200,19 @@ def test_training_goes_on_while_the_batches_are_decomposed(
 
 
 def held_until_step_8(args: list[str]) -> int | str:
-    from ddp_ssl import optim
+    work, reached = Matrix.effective_rank, threading.Event()
 
-    rate, work, reached = optim.learning_rate, Matrix.effective_rank, threading.Event()
-
-    def watched(step: int, *rest: Any, **more: Any) -> float:
-        if step == 7:
+    def eighth(job: Any) -> None:
+        if job.state.step == 7:
             reached.set()
-        return rate(step, *rest, **more)
 
     def held(self: Matrix) -> float:
         assert os.environ["RANK"] == "0"
         assert reached.wait(WAIT_S), "training waits for alpha"
         return work(self)
 
-    with (
-        patch.object(optim, "learning_rate", watched),
-        patch.object(Matrix, "effective_rank", held),
-    ):
-        return train(args)
+    with patch.object(Matrix, "effective_rank", held):
+        return train(args, on_step=eighth)
 
 
 def test_the_batches_are_read_during_the_last_steps(
@@ -272,17 +266,11 @@ def test_stopped_while_the_batches_are_read(
 
 
 def stopped_at_5(args: list[str]) -> int | str:
-    from ddp_ssl import optim
-
-    original = optim.learning_rate
-
-    def asking(step: int, *rest: Any, **more: Any) -> float:
-        if step == 4:
+    def fifth(job: Any) -> None:
+        if job.state.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(step, *rest, **more)
 
-    with patch.object(optim, "learning_rate", asking):
-        return train(args)
+    return train(args, on_step=fifth)
 
 
 @pytest.mark.parametrize("delay", ["null", "1"])

@@ -13,46 +13,7 @@ import torch
 
 from ddp_ssl.data.loading.order import permutation
 from tests.ranks import Ranks
-from tests.test_resume import arguments, rows, status, train
-
-Seen = list[tuple[list[int], list[torch.Tensor]]]
-
-
-def watch(args: list[str], die_at: int | None = None) -> tuple[int | str, Seen]:
-    """Run in this process; the ids and views of every training step, in order."""
-    from ddp_ssl.training import loop
-
-    original, seen = loop.train, []
-
-    def watched(job: Any, *rest: Any) -> Any:
-        class Watching:
-            def __getattr__(self, name: str) -> Any:
-                return getattr(loader, name)
-
-            def __next__(self) -> Any:
-                batch = next(loader)
-                seen.append((batch.ids.tolist(), [v.clone() for v in batch.views]))
-                return batch
-
-        loader, job.loader = job.loader, Watching()
-        return original(job, *rest)
-
-    loop.train = watched
-    try:
-        return train(args, die_at), seen
-    finally:
-        loop.train = original
-
-
-def ids_of(results: list[tuple[Any, Seen]], view_shards: int = 1) -> list[list[int]]:
-    """Each step's global batch, in canonical order; a view group must read the same."""
-    steps = []
-    for parts in zip(*(seen for _, seen in results), strict=True):
-        groups = [parts[i : i + view_shards] for i in range(0, len(parts), view_shards)]
-        assert all(part[0] == group[0][0] for group in groups for part in group)
-        steps.append([i for group in groups for i in group[0][0]])
-    return steps
-
+from tests.runs import arguments, ids_of, rows, status, train, watch
 
 FOUR = "data.views=[{count: 4, size: 16, recipe: sym}]"
 
@@ -228,21 +189,13 @@ def test_too_many_bad_images_stop_the_run_and_lose_nothing(
 
 def vanish(args: list[str], data: str, at: int) -> int | str:
     """A run whose images vanish when a step begins."""
-    from ddp_ssl import optim
 
-    original = optim.set_learning_rates
-
-    def watched(optimizer: Any, config: Any, batch: int, step: int, steps: int) -> float:
-        if step == at:
+    def lose(job: Any) -> None:
+        if job.state.step == at:
             with contextlib.suppress(OSError):
                 Path(data).rename(f"{data}-gone")
-        return original(optimizer, config, batch, step, steps)
 
-    optim.set_learning_rates = watched
-    try:
-        return train(args)
-    finally:
-        optim.set_learning_rates = original
+    return train(args, on_step=lose)
 
 
 MEASURED = ("checkpoint.every_steps=0", "log.every_steps=100")

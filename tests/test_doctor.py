@@ -29,7 +29,7 @@ from ddp_ssl.distributed import Exchange, World
 from ddp_ssl.run import environment
 from tests.helpers import config_of
 from tests.ranks import Ranks
-from tests.test_resume import arguments, train
+from tests.runs import arguments, train
 
 CPU = torch.device("cpu")
 NAMES = (
@@ -467,6 +467,7 @@ def test_a_judgement_that_breaks() -> None:
     assert finding.text == "cannot be judged: ZeroDivisionError: division by zero and more"
 
 
+@pytest.mark.faults
 def test_a_rank_that_hangs_ends_it_by_name(ranks: Ranks, args: list[str]) -> None:
     args = [*args, "run.start_timeout_s=5"]
     start = time.monotonic()
@@ -478,6 +479,7 @@ def test_a_rank_that_hangs_ends_it_by_name(ranks: Ranks, args: list[str]) -> Non
     assert end == "1 ok, 0 warn, 1 fail"
 
 
+@pytest.mark.faults
 def test_an_all_reduce_that_fails_on_one_rank(ranks: Ranks, args: list[str]) -> None:
     """The others give it up in time, and the checks after it are made."""
     args = [*args, "run.start_timeout_s=12"]

@@ -21,8 +21,8 @@ from ddp_ssl.data.loading.loader import EvalLoader
 from ddp_ssl.data.loading.settings import LoaderSettings
 from ddp_ssl.methods.base import Method
 from ddp_ssl.run.configure import load
+from tests.exports import run_folder
 from tests.ranks import Ranks
-from tests.test_export import run_folder
 
 QUIET = ("run.device=cpu", "run.threads=1")
 

@@ -33,8 +33,7 @@ from ddp_ssl.training.lifecycle import set_deadlines
 from ddp_ssl.utils import launcher
 from tests.helpers import config_of
 from tests.ranks import Ranks
-from tests.test_resume import arguments, complaint, rows, status, train
-from tests.test_saver import Writes
+from tests.runs import BARE, Whole, Writes, arguments, complaint, rows, status, train
 
 
 def losses(place: Path) -> list[int]:
@@ -80,27 +79,23 @@ ACTIONS = {
 
 def train_with(args: list[str], at: dict[int, str], place: str) -> int | str:
     """Run; before step `s` rank 0 does `at[s]` to the file system at `place`."""
-    from ddp_ssl import optim
 
-    original, left = optim.learning_rate, dict(at)
-
-    def watched(step: int, *rest: Any, **more: Any) -> float:
-        if os.environ["RANK"] == "0" and step in left:
+    def act(job: Any) -> None:
+        if os.environ["RANK"] == "0" and job.state.step in at:
             writes.finish()
-            ACTIONS[left.pop(step)](Path(place))
-        return original(step, *rest, **more)
+            ACTIONS[at[job.state.step]](Path(place))
 
-    with Writes() as writes, patch.object(optim, "learning_rate", watched):
-        return train(args)
+    with Writes() as writes:
+        return train(args, on_step=act)
 
 
 @pytest.mark.parametrize(("break_it", "mend_it"), [("fill", "free"), ("read only", "writable")])
 def test_a_failing_save_warns_and_is_made_up_for(
-    ranks: Ranks, photos: Path, small_disk: Path, tmp_path: Path, break_it: str, mend_it: str
+    ranks: Ranks, photos: Path, whole: Whole, small_disk: Path, break_it: str, mend_it: str
 ) -> None:
     """Full or read-only for four steps: the older checkpoint stays, no row is lost."""
     place = small_disk / "run"
-    args = arguments(photos, place, "checkpoint.every_steps=1", "log.every_steps=1")
+    args = arguments(photos, place, *BARE, "checkpoint.every_steps=1")
     at = {3: break_it, 7: mend_it}
     assert ranks.launch(train_with, 2, args, at, str(small_disk)) == [0, 0]
     text = (place / "train.log").read_text()
@@ -109,36 +104,31 @@ def test_a_failing_save_warns_and_is_made_up_for(
     assert reason in text
     assert status(place)["state"] == "done"
     assert losses(place) == list(range(1, 10))
-    whole = tmp_path / "whole"
-    assert ranks.launch(train, 2, [*args, f"run.dir={whole}"]) == [0, 0]
-    assert rows(place) == rows(whole)
+    assert rows(place) == rows(whole(2, *BARE))
     assert store.find(place)[0].step == 9
     (small_disk / "ballast").unlink(missing_ok=True)
 
 
-def test_a_stale_mount_is_waited_out(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+def test_a_stale_mount_is_waited_out(
+    ranks: Ranks, photos: Path, whole: Whole, tmp_path: Path
+) -> None:
     """Everything that looks at the run folder fails for four steps, the STOP file's place too."""
     place = tmp_path / "run"
-    args = arguments(photos, place, "checkpoint.every_steps=1", "log.every_steps=1")
+    args = arguments(photos, place, *BARE, "checkpoint.every_steps=1")
     assert ranks.launch(train_on_a_stale_mount, 2, args, str(place)) == [0, 0]
     text = (place / "train.log").read_text()
     assert "not saved (4 of 10 failures that end the run), going on: " in text
     assert "Stale file handle" in text
-    whole = tmp_path / "whole"
-    assert ranks.launch(train, 2, [*args, f"run.dir={whole}"]) == [0, 0]
-    assert rows(place) == rows(whole)
+    assert rows(place) == rows(whole(2, *BARE))
     assert store.find(place)[0].step == 9
 
 
 def train_on_a_stale_mount(args: list[str], place: str) -> int | str:
-    from ddp_ssl import optim
+    step_now = [0]
 
-    rate, step_now = optim.learning_rate, [0]
-
-    def watched(step: int, *rest: Any, **more: Any) -> float:
+    def watched(job: Any) -> None:
         writes.finish()
-        step_now[0] = step
-        return rate(step, *rest, **more)
+        step_now[0] = job.state.step
 
     def failing(function: Any) -> Any:
         def call(path: Any = ".", *rest: Any, **more: Any) -> Any:
@@ -151,21 +141,20 @@ def train_on_a_stale_mount(args: list[str], place: str) -> int | str:
 
     with (
         Writes() as writes,
-        patch.object(optim, "learning_rate", watched),
         patch.object(os, "stat", failing(os.stat)),
         patch.object(os, "scandir", failing(os.scandir)),
         patch.object(os, "mkdir", failing(os.mkdir)),
         patch.object(os, "replace", failing(os.replace)),
         patch("builtins.open", failing(open)),
     ):
-        return train(args)
+        return train(args, on_step=watched)
 
 
 def test_too_many_failing_saves_end_the_run_and_keep_the_good_one(
     ranks: Ranks, photos: Path, small_disk: Path
 ) -> None:
     place = small_disk / "run"
-    more = ("checkpoint.every_steps=1", "log.every_steps=1", "checkpoint.max_failures=3")
+    more = (*BARE, "checkpoint.every_steps=1", "checkpoint.max_failures=3")
     args = arguments(photos, place, *more)
     assert ranks.launch(train_with, 2, args, {4: "fill"}, str(small_disk)) == [1, 1]
     newest = store.newest_good(place)
@@ -178,7 +167,7 @@ def test_too_many_failing_saves_end_the_run_and_keep_the_good_one(
 
 def test_a_stop_insists_on_its_checkpoint(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
     """Two saves fail after the stop; the third one is there and no step is lost."""
-    args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
+    args = arguments(photos, tmp_path / "run", *BARE, "checkpoint.every_steps=0")
     assert ranks.launch(stopped_with_failing_saves, 1, args) == [0]
     assert status(tmp_path / "run")["state"] == "preempted"
     newest = store.newest_good(tmp_path / "run")
@@ -187,15 +176,11 @@ def test_a_stop_insists_on_its_checkpoint(ranks: Ranks, photos: Path, tmp_path: 
 
 
 def stopped_with_failing_saves(args: list[str]) -> int | str:
-    from ddp_ssl import optim
+    save, left = store.save, [2]
 
-    original, save = optim.learning_rate, store.save
-    left = [2]
-
-    def stopping(step: int, *rest: Any, **more: Any) -> float:
-        if step == 1:
-            os.kill(os.getpid(), 15)
-        return original(step, *rest, **more)
+    def second(job: Any) -> None:
+        if job.state.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def failing(*args: Any, **more: Any) -> Path:
         if left[0]:
@@ -204,11 +189,10 @@ def stopped_with_failing_saves(args: list[str]) -> int | str:
         return save(*args, **more)
 
     with (
-        patch.object(optim, "learning_rate", stopping),
         patch.object(store, "save", failing),
         patch.object(checkpointer, "SAVE_AGAIN_S", 0.01),
     ):
-        return train(args)
+        return train(args, on_step=second)
 
 
 # --- one rank alone ----------------------------------------------------------------------------
@@ -242,7 +226,7 @@ def broken_validation(args: list[str]) -> int | str:
 
 def test_a_nan_on_one_rank_stops_all_together(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
     """Only rank 1's features are poisoned; with local norms, only its own loss at first."""
-    more = ("model.batch_norm=local", "log.every_steps=1")
+    more = ("model.batch_norm=local", *BARE)
     codes = ranks.launch(nan_on_one_rank, 3, arguments(photos, tmp_path / "run", *more))
     assert codes == [1, 1, 1]
     assert "at step 5 (epoch 2)" in status(tmp_path / "run")["error"]
@@ -268,7 +252,7 @@ def nan_on_one_rank(args: list[str]) -> int | str:
 
 
 def test_the_slow_rank_is_named(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
-    args = arguments(photos, tmp_path / "run", "log.every_steps=1", "eval.every=0")
+    args = arguments(photos, tmp_path / "run", *BARE)
     assert ranks.launch(slow_rank, 3, args) == [0, 0, 0]
     text = (tmp_path / "run/train.log").read_text()
     assert text.count(f"rank 2 ({socket.gethostname()}) is slow: the others wait ") == 1
@@ -323,7 +307,7 @@ def test_tensorboard_has_every_step_once_after_three_restarts(
 
 
 def test_changed_code_is_said_on_resume(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
-    args = arguments(photos, tmp_path / "run")
+    args = arguments(photos, tmp_path / "run", *BARE)
     assert ranks.launch(train, 1, args, 5) == ["killed"]
     assert ranks.launch(with_other_torch, 1, [*args, "run.resume=auto"]) == [0]
     text = (tmp_path / "run/train.log").read_text()
@@ -341,7 +325,7 @@ def test_all_ranks_load_the_file_that_rank_0_chose(
     ranks: Ranks, photos: Path, tmp_path: Path
 ) -> None:
     """Rank 1 sees an older state of the folder, as over a network file system's cache."""
-    args = arguments(photos, tmp_path / "run")
+    args = arguments(photos, tmp_path / "run", *BARE)
     assert ranks.launch(train, 2, args, 5) == ["killed"] * 2
     stale = tmp_path / "stale"
     shutil.copytree(tmp_path / "run", stale)
@@ -396,9 +380,9 @@ def test_run_folders_stay_where_they_are_named(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("what", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "STOP"])
 def test_every_request_to_stop_loses_no_step(
-    ranks: Ranks, photos: Path, tmp_path: Path, what: str
+    ranks: Ranks, photos: Path, whole: Whole, tmp_path: Path, what: str
 ) -> None:
-    args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0", "eval.every=0")
+    args = arguments(photos, tmp_path / "run", *BARE, "checkpoint.every_steps=0")
     (code,) = ranks.launch(stopped_by, 1, args, what, str(tmp_path / "run"))
     assert code == 0
     assert status(tmp_path / "run")["state"] == "preempted"
@@ -408,65 +392,43 @@ def test_every_request_to_stop_loses_no_step(
     assert f"stopped on {what} at step {stopped}" in (tmp_path / "run/train.log").read_text()
     assert ranks.launch(train, 1, [*args, "run.resume=auto"]) == [0]
     assert not (tmp_path / "run/STOP").exists()
-    assert ranks.launch(train, 1, [*args, f"run.dir={tmp_path / 'whole'}"]) == [0]
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(whole(1, *BARE))
 
 
 def stopped_by(args: list[str], what: str, place: str) -> int | str:
-    from ddp_ssl import optim
+    def fifth(job: Any) -> None:
+        if job.state.step == 4 and what == "STOP":
+            (Path(place) / "STOP").touch()
+            time.sleep(1.1)  # it is looked for once a second
+        elif job.state.step == 4:
+            os.kill(os.getpid(), getattr(signal, what))
 
-    original, left = optim.set_learning_rates, [1]
-
-    def asking(*rest: Any) -> float:
-        if rest[3] == 4 and left:
-            left.clear()
-            if what == "STOP":
-                (Path(place) / "STOP").touch()
-                time.sleep(1.1)  # it is looked for once a second
-            else:
-                os.kill(os.getpid(), getattr(signal, what))
-        return original(*rest)
-
-    optim.set_learning_rates = asking
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGUSR2)}
-    try:
-        return train(args)
-    finally:
-        optim.set_learning_rates = original
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    return train(args, on_step=fifth)
 
 
 def test_a_request_in_an_epochs_last_step_comes_before_the_validation(
-    ranks: Ranks, photos: Path, tmp_path: Path
+    ranks: Ranks, photos: Path, whole: Whole, tmp_path: Path
 ) -> None:
     args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
     assert ranks.launch(stopped_in_the_last_step, 2, args) == [0, 0]
     assert (status(tmp_path / "run")["step"], status(tmp_path / "run")["epoch"]) == (3, 0)
     assert not [r for r in rows(tmp_path / "run") if r["step"] == 3 and "eval/knn_top1" in r]
     assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
-    assert ranks.launch(train, 2, [*args, f"run.dir={tmp_path / 'whole'}"]) == [0, 0]
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(whole(2))
 
 
 def stopped_in_the_last_step(args: list[str]) -> int | str:
-    from ddp_ssl import optim
-
-    original = optim.set_learning_rates
-
-    def asking(*rest: Any) -> float:
-        if rest[3] == 2 and os.environ["RANK"] == "1":
+    def third(job: Any) -> None:
+        if job.state.step == 2 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*rest)
 
-    with patch.object(optim, "set_learning_rates", asking):
-        return train(args)
+    return train(args, on_step=third)
 
 
 def test_a_stop_made_before_the_start_counts_and_an_obeyed_one_does_not(
     ranks: Ranks, photos: Path, tmp_path: Path
 ) -> None:
-    args = arguments(photos, tmp_path / "run", "run.resume=auto")
+    args = arguments(photos, tmp_path / "run", *BARE, "run.resume=auto")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/STOP").touch()
     assert ranks.launch(train, 1, args) == [0]
@@ -476,6 +438,7 @@ def test_a_stop_made_before_the_start_counts_and_an_obeyed_one_does_not(
     assert not (tmp_path / "run/STOP").exists()
 
 
+@pytest.mark.faults
 def test_a_long_save_is_not_a_hang(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
     """The others wait for rank 0 longer than a step may take."""
     more = ("run.timeout_s=3", "checkpoint.every_steps=0", "eval.every=0", "measure.every=0")
@@ -497,7 +460,7 @@ def saving_slowly(args: list[str]) -> int | str:
 def test_what_goes_wrong_while_building_may_be_tried_again(
     ranks: Ranks, photos: Path, tmp_path: Path
 ) -> None:
-    args = arguments(photos, tmp_path / "run")
+    args = arguments(photos, tmp_path / "run", *BARE)
     assert ranks.launch(train, 2, args, 5) == ["killed"] * 2
     codes = ranks.launch(broken_restore, 2, [*args, "run.resume=auto"])
     assert codes == [2, "1"]
@@ -520,6 +483,7 @@ def broken_restore(args: list[str]) -> int | str:
 # --- stopping in time --------------------------------------------------------------------------
 
 
+@pytest.mark.faults
 def test_deadlines(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
     """A run that may take 4 seconds stops by itself, and the rest follows."""
     args = arguments(photos, tmp_path / "run", "optim.epochs=400", "eval.every=0")

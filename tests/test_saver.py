@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,9 +17,7 @@ from ddp_ssl.checkpoint import store
 from ddp_ssl.checkpoint.saver import HostCopy, Outcome, Saver
 from ddp_ssl.errors import CheckpointError
 from tests.ranks import Ranks
-from tests.test_resume import arguments, rows, status, train
-
-WAIT_S = 60
+from tests.runs import BARE, WAIT_S, Whole, Writes, arguments, assert_same_bits, rows, status, train
 
 
 def test_a_copy_is_equal_and_independent() -> None:
@@ -120,7 +117,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     ranks: Ranks, photos: Path, tmp_path: Path
 ) -> None:
     """Step 3's is held until step 5 begins, and is the same file as one that nobody held."""
-    args = arguments(photos, tmp_path / "held", "checkpoint.every_steps=0", "checkpoint.keep=5")
+    more = (*BARE, "checkpoint.every_steps=0", "checkpoint.keep=5")
+    args = arguments(photos, tmp_path / "held", *more)
     assert ranks.launch(holding, 2, args, str(tmp_path / "held")) == [0, 0]
     assert ranks.launch(train, 2, [*args, f"run.dir={tmp_path / 'free'}"]) == [0, 0]
     held, free = (store.find(tmp_path / name) for name in ("held", "free"))
@@ -128,82 +126,62 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     for mine, theirs in zip(held, free, strict=True):
         left, right = (torch.load(found.path, weights_only=True) for found in (mine, theirs))
         for part in ("model", "optimizer"):
-            same(left[part], right[part])
+            assert_same_bits(left[part], right[part])
         assert (left["step"], left["best"]) == (right["step"], right["best"])
     assert rows(tmp_path / "held") == rows(tmp_path / "free")
 
 
-def same(left: Any, right: Any) -> None:
-    """Nested state, bit by bit."""
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right)
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for name in left:
-            same(left[name], right[name])
-    elif isinstance(left, list | tuple):
-        for x, y in zip(left, right, strict=True):
-            same(x, y)
-    else:
-        assert left == right
-
-
 def holding(args: list[str], place: str) -> int | str:
-    from ddp_ssl import optim
+    save, reached = store.save, threading.Event()
 
-    rate, save, reached = optim.learning_rate, store.save, threading.Event()
-
-    def watched(step: int, *rest: Any, **more: Any) -> float:
-        if step == 4 and not reached.is_set():  # the fifth; there are several groups
+    def fifth(job: Any) -> None:
+        if job.state.step == 4:
             if os.environ["RANK"] == "0":
                 assert not list((Path(place) / "checkpoints").glob("step_*"))
                 assert status(Path(place))["step"] == 0
             reached.set()
-        return rate(step, *rest, **more)
 
     def held(*rest: Any, **more: Any) -> Path:
         assert reached.wait(WAIT_S), "training waits for the checkpoint"
         return save(*rest, **more)
 
-    with patch.object(optim, "learning_rate", watched), patch.object(store, "save", held):
-        return train(args)
+    with patch.object(store, "save", held):
+        return train(args, on_step=fifth)
 
 
-def test_a_run_ends_only_after_its_checkpoint(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+def test_a_run_ends_only_after_its_checkpoint(
+    ranks: Ranks, photos: Path, whole: Whole, tmp_path: Path
+) -> None:
     """An error in a step does not lose what is being written; the run goes on from there."""
-    args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
+    args = arguments(photos, tmp_path / "run", *BARE, "checkpoint.every_steps=0")
     assert ranks.launch(broken_while_writing, 1, args) == ["1"]
     assert [found.step for found in store.find(tmp_path / "run")] == [3]
     assert status(tmp_path / "run")["state"] == "failed"
     assert "ZeroDivisionError" in status(tmp_path / "run")["error"]
     assert ranks.launch(train, 1, [*args, "run.resume=auto"]) == [0]
-    assert ranks.launch(train, 1, [*args, f"run.dir={tmp_path / 'whole'}"]) == [0]
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(whole(1, *BARE))
 
 
 def broken_while_writing(args: list[str]) -> int | str:
-    from ddp_ssl import optim
+    save, broken = store.save, threading.Event()
 
-    rate, save, broken = optim.learning_rate, store.save, threading.Event()
-
-    def watched(step: int, *rest: Any, **more: Any) -> float:
-        if step == 4:
+    def fifth(job: Any) -> None:
+        if job.state.step == 4:
             broken.set()
             raise ZeroDivisionError("not today")
-        return rate(step, *rest, **more)
 
     def held(*rest: Any, **more: Any) -> Path:
         assert broken.wait(WAIT_S)
         return save(*rest, **more)
 
-    with patch.object(optim, "learning_rate", watched), patch.object(store, "save", held):
-        return train(args)
+    with patch.object(store, "save", held):
+        return train(args, on_step=fifth)
 
 
 def test_what_could_not_be_written_is_said_at_the_end(
     ranks: Ranks, photos: Path, tmp_path: Path
 ) -> None:
-    args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
+    args = arguments(photos, tmp_path / "run", *BARE, "checkpoint.every_steps=0")
     assert ranks.launch(broken_while_failing_to_write, 1, args) == ["1"]
     text = (tmp_path / "run/train.log").read_text()
     assert text.count("WARNING the last checkpoint is not saved: step_3.pt: No space left") == 1
@@ -211,27 +189,29 @@ def test_what_could_not_be_written_is_said_at_the_end(
 
 
 def broken_while_failing_to_write(args: list[str]) -> int | str:
-    from ddp_ssl import optim
+    broken = threading.Event()
 
-    rate, broken = optim.learning_rate, threading.Event()
-
-    def watched(step: int, *rest: Any, **more: Any) -> float:
-        if step == 4 and os.environ["RANK"] == "0":
+    def fifth(job: Any) -> None:
+        if job.state.step == 4 and os.environ["RANK"] == "0":
             broken.set()
             raise ZeroDivisionError("not today")
-        return rate(step, *rest, **more)
 
     def full(*rest: Any, **more: Any) -> Path:
         assert broken.wait(WAIT_S)
         raise CheckpointError("step_3.pt: No space left on device")
 
-    with patch.object(optim, "learning_rate", watched), patch.object(store, "save", full):
-        return train(args)
+    with patch.object(store, "save", full):
+        return train(args, on_step=fifth)
 
 
 def test_what_failed_is_written_again_as_it_was(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
     """Once, beside training: the weights of its own step, best and kept for good as was meant."""
-    more = ("checkpoint.every_steps=0", "log.every_steps=1", "checkpoint.keep_every=1")
+    more = (
+        "checkpoint.every_steps=0",
+        "log.every_steps=1",
+        "checkpoint.keep_every=1",
+        "measure.every=0",
+    )
     args = arguments(photos, tmp_path / "run", *more)
     written = ranks.launch(failing_once, 2, args)
     assert written == [[3, 3, 6, 9], []]
@@ -240,7 +220,7 @@ def test_what_failed_is_written_again_as_it_was(ranks: Ranks, photos: Path, tmp_
     assert [(f.step, f.permanent) for f in ours] == [(f.step, f.permanent) for f in free]
     for mine, theirs in zip(ours, free, strict=True):
         left, right = (torch.load(found.path, weights_only=True) for found in (mine, theirs))
-        same(left["model"], right["model"])
+        assert_same_bits(left["model"], right["model"])
         assert left["best"] == right["best"]
     best = [
         json.loads((tmp_path / n / "checkpoints/best.json").read_text()) for n in ("run", "free")
@@ -252,17 +232,14 @@ def test_what_failed_is_written_again_as_it_was(ranks: Ranks, photos: Path, tmp_
 
 def failing_once(args: list[str]) -> list[int]:
     """The steps of which a checkpoint was begun; that of step 3 fails, then takes two steps."""
-    from ddp_ssl import optim
-
-    rate, save, reached = optim.learning_rate, store.save, threading.Event()
+    save, reached = store.save, threading.Event()
     begun: list[int] = []
 
-    def watched(step: int, *rest: Any, **more: Any) -> float:
-        if step == 3:
+    def watched(job: Any) -> None:
+        if job.state.step == 3:
             writes.finish()
-        if step == 5:
+        if job.state.step == 5:
             reached.set()
-        return rate(step, *rest, **more)
 
     def watched_save(*rest: Any, **more: Any) -> Path:
         begun.append(more["step"])
@@ -271,49 +248,41 @@ def failing_once(args: list[str]) -> list[int]:
         assert reached.wait(WAIT_S), "training waits for the checkpoint"
         return save(*rest, **more)
 
-    with (
-        Writes() as writes,
-        patch.object(optim, "learning_rate", watched),
-        patch.object(store, "save", watched_save),
-    ):
-        assert train(args) == 0
+    with Writes() as writes, patch.object(store, "save", watched_save):
+        assert train(args, on_step=watched) == 0
     return begun
 
 
 def test_a_stop_comes_after_what_is_being_written(
-    ranks: Ranks, photos: Path, tmp_path: Path
+    ranks: Ranks, photos: Path, whole: Whole, tmp_path: Path
 ) -> None:
-    args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
+    args = arguments(photos, tmp_path / "run", *BARE, "checkpoint.every_steps=0")
     assert ranks.launch(stopped_while_writing, 2, args) == [0, 0]
     assert status(tmp_path / "run")["state"] == "preempted"
     steps = [found.step for found in store.find(tmp_path / "run")]
     assert steps == [status(tmp_path / "run")["step"], 3]
     assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
-    assert ranks.launch(train, 2, [*args, f"run.dir={tmp_path / 'whole'}"]) == [0, 0]
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(whole(2, *BARE))
 
 
 def stopped_while_writing(args: list[str]) -> int | str:
-    from ddp_ssl import optim
+    save, asked = store.save, threading.Event()
 
-    rate, save, asked = optim.learning_rate, store.save, threading.Event()
-
-    def watched(step: int, *rest: Any, **more: Any) -> float:
-        if step == 4:
+    def fifth(job: Any) -> None:
+        if job.state.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
             asked.set()
-        return rate(step, *rest, **more)
 
     def held(*rest: Any, **more: Any) -> Path:
         assert asked.wait(WAIT_S)
         return save(*rest, **more)
 
-    with patch.object(optim, "learning_rate", watched), patch.object(store, "save", held):
-        return train(args)
+    with patch.object(store, "save", held):
+        return train(args, on_step=fifth)
 
 
 def test_resumed_where_not_every_epoch_is_saved(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
-    more = ("checkpoint.every=2", "checkpoint.every_steps=0", "checkpoint.best=null")
+    more = (*BARE, "checkpoint.every=2", "checkpoint.every_steps=0", "checkpoint.best=null")
     args = arguments(photos, tmp_path / "run", *more, "optim.epochs=4")
     for death, saved in ((5, []), (11, [6])):
         assert ranks.launch(train, 2, [*args, "run.resume=auto"], death) == ["killed"] * 2
@@ -326,7 +295,7 @@ def test_resumed_where_not_every_epoch_is_saved(ranks: Ranks, photos: Path, tmp_
 def test_state_that_cannot_be_loaded_ends_the_run(
     ranks: Ranks, photos: Path, tmp_path: Path
 ) -> None:
-    args = arguments(photos, tmp_path / "run", "checkpoint.every_steps=0")
+    args = arguments(photos, tmp_path / "run", *BARE, "checkpoint.every_steps=0")
     assert ranks.launch(with_unsafe_state, 2, args) == [1, 1]
     assert "cannot be loaded safely" in status(tmp_path / "run")["error"]
     assert store.find(tmp_path / "run") == []
@@ -342,9 +311,9 @@ def with_unsafe_state(args: list[str]) -> int | str:
 def test_epochs_between_checkpoints(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
     """Every second epoch, the last, and those kept for good."""
     more = ["checkpoint.every=2", "checkpoint.every_steps=0", "checkpoint.keep=9", "optim.epochs=7"]
-    args = arguments(
-        photos, tmp_path / "run", *more, "checkpoint.keep_every=5", "checkpoint.best=null"
-    )
+    more = [*more, "method.alpha_every=100", "measure.every=0"]
+    unbest = ("eval.every=0", "checkpoint.keep_every=5", "checkpoint.best=null")
+    args = arguments(photos, tmp_path / "run", *more, *unbest)
     assert ranks.launch(train, 1, args) == [0]
     assert [found.step for found in store.find(tmp_path / "run")] == [21, 18, 15, 12, 6]
     args = arguments(photos, tmp_path / "best", *more)
@@ -356,29 +325,3 @@ def test_epochs_between_checkpoints(ranks: Ranks, photos: Path, tmp_path: Path) 
     }
     best = store.CheckpointInfo.read(tmp_path / "best/checkpoints/best.json").step
     assert knn[best] == max(value for step, value in knn.items() if step)
-
-
-class Writes:
-    """What this process writes in the background."""
-
-    def __init__(self) -> None:
-        self.savers: list[Saver] = []
-        original = Saver.start
-
-        def start(saver: Saver, *rest: Any) -> None:
-            self.savers.append(saver)
-            original(saver, *rest)
-
-        self.patch = patch.object(Saver, "start", start)
-
-    def __enter__(self) -> Writes:
-        self.patch.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.patch.stop()
-
-    def finish(self) -> None:
-        """Wait until nothing is being written."""
-        under_way = [s._writing for s in self.savers if s._writing is not None]
-        assert not wait(under_way, WAIT_S).not_done

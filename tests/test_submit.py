@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ddp_ssl import submit
-from tests.test_resume import arguments
+from tests.runs import arguments
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,6 +113,7 @@ def words(photos: Path, *more: str) -> list[str]:
     return [a for a in given if not a.startswith("run.dir=")]
 
 
+@pytest.mark.faults
 def test_local_runs_several_processes(photos: Path, tmp_path: Path) -> None:
     """A sweep, one run after the other; the second one finds no images."""
     given = words(photos, "optim.epochs=1", f"data.root={photos},nowhere")

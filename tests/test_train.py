@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from ddp_ssl.driver import find_driver, install_command
+from tests.runs import BIN, call
 
 ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
-
-
-def call(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        command, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=300
-    )
 
 
 def test_help_shows_every_key_of_the_chosen_method() -> None:
@@ -68,6 +59,7 @@ def test_missing_dali_is_one_line_that_names_the_extra(photos: Path, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.faults
 def test_eight_processes_on_any_machine(tmp_path: Path) -> None:
     """The README's command, on the embedded default cut short."""
     done = call(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddp_ssl.config.views import View
+from ddp_ssl.config.views import CentralCrop, View
+from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.formats import Decoding, PixelFormat
-from ddp_ssl.data.loading.loader import TrainLoader
+from ddp_ssl.data.loading.loader import EvalLoader, TrainLoader
 from ddp_ssl.data.loading.order import Order
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 
@@ -83,3 +85,22 @@ def loader_settings(changes: dict[str, Any]) -> LoaderSettings:
         PixelFormat(mean, std, half), changed("device", torch.device("cpu")),
         changed("threads", 1), changed("prefetch", 2), changed("decoding", Decoding()),
     )  # fmt: skip
+
+
+def same(a: Batch, b: Batch) -> bool:
+    views = zip(a.views, b.views, strict=True)
+    return torch.equal(a.ids, b.ids) and all(torch.equal(x, y) for x, y in views)
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+    return loaded
+
+
+def eval_of(split: Split, ids: Any, shard: int = 0, shards: int = 1, **changes: Any) -> EvalLoader:
+    crop, settings = changes.pop("crop", CentralCrop(16, 16)), loader_settings(changes)
+    share = {"batch_size": 4, "shard": shard, "num_shards": shards} | changes
+    return EvalLoader(split, ids, crop, settings, **share)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,62 +20,9 @@ from ddp_ssl.data.loading.loader import EvalLoader, TrainLoader
 from ddp_ssl.data.loading.order import permutation
 from ddp_ssl.data.loading.reader import UnreadableError
 from ddp_ssl.distributed import MeshComm, World
-from tests.data.images import array_of, folder_of, loader_of, picture
-from tests.data.test_loader import eval_of, through_a_file
+from tests.data.bad import BAD, IMAGES, broken_tables, empty, garbage, victim
+from tests.data.images import array_of, eval_of, folder_of, loader_of, picture, through_a_file
 from tests.ranks import Ranks
-
-IMAGES = 24
-
-
-def garbage(path: Path) -> None:
-    path.write_bytes(np.random.default_rng(0).bytes(3000))
-
-
-def halve(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[:-100])
-
-
-def no_end(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-2])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def directory(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def broken_tables(path: Path) -> None:
-    """Begins and ends as a JPEG should: only decoding it finds this."""
-    content = bytearray(path.read_bytes())
-    content[30:300] = np.random.default_rng(0).bytes(270)
-    path.write_bytes(content)
-
-
-def gif(path: Path) -> None:
-    Image.open(path).save(path, "GIF")
-
-
-def cut_png(path: Path) -> None:
-    Image.open(path).save(path, "PNG")
-    path.write_bytes(path.read_bytes()[:-600])
-
-
-BAD: dict[str, tuple[Callable[[Path], None], str]] = {
-    "random bytes": (garbage, "not an image"),
-    "truncated": (halve, "truncated"),
-    "no end marker": (no_end, "truncated"),
-    "empty": (empty, "empty"),
-    "a directory": (directory, "Is a directory"),
-    "deleted": (Path.unlink, "No such file"),
-    "broken tables": (broken_tables, ""),
-    "gif": (gif, "GIF is not supported"),
-    "cut png": (cut_png, ""),
-}
 
 
 def cmyk(path: Path) -> None:
@@ -93,11 +39,6 @@ def trailing(path: Path) -> None:
 
 
 ODD = {"cmyk": cmyk, "16 bits": sixteen_bits, "trailing bytes": trailing}
-
-
-def victim(step: int, place: int) -> int:
-    """The image at a place of a step, in batches of six, in the order of `loader_of`."""
-    return int(permutation(3, 0, IMAGES)[step * 6 + place])
 
 
 def compare(ours: Batch, theirs: Batch, bad: set[int]) -> None:

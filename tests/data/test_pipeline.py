@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
@@ -24,48 +23,8 @@ from ddp_ssl.data.loading import dali, small_images
 from ddp_ssl.data.loading.formats import PixelFormat
 from ddp_ssl.utils.seeds import hashed
 from tests.data.images import HALF, Pixels, array_of, loader_of, picture, write
+from tests.data.operators import FACTORS, IMAGES, TURNS, distance, off, reference, run
 from tests.helpers import config_of
-
-IMAGES = np.stack([picture(i, 64, 64) for i in range(6)])
-
-
-def run(operator: Callable[..., Any], images: Any = IMAGES, **given: Any) -> NDArray[Any]:
-    """An operator of `pipeline` on a batch of images; per-image numbers are given as arrays."""
-    names = list(given)
-
-    def graph() -> Any:
-        def source(info: Any) -> Any:
-            return [list(images), *(list(np.float32(given[name])) for name in names)]
-
-        x, *numbers = dali.fn.external_source(
-            source=source,
-            num_outputs=1 + len(names),
-            batch_info=True,
-            layout=["HWC"] + [""] * len(names),
-        )
-        return operator(x, *numbers)
-
-    pipe = dali.dali.pipeline_def(graph, enable_conditionals=True)(
-        batch_size=len(images), num_threads=1, device_id=None
-    )
-    (out,) = pipe.run()
-    return np.stack([np.asarray(image) for image in out])
-
-
-def reference(operator: Callable[..., Tensor], *given: Any, images: Any = IMAGES) -> NDArray[Any]:
-    """torchvision's operator image by image, on uint8 tensors."""
-    results = []
-    for i, image in enumerate(images):
-        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        y = operator(x, *(value[i] for value in given))
-        results.append(y.expand(3, -1, -1).permute(1, 2, 0).numpy())
-    return np.stack(results)
-
-
-def off(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Mean |difference|."""
-    assert a.shape == b.shape
-    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).mean())
 
 
 @pytest.fixture(params=["graph", "small"])
@@ -79,9 +38,6 @@ both_ways = pytest.mark.usefixtures("small_images_from")
 
 
 # --- one operator at a time ----------------------------------------------------------------------
-
-FACTORS = [0.2, 0.6, 0.9, 1.0, 1.3, 1.8]
-TURNS = [-0.5, -0.2, -0.05, 0.0, 0.1, 0.3]
 
 
 @pytest.mark.parametrize(
@@ -218,14 +174,6 @@ def test_jitter_of_strength_zero_changes_nothing(mode: str) -> None:
     assert dali.jitter_draws(view, (0,)) == [None] * 4
     ours = run(lambda x: jittered(x, mode, [None] * 4))
     assert (ours == IMAGES).all()
-
-
-def distance(a: Any, b: Any) -> float:
-    """Kolmogorov-Smirnov: the largest difference of the two cumulative distributions."""
-    a, b = np.sort(np.asarray(a)), np.sort(np.asarray(b))
-    at = np.concatenate([a, b])
-    below = [np.searchsorted(x, at, side="right") / len(x) for x in (a, b)]
-    return float(np.abs(below[0] - below[1]).max())
 
 
 LUMA = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)

@@ -19,9 +19,8 @@ from ddp_ssl.data.loading import dali
 from ddp_ssl.data.loading import small_images as small
 from ddp_ssl.data.loading.formats import PixelFormat
 from ddp_ssl.data.loading.small_images import Draws
-from tests.data.images import Pixels, array_of, loader_of, picture
-from tests.data.test_loader import same, through_a_file
-from tests.data.test_pipeline import FACTORS, TURNS, distance, off, reference, run
+from tests.data.images import Pixels, array_of, loader_of, picture, same, through_a_file
+from tests.data.operators import FACTORS, TURNS, distance, off, reference, run
 
 N = 6
 IMAGES = np.stack([picture(i, 40, 32) for i in range(N)])

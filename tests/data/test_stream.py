@@ -15,12 +15,10 @@ from ddp_ssl.config.views import View
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.loader import StreamLoader
-from tests.data.images import grouped_settings, loader_of, write
-from tests.data.test_loader import through_a_file
+from tests.data.images import grouped_settings, loader_of, through_a_file, write
 from tests.helpers import config_of
 from tests.ranks import Ranks
-from tests.test_data_runs import ids_of, watch
-from tests.test_resume import arguments, rows, train
+from tests.runs import arguments, ids_of, rows, train, watch
 
 IMAGES = 36
 

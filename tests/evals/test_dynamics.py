@@ -21,7 +21,7 @@ from ddp_ssl.evals.settings import load_settings
 from ddp_ssl.evals.validation import Validation
 from ddp_ssl.evals.weights import find_source
 from tests.ranks import Ranks
-from tests.test_resume import arguments, rows, train
+from tests.runs import arguments, rows, train
 
 OF_BOTH = (
     "effective_rank", "rankme", "von_neumann_entropy", "renyi_entropy", "eigenvalue_count",

@@ -8,63 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import World, comm_of
 from ddp_ssl.evals import features as module
-from ddp_ssl.evals.features import Block, Extractor, gather_rows
-from ddp_ssl.evals.settings import EvaluateConfig
+from ddp_ssl.evals.features import Block, gather_rows
+from tests.evals.extraction import (
+    CPU,
+    FLIPPED,
+    RANDOM,
+    Network,
+    extractor_of,
+    settings_of,
+    split_of,
+)
 from tests.ranks import Ranks
-
-CPU = torch.device("cpu")
-SIZE = 16
-FLIPPED = {"scale": [1, 1], "ratio": [1, 1], "jitter_p": 0, "gray_p": 0, "blur_p": 0, "flip_p": 1}
-RANDOM = {"scale": [0.3, 1], "blur_p": 0, "solarize_p": 0}
-
-
-def split_of(count: int) -> Split:
-    rng = np.random.default_rng(0)
-    return Split.of_array(
-        rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8), np.arange(count) % 5
-    )
-
-
-def settings_of(
-    view: dict[str, Any],
-    cache_mb: float = 1000,
-    seed: int = 0,
-    model: dict[str, Any] | None = None,
-    data: dict[str, Any] | None = None,
-) -> EvaluateConfig:
-    return EvaluateConfig.model_validate(
-        {
-            "run": {"cache_mb": cache_mb, "seed": seed},
-            "model": model or {},
-            "data": {
-                "views": [{"size": SIZE, **view}], "mean": [0.5] * 3, "std": [0.25] * 3,
-                "threads": 1, "read_threads": 2, **(data or {}),
-            },
-            "eval": {"batch_size": 7},
-        }
-    )  # fmt: skip
-
-
-class Network(nn.Module):
-    """Not linear, so that the mean of features is not the feature of a mean."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        g = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(3 * SIZE * SIZE, 6, generator=g) / 30)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (nn.functional.interpolate(x, SIZE).flatten(1) @ self.weight).tanh()
-
-
-def extractor_of(settings: EvaluateConfig, world: World, **options: Any) -> Extractor:
-    return Extractor(Network(), 6, settings, comm_of(world), CPU, **options)
-
 
 ALONE = World(0, 1, 0, 1, CPU)
 

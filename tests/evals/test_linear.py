@@ -17,7 +17,7 @@ from ddp_ssl.distributed import World, comm_of
 from ddp_ssl.evals.features import Block
 from ddp_ssl.evals.linear import AugmentedSteps, CachedSteps, score, train_heads
 from ddp_ssl.evals.settings import PROTOCOLS, Linear, protocol_of
-from tests.evals import test_features as features
+from tests.evals import extraction
 from tests.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -122,9 +122,9 @@ def test_one_step_by_hand() -> None:
 
 def augmented(world: World) -> tuple[list[Tensor], list[Tensor]]:
     """Heads trained on whole images through the network, and on features that lay ready."""
-    split, comm = features.split_of(48), comm_of(world)
-    whole = features.FLIPPED | {"flip_p": 0}
-    extractor = features.extractor_of(features.settings_of(whole), world)
+    split, comm = extraction.split_of(48), comm_of(world)
+    whole = extraction.FLIPPED | {"flip_p": 0}
+    extractor = extraction.extractor_of(extraction.settings_of(whole), world)
     protocol, held = replace(SGD, batch_size=12), torch.arange(48) % 7 == 0
     steps = AugmentedSteps(extractor, split, protocol, 5)
     through, _ = train_heads(steps, protocol, 5, 6, 5, held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -25,7 +26,7 @@ from tests.faults.launched import (
     until,
 )
 from tests.ranks import Ranks
-from tests.test_resume import arguments, rows, status, train
+from tests.runs import arguments, rows, status, train
 
 pytestmark = pytest.mark.faults
 
@@ -220,31 +221,18 @@ def two_machines() -> Iterator[list[str]]:
         for name in names:
             ip("netns", "add", name)
         a, b = "fltA", "fltB"
-        ip(
-            "link",
-            "add",
-            a,
-            "netns",
-            names[0],
-            "type",
-            "veth",
-            "peer",
-            "name",
-            b,
-            "netns",
-            names[1],
-        )
+        ip(*f"link add {a} netns {names[0]} type veth peer name {b} netns {names[1]}".split())
         for number, (name, end) in enumerate(zip(names, (a, b), strict=True), 1):
             ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", end)
             ip("-n", name, "link", "set", end, "up")
             ip("-n", name, "link", "set", "lo", "up")
+        yield names
     except (OSError, subprocess.CalledProcessError) as error:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
         pytest.skip(f"network namespaces cannot be made here: {error}")
-    yield names
-    for name in names:
-        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+    finally:
+        with contextlib.suppress(OSError):
+            for name in names:
+                subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 def test_a_cut_link_ends_both_sides(photos: Path, tmp_path: Path, two_machines: list[str]) -> None:

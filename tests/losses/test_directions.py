@@ -17,7 +17,7 @@ from ddp_ssl.losses import byol, moco, mocov3, nearest_rows, nnclr, ressl, simsi
 from ddp_ssl.losses.common import unit_rows
 from tests.helpers import relative
 from tests.losses import oracles
-from tests.losses.test_losses import some
+from tests.losses.inputs import some
 from tests.ranks import Ranks
 
 Loss = Callable[..., Tensor]

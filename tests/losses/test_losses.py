@@ -7,22 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ddp_ssl.distributed import MeshComm, World, comm_of, comm_stats
 from ddp_ssl.losses import barlow_twins, info_nce, mutual_information, vicreg
 from ddp_ssl.losses.common import unit_rows
 from tests.helpers import relative
 from tests.losses import oracles
+from tests.losses.inputs import some
 from tests.ranks import Ranks
-
-
-def some(*shape: int, seed: int = 0, grad: bool = False) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(*shape, dtype=torch.float64, generator=generator)
-    x = x * torch.linspace(0.3, 2, shape[-1], dtype=torch.float64)  # not isotropic
-    return x.requires_grad_(grad)
-
 
 # --- definitions -----------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from ddp_ssl.losses import (
 )
 from ddp_ssl.losses.kernels import gram as pairs
 from tests.helpers import Operators, relative
-from tests.losses.test_losses import some
+from tests.losses.inputs import some
 from tests.ranks import Ranks
 
 

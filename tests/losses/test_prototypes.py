@@ -13,8 +13,7 @@ from ddp_ssl.losses import deepclusterv2, dino, sinkhorn, spherical_kmeans, swav
 from ddp_ssl.losses.common import unit_rows
 from tests.helpers import relative
 from tests.losses import oracles
-from tests.losses.test_losses import some
-from tests.losses.test_redundancy import same
+from tests.losses.inputs import same, some
 from tests.ranks import Ranks
 
 # --- definitions -----------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,20 +20,8 @@ from ddp_ssl.losses import (
 from ddp_ssl.losses.common import unit_rows
 from tests.helpers import relative
 from tests.losses import oracles
-from tests.losses.test_losses import some
+from tests.losses.inputs import Loss, same, some
 from tests.ranks import Ranks
-
-Loss = Callable[[Tensor], Tensor]
-
-
-def same(ours: Loss, theirs: Loss, z: Tensor) -> None:
-    """Equal in value and gradient."""
-    z = z.detach().requires_grad_()
-    a, b = ours(z), theirs(z)
-    assert float(a.detach()) == pytest.approx(float(b.detach()), rel=1e-9)
-    (grad_a,), (grad_b,) = torch.autograd.grad(a, z), torch.autograd.grad(b, z)
-    assert relative(grad_a, grad_b) < 1e-8
-
 
 # --- definitions -----------------------------------------------------------------------------
 

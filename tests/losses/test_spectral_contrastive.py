@@ -13,7 +13,7 @@ from ddp_ssl.losses import spectral_contrastive
 from ddp_ssl.losses.common import Route
 from tests.helpers import relative
 from tests.losses import oracles
-from tests.losses.test_losses import some
+from tests.losses.inputs import some
 from tests.ranks import Ranks
 
 

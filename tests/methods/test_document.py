@@ -8,8 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.test_resume import ROOT, arguments, rows
-from tests.test_train import BIN, call
+from tests.runs import BIN, ROOT, arguments, call, rows
 
 DOCUMENT = ROOT / "docs" / "add-a-method.md"
 

@@ -19,6 +19,7 @@ from ddp_ssl.methods._registry import builtin_methods
 from ddp_ssl.methods.base import Context
 from ddp_ssl.metrics.effective_rank import Matrix
 from tests.helpers import (
+    SHALLOW,
     assert_same_gradients,
     batch_of,
     config_of,
@@ -80,7 +81,7 @@ def starting(comm: Comm, views: int) -> Context:
 
 def step(world: World, view_shards: int, views: int, settings: tuple[str, ...]) -> Any:
     comm = MeshComm(world, view_shards) if world.size > 1 else comm_of(world)
-    config = config_of(f"data.views.0.count={views}", *settings)
+    config = config_of(SHALLOW, f"data.views.0.count={views}", *settings)
     method = method_of(config, comm)
     module = DDP(method, broadcast_buffers=False) if world.size > 1 else method
     method.on_start(starting(comm, views))
@@ -136,7 +137,7 @@ def test_the_memory_of_every_view_starts_from_view_zero(ranks: Ranks) -> None:
 
 def first_memory(world: World, view_shards: int, settings: tuple[str, ...]) -> Any:
     comm = MeshComm(world, view_shards) if world.size > 1 else comm_of(world)
-    method = method_of(config_of("data.views.0.count=4", *settings), comm)
+    method = method_of(config_of(SHALLOW, "data.views.0.count=4", *settings), comm)
     method.on_start(starting(comm, 4))
     return comm.rank, method.get_extra_state()["rows"]
 

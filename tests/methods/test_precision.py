@@ -14,7 +14,7 @@ from ddp_ssl.data.batch import Batch
 from ddp_ssl.methods._registry import builtin_methods
 from ddp_ssl.methods.base import Context, Method, Progress
 from tests.helpers import config_of, images, method_of
-from tests.methods.test_state import SETTINGS
+from tests.methods.settings import SETTINGS
 
 STEPS = 3  # a step is an epoch
 

@@ -9,20 +9,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor
 
 from ddp_ssl.distributed import MeshComm, World, comm_of
 from ddp_ssl.metrics import effective_rank, mutual_information
 from ddp_ssl.metrics.effective_rank import global_matrix, rank_of_gram
 from tests.losses import oracles
+from tests.metrics.spectra import embeddings, with_spectrum
 from tests.ranks import Ranks
-
-
-def with_spectrum(sigma: Tensor, rows: int, columns: int, seed: int = 0) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    u, _ = torch.linalg.qr(torch.randn(rows, len(sigma), dtype=torch.float64, generator=g))
-    v, _ = torch.linalg.qr(torch.randn(columns, len(sigma), dtype=torch.float64, generator=g))
-    return u * sigma @ v.T
 
 
 def entropy_rank(p: list[float]) -> float:
@@ -57,12 +50,6 @@ def test_not_centred_and_shape_checked() -> None:
 def test_gram_route_needs_the_bound() -> None:
     x = torch.randn(20, 60, dtype=torch.float64)
     assert float(rank_of_gram(x.T @ x, 20)) == pytest.approx(float(effective_rank(x)), rel=1e-9)
-
-
-def embeddings(rows: int, columns: int) -> Tensor:
-    decay = torch.arange(1, columns + 1, dtype=torch.float64) ** -0.7
-    g = torch.Generator().manual_seed(5)
-    return torch.randn(rows, columns, dtype=torch.float64, generator=g) * decay + 0.2
 
 
 def ranks_of(world: World, view_shards: int, shape: tuple[int, int], center: bool) -> Any:

@@ -16,7 +16,7 @@ from ddp_ssl import metrics
 from ddp_ssl.distributed import World, comm_of
 from ddp_ssl.metrics.pairs import _blocks
 from tests.losses import oracles
-from tests.metrics.test_effective_rank import embeddings, with_spectrum
+from tests.metrics.spectra import embeddings, with_spectrum
 from tests.ranks import Ranks
 
 

@@ -131,7 +131,7 @@ class Cluster:
             self.run("scancel", "--user=root", check=False)
             self.run("scancel", "--user=root", "--full", "--signal=KILL", check=False)
 
-    def settle(self, seconds: float = 20) -> None:
+    def settle(self, seconds: float = 5) -> None:
         """Give cancelled jobs time to end."""
         deadline = time.monotonic() + seconds
         while self.run("squeue", "-h", check=False) and time.monotonic() < deadline:
@@ -166,7 +166,6 @@ def running(root: Path, proctrack: str) -> Iterator[Cluster]:
     reason = missing()
     if reason:
         raise Unavailable(reason)
-    munge = _start_munge()
     for index in range(8):
         (root / f"gpu{index}").touch()
     (root / "state").mkdir()
@@ -179,6 +178,7 @@ def running(root: Path, proctrack: str) -> Iterator[Cluster]:
     (root / "gres.conf").write_text(GRES.format(root=root))
     cluster = Cluster(root, proctrack)
     daemons: list[subprocess.Popen[bytes]] = []
+    munge = _start_munge()
     try:
         daemons.append(_spawn(cluster, "slurmctld", "-D"))
         daemons += [_spawn(cluster, "slurmd", "-D", "-N", node) for node in ("n1", "n2")]
@@ -188,13 +188,9 @@ def running(root: Path, proctrack: str) -> Iterator[Cluster]:
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
             cluster.clear()
             cluster.settle()
-        for daemon in reversed(daemons):
-            daemon.terminate()
+        _kill(root)
         for daemon in daemons:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                daemon.wait(20)
-            daemon.kill()
-        _kill_what_is_left(root)
+            daemon.wait()
         if munge is not None:
             munge.terminate()
             munge.wait()
@@ -214,13 +210,17 @@ def _spawn(cluster: Cluster, name: str, *arguments: str) -> subprocess.Popen[byt
         )  # fmt: skip
 
 
-def _kill_what_is_left(root: Path) -> None:
-    """Steps outlive slurmd; this cluster's are known by its configuration in their environment."""
-    mark = f"SLURM_CONF={root}/".encode()
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if mark in environ.read_bytes():
-                os.kill(int(environ.parent.name), signal.SIGKILL)
+def _kill(root: Path) -> None:
+    """Kill this cluster's daemons, steps and jobs: its configuration is in their environment."""
+    mark, found = f"SLURM_CONF={root}/".encode(), True
+    while found:
+        found = False
+        for environ in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark in environ.read_bytes():
+                    os.kill(int(environ.parent.name), signal.SIGKILL)
+                    found = True
+        time.sleep(0.1)
 
 
 def _wait_until_idle(cluster: Cluster, daemons: list[subprocess.Popen[bytes]]) -> None:
@@ -265,12 +265,15 @@ def _start_munge() -> subprocess.Popen[bytes] | None:
         [program, "--foreground", "--force"], user="munge", group="munge", extra_groups=[],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
     )  # fmt: skip
-    for _ in range(50):
-        if subprocess.run(["munge", "-n"], capture_output=True).returncode == 0:
-            return process
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    raise Unavailable("munged does not start; is /etc/munge/munge.key there?")
+    try:
+        for _ in range(50):
+            if subprocess.run(["munge", "-n"], capture_output=True).returncode == 0:
+                return process
+            time.sleep(0.2)
+        raise Unavailable("munged does not start; is /etc/munge/munge.key there?")
+    except BaseException:
+        process.terminate()
+        raise
 
 
 def _free_ports(count: int) -> list[int]:

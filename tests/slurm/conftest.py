@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers import SHALLOW
 from tests.slurm.cluster import Cluster, Unavailable, running
 
 ROOT = Path(__file__).parent.parent.parent
@@ -27,7 +28,7 @@ def tiny(images: Path, *more: str) -> list[str]:
         f"data.root={images}",
         "run.device=cpu",
         "run.threads=1",
-        "model.backbone_args={channels: [8, 8, 16, 16]}",
+        SHALLOW,
         "model.projector=[24, 12]",
         "data.views=[{count: 2, size: 16, recipe: sym}]",
         "data.batch_size=12",
