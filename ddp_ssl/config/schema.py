@@ -30,7 +30,7 @@ WHOLE = ("digits", "cifar10", "cifar100", "stl10", "tiny_imagenet", "cinic10",
 
 
 class Run(Section):
-    """Where the run lives, how it starts, what it runs on."""
+    """Folder, start, device and time limits of the run."""
 
     dir: str | None = None
     """Run folder. Unset: `runs/DATA-METHOD-BACKBONE-ID`, ID from the job or the start time."""
@@ -42,24 +42,24 @@ class Run(Section):
     init_from: str | None = None
     """Checkpoint or run folder to take the weights from, and nothing else."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """`auto` takes the GPUs (NCCL), or the CPU (gloo) where no GPU is meant: no device file, no
-    driver, none given to the job, or CUDA_VISIBLE_DEVICES empty."""
+    """`auto`: the GPUs (NCCL); or the CPU (gloo) if there is no device file, no driver, no GPU in
+    the job, or if CUDA_VISIBLE_DEVICES is empty."""
     threads: int = Field(0, ge=0)
     """CPU threads per process for torch; 0 shares the machine's cores among its processes."""
     start_timeout_s: float = Field(1800, gt=0)
-    """Seconds that may pass without progress until the first step is done, and at any time while
-    something else than a step is under way (validation, a checkpoint, a measurement)."""
+    """Seconds without progress after which the run ends, before the first step is done and during
+    validation, a checkpoint or a measurement."""
     timeout_s: float = Field(300, gt=0)
     """Seconds without progress after which a step, or a process that gives no sign of life, ends
     the run on all processes."""
     max_hours: float | None = Field(None, gt=0)
     """Stop, with a checkpoint, this many hours after the start of the process."""
     end_margin_s: float = Field(120, ge=0)
-    """Stop this many seconds before a Slurm job's end (a tenth of what is left at the start, if
-    that is less)."""
+    """Stop this many seconds before a Slurm job's end, or a tenth of the time left at the start if
+    that is less."""
     profile: str | None = None
-    """`FROM:TO`, steps to trace with torch's profiler, such as `20:23`, into `profile/` of the run
-    folder: rank 0 and the last rank."""
+    """`FROM:TO`, such as `20:23`: steps that torch's profiler traces on rank 0 and the last rank,
+    into `profile/` of the run folder."""
 
     @field_validator("profile")
     @classmethod
@@ -87,7 +87,7 @@ class Model(Section):
     projector_norm: Literal["batch", "none"] = "batch"
     """Normalisation between the head's layers."""
     projector_bias: bool = True
-    """Whether the head's linear layers have a bias (the last one always follows this too)."""
+    """Whether the head's linear layers, the last one included, have a bias."""
     batch_norm: Literal["global", "local"] = "global"
     """Statistics over the global batch (exact at any world size) or over each process's part."""
     views_forward: Literal["auto", "separate", "stacked"] = "auto"
@@ -100,12 +100,12 @@ class Model(Section):
 
 
 class Data(Section):
-    """Which images, how many at a time, and the views made of each."""
+    """The images, the batch size, and the views of each image."""
 
     name: str = "folder"
     """`imagenet`, `imagenet100`, `inat21`, `inat21_mini`, `cifar10`, `cifar100`, `stl10`,
     `tiny_imagenet`, `cinic10`, `blood`, `organa`, `organc`, `organs`, `digits`, `folder` or `list`;
-    docs/data.md says what each one looks for."""
+    docs/data.md has the layout of each."""
     root: str | None = None
     """Folder of the data, or of shards that `ddp-ssl pack-shards` made of them. `folder`: class
     folders under `train/` and `val/`, class folders, or a flat folder of unlabelled images."""
@@ -120,13 +120,14 @@ class Data(Section):
     skip: str | None = None
     """File of images to leave out, one path a line, as `ddp-ssl check-data` writes it."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Images that cannot be decoded are replaced and listed; a larger share stops the run."""
+    """Images that cannot be decoded are replaced and listed. A larger share of them stops the
+    run."""
     reader: Literal["indexed", "streamed"] = "indexed"
     """Shards: `indexed` reads each image by its offset, in the run's own order; `streamed` reads
-    them in sequence through DALI, for object storage, and gives up what docs/data.md lists."""
+    them in sequence through DALI, for object storage, with the limits that docs/data.md lists."""
     url: str | None = None
-    """Streamed shards: where the training tar files are if not in `root`, such as
-    `s3://bucket/folder`; the index stays in `root`."""
+    """Streamed shards: place of the training tar files, such as `s3://bucket/folder`. Unset:
+    `root`, where the index is in any case."""
     stage: str | None = None
     """Node-local folder that shards are copied to first, once per node."""
     batch_size: int = Field(256, ge=1)
@@ -192,7 +193,7 @@ class Optim(Section):
     lr: float = Field(0.4, gt=0)
     """Base learning rate per 256 images: the peak is `lr * data.batch_size / 256`."""
     warmup_epochs: float = Field(10, ge=0)
-    """Epochs of linear warm-up, clipped to the epochs there are."""
+    """Epochs of linear warm-up, at most all of the run."""
     warmup_lr: float = Field(3e-5, ge=0)
     """Learning rate (not scaled) where the warm-up starts."""
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
@@ -210,8 +211,8 @@ class Optim(Section):
     lars_clip: bool = True
     """Bound the `solo` variant's trust ratio so that a step is never longer than SGD's."""
     lars_bound_1d: float | None = Field(0.5, gt=0)
-    """Under LARS, the most that one step, momentum included, moves an element of a bias or norm
-    (which have no trust ratio); null: no bound, as solo-learn, where a steep gradient can end in
+    """LARS: the largest change of an element of a bias or norm in one step, momentum included.
+    These have no trust ratio. null: no bound, as solo-learn; a steep gradient can then end in
     NaN."""
     grad_clip: float | None = Field(None, gt=0)
     """Upper bound of the gradient's global norm; unset: none."""
@@ -221,8 +222,9 @@ class Optim(Section):
     """Autocast of the networks. fp16 uses a gradient scaler, which waits for the device at every
     step. Losses are always in float32."""
     gradient_compression: Literal["bf16"] | None = None
-    """Send gradients in bf16: half the bytes, rounded to 8 bits before and while they are added,
-    so that a run is no longer the same at every number of processes. Only with several."""
+    """Send gradients in bf16. That halves the bytes, but rounds to 8 bits before and while
+    gradients are added, so that results depend on the number of processes. Only with several
+    processes."""
 
 
 class Eval(Section):
@@ -245,7 +247,7 @@ class Eval(Section):
     probe_lr: float = Field(0.1, gt=0)
     """The probe's base learning rate per 256 images."""
     raw_pixels: bool = False
-    """Also print k-NN accuracy on the raw pixels, the figure to compare with."""
+    """Also print k-NN accuracy on the raw pixels, for comparison."""
 
 
 class Measure(Section):
@@ -270,11 +272,11 @@ class Measure(Section):
 
 
 class Checkpoint(Section):
-    """What is kept of the run."""
+    """When checkpoints are saved, and which are kept."""
 
     every: int = Field(1, ge=1)
-    """Epochs between checkpoints; after the last, the best, and those of `keep_every` there is
-    always one."""
+    """Epochs between checkpoints. The last epoch, the best one and those of `keep_every` always
+    have one."""
     every_steps: int = Field(0, ge=0)
     """Steps between checkpoints within an epoch; 0: none."""
     keep: int = Field(2, ge=2)
@@ -282,15 +284,15 @@ class Checkpoint(Section):
     keep_every: int = Field(0, ge=0)
     """Epochs between checkpoints that are kept for good; 0: none."""
     max_failures: int = Field(10, ge=1)
-    """Failing saves in a row after which the run ends; each is tried again at the next logging
-    step."""
+    """The run ends after this many failed saves in a row. A failed save is tried again at the next
+    logging step."""
     best: str | None = "eval/knn_top1"
-    """Figure of the validation (`eval/*`, `rep/*`) whose best epoch is kept as `best.pt`; with a
-    leading `-` the lowest is the best; null: none."""
+    """Metric of the validation (`eval/*`, `rep/*`) whose best epoch is kept as `best.pt`. With a
+    leading `-` the lowest value is the best; null: none."""
 
 
 class Log(Section):
-    """What is written while the run goes on."""
+    """Progress lines and metrics."""
 
     every_steps: int = Field(10, ge=1)
     """Steps between progress lines; metrics have one row per step, written at these steps."""
