@@ -54,7 +54,7 @@ CHUNK = 8192  # rows of each process that are gathered at a time
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line asks for, besides the settings."""
+    """Options of the command line besides the settings."""
 
     split: str
     embeddings: bool
@@ -203,8 +203,8 @@ def project(
 def _all(extractor: Extractor, split: Split, what: str, world: World) -> tuple[Array, Array]:
     """Features `[m, d]`, on rank 0, and ids `[m]` of the images that can be read, in their order.
 
-    Images without a label too. Gathered some rows at a time, so that no device and no other process
-    ever holds them all.
+    Includes images without a label. Rows are gathered in chunks, so that only rank 0's host memory
+    holds all of them.
     """
     # The extractor leaves out what has no label; here every image has one.
     alike = replace(split, labels=np.zeros_like(split.labels))
@@ -243,7 +243,7 @@ class Network(nn.Module):
         return [part.flatten(1) for part in self.method.embed(x)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """What `parts` gives, as one matrix."""
+        """The `parts` as one matrix."""
         return torch.cat(self.parts(x), 1)
 
     @torch.no_grad()
@@ -284,7 +284,7 @@ def write_npz(
 ) -> None:
     """`r` and `z` float32 `[m, d]`, `labels` and `ids` int64 `[m]`, `class_names`, `about` (JSON).
 
-    Loads with `np.load(path)`, without pickles. Never half a file: it is renamed into place.
+    Loads with `np.load(path)`, without pickles. Written to another name and renamed.
     """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     names = np.array(class_names, dtype=np.str_)
@@ -301,7 +301,7 @@ def write_npz(
 def write_projector(
     folder: Path, parts: dict[str, Array], classes: Sequence[str], ids: Array, pictures: Tensor
 ) -> None:
-    """What TensorBoard's embedding projector reads: tensors, metadata, a sprite of thumbnails."""
+    """The files of TensorBoard's embedding projector: tensors, metadata, a sprite of thumbnails."""
     metadata = [[" ".join(name.split()), str(i)] for name, i in zip(classes, ids, strict=True)]
     with SummaryWriter(folder) as writer:
         for name, values in parts.items():
@@ -315,7 +315,7 @@ def write_projector(
 def _about(
     pretrained: Pretrained, settings: EvaluateConfig, data: Dataset, name: str, split: Split
 ) -> dict[str, Any]:
-    """Where the features come from."""
+    """The origin of the features."""
     mean, std = settings.data.normalisation
     return {
         "weights": pretrained.description,
@@ -341,7 +341,7 @@ def _split(data: Dataset, name: str) -> Split:
 
 
 def _make_room(wanted: Wanted) -> None:
-    """The folders, before the work is done rather than after it."""
+    """Create the folders before the work starts, so that an error comes early."""
     for key, folder in (("out", wanted.out and wanted.out.parent), ("projector", wanted.projector)):
         if folder is not None:
             try:

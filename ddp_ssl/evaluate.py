@@ -63,7 +63,7 @@ SECTIONS = {
     "finetune": ("run", "model", "data", "finetune"),
     "dynamics": ("run", "data", "eval", "measure"),
 }
-# Of `run`, what a measurement of a finished run has no use for: all else is as it was trained.
+# Keys of `run` that `dynamics` does not use: it takes them from the finished run.
 NOT_OF_DYNAMICS = ("run.name", "run.seed", "run.cache_mb")
 
 
@@ -147,7 +147,7 @@ def _docstring(section: str, command: str | None) -> str:
 
 @dataclass
 class Evaluation:
-    """What every command starts from."""
+    """Weights, data and settings of one evaluation."""
 
     command: str
     source: Source
@@ -260,7 +260,7 @@ def _teller(world: World) -> Any:
 
 
 def evaluate(evaluation: Evaluation) -> Report:
-    """What the command asks for, on all processes; raises `ConfigError` on all or on none."""
+    """Run the command on all processes; raises `ConfigError` on all or on none."""
     from ddp_ssl.evals import report
     from ddp_ssl.evals.finetune import evaluate_finetune
     from ddp_ssl.evals.knn import evaluate_knn
@@ -280,8 +280,10 @@ def evaluate(evaluation: Evaluation) -> Report:
 
 
 def unreadable(evaluation: Evaluation) -> dict[str, str]:
-    """What no process could read, with the reason, on all; `ConfigError` on all if it is more than
-    `data.max_bad_fraction` of the images."""
+    """Unreadable images of all processes, with reasons, on every process.
+
+    Raises `ConfigError` on all if they are more than `data.max_bad_fraction` of the images.
+    """
     everyones = evaluation.world.gather_objects(evaluation.extractor.bad.known)
     found: dict[str, str] = evaluation.world.broadcast_object(
         {name: why for known in everyones or [] for name, why in known.items()}
@@ -345,7 +347,7 @@ def finish(
 
 
 def _reservations(evaluation: Evaluation) -> list[str]:
-    """What a reader of the table must know before quoting it."""
+    """Notes that a reader of the table must know before quoting it."""
     notes = []
     weights, val = evaluation.pretrained, evaluation.data.val
     chosen = weights.path is not None and weights.path.name == "best.pt"
@@ -386,7 +388,7 @@ def _what(evaluation: Evaluation) -> str:
 
 
 def _settings(evaluation: Evaluation) -> dict[str, Any]:
-    """What the result depends on, as plain values."""
+    """The settings that the result depends on, as plain values."""
     tree = evaluation.settings.model_dump(mode="json")
     used: dict[str, Any] = {
         name: tree[name] for name in SECTIONS[evaluation.command] if name != "run"

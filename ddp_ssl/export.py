@@ -54,7 +54,7 @@ TORCHVISION = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
     "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
 )  # fmt: skip
-# Of `model.backbone_args`, what changes training alone.
+# Keys of `model.backbone_args` that change nothing but training.
 ONLY_IN_TRAINING = {"zero_init_last", "drop_rate", "drop_path_rate", "drop_block_rate"}
 CARD = "<!-- made by ddp-ssl export -->"  # in every model card: another README.md is left alone
 TOLERANCE = 1e-4  # relative; another order of summation is far below, a wrong weight far above
@@ -77,7 +77,7 @@ class Trained:
 
     @property
     def identity(self) -> dict[str, str]:
-        """The settings and the images that make the run what it is."""
+        """The settings and the digests of the images that identify the run."""
         return dict(self.state["identity"])
 
     @property
@@ -222,7 +222,7 @@ WRITERS: dict[Form, Callable[[Trained, Path], Features]] = {
 
 
 class MismatchError(RuntimeError):
-    """What was written does not give the checkpoint's features."""
+    """The written file does not give the checkpoint's features."""
 
 
 @torch.no_grad()
@@ -244,7 +244,7 @@ def equal(off: float) -> str:
 
 
 def about(trained: Trained) -> dict[str, str]:
-    """What a file says of itself: strings, for metadata."""
+    """The metadata in a file, as strings."""
     config, state = trained.config, trained.state
     mean, std = config.data.normalisation
     return {

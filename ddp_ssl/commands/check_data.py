@@ -1,11 +1,11 @@
 """Find images that cannot be used: ddp-ssl check-data [CONFIG.yaml] [key=value ...].
 
 The config is the training run's: `data.name=imagenet data.root=/data/imagenet`. All training and
-validation images are looked at: quickly, by their first and last bytes, and those that look odd are
-decoded as training does. `--full` decodes all of them, and finds damage in the middle too.
+validation images are checked by their first and last bytes; suspicious ones are decoded as in
+training. `--full` decodes all images, and so finds damage in the middle too.
 
-What is bad is written to `--out`, one `path<TAB>reason` a line, which `data.skip` takes; nothing is
-if all are good. Exit code: 0 all are good, 1 some are bad, 2 something else is wrong.
+Bad images are written to `--out`, one `path<TAB>reason` a line, a list for `data.skip`. No file is
+written if all are good. Exit code: 0 all are good, 1 some are bad, 2 something else is wrong.
 """
 
 from __future__ import annotations

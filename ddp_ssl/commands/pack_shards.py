@@ -2,11 +2,11 @@
 
 For network and object storage, where a million small files are slow. The config is the training
 run's: `data.name=imagenet data.root=/data/imagenet`. All images of the data set are packed, in a
-seeded random order, and keep their ids: a run with `data.root=DIR` sees what it would see on the
-files, `data.val_fraction`, `data.fraction` and `data.skip` included. Images that `data.skip` lists
-now stay out of the shards; they keep their ids and read as empty.
+seeded random order, and keep their ids. So a run with `data.root=DIR` is the same as on the files,
+with any `data.val_fraction`, `data.fraction` and `data.skip`. Images that `data.skip` lists during
+packing stay out of the shards; they keep their ids and read as empty.
 
-Called again after an interruption it goes on: shards that are there and whole are kept. The same
+After an interruption the same command continues: shards that are there and whole are kept. The same
 seed and size give the same bytes. Each shard is read back and compared before it gets its name.
 """
 
@@ -239,9 +239,9 @@ def _why(error: OSError, out: Path) -> str:
 
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Two that write the same files would undo each other's work.
+    """Hold a lock on `out`, so that no second process packs into it.
 
-    Raises `ValueError` if there is another or if `out` cannot be written.
+    Raises `ValueError` if another process holds it or if `out` cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -114,7 +114,7 @@ def download(name: str, root: str) -> None:
 
 @contextlib.contextmanager
 def fetching(url: str, md5: str, then: str) -> Iterator[None]:
-    """What goes wrong becomes a `ValueError` with the address, so that one can go on by hand."""
+    """An error becomes a `ValueError` with the address, for a download by hand."""
     try:
         yield
     except (OSError, RuntimeError, http.client.HTTPException) as error:
@@ -146,7 +146,7 @@ def check(name: str, root: str | None) -> list[str]:
 
 
 def empty_files(split: str, images: Split) -> list[str]:
-    """A few files are looked at; ddp-ssl check-data decodes every one."""
+    """Look at a hundred files; `ddp-ssl check-data` looks at all."""
     if images.names is None:
         return []
     some = np.unique(np.linspace(0, len(images) - 1, min(len(images), 100)).astype(np.int64))

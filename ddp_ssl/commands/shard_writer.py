@@ -42,7 +42,7 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Shard:
-    """Which images go into a tar file, in order."""
+    """A tar file and its images, in order."""
 
     split: str
     number: int
@@ -74,16 +74,16 @@ class Unreadable:
 
 
 def path_of(split: Split, i: int) -> str:
-    """What `data.skip` takes."""
+    """An image's path as `data.skip` takes it."""
     return os.path.join(split.root, os.fsdecode(split.name(i)))
 
 
 def extension(split: Split, i: int) -> str:
-    """Of all that a name could say, one of a few known words gets into the tar."""
+    """The extension in the tar file: a known one, or `jpg`."""
     if split.images is not None:
         return "png"
     extension = os.path.splitext(split.name(i))[1].lower()
-    # What decodes an image goes by its content, not by this.
+    # Decoders look at the content, not at the extension.
     return extension[1:].decode() if extension in EXTENSIONS else "jpg"
 
 
@@ -108,7 +108,7 @@ def refuse(bad: Unreadable, out: Path, remedy: str = "") -> None:
 def write_shards(
     splits: dict[str, Split], plan: dict[str, list[Shard]], out: Path, stamp: str, workers: int
 ) -> dict[str, Any]:
-    """What is known of each shard, by its name; those that are there and whole are kept."""
+    """Write the shards that are not there and whole; returns the journal's entry of each."""
     done = _resume(out, stamp)
     for left in out.glob(".part-*"):
         left.unlink()
@@ -339,7 +339,7 @@ def _checksum(path: Path) -> Any:
 
 
 def write_arrays(name: str, split: Split, plan: list[Shard], out: Path) -> None:
-    """Where each image lies, in the order of the ids, from the index files; names and labels."""
+    """Write place, name and label of each image, in the order of the ids, from the index files."""
     shard = np.zeros(len(split), np.int32)
     offset, size = np.zeros(len(split), np.int64), np.zeros(len(split), np.int64)
     for part in plan:
@@ -368,7 +368,7 @@ def write_arrays(name: str, split: Split, plan: list[Shard], out: Path) -> None:
 
 @contextlib.contextmanager
 def _part_of(path: Path) -> Iterator[Path]:
-    """Where to write what is then renamed to `path`; removed if it is not."""
+    """A temporary path, to be renamed to `path`; removed if it is not."""
     part = path.with_name(f".part-{path.name}")
     try:
         yield part

@@ -12,7 +12,7 @@ from ddp_ssl.reproduction.cells import Cell
 from ddp_ssl.run.configure import load
 from ddp_ssl.run.identity import identity
 
-# Of the epochs a tenth, but not fewer than 40 (440 steps of 128 images).
+# A tenth of the epochs, but not fewer than 40 (440 steps of 128 images).
 SHARE, LEAST = 10, 40
 WIDTHS_BY = 4  # projectors of 2048 become 512, the embedded default's
 SMALL_RULE = (
@@ -86,8 +86,8 @@ def negative_digits(folder: Path) -> None:
 def write(path: Path, resolved: Resolved, heading: str, keep: bool = False) -> None:
     """Write the whole config, or raise `ConfigError` if the file there is of another run.
 
-    What may differ (where the data are, how long a job may take) is what the last call said;
-    with `keep`, what stands there.
+    Keys that may differ (such as the place of the data and the time of a job) are overwritten,
+    unless `keep`.
     """
     text = f"# {heading}\n{resolved.to_yaml(origins=False)}"
     if path.exists():

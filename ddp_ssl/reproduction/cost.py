@@ -44,7 +44,7 @@ CONSTANTS = (
 
 
 def gpu_hours(tree: dict[str, Any]) -> float:
-    """Of one run on one A100; `tree` is its config as nested dictionaries."""
+    """GPU-hours of one run on one A100; `tree` is its config as nested dictionaries."""
     model, data = tree["model"], tree["data"]
     stem = SMALL_STEM if model.get("stem") == "small" else 1
     per_image = sum(
@@ -62,7 +62,7 @@ def show(hours: float) -> str:
 
 
 def cpu_minutes(tree: dict[str, Any]) -> float:
-    """Of one run on the embedded digits, on one of two cores."""
+    """Minutes of one run on the embedded digits, on one of two cores."""
     data = tree["data"]
     images = IMAGES["digits"] * data.get("fraction", 1) * tree["optim"]["epochs"]
     views = sum(group["count"] for group in data["views"])
@@ -75,7 +75,7 @@ def _base(name: str) -> dict[str, Any]:
 
 
 def outline(cell: Cell) -> dict[str, Any]:
-    """What the cost depends on, without validating the whole config, which takes 30 ms."""
+    """The config that the cost needs, without validation, which takes 30 ms."""
     tree = deepcopy(_base(cell.base))
     for override in cell.overrides:
         key, _, text = override.partition("=")

@@ -119,7 +119,7 @@ def measure(draws: int) -> Found:
         a = normalised(adjacency(p))
         shares = class_share(learn(a))
         gap = _along(a, CLASS) - _along(a, LOOK)
-        # Of every image, the entries of its row in the order itself, class, look, both.
+        # Entries of every image's row, in the order: itself, class, look, both.
         own = torch.stack([p[:, i, [i, i ^ 1, i ^ 2, i ^ 3]] for i in range(4)], 1)
         rows.append((
             shares.mean().item(),

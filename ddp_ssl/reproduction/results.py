@@ -75,7 +75,7 @@ def curve(folder: Path) -> Curve:
 
 
 def figures(run: Run) -> dict[str, float]:
-    """What an ended run has, by measure; empty for others."""
+    """The measures of an ended run; empty for other runs."""
     if run.state() not in ENDED:
         return {}
     last: dict[str, float] = {}
@@ -298,7 +298,7 @@ def _entropy_lines(rows: list[Row]) -> list[str]:
 
 
 def _resolution(row: Row) -> list[str]:
-    """How finely minutes are known: an accuracy is, after every few epochs."""
+    """The resolution of minutes: accuracy is measured after every few epochs."""
     for run, values in zip(row.runs, row.values, strict=True):
         shape = curve(run.folder) if values else None
         if shape and len(shape.epoch) > 1:
@@ -386,7 +386,7 @@ def searched(rows: Sequence[Row]) -> dict[int, dict[float, float]]:
 
 
 def _search_by(rows: Sequence[Row]) -> str:
-    """The offline probe, or the online one where that is not there for all that has ended."""
+    """The offline probe; the online one if an ended run lacks the offline one."""
     return "linear" if all(row.of("linear") for row in rows if row.ended()) else "probe"
 
 

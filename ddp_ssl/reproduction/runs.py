@@ -75,7 +75,7 @@ class Run:
         return state
 
     def marker(self, state: str) -> Path:
-        """Where the number of the Slurm job is that trains or, `to evaluate`, evaluates."""
+        """File with the number of the Slurm job that trains, or that evaluates if `to evaluate`."""
         evaluates = state == "to evaluate"
         return self.config.with_suffix(f".{self.evaluation}.job" if evaluates else ".job")
 
