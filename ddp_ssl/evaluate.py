@@ -27,6 +27,7 @@ from ddp_ssl.evals.settings import (
 )
 from ddp_ssl.launch import cpu_share, rank_and_size
 from ddp_ssl.run.signals import stop_with_parent
+from ddp_ssl.utils.text import one_line
 
 if TYPE_CHECKING:
     from ddp_ssl.data.datasets import Dataset, Split
@@ -225,7 +226,7 @@ def end_alone(error: Exception, world: World) -> NoReturn:
     from ddp_ssl.data.source import UnreadableError
     from ddp_ssl.distributed import others_failed
 
-    logger, text = logging.getLogger("ddp_ssl"), " ".join(str(error).split())
+    logger, text = logging.getLogger("ddp_ssl"), one_line(error)
     if isinstance(error, UnreadableError):
         logger.error("%s", text)
     elif world.size > 1 and others_failed(error):

@@ -30,6 +30,7 @@ from typing import Any
 
 import ddp_ssl
 from ddp_ssl.config import ConfigError, check_world_size, load
+from ddp_ssl.utils.text import one_line
 
 # Run once a job, before srun. Slurm knows its nodes by addresses; their names need not resolve. All
 # CPUs of a node are shared out, since what sbatch is told of CPUs per task does not reach srun.
@@ -240,7 +241,7 @@ def _submit(
             jobs = [executor.submit(training) for training in trainings]
         ids = [str(job.job_id) for job in jobs]
     except Exception as error:  # sbatch's own words: submitit has classes for some failures only
-        text = " ".join(str(error).split())
+        text = one_line(error)
         print(f"ddp_ssl: error: nothing was submitted: {text}", file=sys.stderr)
         return 1
     for job, job_id, training in zip(jobs, ids, trainings, strict=True):

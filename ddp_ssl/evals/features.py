@@ -31,6 +31,7 @@ from ddp_ssl.data.order import hashed
 from ddp_ssl.data.source import BadImages, EvalSource, Reader
 from ddp_ssl.evals.settings import EvaluateConfig
 from ddp_ssl.launch import cpu_share
+from ddp_ssl.utils.text import one_line
 
 logger = logging.getLogger("ddp_ssl")
 Ids = npt.NDArray[np.int64]
@@ -254,7 +255,7 @@ class Extractor:
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
-            logger.warning("features are not kept: %s: %s", path, " ".join(str(error).split()))
+            logger.warning("features are not kept: %s: %s", path, one_line(error))
 
 
 class PatchLoader(EvalLoader):
