@@ -18,6 +18,7 @@ from ddp_ssl.commands import common
 from ddp_ssl.config import Config, check_world_size
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.launcher import local_rank_and_size, rank_and_size
+from ddp_ssl.utils.text import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +89,7 @@ def _examine(config: Config, arguments: Sequence[str]) -> int:
         # On the CPU, whatever the run uses: a missing GPU is a finding and must not end the checks.
         world = distributed.with_timeout(distributed.start("cpu", timeout_s), LONGEST_S)
     except Exception as error:
-        problem = one_line(error)
+        problem = describe_error(error)
         if rank:
             # Rank 0 continues alone; with another exit code from here a launcher would end it.
             print(f"rank {rank} ({socket.gethostname()}): {problem}", file=sys.stderr, flush=True)
@@ -167,7 +168,7 @@ def examine(check: Check, ctx: CheckContext) -> list[Finding]:
             try:
                 fact = stage(ctx, facts)
             except Exception as error:
-                problem = one_line(error)
+                problem = describe_error(error)
             answers = _everyones(ctx.world, (problem, fact), limit)
             facts = [fact for _, fact in answers]
             problems = [problem for problem, _ in answers]
@@ -183,7 +184,7 @@ def examine(check: Check, ctx: CheckContext) -> list[Finding]:
         try:
             return list(check.judge(ctx, facts))
         except Exception as error:
-            return [fail(f"cannot be judged: {one_line(error)}", "report it, with this line")]
+            return [fail(f"cannot be judged: {describe_error(error)}", "report it, with this line")]
 
 
 def _on(ctx: CheckContext, ranks: list[int]) -> str:
@@ -199,13 +200,13 @@ def _everyones(world: World, value: Any, timeout_s: float) -> list[Any]:
         values: list[Any] = world.broadcast_object(world.gather_objects(value))
     except RuntimeError as error:
         said = str(error).partition("]: ")[2] or str(error)
-        raise Silent(f"no answer: {one_line(RuntimeError(said))}") from None
+        raise Silent(f"no answer: {describe_error(RuntimeError(said))}") from None
     return values
 
 
-def one_line(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """An error as one line of at most 300 characters."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     elif not text or not isinstance(error, OSError | ValueError | RuntimeError):

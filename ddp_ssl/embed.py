@@ -43,6 +43,7 @@ from ddp_ssl.evals.weights import Source, find_source
 from ddp_ssl.export import Parser
 from ddp_ssl.run import environment
 from ddp_ssl.run.signals import stop_with_parent
+from ddp_ssl.utils.text import one_line
 
 logger = logging.getLogger("ddp_ssl")
 Array = npt.NDArray[Any]
@@ -302,7 +303,7 @@ def write_projector(
     folder: Path, parts: dict[str, Array], classes: Sequence[str], ids: Array, pictures: Tensor
 ) -> None:
     """The files of TensorBoard's embedding projector: tensors, metadata, a sprite of thumbnails."""
-    metadata = [[" ".join(name.split()), str(i)] for name, i in zip(classes, ids, strict=True)]
+    metadata = [[one_line(name), str(i)] for name, i in zip(classes, ids, strict=True)]
     with SummaryWriter(folder) as writer:
         for name, values in parts.items():
             # It prints where a folder exists already, of which nobody need know.

@@ -39,6 +39,7 @@ from ddp_ssl.config import Config, ConfigError, Model
 from ddp_ssl.evals.settings import config_of_run
 from ddp_ssl.evals.weights import find_source
 from ddp_ssl.models import STEM_PADDING, architecture, build_backbone, loading_snippet
+from ddp_ssl.utils.text import one_line
 
 Form = Literal["timm", "torchvision", "safetensors", "onnx"]
 Features = Callable[[Tensor], Tensor]
@@ -116,7 +117,7 @@ def load_trained(source: str) -> Trained:
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)[:160]
         raise ValueError(f"{path} does not fit the run's config.yaml: {reason}") from None
     return Trained(backbone.eval(), width, config, state, path)
 
@@ -197,7 +198,7 @@ def write_onnx(trained: Trained, file: Path) -> Features:
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error)[:160]
             raise ValueError(
                 f"--format onnx: torch cannot export {trained.config.model.backbone}: {reason}"
             ) from None
@@ -461,7 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file, off = export(options.source, options.form, options.out)
     except (OSError, ValueError, MismatchError) as error:
         code = 1 if isinstance(error, MismatchError) else common.UNUSABLE
-        return common.refuse(" ".join(str(error).split()), code)
+        return common.refuse(one_line(error), code)
     print(f"{file}, and README.md beside it; read back, its features are {equal(off)}")
     return 0
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ddp_ssl.config import Model
+from ddp_ssl.utils.text import one_line
 
 # Padding of the first convolution, by `model.stem`.
 STEM_PADDING = {"small": 1, "small_pad2": 2}
@@ -38,7 +39,7 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
         except TypeError:  # not a ResNet
             model = timm.create_model(name, **arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(
             f"model.backbone_args: {config.backbone_args} refused by {name}: {reason}"
         ) from None
@@ -69,7 +70,7 @@ def _width(model: nn.Module, config: Model, sizes: Sequence[int]) -> int:
             hint = "; model.backbone_args={dynamic_img_size: true} lets timm's ViTs take any size"
             raise ValueError(
                 f"model.backbone: {config.backbone} cannot take images of {size} pixels: "
-                f"{' '.join(str(error).split())}{hint if 'vit' in config.backbone else ''}"
+                f"{one_line(error)}{hint if 'vit' in config.backbone else ''}"
             ) from None
     model.train()
     return width

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 import ddp_ssl
 from ddp_ssl.config import ConfigError
 from ddp_ssl.utils.launcher import cpu_share, rank_and_size
+from ddp_ssl.utils.text import one_line
 
 if TYPE_CHECKING:
     from ddp_ssl.distributed import World
@@ -121,7 +122,7 @@ def end_alone(error: Exception, world: World) -> NoReturn:
     from ddp_ssl.data.loading.reader import UnreadableError
     from ddp_ssl.distributed import others_failed
 
-    logger, text = logging.getLogger("ddp_ssl"), " ".join(str(error).split())
+    logger, text = logging.getLogger("ddp_ssl"), one_line(error)
     if isinstance(error, UnreadableError):
         logger.error("%s", text)
     elif world.size > 1 and others_failed(error):

@@ -12,6 +12,7 @@ from ddp_ssl.config.reader import flow
 from ddp_ssl.config.schema import Config, MethodConfig, with_method
 from ddp_ssl.config.section import Section
 from ddp_ssl.config.views import ViewGroup
+from ddp_ssl.utils.text import one_line
 
 
 def reference(method: type[MethodConfig] | None = None) -> Iterator[tuple[str, str, str, str]]:
@@ -39,7 +40,7 @@ def describe_fields(prefix: str, section: type[BaseModel]) -> Iterator[tuple[str
         # A subclass that only changes a default (a method's `name`) keeps the base's description.
         fields = (k.model_fields.get(key) for k in section.mro() if issubclass(k, BaseModel))
         described = (f.description for f in fields if f is not None and f.description)
-        text = " ".join(next(described, "").split())
+        text = one_line(next(described, ""))
         yield f"{prefix}.{key}", _type_name(item.annotation), flow(default), text
 
 

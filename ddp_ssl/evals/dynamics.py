@@ -38,6 +38,7 @@ from ddp_ssl.evals.settings import EvaluateConfig, config_of_run
 from ddp_ssl.evals.validation import Validation
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import make_method
+from ddp_ssl.utils.files import replace_text
 from ddp_ssl.utils.text import one_line
 
 logger = logging.getLogger("ddp_ssl")
@@ -271,7 +272,7 @@ def kept(path: Path, key: str, found: list[CheckpointInfo]) -> dict[str, Row]:
     if others:
         logger.info("%s: %d rows of other settings or data stay in it", path, len(others))
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, "".join(row.to_json() for row in [*others, *own]))
+    replace_text(path, "".join(row.to_json() for row in [*others, *own]))
     return {row.sha256: row for row in own if row.sha256 in wanted}
 
 
@@ -296,16 +297,9 @@ def append(path: Path, row: Row) -> None:
 def write(place: Path, rows: list[Row], best: str | None) -> None:
     """Write the table, and all metrics as `.json` beside it."""
     place.parent.mkdir(exist_ok=True)
-    replace(place, table(rows, best) + "\n")
+    replace_text(place, table(rows, best) + "\n")
     found = [{**json.loads(row.to_json()), "best": row.sha256 == best} for row in rows]
-    replace(place.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a small file atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    replace_text(place.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
 
 
 def brief(row: Row) -> str:

@@ -33,6 +33,7 @@ from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 from ddp_ssl.evals.settings import EvaluateConfig
 from ddp_ssl.utils.progress import Ticker
 from ddp_ssl.utils.seeds import hashed
+from ddp_ssl.utils.text import one_line
 
 logger = logging.getLogger("ddp_ssl")
 Ids = npt.NDArray[np.int64]
@@ -222,7 +223,7 @@ class Extractor:
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
-            logger.warning("features are not kept: %s: %s", path, " ".join(str(error).split()))
+            logger.warning("features are not kept: %s: %s", path, one_line(error))
 
 
 def _kept(home: Path, first: int, end: int) -> Block | None:

@@ -25,6 +25,7 @@ from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import load_method
 from ddp_ssl.methods.base import Method
 from ddp_ssl.models import build_backbone
+from ddp_ssl.utils.text import one_line
 
 State = Mapping[str, Tensor]
 
@@ -122,7 +123,7 @@ def _of_checkpoint(path: Path, config: Config, comm: Comm, sizes: Sequence[int])
     try:
         learner.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)[:160]
         raise ValueError(f"{path} does not fit the run's config.yaml: {reason}") from None
     learner.eval()
     for size in sizes:
@@ -144,7 +145,7 @@ def try_size(backbone: nn.Module, name: str, size: int) -> None:
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"data.val_size: the run's {name} cannot take images of {size} pixels: "
-            f"{' '.join(str(error).split())}; the size that it was trained on is accepted"
+            f"{one_line(error)}; the size that it was trained on is accepted"
         ) from None
     finally:
         backbone.train(training)
@@ -169,7 +170,7 @@ def _of_timm(name: str, model: Backbone, sizes: Sequence[int], seed: int) -> Pre
         except ValueError:
             raise
         except Exception as error:  # the hub's client raises its own, and requests', and more
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error)[:160]
             raise ValueError(f"timm:{name}: its weights cannot be fetched: {reason}") from None
     what = "weights as timm gives them" if pretrained else f"random weights of seed {seed}"
     trained = pretrained or bool(model.backbone_args.get("pretrained"))
@@ -252,7 +253,7 @@ def read_weights(path: Path) -> Any:
                 "where you trust the file"
             ) from None
         raise ValueError(
-            f"{path} is no file of weights: {' '.join(text.split())[:120] or type(error).__name__}"
+            f"{path} is no file of weights: {one_line(text)[:120] or type(error).__name__}"
         ) from None
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from ddp_ssl.config import ConfigError
 from ddp_ssl.reproduction import configs
 from ddp_ssl.reproduction.cells import Cell, Table
+from ddp_ssl.utils.text import one_line
 
 OFFLINE = "linear"  # the measure that the offline evaluation makes
 NEGATIVE = "digits-in-negative"
@@ -301,7 +302,7 @@ def submit(
         name = f"{group[0].cell.group}, {group[0].cell.row}"
         numbers = re.findall(r"^(?:job +)?(\d+(?:_\d+)?)", done.stdout, re.MULTILINE)
         if done.returncode or not numbers:
-            text = " ".join((done.stderr or done.stdout).split())[-300:]
+            text = one_line(done.stderr or done.stdout)[-300:]
             problems.append(f"{name}: not submitted: {text}")
             continue
         for index, run in enumerate(group):
@@ -344,7 +345,7 @@ def slurm_jobs() -> set[str]:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"squeue: {error}; try again when Slurm answers") from None
     if found.returncode:
-        text = " ".join((found.stderr or found.stdout).split())[-300:]
+        text = one_line(found.stderr or found.stdout)[-300:]
         raise ConfigError(f"squeue: {text}; try again when Slurm answers")
     return set(found.stdout.split())
 
