@@ -141,7 +141,7 @@ def test_a_decomposition_that_fails_on_rank_0_ends_all_ranks(
     )
     assert status(tmp_path / "run")["error"] == reason
     assert (tmp_path / "run/train.log").read_text().count("did not converge") == 1
-    assert checkpoint.find(tmp_path / "run")[0].step == {"null": 6, "1": 8}[delay]
+    assert checkpoint.find(tmp_path / "run")[0].step == {"null": 4, "1": 8}[delay]
 
 
 def broken_decomposition(args: list[str]) -> int | str:
