@@ -45,6 +45,7 @@ from ddp_ssl.methods.base import Progress
 from ddp_ssl.metrics.effective_rank import GATHERED
 from ddp_ssl.models import build_backbone
 from ddp_ssl.run.configure import load
+from ddp_ssl.training.measurement import AHEAD
 
 # Crops of 224 px a second, forward and backward, bf16, on one H100 SXM: assumed, not measured here.
 # docs/scaling.md says where they come from and what another value does.
@@ -88,7 +89,8 @@ class Cluster:
     decomposition: float = 18e9
     """Eigenvalues and singular values in float64, for alpha: as measured on one CPU core."""
     pipeline: float = PIPELINE_S
-    """Seconds until another data pipeline gives its first batch, for alpha."""
+    """Seconds until another data pipeline gives its first batch, for alpha; training goes on
+    meanwhile."""
     hop: float = 25e-6
     """A message between the hosts of two processes, which go around a ring between epochs."""
     host_copy: float = 20e9
@@ -475,8 +477,9 @@ def alpha_seconds(
 ) -> float:
     """Measuring alpha per training step, of which an epoch has `steps` and lasts `epoch` seconds.
 
-    Forward, gather or sum, decompositions side by side. With `alpha_delay` the pipeline starts and
-    rank 0 decomposes while training goes on; it waits for what the epochs between do not cover.
+    The pipeline starts during the epoch's last steps. Rows (or moments) reach rank 0, rank 0
+    decomposes one batch after the other, alpha is broadcast. Training waits for the decompositions
+    as far as the epochs of `alpha_delay` do not cover them.
     """
     s: Any = config.method
     if s.name != "adadim" or s.alpha != "adaptive" or step.ranks == 1:
@@ -490,7 +493,7 @@ def alpha_seconds(
     if gathers:
         talk, product = cluster.seconds("gather", nbytes, step.ranks), 0.0
         work = (2 * large * small**2 + 2 * small**3) / cluster.decomposition
-    elif n < width:  # the rows are gathered, and the products are of those who decompose
+    elif n < width:  # the rows are gathered, and rank 0 computes their products too
         talk, product = cluster.seconds("gather", nbytes, step.ranks), 0.0
         work = 2 * width * n**2 / cluster.fp64 + 4 / 3 * n**3 / cluster.decomposition
     else:
@@ -498,13 +501,10 @@ def alpha_seconds(
         talk = cluster.seconds("sum", nbytes, step.ranks)
         product = 2 * n * width**2 / step.ranks / cluster.fp64
         work = 4 / 3 * width**3 / cluster.decomposition
-    once = batches * (forward + talk + product) + cluster.seconds("sum", 4, step.ranks)
-    if s.alpha_delay:
-        once += batches * nbytes / cluster.host_copy
-        once += max(0.0, batches * work - s.alpha_delay * epoch) + cluster.tree(step.ranks)
-    else:
-        rounds = math.ceil(batches / step.ranks)
-        once += cluster.pipeline + rounds * (work + cluster.ring(step.ranks))
+    once = batches * (forward + talk + product + nbytes / cluster.host_copy)
+    once += max(0.0, cluster.pipeline - min(AHEAD, steps) / steps * epoch)
+    once += max(0.0, batches * work - (s.alpha_delay or 0) * epoch)
+    once += cluster.seconds("sum", 4, step.ranks) + cluster.tree(step.ranks)
     return once / (s.alpha_every * steps)
 
 
