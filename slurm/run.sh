@@ -12,8 +12,8 @@
 #   MAX_RESTARTS      torchrun only: restarts in place, without the queue (default 0)
 #   SRUN_ARGS         further arguments of srun, such as --cpu-bind=cores
 #
-# How it ends is read from RUN_DIR/status.json, which rank 0 writes, never from an exit code: that
-# says "something died", not whether the run can go on. docs/slurm.md has the table.
+# The end is read from RUN_DIR/status.json, which rank 0 writes. An exit code does not say whether
+# the run can go on. docs/slurm.md has the table.
 # shellcheck disable=SC2317  # what traps call is not unreachable
 set -uo pipefail
 
@@ -230,7 +230,7 @@ INFO
 [ "$cpus" -lt "$((2 * processes))" ] && [ -n "${SLURM_GPUS_ON_NODE:-}" ] && say \
   "only $cpus CPU(s) for $processes GPU(s) on a node: sbatch --cpus-per-gpu=8 (or --exclusive) gives more"
 
-# A job that is submitted anew counts crashes anew. What an earlier start left is no result of this.
+# A job that is submitted anew counts crashes anew. Files of an earlier start are no result of this one.
 [ "$restarts" = 0 ] && rm -f "$RUN_DIR/crashes.txt"
 before=$(cat "$RUN_DIR/status.json" 2>/dev/null)
 

@@ -1,4 +1,4 @@
-"""The rows of `tools/gpu_report.sh`: what a GPU does with a step, measured in minutes.
+"""The rows of `tools/gpu_report.sh`: a step on a GPU, measured in minutes.
 
     python tools/gpu_report.py GROUP OUT [--rehearse]
 
@@ -72,7 +72,7 @@ class Report:
         self._columns: list[str] = []
 
     def measure(self, limit_s: float, work: Callable[[], Row], **names: Any) -> None:
-        """The row of one measurement: what it is, and what `work` gives or how it failed."""
+        """The row of one measurement: its name, and the result of `work` or the error."""
 
         def late(*_: Any) -> None:
             raise TimeoutError(f"stopped after {limit_s:g} s")
@@ -120,7 +120,7 @@ def _shown(value: Any) -> str:
 
 
 def timed(step: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Milliseconds of a call: as many as fit into `seconds`, two at least, waited for once."""
+    """Milliseconds of a call: as many as fit into `seconds`, two or more, waited for once."""
 
     def run(count: int) -> float:
         if device.type == "cuda":
@@ -378,7 +378,7 @@ def vit(report: Report) -> None:
         report.measure(40, lambda: network_alone(make()), **names, part="network alone")
 
 
-# --- tests, and the whole engine -----------------------------------------------------------------
+# --- tests, and whole runs -----------------------------------------------------------------------
 
 
 def tests(report: Report) -> None:
@@ -405,7 +405,7 @@ def run_tests(report: Report, files: list[str]) -> Row:
     return row
 
 
-STEPS = 30  # of a run of the whole engine, in three epochs
+STEPS = 30  # of a whole run, in three epochs
 
 
 class StopAfter(StopRequest):
@@ -441,7 +441,7 @@ def run_of(
 
 
 def apart(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> Row:
-    """By how much the losses of two runs differ: at the first step, until the tenth, at most."""
+    """The difference of two runs' losses: at the first step, until the tenth, at most."""
     assert [r["step"] for r in ours] == [r["step"] for r in theirs] == list(range(1, STEPS + 1))
     parts = [
         abs(a["train/loss"] - b["train/loss"]) / abs(b["train/loss"])
@@ -451,7 +451,7 @@ def apart(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> Row:
 
 
 def whole(report: Report) -> None:
-    """Thirty steps of the engine: against the CPU, resumed, in fp16."""
+    """Thirty steps of a whole run: against the CPU, resumed, in fp16."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
 

@@ -2,9 +2,8 @@
 
     python tools/methods_table.py [--out runs/methods] [--processes 2] [--only byol dino]
 
-Each method runs with its own embedded settings (`method.name=NAME` and nothing else). What is done
-is kept: a run that ended is not repeated, an interrupted one goes on. About two minutes a method on
-two cores.
+Each method runs with its own embedded settings (`method.name=NAME` and nothing else). A run that
+ended is not repeated, and an interrupted one goes on. About two minutes a method on two cores.
 
 Exit code 1, naming each method, if one falls below the floors: figures finite, embedding standard
 deviation above 0.02, effective rank of Z above 3, k-NN at the end above k-NN before + 0.02.
@@ -62,7 +61,7 @@ def figures(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def table(results: dict[str, tuple[dict[str, float], dict[str, float]]]) -> str:
-    """Markdown: a line per method, and what the untrained network has."""
+    """Markdown: a line per method, and the untrained network's k-NN."""
     lines = [
         "| method | k-NN before | " + " | ".join(COLUMNS.values()) + " |",
         "| --- |" + " --- |" * (len(COLUMNS) + 1),
@@ -82,7 +81,7 @@ STD, RANK, GAIN = 0.02, 3.0, 0.02  # each to be exceeded
 
 
 def failures(first: dict[str, float], last: dict[str, float]) -> list[str]:
-    """What falls below the floors, one line each; nothing for a method that trains."""
+    """A line for each figure below the floors."""
     missing = [name for name in COLUMNS if not math.isfinite(last.get(name, math.nan))]
     if missing:
         return [f"not finite or not there: {', '.join(missing)}"]

@@ -3,11 +3,11 @@
     python tools/scaling_model.py [CONFIG.yaml key=value ...] [--gpus 8,64,512] [--plot FILE.png]
 
 The step itself is run, forward and backward, on tensors without values (torch's FakeTensorMode), as
-one rank of W: what it reduces and gathers is recorded where the losses and norm layers ask for it,
-so bytes and calls are those of the code and not of a formula. Times are a model: the networks at a
+one rank of W. Its collectives are recorded where the losses and norm layers call them, so bytes and
+calls are those of the code and not of a formula. Times are a model: the networks at a
 stated number of images a second, the loss's operations at the device's arithmetic or memory rate,
 each collective at latency + bytes / rate over two levels (within a node, between nodes), and DDP's
-buckets in the background of backward. docs/scaling.md has the assumptions and what follows.
+buckets in the background of backward. docs/scaling.md has the assumptions and the results.
 
 Efficiency is the time of one GPU alone with the same number of images, divided by the step's time.
 Exit code 2, with one line, for a config that cannot be run or a backbone without a known rate.
@@ -48,7 +48,7 @@ from ddp_ssl.run.configure import load
 from ddp_ssl.training.measurement import AHEAD
 
 # Crops of 224 px a second, forward and backward, bf16, on one H100 SXM: assumed, not measured here.
-# docs/scaling.md says where they come from and what another value does.
+# docs/scaling.md says where they come from and how another value would change the results.
 IMAGES_PER_SECOND = {"resnet50": 3000.0, "resnet18": 9000.0}
 TRAINING_IMAGES = {
     "imagenet": 1_281_167, "imagenet100": 126_689, "cifar10": 50_000, "cifar100": 50_000,
@@ -81,7 +81,7 @@ class Cluster:
     fp32: float = 40e12
     """The losses' products."""
     memory: float = 2.5e12
-    """What the losses read and write."""
+    """The losses' memory traffic."""
     kernel: float = 4e-6
     """The shortest time of an operation of the loss."""
     fp64: float = 10e12
@@ -89,14 +89,13 @@ class Cluster:
     decomposition: float = 18e9
     """Eigenvalues and singular values in float64, for alpha: as measured on one CPU core."""
     pipeline: float = PIPELINE_S
-    """Seconds until another data pipeline gives its first batch, for alpha; training goes on
-    meanwhile."""
+    """The first batch of another data pipeline, for alpha; training goes on meanwhile."""
     hop: float = 25e-6
     """A message between the hosts of two processes, which go around a ring between epochs."""
     host_copy: float = 20e9
     """From a GPU to host memory, for a checkpoint."""
     disk: float = 250e6
-    """What writes a checkpoint, in the background: measured on a local disk, on one CPU core."""
+    """Writing a checkpoint in the background: measured on a local disk, on one CPU core."""
 
     def seconds(self, kind: str, nbytes: int, ranks: int) -> float:
         """A collective over `ranks` GPUs: both levels one after the other."""
@@ -204,7 +203,7 @@ class Recorder(TorchDispatchMode):
 
 
 class RankOf(Comm):
-    """Rank 0 of W processes, by shape: what it asks of the others is listed."""
+    """Rank 0 of W processes, by shape; its collectives are listed."""
 
     def __init__(self, ranks: int, view_shards: int, recorder: Recorder) -> None:
         self.world_size, self.view_shards, self.recorder = ranks, view_shards, recorder
@@ -241,7 +240,7 @@ def _bytes(x: Tensor) -> int:
 
 
 def build(config: Config, classes: int) -> Learner:
-    """The run's method and probe, as the engine makes them; values do not matter."""
+    """The run's method and probe, as a run makes them; values do not matter."""
     return Learner(make_method(config, Comm()), classes, some_unlabelled=False)
 
 
@@ -357,8 +356,7 @@ def _norm_hook(recorder: Recorder) -> Callable[..., None]:
 
 
 def _bucketed(events: Sequence[Event], sent: float = 1.0) -> list[Event]:
-    """Gradients in the buckets that DDP makes of them: closed once they reach a size; of each byte
-    `sent` are sent."""
+    """Gradients in DDP's buckets, which close at a size; the share `sent` of the bytes is sent."""
     done: list[Event] = []
     size, limit, flops, seconds = 0, FIRST_BUCKET, 0.0, 0.0
     for event in events:
@@ -478,8 +476,8 @@ def alpha_seconds(
     """Measuring alpha per training step, of which an epoch has `steps` and lasts `epoch` seconds.
 
     The pipeline starts during the epoch's last steps. Rows (or moments) reach rank 0, rank 0
-    decomposes one batch after the other, alpha is broadcast. Training waits for the decompositions
-    as far as the epochs of `alpha_delay` do not cover them.
+    decomposes one batch after the other, alpha is broadcast; `alpha_delay` only says when. Training
+    waits for the decompositions as far as the epochs of `alpha_delay` do not cover them.
     """
     s: Any = config.method
     if s.name != "adadim" or s.alpha != "adaptive" or step.ranks == 1:
@@ -509,9 +507,9 @@ def alpha_seconds(
 
 
 def boundary_seconds(config: Config, step: Step, cluster: Cluster, epoch: float) -> float:
-    """What an epoch's end takes: a flag that is waited for, figures, every few epochs a save.
+    """An epoch's end: a flag that is waited for, figures, every few epochs a save.
 
-    Of a checkpoint, the states of all ranks, the copy to the host, and what of the writing the
+    A save is the states of all ranks, the copy to the host, and the part of the writing that the
     epochs until the next do not cover. Validation is not in it.
     """
     copies = 2 if config.optim.name in ("adam", "adamw") else 1
@@ -661,7 +659,7 @@ def time_table(predictions: Sequence[Prediction]) -> str:
 
 
 def variant_table(base: Prediction, variants: dict[str, Prediction]) -> str:
-    """Markdown: what other settings give at the same number of GPUs."""
+    """Markdown: other settings at the same number of GPUs."""
     lines = [
         f"| at {base.ranks} GPUs | step, ms | efficiency |",
         "| --- | ---: | ---: |",
@@ -675,7 +673,7 @@ def variant_table(base: Prediction, variants: dict[str, Prediction]) -> str:
 
 
 def verdict(base: Prediction, variants: dict[str, Prediction], target: float) -> str:
-    """Whether the target is reached, by what, and what costs most."""
+    """Whether the target is reached, with which settings, and the largest costs."""
     reached = "reaches" if base.efficiency >= target else "does not reach"
     lost = {k: v for k, v in base.terms.items() if k != "network"}
     worst = sorted(lost.items(), key=lambda item: -item[1])[:3]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: contestants in turn within one process, and honest tables."""
+"""Shared by the benchmarks: contestants in turn within one process, and their tables."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def seconds(work: Work, device: torch.device) -> float:
 def in_turn(
     contestants: Mapping[str, Work], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Milliseconds of each, `repeats` rounds; the first to go changes, one round warms up."""
+    """Milliseconds of each in `repeats` rounds; the order changes, and one round warms up."""
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats + 1):
@@ -74,10 +74,10 @@ ENOUGH = 6  # values below which no two of them hold the median in 95 % of cases
 
 
 def verdict(ours: list[float], theirs: list[float]) -> str:
-    """How many times longer the other takes in the same round: the median, and where it may lie.
+    """The other's time over ours in the same round: the median and its interval.
 
-    Rounds are compared one by one, since what slows this machine down slows both. No verdict where
-    the interval holds 1, nor below six rounds.
+    Rounds are compared one by one, since other work slows both. There is no verdict where the
+    interval holds 1, or below six rounds.
     """
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     low, high = interval(ratios)
@@ -86,9 +86,9 @@ def verdict(ours: list[float], theirs: list[float]) -> str:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Where the median is in 95 % of cases, if values are independent: between two of them.
+    """The 95 % interval of the median of independent values, of any distribution.
 
-    Whatever their distribution. All of the range below six values, which is less sure.
+    Its ends are two of the values. Below six values it is the whole range, which is less sure.
     """
     count, left_out = len(values), 0
     outside = 1  # of 2^count equally likely ways to lie about the median, those beyond one end
@@ -122,7 +122,7 @@ def table(
 
 
 def device_line(device: torch.device) -> str:
-    """What it ran on."""
+    """Device, threads and versions of this benchmark."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return f"CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}"

@@ -1,4 +1,4 @@
-"""How fast the data path is, beside torchvision's: `python tools/bench/data.py`.
+"""Speed of the data path beside torchvision's: `python tools/bench/data.py`.
 
 Three settings, or one with `--size` and `--views`: two 224-pixel views of 500 x 375 JPEGs (recipe
 `asym`), 2 x 224 + 6 x 96, and two 32-pixel views of an array. The contestants take turns within one
@@ -6,13 +6,13 @@ process: `TrainLoader` with `--workers` threads, and torchvision's `DataLoader` 
 processes, with PIL images and with tensors (transforms v2, `torchvision.io.decode_jpeg`). Most of
 torchvision's time is its Gaussian blur, so PIL's own, which many recipes take, competes as well.
 
-The figure to compare is processor time per image, children included, which other work on the
-machine disturbs little; it is taken from a standstill to a standstill. Images per second are those
-of the wall clock, between the first batch and the last.
+The figure to compare is processor time per image, children included, from idle to idle: other work
+on the machine disturbs it little. Images per second are of the wall clock, between the first batch
+and the last.
 
-`--open-latency 2` measures reading instead: every `open` of an image takes 2 ms longer, as on a
-network file system, because a small library, made with the C compiler and preloaded, sleeps there.
-The contestants are then DALI's own `fn.readers.file` before the same graph, and the same images in
+`--open-latency 2` measures reading instead. A small library, made with the C compiler and
+preloaded, makes every `open` of an image 2 ms longer, as on a network file system. The contestants
+are then DALI's own `fn.readers.file` before the same graph, and the same images in
 shards, read by offset and streamed.
 """
 

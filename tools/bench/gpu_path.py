@@ -2,10 +2,10 @@
 
     python tools/bench/gpu_path.py [--networks resnet50 resnet18] [--images 128] [--processes 8]
 
-Tensors have no values (torch's `meta` device), so that nothing is computed: forward and backward
-of two views in bf16, channels-last, as one process of `--processes`. `global` and `local` are this
-package's norm. `sync` is `nn.SyncBatchNorm`, whose statistics are those of both views together.
-Bytes are what operators read and write; the least time is theirs at `--copy` GB/s.
+Tensors have no values (torch's `meta` device), so nothing is computed. Counted are forward and
+backward of two views in bf16, channels-last, as one process of `--processes`. `global` and `local`
+are this package's norm. `sync` is `nn.SyncBatchNorm`, whose statistics are those of both views
+together. Bytes are what operators read and write; the least time is theirs at `--copy` GB/s.
 `tools/gpu_report.sh` measures on a GPU.
 """
 
@@ -36,9 +36,9 @@ SIZE = 224
 
 
 class Moved(TorchDispatchMode):
-    """Bytes that operators read and write, and how many operators there are.
+    """Bytes that operators read and write, and the number of operators.
 
-    Views move nothing, an expanded dimension is read once, what is overwritten is not read.
+    Views move nothing. An expanded dimension is read once. Overwritten tensors are not read.
     """
 
     FREE = ("empty", "detach", "alias", "lift_fresh", "_unsafe_view", "record_stream", "set_")
@@ -59,7 +59,7 @@ class Moved(TorchDispatchMode):
         return out
 
     def saw(self, func: Any, args: Any, kwargs: Any, out: Any, nbytes: int) -> None:
-        """What else is counted of an operator."""
+        """A further count, for subclasses."""
 
 
 def moved(name: str, args: Any, kwargs: dict[str, Any], out: Any) -> int:
@@ -149,7 +149,7 @@ def network(name: str, norm: str, layout: ViewLayout, processes: int) -> nn.Modu
 
 
 def count(name: str, norm: str, images: int, processes: int) -> tuple[Moved, int]:
-    """What forward and backward move, and the number of collectives."""
+    """Bytes and operators of forward and backward, and the number of collectives."""
     layout = ViewLayout()
     made = network(name, norm, layout, processes)
     with as_on_a_gpu(processes), Moved() as seen:

@@ -1,11 +1,11 @@
-"""How time, memory and files grow: each quantity over a range of sizes, with the fitted exponent.
+"""Growth of time, memory and files: each quantity over a range of sizes, with its exponent.
 
     python tools/bench/growth.py [--plot docs/growth.png] [--out FILE.md] [--repeats 3]
 
-Time is this process's processor time (the machine may be doing other work), the least of the
-repeats; memory is the most in use at once during one call, beyond what was there before. Exponents
-are slopes of a straight line through the logarithms. W is by shapes: one process of W, the rows of
-the others made up. Four to five minutes on two cores.
+Time is this process's processor time, the least of the repeats. Memory is the most in use at once
+during one call, beyond the memory in use before. Exponents are slopes of a straight line through
+the logarithms. W is by shapes: one process of W, with made-up rows of the others. Four to five
+minutes on two cores.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""Whether the input keeps up: images/s from JPEG files over images/s with cached batches.
+"""The ratio of images/s from JPEG files to images/s with cached batches.
 
     python tools/bench/input.py [--batch 8] [--images 128] [--segment 8] [--segments 9]
         [CONFIG.yaml] [key=value ...]
 
-A real run of one process on JPEGs made here (500 x 375), whose loader hands out real batches for a
-segment of steps and cached ones for the next, in turn. By the wall clock, waiting included. Then
-the loader alone. A GPU that computes beside the decoding can reach a ratio of 1, as long as the
-loader alone is faster. On a CPU both share the cores, so that the best to be expected is where
-their times add up; that is printed.
+A real run of one process on JPEGs made here (500 x 375). Its loader hands out real batches for a
+segment of steps and cached ones for the next, in turn. Time is the wall clock's, waiting included.
+Then the loader runs alone. A GPU can reach a ratio of 1 if the loader alone is faster. On a CPU
+training and loading share the cores, so the best ratio is that of added times; it is printed.
 """
 
 from __future__ import annotations

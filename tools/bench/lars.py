@@ -2,10 +2,10 @@
 
     python tools/bench/lars.py [--repeats 15] [--device cpu] [--threads 2] [--model resnet50]
 
-Gradients are random and made once (a step of ours adds the decay to them). Also printed: operators
-that a step launches, and how often it asks the device for a value (`item`, `bool`), which on a GPU
-stalls the host. lightly's and solo-learn's take part where they are installed; as only the file
-with solo-learn's LARS is loaded, `pip install --no-deps solo-learn==1.0.2` will do.
+Gradients are random and made once (a step of ours adds the decay to them). Also printed are the
+operators that a step launches, and how often it asks the device for a value (`item`, `bool`), which
+stalls a GPU's host. lightly's and solo-learn's take part where they are installed. Only the file
+with solo-learn's LARS is loaded, so `pip install --no-deps solo-learn==1.0.2` is enough.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def solo_learns() -> Callable[..., torch.optim.Optimizer] | None:
 
 
 def counted(work: Callable[[], object]) -> tuple[int, int]:
-    """Operators that one call launches itself, and how many of all wait for the device."""
+    """The number of operators that one call launches, and of those that wait for the device."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         work()
     assert profile.profiler is not None

@@ -2,10 +2,9 @@
 
     python tools/bench/losses.py [--only nt-xent] [--repeats 7] [--device cpu] [--threads 2]
 
-All contestants take turns within one process. First each gradient is checked to point the way the
-peer's does. `plain` is the formula as one would write it, differentiated by autograd. The last
-part is one process of eight at a global batch of 65,536 images: its shapes, with the other
-processes' rows made up.
+All contestants take turns within one process, after a check that their gradients point the same
+way. `plain` is the formula written directly, differentiated by autograd. The last part has the
+shapes of one process of eight at a global batch of 65,536 images, with made-up rows of the others.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""What an option makes of a step's time: forward, loss and backward of one network, in turn.
+"""A step's time with each option: forward, loss and backward of one network, in turn.
 
     python tools/bench/options.py [--processes 1] [--repeats 11] [CONFIG.yaml] [key=value ...]
 
-With one process `model.compile`, memory format and how views are stacked; on a GPU also compilation
-with CUDA graphs (torch's `reduce-overhead`). With several (gloo on a CPU, a GPU each with NCCL)
-what DDP can be told: a static graph, buckets that gradients are copied into, gradients in bf16.
-The embedded default unless a config is given. Compilation itself is not timed. The time is the
-processor's with one process on a CPU, the wall clock's with several, and the device's on a GPU.
+One process compares `model.compile`, the memory format and the stacking of views; on a GPU also
+compilation with CUDA graphs (torch's `reduce-overhead`). Several (gloo on a CPU, a GPU each with
+NCCL) compare DDP's options: a static graph, buckets that gradients are copied into, gradients in
+bf16. The config is the embedded default unless one is given. Compilation itself is not timed. The
+time is the processor's with one process on a CPU, the wall clock's with several, and the device's
+on a GPU.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def step_of(world: World, arguments: Sequence[str], how: str = "", **ddp: bool) 
 
 
 def contestants(world: World, arguments: list[str]) -> dict[str, Step]:
-    """What this number of processes lets one choose."""
+    """The options for this number of processes."""
     some = functools.partial(step_of, world)
     if world.size == 1:
         found = {

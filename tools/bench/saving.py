@@ -1,13 +1,12 @@
-"""What a checkpoint takes from training: written beside it, before it goes on, by torch.save alone.
+"""The cost of a checkpoint: written beside training, before it goes on, and by torch.save alone.
 
     python tools/bench/saving.py [--repeats 9] [--steps 60] [--device cpu] [--dir .]
 
 A ResNet-50 with AdaDim's projector and the momentum of both (36 M parameters) is saved at the
 beginning of `--steps` steps, each a fixed product of matrices in one thread; the same steps without
-a save are taken off. Wall time, in turn within one process, files in a folder under `--dir`. For
-the run's own way the next save does not come before the file is there, and a second core is idle.
-Plain `torch.save`, as
-other trainers call it, neither hashes nor waits for the disk.
+a save are subtracted. Wall time, in turn within one process, files in a folder under `--dir`. The
+run's own next save does not come before the file is there, and a second core is idle. Plain
+`torch.save`, as other trainers call it, neither hashes nor waits for the disk.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def made_state(device: torch.device) -> dict[str, Any]:
 
 
 class Ways:
-    """Each way to save; what it returns is waited for after the clock has stopped."""
+    """Each way to save; the work it returns is waited for after the clock has stopped."""
 
     def __init__(self, state: dict[str, Any], folder: Path) -> None:
         self.state, self.folder, self.saver = state, folder, Saver()

@@ -1,10 +1,10 @@
-"""Bytes and times of tools/scaling_model.py beside what processes really send, with gloo on CPUs.
+"""Bytes and times of tools/scaling_model.py beside those of real gloo processes on CPUs.
 
     python tools/bench/scaling.py [--ranks 1,2,4,8] [--only adadim]
     python tools/bench/scaling.py --link 200 [key=value ...]      (as root)
 
-The first prints calls and bytes of one training step of the embedded default by kind of collective:
-as the model says and as counted (`ddp_ssl.distributed.comm_stats`; DDP's gradients in its own
+The first prints calls and bytes of one training step of the embedded default by kind of collective,
+predicted and counted (`ddp_ssl.distributed.comm_stats`; DDP's gradients in its own
 communication hook). Exit code 1 if any differ.
 
 The second joins two network namespaces by a cable of so many megabits a second (tc tbf), takes
@@ -48,7 +48,7 @@ from tools.scaling_model import SUMS, Cluster, elapsed, record
 
 
 def _count(buckets, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations: types only
-    """DDP's own all-reduce, and its size noted."""
+    """DDP's own all-reduce; its size is noted."""
     buckets.append(bucket.buffer().nbytes)
     return allreduce_hook(None, bucket)
 
@@ -82,7 +82,7 @@ class Steps:
         self.step()  # DDP fixes its buckets here
 
     def step(self) -> None:
-        """Forward, backward and what else a step sends; no optimiser."""
+        """Forward, backward and the stop flag; no optimiser."""
         total, _ = self.module(self.batch)
         total.backward()
         comm_stats.gradients_reduced()
@@ -122,12 +122,12 @@ class Steps:
 
 
 def counted(world: World, arguments: Sequence[str]) -> Counts:
-    """What one step of this process sends, counted at the collectives."""
+    """Calls and bytes of one step of this process, counted at the collectives."""
     return Steps(world, arguments).counted()
 
 
 def modelled(ranks: int, arguments: Sequence[str]) -> Counts:
-    """What the model says that it sends."""
+    """The same as the model predicts it."""
     config = load(list(arguments)).config
     return record(config, ranks, Cluster(), classes=CLASSES, alpha=ALPHA).counts()
 
@@ -166,7 +166,7 @@ def count_all(size: int, cases: dict[str, list[str]]) -> dict[str, Counts]:
 
 
 def compare_bytes(sizes: Sequence[int], cases: dict[str, list[str]]) -> bool:
-    """Print model and count for all sizes and cases; whether all are equal."""
+    """Print model and count for all sizes and cases; returns whether all are equal."""
     print("| method | processes | collective | model: calls, bytes | counted | |")
     print("| --- | ---: | --- | ---: | ---: | --- |")
     same = True

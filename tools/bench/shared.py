@@ -1,4 +1,4 @@
-"""What benchmarks of the step share: a run fed by them, and processes with random images."""
+"""Shared by the benchmarks of the step: a run that they feed, processes with random images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def trained(
     feed: Callable[[Job], Feeder],
     stop: StopRequest | None = None,
 ) -> Iterator[Feeder]:
-    """A real run, to its end or until `stop` asks, whose loader is what `feed` makes.
+    """A real run with the loader that `feed` makes, to its end or until `stop` asks.
 
     The run is still open within.
     """

@@ -1,15 +1,15 @@
-"""What the trainer adds to a step: the run's own loop against a bare one on the same batches.
+"""The trainer's share of a step: the run's own loop against a bare one on the same batches.
 
     python tools/bench/step.py [--epochs 40] [--segment 11] [CONFIG.yaml] [key=value ...]
 
-A real run of the embedded default (or of the config given) with one process, whose loader hands out
-cached batches. A step of the run is timed from the moment it has its batch to the moment it asks
-for the next one: learning rate, forward, loss, backward, gradient norm, optimiser, hooks, figures,
-flags, and at logging steps the progress line and the metrics file. After each step (on a GPU after
-`--segment` steps, since waiting for each would hide what overlaps) the run waits inside its loader
-while as many bare steps are timed: forward, loss, backward, optimiser, with a copy of the same
-network. Both are compared in segments of so many steps. What happens between epochs is not counted,
-and no checkpoint is written beside them (tools/bench/saving.py).
+A real run of the embedded default (or of the config given) with one process and cached batches. A
+step of the run is timed from the moment it has its batch to the moment it asks for the next one:
+learning rate, forward, loss, backward, gradient norm, optimiser, hooks, figures, flags, and at
+logging steps the progress line and the metrics file. After each step (on a GPU after `--segment`
+steps, since waiting for each would hide what overlaps) the run waits inside its loader while as
+many bare steps are timed: forward, loss, backward, optimiser, with a copy of the same network. Both
+are compared in segments of so many steps. The work between epochs is not counted, and no checkpoint
+is written beside the steps (tools/bench/saving.py).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Turns:
         self.learner = copy.deepcopy(job.network.learner)
         self.learner.train()
         self.optimizer = optim.build(job.config.optim, parameter_groups(self.learner, job.config))
-        # An epoch's last step is not counted, since what follows it is not a step's.
+        # An epoch's last step is not counted, since the epoch's end follows it.
         most = max(1, job.loader.steps_per_epoch - 1)
         self.turn = min(segment, most) if self.device.type == "cuda" else 1
         self.run: list[float] = []

@@ -1,10 +1,10 @@
-"""What it costs to spread the views of an image over processes: `data.view_shards`.
+"""The cost of spreading the views of an image over processes: `data.view_shards`.
 
     python tools/bench/view_shards.py [--views 8] [--world 8] [--batch 16] [--repeats 5]
 
-For one process of `--world`, for each V that divides: the images it reads and the views it makes in
-a step of `--batch` images with `--views` views of 224 px, and the CPU time of that. The loader is
-the one that trains; the different V take turns.
+For one process of `--world` and each V that divides: the images it reads, the views it makes and
+its CPU time in a step of `--batch` images with `--views` views of 224 px. The loader is the one
+that trains. The different V take turns.
 """
 
 from __future__ import annotations
