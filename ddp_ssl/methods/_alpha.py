@@ -106,7 +106,9 @@ class Alpha:
             matrix = global_matrix(embed(batch), s.alpha_route, s.alpha_center, context.comm)
             pending.bound, pending.batches = matrix.bound, pending.batches + 1
             if context.comm.rank == 0:
-                pending.matrices.append(replace(matrix, values=matrix.values.cpu()))
+                # Beside training the host decomposes; a GPU would take turns with the steps.
+                values = matrix.values.cpu() if s.alpha_delay else matrix.values
+                pending.matrices.append(replace(matrix, values=values))
         if context.comm.rank == 0:
             pending.begin()
         pending.seconds = time.perf_counter() - began
