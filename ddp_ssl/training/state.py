@@ -35,13 +35,14 @@ def save(
     began = time.perf_counter()
     if best is not None:
         job.state.best = best
-    job.checkpointer.save(
-        whole_state(job),
-        rank_state(job),
-        permanent=permanent,
-        best=best is not None,
-        must_succeed=must_succeed,
-    )
+    with job.setting.watch.during("saving a checkpoint"):
+        job.checkpointer.save(
+            whole_state(job),
+            rank_state(job),
+            permanent=permanent,
+            best=best is not None,
+            must_succeed=must_succeed,
+        )
     job.recorder.saved(time.perf_counter() - began)
     job.recorder.restart_clock()
 
