@@ -1,4 +1,4 @@
-"""The run folder: which one, whether it is free, and the checkpoint that a run continues."""
+"""The choice of the run folder, and of the checkpoint that a run continues from."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Start:
     same_folder: bool
     """Whether the checkpoint is this folder's own, so that its metrics continue."""
     sha256: str | None = None
-    """Of the checkpoint as rank 0 sees it, if its manifest has one; every rank must load it."""
+    """Of the checkpoint as rank 0 sees it, if its manifest has one; all ranks must load this one."""
 
 
 def claim(config: Config, restarted: bool | None = None) -> Start:

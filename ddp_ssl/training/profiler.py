@@ -90,7 +90,7 @@ class Profiler:
     def _write(self, trace: Any) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"rank{self._rank}.json.gz"
-        unfinished = path.with_name(f"part-{path.name}")  # the ending says to compress
+        unfinished = path.with_name(f"part-{path.name}")  # the ending .gz compresses it
         try:
             trace.export_chrome_trace(str(unfinished))
             unfinished.replace(path)

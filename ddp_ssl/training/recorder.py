@@ -82,7 +82,7 @@ class Recorder:
             self._waited += time.perf_counter() - start
 
     def saw(self, ids: Tensor) -> None:
-        """Note the images of a step. A view group must see the same: `flush` checks it."""
+        """Note the images of a step; `flush` checks that a view group sees the same ones."""
         if self.config.data.view_shards > 1:
             self._trace = zlib.crc32(ids.cpu().numpy().tobytes(), self._trace)
 

@@ -48,7 +48,7 @@ def save(
 
 
 def whole_state(job: Job) -> dict[str, Any]:
-    """The state that all ranks share; on the other ranks than rank 0 its place in time only."""
+    """The state that all ranks share. Only rank 0 returns more than its step and epoch."""
     state, network = job.state, job.network
     if not job.world.is_main:
         return {"step": state.step, "epoch": state.epoch}
