@@ -26,7 +26,7 @@ class Start:
     same_folder: bool
     """Whether the checkpoint is this folder's own, so that its metrics continue."""
     sha256: str | None = None
-    """Of the checkpoint as rank 0 sees it, if its manifest has one; all ranks must load this one."""
+    """Of the checkpoint as rank 0 sees it, if its manifest has one; every rank must load it."""
 
 
 def claim(config: Config, restarted: bool | None = None) -> Start:

@@ -83,7 +83,7 @@ def build(resolved: Resolved, world: World, watch: Watchdog, status: RunStatus) 
     # The folder is created last: an error before leaves no trace.
     on_all_ranks(world, lambda: folder.create(start.folder) if world.is_main else None)
     status.folder = start.folder
-    console.setup_logging(start.folder if world.is_main else None, world.rank)
+    console.setup_logging(start.folder, world.rank)
 
     validation = None
     if data.val is not None and len(data.val):

@@ -58,10 +58,7 @@ class Recorder:
         self._writing = 0.0  # seconds for each row that the last flush wrote
 
     def begin_step(self, step: int) -> bool:
-        """Call before step `step` (from 1). Returns whether it is a logging step.
-
-        At logging steps the waiting times of the processes are measured.
-        """
+        """Before step `step` (from 1): measure waiting times, and return true, at logging steps."""
         logging_step = self.logs(step)
         if logging_step:
             self.skew.begin()
