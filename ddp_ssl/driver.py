@@ -1,6 +1,6 @@
-"""What a machine says of its GPUs without torch: the driver, device files, the job's GPUs.
+"""The GPUs of a machine, found without torch: the driver, device files, the job's GPUs.
 
-    python ddp_ssl/driver.py     prints the pinned set that serves the driver, cuda12 or cuda13
+    python ddp_ssl/driver.py     prints the pinned set for the driver, cuda12 or cuda13
 
 Imports nothing that has to be installed, since the Makefile asks before anything is.
 """
@@ -67,18 +67,18 @@ def _version() -> str:
 
 
 def pinned_set(driver: Driver | None) -> str:
-    """The name of the pinned set that serves a driver; without one, that of the newest CUDA."""
+    """The pinned set for a driver; without a driver, the set for the newest CUDA."""
     return "cuda12" if driver is not None and driver.major < 13 else "cuda13"
 
 
 def install_command(driver: Driver | None) -> str:
-    """What installs the set that serves a driver, in a checkout and a new environment."""
+    """The command that installs the set for a driver, in a checkout and a new environment."""
     name = pinned_set(driver)
     return f"pip install -c {CONSTRAINTS[name]} -e '.[{name}]'"
 
 
 def gpu_is_meant() -> str | None:
-    """Why a run here is meant for a GPU, or None: `/dev/nvidia0 exists`.
+    """The reason to expect a GPU here, such as `/dev/nvidia0 exists`, or None.
 
     Nothing counts where CUDA_VISIBLE_DEVICES hides all GPUs.
     """
@@ -143,7 +143,7 @@ def main() -> None:
     """Print the pinned set, and the reason on standard error."""
     driver = find_driver()
     name = pinned_set(driver)
-    where = "no NVIDIA driver, so the CPU is what runs" if driver is None else f"driver {driver}"
+    where = "no NVIDIA driver, so runs use the CPU" if driver is None else f"driver {driver}"
     print(f"{where}: {CONSTRAINTS[name]}", file=sys.stderr)
     print(name)
 

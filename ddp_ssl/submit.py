@@ -30,7 +30,7 @@ from typing import Any
 
 from ddp_ssl.commands import common
 from ddp_ssl.config import ConfigError, check_world_size
-from ddp_ssl.config import files as config_files
+from ddp_ssl.config.files import find_config
 from ddp_ssl.run.configure import load
 
 # Run once per job, before srun. Node addresses are used because node names need not resolve. The
@@ -185,7 +185,7 @@ def run_name(arguments: Sequence[str]) -> str:
     """The config's name: `imagenet100-adadim`."""
     for argument in arguments:
         if "=" not in argument:
-            path = (config_files.find(argument) or Path(argument)).resolve()
+            path = (find_config(argument) or Path(argument)).resolve()
             return re.sub(r"[^\w.-]", "_", f"{path.parent.name}-{path.stem}")
     return "digits"
 

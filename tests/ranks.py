@@ -79,9 +79,6 @@ def _hasten() -> None:
     """Leave out work that every run repeats and no test looks at: a fifth of a tiny run."""
     from nvidia.dali._utils import dali_trace
 
-    from ddp_ssl.run import environment
-
-    environment._versions = functools.cache(environment._versions)
     dali_trace.set_tracing(enabled=False)  # of each operator to its line of code
 
 

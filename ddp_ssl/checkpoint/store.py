@@ -37,7 +37,7 @@ from ddp_ssl.utils.files import (
 )
 from ddp_ssl.utils.text import one_line
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger("ddp_ssl")
 
 DAMAGED = ".damaged"
 
@@ -173,7 +173,7 @@ def clean_up(folder: Path) -> None:
         path.unlink(missing_ok=True)
     for path in home.glob("step_*.pt"):
         if not path.with_suffix(".json").exists():
-            log.info("removing %s, which was not completely saved", path)
+            logger.info("removing %s, which was not completely saved", path)
             path.unlink(missing_ok=True)
     readable, unreadable = _scan(home)
     for manifest in unreadable:
@@ -202,7 +202,7 @@ def _set_aside(manifest: Path) -> None:
     for path in (manifest, manifest.with_suffix(".pt")):
         if path.exists():
             os.replace(path, path.with_name(path.name + DAMAGED))
-    log.warning("damaged checkpoint kept as %s%s", manifest.with_suffix(".pt"), DAMAGED)
+    logger.warning("damaged checkpoint kept as %s%s", manifest.with_suffix(".pt"), DAMAGED)
 
 
 def _free_name(home: Path, step: int) -> Path:
@@ -222,7 +222,7 @@ def _prune(newest_first: list[CheckpointInfo], keep: int) -> None:
                 found.manifest.unlink(missing_ok=True)
                 found.path.unlink(missing_ok=True)
             except OSError as error:
-                log.warning("cannot remove %s: %s", found.path, error.strerror)
+                logger.warning("cannot remove %s: %s", found.path, error.strerror)
 
 
 class _HashingFile:
@@ -330,7 +330,7 @@ def load_newest(
         try:
             return found, _read(found.path, map_location)
         except ValueError as error:
-            log.warning("%s; trying the one before", error)
+            logger.warning("%s; trying the one before", error)
     return None
 
 
@@ -361,7 +361,7 @@ def load(
         if problem is not None:
             raise ValueError(f"checkpoint {path} is damaged: {problem}")
     else:
-        log.warning("%s has no manifest %s beside it: not verified", path, manifest.name)
+        logger.warning("%s has no manifest %s beside it: not verified", path, manifest.name)
     return _read(path, map_location)
 
 
@@ -382,13 +382,13 @@ def _scan(home: Path) -> tuple[list[CheckpointInfo], list[Path]]:
 def _good(folder: Path) -> Iterator[CheckpointInfo]:
     found, unreadable = _scan(folder / "checkpoints")
     for manifest in unreadable:
-        log.warning("checkpoint manifest %s cannot be read: passed over", manifest)
+        logger.warning("checkpoint manifest %s cannot be read: passed over", manifest)
     for candidate in found:
         problem = _problem(candidate)
         if problem is None:
             yield candidate
         else:
-            log.warning(
+            logger.warning(
                 "checkpoint %s is damaged (%s); trying the one before", candidate.path, problem
             )
 

@@ -15,7 +15,7 @@ _INSIDE = _PACKAGE / "configs"
 FOLDER = _INSIDE if _INSIDE.is_dir() else _PACKAGE.parent / "configs"
 
 
-def find(given: str) -> Path | None:
+def find_config(given: str) -> Path | None:
     """The file that a path or a name stands for; None if there is none.
 
     A path ending in `.yaml` or `.yml` is returned whether the file exists or not.
@@ -27,15 +27,15 @@ def find(given: str) -> Path | None:
     return named if named.is_file() else None
 
 
-def names() -> list[str]:
+def config_names() -> list[str]:
     """Names of all configs: `cifar/adadim`, `imagenet100/ablation/alpha_0.2`, ..."""
     files = (path.relative_to(FOLDER) for path in FOLDER.rglob("*.yaml"))
     return sorted(path.as_posix().removesuffix(".yaml") for path in files)
 
 
-def unknown(given: str) -> str:
+def unknown_config(given: str) -> str:
     """The error, in one line, for a word that is neither a path nor a name."""
-    known = names()
+    known = config_names()
     close = [name for name in known if name.endswith(f"/{given}")][:3]
     close = close or difflib.get_close_matches(given, known, 3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ddp_ssl.config import files
+from ddp_ssl.config.files import find_config, unknown_config
 from ddp_ssl.config.schema import Config
 from ddp_ssl.config.section import S, Section
 from ddp_ssl.config.views import ViewGroup
@@ -133,8 +133,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
             )
         elif path is not None:
             raise ConfigError(f"{argument}: one config file is accepted, {path} is given already")
-        elif (path := files.find(argument)) is None:
-            raise ConfigError(files.unknown(argument))
+        elif (path := find_config(argument)) is None:
+            raise ConfigError(unknown_config(argument))
     return path, overrides
 
 

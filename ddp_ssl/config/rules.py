@@ -44,8 +44,8 @@ def check(config: Config) -> None:
     if config.data.url and (config.eval.knn or config.eval.raw_pixels):
         key = "knn" if config.eval.knn else "raw_pixels"
         raise ValueError(
-            f"eval.{key}: its bank reads training images by their place in a file, which data.url "
-            f"has none of; eval.{key}=false is accepted"
+            f"eval.{key}: its bank reads single training images, and data.url only streams them; "
+            f"eval.{key}=false is accepted"
         )
     if config.data.dtype == "float16" and config.optim.precision == "fp32":
         raise ValueError(

@@ -22,7 +22,7 @@ from ddp_ssl.distributed.agreement import on_all_ranks
 
 
 def load_data(config: Config, world: World) -> Dataset:
-    """The data set on every rank, the same on all; rank 0 first, which writes what is cached."""
+    """The data set, the same on all ranks. Rank 0 reads it first and writes the cache."""
 
     def read() -> Dataset:
         return registry.load(config.data, config.run.seed)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar, cast
 
-from ddp_ssl.config import ConfigError
 from ddp_ssl.distributed import World
-from ddp_ssl.errors import BuildError
+from ddp_ssl.errors import BuildError, ConfigError
 from ddp_ssl.utils.text import one_line
 
 T = TypeVar("T")

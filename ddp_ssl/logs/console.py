@@ -18,7 +18,7 @@ def setup_logging(folder: Path | None, rank: int) -> None:
     """Send Python's logging to stderr and, on rank 0, to `folder/train.log`.
 
     Rank 0 shows INFO of this package and WARNING of others; other ranks show errors only, with
-    their rank. Call it again when the folder is known: it replaces what it set up before.
+    their rank. Call it again when the folder is known: it replaces its own handlers.
     """
     root = logging.getLogger()
     for handler in [h for h in root.handlers if isinstance(h, _Console | _LogFile)]:
@@ -30,7 +30,7 @@ def setup_logging(folder: Path | None, rank: int) -> None:
         root.addHandler(_LogFile(folder / "train.log"))
     root.setLevel(logging.WARNING)
     logger.setLevel(logging.INFO)
-    logging.captureWarnings(True)  # so that W processes do not say the same W times
+    logging.captureWarnings(True)  # so that W processes do not print the same warning W times
 
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Progress:
         logger.info("%s", text, extra={"progress": True})
 
     def tell(self, text: str) -> None:
-        """Any other line for people."""
+        """Show any other line."""
         logger.info("%s", text)
 
 

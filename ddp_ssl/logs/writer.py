@@ -20,7 +20,7 @@ import numpy.typing as npt
 logger = logging.getLogger("ddp_ssl")
 
 Row = Mapping[str, float | int]
-FLUSH_S = 5  # after which TensorBoard's readers see what was written, at the latest
+FLUSH_S = 5  # seconds after which TensorBoard's readers see new events, at the latest
 
 
 class MetricsWriter:
@@ -56,7 +56,7 @@ class MetricsWriter:
             from tensorboard.compat.proto.summary_pb2 import Summary
             from torch.utils.tensorboard import SummaryWriter
 
-            # Hides what an interrupted run wrote after the checkpoint.
+            # Hides the rows that an interrupted run wrote after the checkpoint.
             purge = 0 if resumed_step is None else resumed_step + 1
             self._events = SummaryWriter(str(folder), purge_step=purge, flush_secs=FLUSH_S)
             self._summary, self._point = Summary, Summary.Value
@@ -105,7 +105,7 @@ class MetricsWriter:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Write what is left and close the files."""
+        """Write the pending rows and close the files."""
         self.flush()
         self._send("close")
         self._file.close()

@@ -26,7 +26,7 @@ from ddp_ssl.utils.background import in_background
 
 
 class AlphaConfig(MethodConfig):
-    """Which alpha, and how it is measured."""
+    """Alpha and its measurement."""
 
     alpha: Literal["adaptive", "fixed", "linear", "cosine"] = "adaptive"
     """Weight of InfoNCE against VICReg: measured, constant, or growing from 0 to 1 over the run."""
@@ -131,7 +131,7 @@ class Alpha:
             )
         self._pending = None
         self.value = min(max(mean / pending.bound, 0.0), 1.0)
-        # The seed is, with purpose and epoch, the whole state of the batches' generator.
+        # Seed, purpose and epoch are the whole state of the batches' generator.
         entry = {name: getattr(pending, name) for name in ("epoch", "bound", "batches", "seed")}
         self.history.append(entry | {"alpha": self.value, "effective_rank": mean})
         missing = pending.batches < s.alpha_batches
@@ -188,7 +188,7 @@ class PendingAlpha:
         return self.ranks
 
     def state(self) -> dict[str, Any]:
-        """The effective ranks, or what is left to decompose: a checkpoint does not wait."""
+        """The effective ranks, or the matrices left to decompose; a checkpoint does not wait."""
         work = self._work
         if work is not None and work.done() and work.exception() is None:
             self.ranks = work.result()
@@ -198,5 +198,5 @@ class PendingAlpha:
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> PendingAlpha:
-        """From what `state` gave."""
+        """The inverse of `state`."""
         return PendingAlpha(**state | {"matrices": [Matrix(**m) for m in state["matrices"]]})

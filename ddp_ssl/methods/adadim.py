@@ -68,7 +68,7 @@ class AdaDim(Method[AdaDimConfig]):
     def forward(self, batch: Batch) -> Output:
         s, alpha, beta = self.settings, self.alpha.value, self.beta
         r, z = self.encode(batch.views)
-        # Once, for both terms that compare all embeddings.
+        # Gathered once, for both terms that compare all embeddings.
         unit = unit_rows(at_least_float32(z.detach()))
         gathered = gather_unit_rows(z, unit, self.comm)
         # A term of weight zero is still logged, but costs no backward.

@@ -1,4 +1,4 @@
-"""What a method is: modules, a forward that ends in a loss, and optional hooks.
+"""The base of all methods: modules, a forward that ends in a loss, and optional hooks.
 
 A method is one file: a `MethodConfig` with its own fields and `recipe`, and a `Method` whose
 `config_class` it is. State that must survive a restart lives in buffers or in `get_extra_state`.
@@ -39,7 +39,7 @@ class NeedsVariance(MethodConfig):
 
 @dataclass
 class Output:
-    """What a forward gives: `features` `[k, n, d_R]` and `embeddings` `[k, n, d]` held here.
+    """The result of a forward: `features` `[k, n, d_R]` and `embeddings` `[k, n, d]` held here.
 
     `terms` are logged: a plain name goes under `train/`, one with a slash stays as it is.
     """
@@ -52,7 +52,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the run is: `step` of `total_steps` done, in `epoch` of `epochs` (from 0)."""
+    """The progress of a run: `step` of `total_steps` done, in `epoch` of `epochs` (from 0)."""
 
     step: int
     total_steps: int
@@ -82,7 +82,7 @@ class Method(nn.Module, Generic[C]):
 
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
     projector_last_norm: ClassVar[Literal["none", "batch", "plain"]] = "none"
-    """What follows the projector's last layer: nothing, or a batch norm with or without affine."""
+    """The norm after the projector's last layer: none, or a batch norm with or without affine."""
     predictor: nn.Module
     """In the methods that have one."""
 
@@ -186,14 +186,14 @@ class Method(nn.Module, Generic[C]):
 
     @property
     def held_large(self) -> int:
-        """How many of the views held here are large; they come first."""
+        """Number of large views among those held here; they come first."""
         return self.num_large // self.comm.view_shards
 
     @contextlib.contextmanager
     def measuring(self, batch_statistics: bool) -> Iterator[None]:
         """Norm layers by each batch's own statistics, or by their running averages (eval mode).
 
-        Afterwards mode and buffers are what they were.
+        Mode and buffers are restored afterwards.
         """
         training = self.training
         saved = {name: value.clone() for name, value in self.named_buffers()}

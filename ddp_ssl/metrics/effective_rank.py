@@ -1,4 +1,4 @@
-"""Effective rank: how many dimensions the rows of a matrix use."""
+"""Effective rank: the number of dimensions that the rows of a matrix use."""
 
 from __future__ import annotations
 

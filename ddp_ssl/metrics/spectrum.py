@@ -1,4 +1,4 @@
-"""Metrics of a spectrum: one eigendecomposition serves them all."""
+"""Metrics of a spectrum, all from one eigendecomposition."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Spectrum:
         gram = _shared_gram(x, center, comm)
         size = min(rows - center, width)
         values = gram.new_zeros(size)
-        # A Gram that is not finite is so on every process, and would raise on one.
+        # A Gram matrix that is not finite is so on every process, but only one would raise.
         if not gram.isfinite().all():
             return Spectrum(values.fill_(math.nan), rows, width)
         if size and comm.rank == owner % comm.world_size:
@@ -92,7 +92,7 @@ def matrix_entropy(x: Tensor | Spectrum) -> float:
 
 
 def eigenvalue_count(x: Tensor | Spectrum, threshold: float = 0.01) -> float:
-    """How many eigenvalues of X^T X exceed `threshold` times their sum, for `x` `[M, d]`.
+    """The number of eigenvalues of X^T X that exceed `threshold` times their sum, for `x` `[M, d]`.
 
     A whole number, at most 99 at the default; 0 for a zero matrix, NaN for one that is not finite.
     Not centred. Source: AdaDim, Fig. 3a and A.6.
@@ -138,7 +138,7 @@ def alpha_req(x: Tensor | Spectrum, first: int = 4, last: int = 100) -> tuple[fl
     u, v = u - (weights * u).sum(), v - (weights * v).sum()
     slope = (weights * u * v).sum() / (weights * u * u).sum()
     rest, total = (weights * (v - slope * u) ** 2).sum(), (weights * v * v).sum()
-    # Where the spectrum is flat there is nothing to explain, and the line explains it.
+    # A flat spectrum has nothing to explain, so the fit is perfect.
     return -float(slope), 1 - float(rest / total) if total > 1e-24 else 1.0
 
 

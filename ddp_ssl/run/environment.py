@@ -1,7 +1,8 @@
-"""What a run depends on besides its config: versions, hardware, commit, command, job."""
+"""The versions, hardware, commit, command and job of a run."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -69,6 +70,7 @@ def code_version() -> dict[str, str]:
     return versions | {"commit": _commit() or "none"}
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     """Installed versions from the metadata: importing the packages would take seconds."""
     return {
@@ -80,7 +82,7 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str | None:
     """The commit of the code that runs, `-dirty` if it was changed; None outside of git."""
-    # An installed package may lie within somebody else's repository, which does not track it.
+    # An installed package may lie within another repository, which does not track it.
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")

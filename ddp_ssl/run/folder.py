@@ -1,4 +1,4 @@
-"""The run folder: which one, whether it is free, and the checkpoint that a run continues."""
+"""The choice of the run folder, and of the checkpoint that a run continues from."""
 
 from __future__ import annotations
 

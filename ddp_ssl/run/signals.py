@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-# torchrun passes a Ctrl-C on to workers that the terminal has told already.
+# The terminal sends a Ctrl-C to all workers, and torchrun sends it to them again.
 ONE_KEYSTROKE_S = 1.0
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
@@ -58,8 +58,8 @@ class StopRequest:
 class Keyboard:
     """Ends the process at a second Ctrl-C, also while it waits in a collective.
 
-    Python runs its handlers between two instructions of the main thread, which may be far from any;
-    the number of a signal is written to a file at once, and read here by a thread of its own.
+    Python runs signal handlers between two instructions of the main thread, and a collective may
+    be a long instruction. The signal's number is written to a pipe at once; a thread reads it.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Keyboard:
         self._write: int | None = None
 
     def listen(self) -> None:
-        """Begin, or begin anew: what was pressed before does not count."""
+        """Begin to listen; earlier presses do not count."""
         self._first = None
         if self._write is None:
             read, self._write = os.pipe()
@@ -91,7 +91,7 @@ keyboard = Keyboard()
 
 
 def stop_with_parent() -> None:
-    """SIGTERM when torchrun's agent dies, which would otherwise leave its workers running."""
+    """Get SIGTERM when torchrun's agent dies; its workers would run on otherwise."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     parent = os.getppid()

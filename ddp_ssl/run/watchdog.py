@@ -1,7 +1,7 @@
 """A process that died or hangs is noticed and named, and the run ends everywhere.
 
 Each process writes a heartbeat every second, from a thread of its own: a number that grows, its
-last step, how many collectives it entered, what it does. A process that makes no progress for
+last step, how many collectives it entered, its current work. A process that makes no progress for
 `run.timeout_s`, or loses its peers, reads all heartbeats and names the rank at fault:
 
 * a heartbeat with an error: that process failed, and this is why;
@@ -34,7 +34,7 @@ SILENT = 4  # periods without a sign of life that a busy machine may explain
 
 @dataclass
 class Heartbeat:
-    """The state of a process, as it says itself."""
+    """The state of a process, written by itself."""
 
     host: str
     beat: int = 0
@@ -108,7 +108,7 @@ class Watchdog:
     # --- naming the rank at fault ----------------------------------------------------------------
 
     def explain(self) -> tuple[str, bool]:
-        """Why the others are not there, and whether it is this process that should say so.
+        """Why the other processes are missing, and whether this process reports it.
 
         Takes a few periods, in which the heartbeats of living processes grow. Empty if all are
         there and equally far, or if this process itself is behind.

@@ -16,7 +16,7 @@ logger = logging.getLogger("ddp_ssl")
 class BadImageList:
     """The bad images among `images` images; rank 0 lists them in the file `path`.
 
-    `found` are those that this process comes upon.
+    `found`: those that this process finds.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class BadImageList:
             images, max_fraction, world, path,
         )  # fmt: skip
         self._listed: dict[str, str] = {}  # on rank 0: path and reason, of all processes
-        self._new: set[str] = set()  # those of them found since this process started
+        self._new: set[str] = set()  # those found since this process started
 
     def check(self) -> None:
         """Share; raises `BadDataError` on all processes together if there are too many."""
@@ -93,5 +93,5 @@ class BadImageList:
 
 
 def printable(path: str) -> str:
-    """A path for people: any bytes may be a name."""
+    """A path as valid text; a file name may hold any bytes."""
     return path.encode("utf-8", "replace").decode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from ddp_ssl.data.build import load_data, train_loader
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.loading.bad_images import BadImages
-from ddp_ssl.data.loading.loader import TrainLoader
 from ddp_ssl.distributed import World
 from ddp_ssl.distributed.agreement import on_all_ranks
 from ddp_ssl.evals.validation import Validation
@@ -79,17 +78,22 @@ def build(resolved: Resolved, world: World, watch: Watchdog, status: RunStatus) 
     on_all_ranks(world, lambda: initial_weights(learner, config))
     identity = whole_identity(config, data)
     watch.next("loading the checkpoint")
-    saved, path = on_all_ranks(world, lambda: load(identity, start))
+    saved = on_all_ranks(world, lambda: load(identity, start))
     watch.next("building the run")
     # The folder is created last: an error before leaves no trace.
     on_all_ranks(world, lambda: folder.create(start.folder) if world.is_main else None)
     status.folder = start.folder
-    console.setup_logging(start.folder if world.is_main else None, world.rank)
+    console.setup_logging(start.folder, world.rank)
 
     validation = None
     if data.val is not None and len(data.val):
         validation = Validation(data, config, comm, device, bad)
-    network = make_network(learner, config, world)
+    network = Network(
+        learner,
+        on_device(learner, config, world),
+        optim.build(config.optim, parameter_groups(learner, config)),
+        torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16"),
+    )
     if world.size > 1:
         warm_up(network.module, learner, config, comm, device)
     ranks = distributed.layout(world)
@@ -102,7 +106,7 @@ def build(resolved: Resolved, world: World, watch: Watchdog, status: RunStatus) 
     )
     skew = RankSkew(world, [text.partition(" ")[0] for text in ranks])
     recorder = Recorder(config, world, loader.steps_per_epoch, writer, bad_images, skew)
-    measurement = make_measurement(config, network, data, world, recorder)
+    measurement = Measurement(method, config, world, data, bad, recorder.tell)
     code = environment.code_version() if world.is_main else {}
     checkpointer = Checkpointer(
         start.folder, config.checkpoint, world, watch, status, recorder.sync,
@@ -116,7 +120,9 @@ def build(resolved: Resolved, world: World, watch: Watchdog, status: RunStatus) 
     for seed_all in (torch.manual_seed, random.seed, np.random.seed):
         seed_all(derive(config.run.seed, "rank", world.rank))
     if saved:
-        on_all_ranks(world, lambda: restore(job, saved, cast(Any, path)))
+        on_all_ranks(world, lambda: restore(job, saved))
+        done = job.state
+        recorder.tell(f"resumed from {start.checkpoint} at step {done.step}, epoch {done.epoch}")
     else:
         epochs.begin(job)
     return job
@@ -161,16 +167,6 @@ def images_of(data: Dataset) -> int:
     return sum(len(part) for part in parts if part is not None)
 
 
-def make_network(learner: Learner, config: Config, world: World) -> Network:
-    """The learner on its device under DDP, and its optimiser."""
-    module = on_device(learner, config, world)
-    optimizer = optim.build(config.optim, parameter_groups(learner, config))
-    enabled = config.optim.precision == "fp16"
-    return Network(
-        learner, module, optimizer, torch.amp.GradScaler(world.device.type, enabled=enabled)
-    )
-
-
 def on_device(learner: Learner, config: Config, world: World) -> nn.Module:
     """The learner on its device, in its memory format, under DDP."""
     learner.to(world.device)
@@ -211,17 +207,3 @@ def warm_up(
     module(Batch(views, torch.zeros(images, dtype=torch.long), labels))[0].backward()
     module.zero_grad(set_to_none=True)
     learner.load_state_dict(saved)
-
-
-def make_measurement(
-    config: Config, network: Network, data: Dataset, world: World, recorder: Recorder
-) -> Measurement:
-    """The calls of the method's hooks, with pipelines of random batches of view 0."""
-    method = network.method
-
-    def open_loader(bad: BadImages, purpose: str, epoch: int) -> TrainLoader:
-        seed = derive(config.run.seed, purpose, epoch)
-        return train_loader(config, method.comm, data, world.device, [0], bad, seed)
-
-    found = recorder.bad_images.found
-    return Measurement(method, config, world, data.train, found, open_loader, recorder.tell)

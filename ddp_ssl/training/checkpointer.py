@@ -85,12 +85,11 @@ class Checkpointer:
             self._save.permanent |= failed.permanent
             self._save.best |= failed.best
             self._save.failures = failed.failures
-        with self._watch.during("saving a checkpoint"):
-            ranks = self._world.gather_objects(store.to_bytes(rank_state))
-            if ranks is not None:
-                packed = [torch.frombuffer(bytearray(own), dtype=torch.uint8) for own in ranks]
-                write = functools.partial(self._write, self._save.permanent, self._save.best)
-                self._saver.start({**state, **self.origin, "ranks": packed}, write)
+        ranks = self._world.gather_objects(store.to_bytes(rank_state))
+        if ranks is not None:
+            packed = [torch.frombuffer(bytearray(own), dtype=torch.uint8) for own in ranks]
+            write = functools.partial(self._write, self._save.permanent, self._save.best)
+            self._saver.start({**state, **self.origin, "ranks": packed}, write)
         if must_succeed:
             self._poll(block=True)
             while self._save is not None:

@@ -84,8 +84,3 @@ class Job:
     def world(self) -> World:
         """This process among the others."""
         return self.setting.world
-
-    @property
-    def step(self) -> int:
-        """Number of steps done."""
-        return self.state.step

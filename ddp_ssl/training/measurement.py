@@ -12,7 +12,8 @@ import torch
 
 from ddp_ssl.config import Config
 from ddp_ssl.data.batch import Batch
-from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.build import train_loader
+from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.loader import TrainLoader
 from ddp_ssl.data.loading.reader import UnreadableError
@@ -20,30 +21,29 @@ from ddp_ssl.distributed import World
 from ddp_ssl.errors import BadDataError
 from ddp_ssl.methods.base import Context, Method
 from ddp_ssl.utils.background import in_background
+from ddp_ssl.utils.seeds import derive
 
-AHEAD = 20  # The first batch is read during the last 20 steps of an epoch.
-TOGETHER = 16  # Ranks compare notes every 16 batches, so that one rank's read error stops all.
+AHEAD = 20  # the first batch is read during the last 20 steps of an epoch
+TOGETHER = 16  # batches after which all ranks learn of a read error on one of them
 
 
 @dataclass
 class Measurement:
     """Calls a method's hooks between epochs, and prefetches the batches that they ask for.
 
-    `open_loader(bad, purpose, epoch)` opens a pipeline of random batches of `split`, with its own
-    copy of `bad`, the run's bad images.
+    These are random batches of view 0 of the training images, from a pipeline of their own.
     """
 
     method: Method[Any]
     config: Config
     world: World
-    split: Split
+    data: Dataset
     bad: BadImages
-    open_loader: Callable[[BadImages, str, int], TrainLoader]
     tell: Callable[[str], None]
     _prefetched: dict[str, Future[MeasurementBatches]] = field(default_factory=dict)
 
     def prefetch(self, epoch: int, steps_left: int) -> None:
-        """After each step: near the epoch's end, begin to read what the method will measure."""
+        """After each step: near the epoch's end, begin to read the batches of a measurement."""
         purpose = self.method.reads_after(epoch) if steps_left <= AHEAD else None
         if purpose is not None and purpose not in self._prefetched:
             bad = self.bad.copy()  # the two threads may find different ones
@@ -52,7 +52,7 @@ class Measurement:
             )
 
     def cancel_prefetch(self) -> None:
-        """Close prefetched batches that nobody took, as soon as they have been read."""
+        """Close unused prefetched batches as soon as they have been read."""
         for unused in self._prefetched.values():
             unused.add_done_callback(lambda f: None if f.exception() else f.result().loader.close())
         self._prefetched.clear()
@@ -68,8 +68,10 @@ class Measurement:
 
     def _batches(self, epoch: int, count: int, purpose: str) -> Iterator[Batch]:
         """`Context.batches`; raises `BadDataError` on all processes if one cannot read on."""
-        ahead, copy = self._prefetched.pop(purpose, None), self.bad.copy()
-        batches = ahead.result() if ahead is not None else self._open(purpose, epoch, copy)
+        if purpose in self._prefetched:
+            batches = self._prefetched.pop(purpose).result()
+        else:
+            batches = self._open(purpose, epoch, self.bad.copy())
         try:
             count = min(count, batches.loader.steps_per_epoch)
             for number in range(1, count + 1):
@@ -82,19 +84,19 @@ class Measurement:
             self.bad.merge(batches.bad)
 
     def _open(self, purpose: str, epoch: int, bad: BadImages) -> MeasurementBatches:
-        device = self.world.device
+        device, seed = self.world.device, derive(self.config.run.seed, purpose, epoch)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # each thread has its own
-        return MeasurementBatches(self.open_loader(bad, purpose, epoch), bad, device)
+        loader = train_loader(self.config, self.method.comm, self.data, device, [0], bad, seed)
+        return MeasurementBatches(loader, bad)
 
 
 @dataclass
 class MeasurementBatches:
-    """Random global batches of view 0 for one measurement, from a pipeline of their own."""
+    """Random global batches of view 0 for one measurement."""
 
     loader: TrainLoader
     bad: BadImages
-    device: torch.device
     problem: str | None = None
     _first: list[Batch] = field(default_factory=list)
 
@@ -104,7 +106,7 @@ class MeasurementBatches:
         return self
 
     def next(self) -> Batch:
-        """The next batch; black images if none can be read, and `problem` says why.
+        """The next batch. If none can be read, its images are black, and `problem` is the reason.
 
         The other processes do not know of the problem yet and would wait for this one.
         """
@@ -114,10 +116,9 @@ class MeasurementBatches:
             return next(self.loader)
         except UnreadableError as error:
             self.problem, size = str(error), self.loader.views[0].size
-        images = self.loader.order.local_batch
+        images, device = self.loader.order.local_batch, self.loader.settings.device
         ids = torch.zeros(images, dtype=torch.long)
-        black = torch.zeros(images, 3, size, size, device=self.device)
-        return Batch([black], ids, ids.to(self.device))
+        return Batch([torch.zeros(images, 3, size, size, device=device)], ids, ids.to(device))
 
 
 def stop_if_bad(world: World, reason: str | None) -> None:

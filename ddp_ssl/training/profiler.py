@@ -49,20 +49,17 @@ class Profiler:
                 self._mark(step if step < end else None)
             if step >= end:
                 self.close()
-                self._window = None
         except Exception as error:  # a trace is not worth the run
             self._give_up(error)
 
     def close(self) -> None:
         """Write the trace, if there is one."""
-        trace, self._trace = self._trace, None
+        trace, window, self._trace, self._window = self._trace, self._window, None, None
         if trace is None:
-            if self._window is not None and self._rank == 0:
+            if window is not None and self._rank == 0:
                 logger.warning("run.profile: the run was at none of the steps %d to %d",
-                               self._window[0], self._window[1] - 1)  # fmt: skip
-            self._window = None
+                               window[0], window[1] - 1)  # fmt: skip
             return
-        self._window = None
         try:
             self._mark(None)
             if self._cuda:
@@ -90,7 +87,7 @@ class Profiler:
     def _write(self, trace: Any) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"rank{self._rank}.json.gz"
-        unfinished = path.with_name(f"part-{path.name}")  # the ending says to compress
+        unfinished = path.with_name(f"part-{path.name}")  # the ending .gz compresses it
         try:
             trace.export_chrome_trace(str(unfinished))
             unfinished.replace(path)

@@ -58,10 +58,7 @@ class Recorder:
         self._writing = 0.0  # seconds for each row that the last flush wrote
 
     def begin_step(self, step: int) -> bool:
-        """Call before step `step` (from 1). Returns whether it is a logging step.
-
-        At logging steps the waiting times of the processes are measured.
-        """
+        """Before step `step` (from 1): measure waiting times, and return true, at logging steps."""
         logging_step = self.logs(step)
         if logging_step:
             self.skew.begin()
@@ -82,7 +79,7 @@ class Recorder:
             self._waited += time.perf_counter() - start
 
     def saw(self, ids: Tensor) -> None:
-        """Note the images of a step. A view group must see the same: `flush` checks it."""
+        """Note the images of a step; `flush` checks that a view group sees the same ones."""
         if self.config.data.view_shards > 1:
             self._trace = zlib.crc32(ids.cpu().numpy().tobytes(), self._trace)
 

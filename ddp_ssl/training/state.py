@@ -35,19 +35,20 @@ def save(
     began = time.perf_counter()
     if best is not None:
         job.state.best = best
-    job.checkpointer.save(
-        whole_state(job),
-        rank_state(job),
-        permanent=permanent,
-        best=best is not None,
-        must_succeed=must_succeed,
-    )
+    with job.setting.watch.during("saving a checkpoint"):
+        job.checkpointer.save(
+            whole_state(job),
+            rank_state(job),
+            permanent=permanent,
+            best=best is not None,
+            must_succeed=must_succeed,
+        )
     job.recorder.saved(time.perf_counter() - began)
     job.recorder.restart_clock()
 
 
 def whole_state(job: Job) -> dict[str, Any]:
-    """The state that all ranks share; on the other ranks than rank 0 its place in time only."""
+    """The state that all ranks share. Only rank 0 returns more than its step and epoch."""
     state, network = job.state, job.network
     if not job.world.is_main:
         return {"step": state.step, "epoch": state.epoch}
@@ -68,35 +69,28 @@ def whole_state(job: Job) -> dict[str, Any]:
 
 def rank_state(job: Job) -> dict[str, Any]:
     """The state of this rank alone: its place in the data and its random numbers."""
+    kind, keys, *rest = np.random.get_state()  # as plain numbers, which load without code
     state = {
         "loader": job.loader.state(),
         "torch_rng": torch.get_rng_state(),
         "python_rng": random.getstate(),
-        "numpy_rng": numpy_rng(),
+        "numpy_rng": (kind, np.asarray(keys).tolist(), *rest),
     }
     if job.world.device.type == "cuda":
         state["cuda_rng"] = torch.cuda.get_rng_state()
     return state
 
 
-def numpy_rng() -> tuple[Any, ...]:
-    """NumPy's global state as plain numbers, which load without executing anything."""
-    kind, keys, *rest = np.random.get_state()
-    return (kind, np.asarray(keys).tolist(), *rest)
-
-
-def load(
-    identity: dict[str, str], start: folder.Start
-) -> tuple[dict[str, Any] | None, Path | None]:
+def load(identity: dict[str, str], start: folder.Start) -> dict[str, Any] | None:
     """The checkpoint to continue from, if there is one, checked to be of this experiment."""
     if start.checkpoint is None:
-        return None, None
+        return None
     state = store.load(start.checkpoint, sha256=start.sha256)
     check_identity(identity, state["identity"], start.checkpoint)
-    return state, start.checkpoint
+    return state
 
 
-def restore(job: Job, saved: dict[str, Any], path: Path) -> None:
+def restore(job: Job, saved: dict[str, Any]) -> None:
     """Continue from a checkpoint: weights, optimiser, random numbers, data, metrics."""
     state, network = job.state, job.network
     load_model(network.learner, saved["model"])
@@ -120,7 +114,6 @@ def restore(job: Job, saved: dict[str, Any], path: Path) -> None:
         np.random.set_state(tuple(own["numpy_rng"]))
         if "cuda_rng" in own and job.world.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda_rng"].cpu())
-    job.recorder.tell(f"resumed from {path} at step {state.step}, epoch {state.epoch}")
 
 
 def state_of_rank(states: list[Any], rank: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the launcher's environment says: torchrun, srun with one task per GPU, or neither."""
+"""The environment of the launcher: torchrun, srun with one task per GPU, or neither."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def local_rank_and_size() -> tuple[int, int]:
 
 
 def cpu_share() -> int:
-    """Cores that this process may use: its share of the machine's, or what Slurm gave its task."""
+    """Cores that this process may use: its share of the machine's, or those of its Slurm task."""
     cores = len(os.sched_getaffinity(0))
     if under_srun() and "SLURM_CPUS_PER_TASK" in os.environ:
         return max(1, min(cores, int(os.environ["SLURM_CPUS_PER_TASK"])))
@@ -50,7 +50,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def layout_lines(ranks: list[str]) -> list[str]:
-    """What `distributed.layout` says of each rank, a line per host: `n1: rank 0 cpu cpus 0-1`."""
+    """The places of `distributed.layout`, a line per host: `n1: rank 0 cpu cpus 0-1`."""
     hosts: dict[str, list[str]] = {}
     for rank, text in enumerate(ranks):
         host, _, place = text.partition(" ")
@@ -59,12 +59,12 @@ def layout_lines(ranks: list[str]) -> list[str]:
 
 
 def job_end() -> float | None:
-    """When Slurm will end this job, in seconds since 1970, as far as it says so."""
+    """When Slurm will end this job, in seconds since 1970; None if that is unknown."""
     text = os.environ.get("SLURM_JOB_END_TIME", "")
     return float(text) if text.isdigit() else None
 
 
 def restarts() -> int:
-    """How often torchrun and Slurm started this job again."""
+    """Number of restarts of this job by torchrun and Slurm."""
     counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     return sum(int(os.environ.get(name) or 0) for name in counts)

@@ -26,7 +26,7 @@ class Progress:
         self.lock = threading.Lock()
 
     def add(self, count: int = 1, also: str = "") -> None:
-        """Count `count` more images as done; `also` is said with the next line."""
+        """Count `count` more images as done; `also` is a part of the next line."""
         with self.lock:
             self.count += count
             if time.monotonic() - self.said > EVERY_S:

@@ -22,5 +22,5 @@ def generator(*key: object) -> np.random.Generator:
 
 
 def derive(seed: int, *names: object) -> int:
-    """A seed of 31 bits for the purpose that `names` say."""
+    """A seed of 31 bits for the purpose in `names`."""
     return hashed(seed, *names, bits=32) >> 1

@@ -22,7 +22,7 @@ def find(data: Data) -> None:
         # A given root means other images than those of the embedded default.
         raise ValueError(
             f"data.root: {data.root} is not used by data.name=digits, which is a part of "
-            "scikit-learn; leave it out, or say what is in it (data.name=folder for images)"
+            "scikit-learn; leave it out, or name its content (data.name=folder for images)"
         )
     try:
         import sklearn.datasets  # noqa: F401

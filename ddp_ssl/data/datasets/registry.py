@@ -5,7 +5,6 @@ No torch and no DALI at import: the data are found before anything starts.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from dataclasses import replace
@@ -15,6 +14,7 @@ import numpy as np
 
 from ddp_ssl.data.datasets import arrays, digits, folders, lists, selection, shards, staging
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part
+from ddp_ssl.utils.text import suggest
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
@@ -42,10 +42,9 @@ def definition_of(data: Data) -> Definition:
                 f"{shards.ABOUT}; ddp-ssl pack-shards makes them"
             )
     if data.name not in DATASETS:
-        close = difflib.get_close_matches(data.name, DATASETS, 1, 0.4)
-        hint = f"did you mean {close[0]}? " if close else ""
+        hint = suggest(data.name, DATASETS)
         raise ValueError(
-            f"data.name: unknown data set {data.name!r}; {hint}accepted: {', '.join(DATASETS)}"
+            f"data.name: unknown data set {data.name!r}{hint}; accepted: {', '.join(DATASETS)}"
         )
     return DATASETS[data.name]
 

@@ -30,7 +30,7 @@ from ddp_ssl.data.datasets.split import Names, Split
 from ddp_ssl.utils.progress import EVERY_S
 from ddp_ssl.utils.seeds import generator
 
-log = logging.getLogger("ddp_ssl")
+logger = logging.getLogger("ddp_ssl")
 
 # The formats that DALI decodes on every machine, so without GIF and AVIF.
 EXTENSIONS = frozenset(
@@ -63,7 +63,7 @@ def images_below(folder: Path, only: Sequence[str] | None = None) -> tuple[Split
     place = cache_folder() / "manifests" / key  # the name is that of earlier versions
     found, stale = _restore(place, top), None
     if isinstance(found, _Stale):
-        log.info("%s has changed since it was last scanned: %s", top, found.reason)
+        logger.info("%s has changed since it was last scanned: %s", top, found.reason)
         stale, found = found, None
     if found is None:
         found = _scan_all(top, wanted)
@@ -219,7 +219,7 @@ def _scan_all(top: str, only: Sequence[str] | None) -> _Scan:
                 count += listing.files.count(0)
                 if time.monotonic() - said > EVERY_S:
                     said = time.monotonic()
-                    log.info(
+                    logger.info(
                         "scanning %s: %d of %d folders, %d images, %.0f s",
                         top, len(listings), known + len(below), count,
                         said - start,
@@ -228,7 +228,7 @@ def _scan_all(top: str, only: Sequence[str] | None) -> _Scan:
     found = _assemble(listings, flat=only is None)
     seconds = time.monotonic() - start
     if seconds > WORTH_SAYING:
-        log.info(
+        logger.info(
             "scanned %s: %d images in %d folders, %.1f s",
             top, len(found.labels), len(listings), seconds,
         )  # fmt: skip
@@ -377,7 +377,7 @@ def _open(place: Path, about: dict[str, Any]) -> tuple[_Scan, Array] | None:
 
 
 def _change(top: str, kept: _Scan, sample: Array) -> str | None:
-    """What has changed in the folder `top` since the scan; None if nothing has."""
+    """The change in the folder `top` since the scan; None if there is none."""
     paths = kept.folders.tobytes().split(b"\0")[:-1]
     root = os.path.join(os.fsencode(top), b"")
     now = _in_threads(lambda i: _modified(root + paths[i]), len(paths))
@@ -430,4 +430,4 @@ def _in_threads(look: Callable[[int], Any], count: int) -> Array:
 @functools.cache
 def _warn(message: str) -> None:
     """A warning, once per process."""
-    log.warning("%s", message)
+    logger.warning("%s", message)

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp_ssl.utils.seeds import generator as generator
-from ddp_ssl.utils.seeds import hashed as hashed
+from ddp_ssl.utils.seeds import generator
 
 Ids = NDArray[np.int64]
 
