@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from ddp_ssl import distributed
 from ddp_ssl.checks.base import (
     Check,
@@ -36,8 +38,6 @@ def ready(ctx: CheckContext, before: list[Any]) -> str:
 
 
 def _gpu(ctx: CheckContext) -> str:
-    import torch
-
     uuid = torch.cuda.get_device_properties(ctx.device).uuid
     return f"{ctx.hosts[ctx.world.rank]} {uuid}"
 

@@ -5,6 +5,7 @@ Imports torch only where processes are started, so that `--help` and errors come
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -77,6 +78,14 @@ def describe_keys(
             section = key.partition(".")[0]
             yield f"\n{section}: {about(section)}".rstrip()
         yield f"  {key}  ({kind}, default {default})\n      {text}"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it as a `ConfigError`."""
+        raise ConfigError(f"{message}; --help says what is accepted")
 
 
 def share_import_path() -> None:

@@ -13,9 +13,16 @@ TEMPORARY = ".tmp"
 
 def replace_text(path: Path, text: str) -> None:
     """Write or replace a small file atomically. Several processes may do so at the same time."""
+    with replaced(path) as temporary:
+        write_synced(temporary, text)
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary file to write, which then gets the name `path`; removed if the block raises."""
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{TEMPORARY}")
     with removed_on_error(temporary):
-        write_synced(temporary, text)
+        yield temporary
         os.replace(temporary, path)
 
 
