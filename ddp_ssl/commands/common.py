@@ -88,6 +88,13 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; --help says what is accepted")
 
 
+def count(text: str) -> int:
+    """A number of at least 1 on a command line."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def share_import_path() -> None:
     """Let child processes import this very package, whether it is installed or not."""
     paths = [str(Path(ddp_ssl.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
