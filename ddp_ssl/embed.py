@@ -33,7 +33,7 @@ from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import World
 from ddp_ssl.distributed.agreement import on_all_ranks
-from ddp_ssl.evals.features import Block, Extractor, gather_rows
+from ddp_ssl.evals.features import Block, Extractor, gather_rows, teller
 from ddp_ssl.evals.pretrained import Pretrained, prepare
 from ddp_ssl.evals.settings import EvaluateConfig, load_settings
 from ddp_ssl.evals.weights import Source, find_source
@@ -130,10 +130,8 @@ def embed(source: Source, settings: EvaluateConfig, wanted: Wanted, world: World
 
     comm = distributed.comm_of(world)
     widths = network.widths(settings.image_size)
-    tell = logger.info if world.is_main else _silent
-    extractor = Extractor(
-        network.to(world.device), sum(widths), settings, comm, world.device, tell=tell
-    )
+    network.to(world.device)
+    extractor = Extractor(network, sum(widths), settings, comm, world.device, tell=teller(world))
     features, ids = _all(extractor, split, f"{wanted.split} images of {data.name}", world)
     if not len(ids):
         raise ConfigError(f"data.name: none of the {len(split)} {wanted.split} images can be read")
@@ -293,7 +291,7 @@ def write_projector(
     metadata = [[one_line(name), str(i)] for name, i in zip(classes, ids, strict=True)]
     with SummaryWriter(folder) as writer:
         for name, values in parts.items():
-            # It prints where a folder exists already, of which nobody need know.
+            # It prints a useless line where a folder exists already.
             with contextlib.redirect_stdout(io.StringIO()):
                 writer.add_embedding(
                     values, metadata, pictures, tag=name, metadata_header=["class", "id"]
@@ -347,10 +345,6 @@ def _some(ids: Array, at_most: int, seed: int) -> Array:
 
 def _class(names: Sequence[str], label: int) -> str:
     return names[label] if 0 <= label < len(names) else "unlabelled"
-
-
-def _silent(line: str) -> None:
-    """Other ranks say nothing."""
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ srun. Exit codes: 0 done, 1 failed, 2 the weights, the settings or the data cann
 from __future__ import annotations
 
 import json
-import logging
 import re
 import sys
 import time
@@ -26,7 +25,7 @@ from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import World, comm_of
 from ddp_ssl.distributed.agreement import on_all_ranks
 from ddp_ssl.evals import dynamics, report
-from ddp_ssl.evals.features import Extractor
+from ddp_ssl.evals.features import Extractor, teller
 from ddp_ssl.evals.finetune import evaluate_finetune
 from ddp_ssl.evals.knn import evaluate_knn
 from ddp_ssl.evals.linear import evaluate_linear
@@ -44,8 +43,6 @@ from ddp_ssl.evals.weights import Source, find_source
 from ddp_ssl.run import environment
 from ddp_ssl.run.signals import stop_with_parent
 from ddp_ssl.utils.files import replace_text
-
-logger = logging.getLogger("ddp_ssl")
 
 USAGE = """usage: python -m ddp_ssl.evaluate COMMAND SOURCE [CONFIG.yaml] [key=value ...]
        torchrun --nproc_per_node N -m ddp_ssl.evaluate COMMAND SOURCE [CONFIG.yaml] [key=value ...]
@@ -173,7 +170,7 @@ class Evaluation:
     val: Split
     folder: Path
     protocol: Protocol | None = None
-    """Of the linear classifier, as it was trained."""
+    """The linear classifier's, as it was trained."""
 
 
 def run(command: str, source: Source, settings: EvaluateConfig) -> int:
@@ -202,7 +199,7 @@ def begin(command: str, source: Source, settings: EvaluateConfig, world: World) 
     on_all_ranks(
         world, lambda: folder.mkdir(parents=True, exist_ok=True) if world.is_main else None
     )
-    tell = logger.info if world.is_main else _silent
+    tell = teller(world)
     tell(
         f"{command} on {data.name}: {len(train)} training and {len(val)} test images of "
         f"{data.num_classes} classes, {settings.image_size} pixels; {world.size} process(es) on "
@@ -226,10 +223,6 @@ def begin(command: str, source: Source, settings: EvaluateConfig, world: World) 
     return Evaluation(
         command, source, settings, world, pretrained, data, extractor, train, val, folder
     )
-
-
-def _silent(line: str) -> None:
-    """Other ranks say nothing."""
 
 
 def _splits(settings: EvaluateConfig, data: Dataset) -> tuple[Split, Split]:
@@ -317,7 +310,7 @@ def finish(
 
 
 def _reservations(evaluation: Evaluation) -> list[str]:
-    """Notes that a reader of the table must know before quoting it."""
+    """Notes to read before the table is quoted."""
     notes = []
     weights, val = evaluation.pretrained, evaluation.data.val
     chosen = weights.path is not None and weights.path.name == "best.pt"

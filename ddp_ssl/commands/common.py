@@ -81,10 +81,10 @@ def describe_keys(
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser that raises `ConfigError`, one line, for what it cannot parse."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise it as a `ConfigError`."""
+        """Raise `ConfigError`."""
         raise ConfigError(f"{message}; --help says what is accepted")
 
 

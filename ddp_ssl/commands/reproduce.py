@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_intermixed_args(arguments)
-    # --only takes all words that follow; what has a `=` is a key.
+    # --only takes all words that follow; a word with `=` is a key.
     options.overrides += [word for word in options.only if "=" in word]
     options.only = [word for word in options.only if "=" not in word]
     runs.slurm_jobs.cache_clear()
@@ -98,7 +98,7 @@ def _costs(table: Table) -> str:
 
 
 def simulate(found: Simulation, options: argparse.Namespace) -> int:
-    """Run a simulation; its exit code."""
+    """Run a simulation; returns its exit code."""
     out = (options.out / found.name).absolute()
     command = [sys.executable, *(part.format(out=out) for part in found.command)]
     print(shlex.join(command), flush=True)
@@ -109,7 +109,7 @@ def simulate(found: Simulation, options: argparse.Namespace) -> int:
 
 
 def reproduce(table: Table, dataset: str, options: argparse.Namespace) -> int:
-    """One table for one data set; 1 if a run failed."""
+    """Make one table for one data set; returns 1 if a run failed."""
     seeds = options.seeds or table.seeds
     roots = _roots(options.root, table.datasets)
     planned = runs.plan(table, dataset, options.scale, seeds, options.out, options.only)
@@ -151,7 +151,7 @@ def _estimate(
         return f"{what}; about {minutes:.0f} minutes, {options.parallel} at a time"
     try:
         hours = sum(map(cost.gpu_hours, trees))
-    except KeyError as name:  # an override took what the constants do not cover
+    except KeyError as name:  # the constants do not cover an override
         return f"{what}; GPU-hours of {name} are not known"
     return f"{what}; about {cost.show(hours)} GPU-hours left\n{cost.CONSTANTS}"
 
@@ -159,7 +159,7 @@ def _estimate(
 def _start(
     missing: list[runs.Run], dataset: str, roots: dict[str, str], options: argparse.Namespace
 ) -> list[str]:
-    """Run or submit what is missing; what failed."""
+    """Run or submit the missing runs; returns the failures."""
 
     def tell(line: str) -> None:
         print(line, flush=True)
@@ -227,7 +227,7 @@ def _datasets(table: Table, options: argparse.Namespace) -> list[str]:
 
 
 def _roots(given: Sequence[str], datasets: Sequence[str]) -> dict[str, str]:
-    """`DIR` is where all data sets are, `NAME=DIR` one."""
+    """The folder of each data set; `DIR` is for all of them, `NAME=DIR` for one."""
     roots: dict[str, str] = {}
     for text in given:
         name, equals, place = text.partition("=")

@@ -123,8 +123,10 @@ def run(settings: EvaluateConfig, source: Path, world: World) -> int:
 
 
 def measure(config: Config, home: Path, out: Path, world: World, own: str) -> int:
-    """The same with the run's whole config; the results go to the folder `out`. `own`: the name of
-    the data that the run was trained on."""
+    """Measure with this config; the results go to the folder `out`.
+
+    `own`: the name of the data that the run was trained on.
+    """
     found, best, images = world.broadcast_object(
         on_all_ranks(
             world, lambda: (*chosen(home), validation_images(home)) if world.is_main else None
@@ -250,10 +252,9 @@ def fingerprint(config: Config, data: Dataset, world_size: int) -> str:
 
 
 def kept(path: Path, key: str, found: list[CheckpointInfo]) -> dict[str, Row]:
-    """What an earlier call measured of these checkpoints in the same way, by SHA-256.
+    """The rows of earlier calls for these checkpoints and the settings `key`, by SHA-256.
 
-    Rewrites the file on rank 0: the rows of `key` come last, since they are the latest. No row is
-    dropped.
+    Rewrites the file on rank 0: the rows of `key` come last. No row is dropped.
     """
     before = _lines(path)
     wanted = {one.sha256 for one in found}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.distributed import World
 from ddp_ssl.distributed.agreement import on_all_ranks
+from ddp_ssl.evals.features import teller
 from ddp_ssl.evals.settings import Backbone, EvaluateConfig, config_of_run
 from ddp_ssl.evals.weights import (
     Source,
@@ -36,7 +36,6 @@ from ddp_ssl.methods.base import Method
 from ddp_ssl.models import build_backbone
 from ddp_ssl.utils.text import one_line
 
-logger = logging.getLogger("ddp_ssl")
 State = Mapping[str, Tensor]
 
 # Names of networks that follow another one: second choice if both fit.
@@ -142,8 +141,7 @@ def prepare(
 
     on_all_ranks(world, lambda: registry.find(settings.data))
     pretrained = on_all_ranks(world, load)
-    if world.is_main:
-        logger.info(pretrained.description)
+    teller(world)(pretrained.description)
     settings = normalised(settings, pretrained)
     on_all_ranks(world, lambda: registry.stage(settings.data))
     data = load_data(cast(Config, settings), world)  # it reads `data` and `run.seed`

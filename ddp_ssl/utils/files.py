@@ -23,7 +23,10 @@ def replaced(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{TEMPORARY}")
     with removed_on_error(temporary):
         yield temporary
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:  # it names the temporary file
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_synced(path: Path, text: str) -> None:

@@ -166,7 +166,7 @@ def test_tiny_imagenet_with_a_sorted_val(tmp_path: Path) -> None:
 
 def test_tiny_imagenet_without_annotations(tmp_path: Path) -> None:
     images(tmp_path, *TINY, "val/images/val_0.JPEG")
-    refused("tiny_imagenet", tmp_path, "data.root: .*/val has no val_annotations.txt; .*prepare_da")
+    refused("tiny_imagenet", tmp_path, "data.root: .*/val has no val_annotations.txt; .*prepare-da")
 
 
 # --- CIFAR ---------------------------------------------------------------------------------------
