@@ -12,19 +12,19 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from ddp_ssl import distributed
+from ddp_ssl.checks import images, machine, network, slurm, software, storage
+from ddp_ssl.checks.base import Check, CheckContext, Finding, by_value, fail, ok
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, check_world_size
+from ddp_ssl.distributed import World
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.launcher import local_rank_and_size, rank_and_size
 from ddp_ssl.utils.text import one_line
-
-if TYPE_CHECKING:
-    import torch
-
-    from ddp_ssl.checks.base import Check, CheckContext, Finding
-    from ddp_ssl.distributed import World
 
 USAGE = """usage: ddp-ssl doctor [CONFIG.yaml] [key=value ...]
        torchrun --nproc_per_node N -m ddp_ssl.doctor [CONFIG.yaml] [key=value ...]
@@ -76,11 +76,6 @@ def _ending_in_order() -> Iterator[None]:
 
 
 def _examine(config: Config, arguments: Sequence[str]) -> int:
-    import torch
-
-    from ddp_ssl import distributed
-    from ddp_ssl.checks.base import CheckContext, fail, ok
-
     rank, size = rank_and_size()
     report = Report(rank == 0)
     timeout_s = min(TIMEOUT_S, config.run.start_timeout_s)
@@ -94,7 +89,7 @@ def _examine(config: Config, arguments: Sequence[str]) -> int:
             # Rank 0 continues alone; with another exit code from here a launcher would end it.
             print(f"rank {rank} ({socket.gethostname()}): {problem}", file=sys.stderr, flush=True)
             return 0
-        world = distributed.World(0, 1, *local_rank_and_size(), torch.device("cpu"))
+        world = World(0, 1, *local_rank_and_size(), torch.device("cpu"))
     try:
         hosts = _everyones(world, socket.gethostname(), timeout_s)
         ctx = CheckContext(config, arguments, world, hosts, _device(config, world), timeout_s)
@@ -124,8 +119,6 @@ def _examine(config: Config, arguments: Sequence[str]) -> int:
 
 def _checks() -> Iterator[Check]:
     """The checks in the order of the report; some use the result of an earlier one."""
-    from ddp_ssl.checks import images, machine, network, slurm, software, storage
-
     yield storage.FOLDER
     yield from software.CHECKS
     yield from machine.CHECKS
@@ -137,8 +130,6 @@ def _checks() -> Iterator[Check]:
 
 def _device(config: Config, world: World) -> torch.device:
     """The device that `distributed.start` would give this process in a run."""
-    import torch
-
     if config.run.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     place = torch.device("cuda", world.local_rank % torch.cuda.device_count())
@@ -158,8 +149,6 @@ def examine(check: Check, ctx: CheckContext) -> list[Finding]:
 
     A check that raises on a process is a finding; the other processes do not wait for it.
     """
-    from ddp_ssl.checks.base import by_value, fail
-
     limit = check.timeout_s or ctx.timeout_s
     facts: list[Any] = []
     with contextlib.ExitStack() as ctx.cleanup:
@@ -193,8 +182,6 @@ def _on(ctx: CheckContext, ranks: list[int]) -> str:
 
 def _everyones(world: World, value: Any, timeout_s: float) -> list[Any]:
     """Every process's value on every process; raises `Silent` if one does not give any."""
-    from ddp_ssl import distributed
-
     try:
         distributed.wait_for_all(world, timeout_s)
         values: list[Any] = world.broadcast_object(world.gather_objects(value))

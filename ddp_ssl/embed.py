@@ -13,12 +13,11 @@ import contextlib
 import io
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,20 +28,18 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ddp_ssl import distributed
 from ddp_ssl.commands import common
-from ddp_ssl.config import Config, ConfigError
-from ddp_ssl.data.build import load_data
-from ddp_ssl.data.datasets import registry
+from ddp_ssl.config import ConfigError
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import World
 from ddp_ssl.distributed.agreement import on_all_ranks
-from ddp_ssl.evals.features import Block, Extractor, gather_rows
-from ddp_ssl.evals.pretrained import Pretrained, load_pretrained, normalised
+from ddp_ssl.evals.features import Block, Extractor, gather_rows, teller
+from ddp_ssl.evals.pretrained import Pretrained, prepare
 from ddp_ssl.evals.settings import EvaluateConfig, load_settings
 from ddp_ssl.evals.weights import Source, find_source
-from ddp_ssl.export import Parser
 from ddp_ssl.run import environment
 from ddp_ssl.run.signals import stop_with_parent
+from ddp_ssl.utils.files import replaced
 from ddp_ssl.utils.text import one_line
 
 logger = logging.getLogger("ddp_ssl")
@@ -72,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Source, EvaluateConfig, Wanted]:
-    parser = Parser(
+    parser = common.Parser(
         prog="ddp-ssl embed",
         description="Features of a data set, from a run or from anybody's weights.",
         epilog="key=value: those of `python -m ddp_ssl.evaluate`, such as data.root=FOLDER, "
@@ -99,7 +96,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Source, EvaluateConfig, Wanted]:
     return source, settings, Wanted(o.split, o.embeddings, o.out, o.projector, o.points)
 
 
-def _check(parser: Parser, options: argparse.Namespace) -> None:
+def _check(parser: common.Parser, options: argparse.Namespace) -> None:
     """Raise `ConfigError` for what cannot be written."""
     if options.out is None and options.projector is None:
         parser.error("nowhere to write to: --out FILE.npz or --projector DIR is needed")
@@ -124,25 +121,17 @@ def run(source: Source, settings: EvaluateConfig, wanted: Wanted) -> int:
 
 def embed(source: Source, settings: EvaluateConfig, wanted: Wanted, world: World) -> None:
     """Extract on all processes, write on rank 0."""
-    tell = logger.info if world.is_main else _silent
-    on_all_ranks(world, lambda: registry.find(settings.data))
-    size = settings.image_size
-    pretrained = on_all_ranks(
-        world, lambda: load_pretrained(source, settings.model, [size], seed=settings.run.seed)
+    pretrained, settings, data = prepare(
+        source, settings, world, lambda found: Network(found, wanted.embeddings)
     )
-    settings = normalised(settings, pretrained)
-    network = on_all_ranks(world, lambda: Network(pretrained, wanted.embeddings))
-    tell(pretrained.description)
-    on_all_ranks(world, lambda: registry.stage(settings.data))
-    data = load_data(cast(Config, settings), world)  # which reads `data` and `run.seed`
+    network = Network(pretrained, wanted.embeddings)
     split = on_all_ranks(world, lambda: _split(data, wanted.split))
     on_all_ranks(world, lambda: _make_room(wanted) if world.is_main else None)
 
     comm = distributed.comm_of(world)
-    widths = network.widths(size)
-    extractor = Extractor(
-        network.to(world.device), sum(widths), settings, comm, world.device, tell=tell
-    )
+    widths = network.widths(settings.image_size)
+    network.to(world.device)
+    extractor = Extractor(network, sum(widths), settings, comm, world.device, tell=teller(world))
     features, ids = _all(extractor, split, f"{wanted.split} images of {data.name}", world)
     if not len(ids):
         raise ConfigError(f"data.name: none of the {len(split)} {wanted.split} images can be read")
@@ -285,18 +274,14 @@ def write_npz(
 ) -> None:
     """`r` and `z` float32 `[m, d]`, `labels` and `ids` int64 `[m]`, `class_names`, `about` (JSON).
 
-    Loads with `np.load(path)`, without pickles. Written to another name and renamed.
+    Loads with `np.load(path)`, without pickles. Written atomically.
     """
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     names = np.array(class_names, dtype=np.str_)
-    try:
+    with replaced(path) as temporary, open(temporary, "wb") as file:
         np.savez(
-            temporary, allow_pickle=False, labels=labels, ids=ids, class_names=names,
+            file, allow_pickle=False, labels=labels, ids=ids, class_names=names,
             about=np.array(json.dumps(about)), **parts,
         )  # fmt: skip
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_projector(
@@ -306,7 +291,7 @@ def write_projector(
     metadata = [[one_line(name), str(i)] for name, i in zip(classes, ids, strict=True)]
     with SummaryWriter(folder) as writer:
         for name, values in parts.items():
-            # It prints where a folder exists already, of which nobody need know.
+            # It prints a useless line where a folder exists already.
             with contextlib.redirect_stdout(io.StringIO()):
                 writer.add_embedding(
                     values, metadata, pictures, tag=name, metadata_header=["class", "id"]
@@ -360,10 +345,6 @@ def _some(ids: Array, at_most: int, seed: int) -> Array:
 
 def _class(names: Sequence[str], label: int) -> str:
     return names[label] if 0 <= label < len(names) else "unlabelled"
-
-
-def _silent(line: str) -> None:
-    """Other ranks say nothing."""
 
 
 if __name__ == "__main__":

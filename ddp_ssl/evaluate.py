@@ -6,16 +6,31 @@ srun. Exit codes: 0 done, 1 failed, 2 the weights, the settings or the data cann
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+import numpy as np
+import torch
 
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, ConfigError, Resolved, Section, reference_of
+from ddp_ssl.data.datasets.base import Dataset
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.distributed import World, comm_of
+from ddp_ssl.distributed.agreement import on_all_ranks
+from ddp_ssl.evals import dynamics, report
+from ddp_ssl.evals.features import Extractor, teller
+from ddp_ssl.evals.finetune import evaluate_finetune
+from ddp_ssl.evals.knn import evaluate_knn
+from ddp_ssl.evals.linear import evaluate_linear
+from ddp_ssl.evals.pretrained import Pretrained, prepare
+from ddp_ssl.evals.report import Report
 from ddp_ssl.evals.settings import (
     COMMANDS,
     OF_PRETRAINING,
@@ -25,15 +40,9 @@ from ddp_ssl.evals.settings import (
     protocol_of,
 )
 from ddp_ssl.evals.weights import Source, find_source
+from ddp_ssl.run import environment
 from ddp_ssl.run.signals import stop_with_parent
-
-if TYPE_CHECKING:
-    from ddp_ssl.data.datasets.base import Dataset
-    from ddp_ssl.data.datasets.split import Split
-    from ddp_ssl.distributed import World
-    from ddp_ssl.evals.features import Extractor
-    from ddp_ssl.evals.pretrained import Pretrained
-    from ddp_ssl.evals.report import Report
+from ddp_ssl.utils.files import replace_text
 
 USAGE = """usage: python -m ddp_ssl.evaluate COMMAND SOURCE [CONFIG.yaml] [key=value ...]
        torchrun --nproc_per_node N -m ddp_ssl.evaluate COMMAND SOURCE [CONFIG.yaml] [key=value ...]
@@ -161,59 +170,36 @@ class Evaluation:
     val: Split
     folder: Path
     protocol: Protocol | None = None
-    """Of the linear classifier, as it was trained."""
+    """The linear classifier's, as it was trained."""
 
 
 def run(command: str, source: Source, settings: EvaluateConfig) -> int:
     """The whole evaluation; returns the exit code. Raises `ConfigError`."""
-    from ddp_ssl.distributed.agreement import on_all_ranks
-
     with common.processes(settings.run) as world:
         if command == "dynamics":
-            from ddp_ssl.evals import dynamics
-
             assert source.home is not None
-            return int(dynamics.run(settings, source.home, world))
+            return dynamics.run(settings, source.home, world)
         start = time.perf_counter()
-        evaluation = prepare(command, source, settings, world)
-        report = evaluate(evaluation)
+        evaluation = begin(command, source, settings, world)
+        result = evaluate(evaluation)
         bad = unreadable(evaluation)
         seconds = time.perf_counter() - start
         on_all_ranks(
-            world, lambda: finish(evaluation, report, bad, seconds) if world.is_main else None
+            world, lambda: finish(evaluation, result, bad, seconds) if world.is_main else None
         )
     return 0
 
 
-def prepare(command: str, source: Source, settings: EvaluateConfig, world: World) -> Evaluation:
-    """Find the data, load the weights, claim a place for the results; on all processes."""
-    import torch
-
-    from ddp_ssl.data.build import load_data
-    from ddp_ssl.data.datasets import registry
-    from ddp_ssl.distributed import comm_of
-    from ddp_ssl.distributed.agreement import on_all_ranks
-    from ddp_ssl.evals.features import Extractor
-    from ddp_ssl.evals.pretrained import load_pretrained, normalised
-
-    on_all_ranks(world, lambda: registry.find(settings.data))
-    pretrained = on_all_ranks(
-        world,
-        lambda: load_pretrained(
-            source, settings.model, [settings.image_size], seed=settings.run.seed
-        ),
-    )
-    tell = _teller(world)
-    tell(pretrained.description)
-    settings = normalised(settings, pretrained)
-    on_all_ranks(world, lambda: registry.stage(settings.data))
-    data = load_data(cast(Config, settings), world)  # which reads `data` and `run.seed`
+def begin(command: str, source: Source, settings: EvaluateConfig, world: World) -> Evaluation:
+    """Load weights and data, and make the folder of the results; on all processes."""
+    pretrained, settings, data = prepare(source, settings, world)
     train, val = _splits(settings, data)
     default = source.home or Path("runs") / f"evaluate-{source.name}"
     folder = Path(settings.run.dir or default) / "evaluate"
     on_all_ranks(
         world, lambda: folder.mkdir(parents=True, exist_ok=True) if world.is_main else None
     )
+    tell = teller(world)
     tell(
         f"{command} on {data.name}: {len(train)} training and {len(val)} test images of "
         f"{data.num_classes} classes, {settings.image_size} pixels; {world.size} process(es) on "
@@ -241,8 +227,6 @@ def prepare(command: str, source: Source, settings: EvaluateConfig, world: World
 
 def _splits(settings: EvaluateConfig, data: Dataset) -> tuple[Split, Split]:
     """Labelled training images, labelled test images. Raises `ConfigError`."""
-    import numpy as np
-
     if data.labelled is None:
         raise ConfigError(f"data.name: {data.name} has no training image with a label")
     if data.val is None or not (data.val.labels >= 0).any():
@@ -252,20 +236,8 @@ def _splits(settings: EvaluateConfig, data: Dataset) -> tuple[Split, Split]:
     return data.labelled, val
 
 
-def _teller(world: World) -> Any:
-    import logging
-
-    logger = logging.getLogger("ddp_ssl")
-    return logger.info if world.is_main else lambda line: None
-
-
 def evaluate(evaluation: Evaluation) -> Report:
     """Run the command on all processes; raises `ConfigError` on all or on none."""
-    from ddp_ssl.evals import report
-    from ddp_ssl.evals.finetune import evaluate_finetune
-    from ddp_ssl.evals.knn import evaluate_knn
-    from ddp_ssl.evals.linear import evaluate_linear
-
     settings, classes = evaluation.settings, evaluation.data.num_classes
     parts = evaluation.extractor, evaluation.train, evaluation.val, classes
     if evaluation.command == "linear":
@@ -288,10 +260,8 @@ def unreadable(evaluation: Evaluation) -> dict[str, str]:
     found: dict[str, str] = evaluation.world.broadcast_object(
         {name: why for known in everyones or [] for name, why in known.items()}
     )
-    images, bound = (
-        len(evaluation.train) + len(evaluation.val),
-        evaluation.settings.data.max_bad_fraction,
-    )
+    images = len(evaluation.train) + len(evaluation.val)
+    bound = evaluation.settings.data.max_bad_fraction
     if len(found) > bound * images:
         first, why = next(iter(found.items()))
         raise ConfigError(
@@ -303,33 +273,25 @@ def unreadable(evaluation: Evaluation) -> dict[str, str]:
 
 
 def finish(
-    evaluation: Evaluation, report: Report, unreadable: dict[str, str], seconds: float
+    evaluation: Evaluation, result: Report, unreadable: dict[str, str], seconds: float
 ) -> None:
     """Write the result files and print the table; on rank 0."""
-    import json
-
-    from ddp_ssl.evals.report import as_json, class_table, free_name, table, write
-    from ddp_ssl.run import environment
-
+    command, data, weights = evaluation.command, evaluation.data, evaluation.pretrained
     if unreadable:
-        report.notes.append(f"{len(unreadable)} images cannot be read and are left out")
-    report.notes += _reservations(evaluation)
+        result.notes.append(f"{len(unreadable)} images cannot be read and are left out")
+    result.notes += _reservations(evaluation)
     settings = _settings(evaluation)
-    stem = evaluation.pretrained.path.stem if evaluation.pretrained.path else evaluation.source.name
-    kind = (
-        f"linear_{evaluation.settings.linear.protocol}"
-        if evaluation.command == "linear"
-        else evaluation.command
-    )
-    name = evaluation.settings.run.name or f"{kind}-{evaluation.data.name}-{stem}"
-    path = free_name(evaluation.folder, name, settings)
+    stem = weights.path.stem if weights.path else evaluation.source.name
+    kind = f"linear_{evaluation.settings.linear.protocol}" if command == "linear" else command
+    name = evaluation.settings.run.name or f"{kind}-{data.name}-{stem}"
+    path = report.free_name(evaluation.folder, name, settings)
     facts = {
-        "command": evaluation.command,
+        "command": command,
         "source": evaluation.source.text,
-        "weights": evaluation.pretrained.description,
-        "weights_sha256": evaluation.pretrained.digest,
-        "step": evaluation.pretrained.step,
-        "epoch": evaluation.pretrained.epoch,
+        "weights": weights.description,
+        "weights_sha256": weights.digest,
+        "step": weights.step,
+        "epoch": weights.epoch,
         "data": _data_facts(evaluation),
         "settings": settings,
         "batch_size": evaluation.protocol and evaluation.protocol.batch_size,
@@ -338,16 +300,17 @@ def finish(
         "unreadable": unreadable,
         "environment": environment.environment(),
     }
-    heading = f"{_what(evaluation)} on {evaluation.data.name}, {evaluation.pretrained.description}"
-    body = "\n\n".join([heading, table(report), *report.notes])
-    text = f"{body}\n\n{class_table(report, evaluation.data.class_names)}\n"
-    write(path.with_name(path.name + ".json"), json.dumps(as_json(report, facts), indent=1) + "\n")
-    write(path.with_name(path.name + ".md"), text)
+    heading = f"{_title(evaluation)} on {data.name}, {weights.description}"
+    body = "\n\n".join([heading, report.table(result), *result.notes])
+    numbers = json.dumps(report.as_json(result, facts), indent=1)
+    classes = report.class_table(result, data.class_names)
+    replace_text(path.with_name(path.name + ".json"), numbers + "\n")
+    replace_text(path.with_name(path.name + ".md"), f"{body}\n\n{classes}\n")
     print(f"\n{body}\n\n{path}.md  {path}.json  ({seconds:.0f} s)", flush=True)
 
 
 def _reservations(evaluation: Evaluation) -> list[str]:
-    """Notes that a reader of the table must know before quoting it."""
+    """Notes to read before the table is quoted."""
     notes = []
     weights, val = evaluation.pretrained, evaluation.data.val
     chosen = weights.path is not None and weights.path.name == "best.pt"
@@ -357,9 +320,8 @@ def _reservations(evaluation: Evaluation) -> list[str]:
             f"this checkpoint was chosen among the run's by {weights.config.checkpoint.best} on "
             "these very test images, which favours it; the newest one (RUN) was not chosen by them"
         )
-    p = evaluation.protocol
-    if p is not None and p.batch_size != protocol_of(evaluation.settings.linear).batch_size:
-        asked = protocol_of(evaluation.settings.linear).batch_size
+    p, asked = evaluation.protocol, protocol_of(evaluation.settings.linear).batch_size
+    if p is not None and p.batch_size != asked:
         notes.append(
             f"batch of {p.batch_size} images instead of {asked}: it splits evenly over "
             f"{evaluation.world.size} process(es), and there are {len(evaluation.train)} training "
@@ -368,7 +330,7 @@ def _reservations(evaluation: Evaluation) -> list[str]:
     return notes
 
 
-def _what(evaluation: Evaluation) -> str:
+def _title(evaluation: Evaluation) -> str:
     """The evaluation in a few words."""
     settings = evaluation.settings
     if evaluation.command == "linear":

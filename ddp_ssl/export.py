@@ -10,7 +10,6 @@ cannot be made.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -24,20 +23,18 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
-import torchvision
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddp_ssl import models
-from ddp_ssl.checkpoint import store
 from ddp_ssl.commands import common
-from ddp_ssl.config import Config, ConfigError, Model
+from ddp_ssl.config import Config, Model
 from ddp_ssl.evals.settings import config_of_run
-from ddp_ssl.evals.weights import find_source
+from ddp_ssl.evals.weights import checkpoint_of, fill, find_source, read_checkpoint
 from ddp_ssl.models import STEM_PADDING, architecture, build_backbone, loading_snippet
 from ddp_ssl.utils.text import one_line
 
@@ -93,32 +90,18 @@ class Trained:
 def load_trained(source: str) -> Trained:
     """The backbone of a run folder's checkpoint; raises `ValueError`, one line."""
     found = find_source(source)
-    accepted = "a run folder, RUN:best, RUN:last or a file in its checkpoints/ would be accepted"
-    if found.timm is not None or found.home is None:
-        raise ValueError(f"{source}: belongs to no run of ddp_ssl; {accepted}")
+    if found.home is None:
+        raise ValueError(
+            f"{source}: belongs to no run of ddp_ssl; a run folder, RUN:best, RUN:last or a file "
+            "in its checkpoints/ would be accepted"
+        )
     config = config_of_run(found.home)
-    path = found.file
-    if path is None:
-        good = store.newest_good(found.home)
-        if good is None:
-            raise ValueError(f"no good checkpoint in {found.home / 'checkpoints'}; {accepted}")
-        path = good.path
-    state = store.load(path)
-    if not {"model", "step", "identity"} <= state.keys():
-        raise ValueError(f"{path} is no checkpoint of a run; {accepted}")
-    sizes = [config.data.central_crop.size]
-    backbone, width = build_backbone(architecture(config.model), sizes)
+    path = checkpoint_of(found)
+    state = read_checkpoint(path)
+    backbone, width = build_backbone(architecture(config.model), [config.data.central_crop.size])
     prefix = "method.backbone."
-    weights = {
-        name.removeprefix(prefix): value
-        for name, value in state["model"].items()
-        if name.startswith(prefix)
-    }
-    try:
-        backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = one_line(error)[:160]
-        raise ValueError(f"{path} does not fit the run's config.yaml: {reason}") from None
+    own = {n.removeprefix(prefix): v for n, v in state["model"].items() if n.startswith(prefix)}
+    fill(backbone, own, path)
     return Trained(backbone.eval(), width, config, state, path)
 
 
@@ -160,6 +143,8 @@ def write_torchvision(trained: Trained, file: Path) -> Features:
             f"{config.backbone_args[changed[0]]}), torchvision's is the standard one; timm, "
             "safetensors and onnx take any backbone"
         )
+    import torchvision  # here, so that `--help` does not wait for it
+
     torch.save(models.export(trained.backbone), file)
     model = torchvision.models.get_model(name)
     model.fc = nn.Identity()
@@ -400,14 +385,6 @@ def _sha256(path: Path) -> str:
 # --- the command ---------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise it as a `ConfigError`."""
-        raise ConfigError(f"{message}; --help says what is accepted")
-
-
 def export(source: str, form: Form, out: Path | None) -> tuple[Path, float]:
     """Write the files; returns the main one and how far its features are off, relatively.
 
@@ -445,7 +422,7 @@ def export(source: str, form: Form, out: Path | None) -> tuple[Path, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    parser = Parser(
+    parser = common.Parser(
         prog="ddp-ssl export",
         description="Export a run's backbone, with a model card, for use without ddp_ssl.",
     )

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddp_ssl.commands import common
+from ddp_ssl.commands import common, submit_options
 from ddp_ssl.config import ConfigError, check_world_size
 from ddp_ssl.config.files import find_config
 from ddp_ssl.run.configure import load
@@ -117,7 +117,7 @@ class Training:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Submit from the command line; returns the exit code."""
-    options = parser().parse_intermixed_args(arguments)
+    options = submit_options.parser().parse_intermixed_args(arguments)
     per_node = options.tasks_per_node or options.gpus_per_node or 1
     try:
         runs = sweep(options.arguments)
@@ -306,32 +306,6 @@ def _log_folder(options: argparse.Namespace) -> Path:
 # --- parts -------------------------------------------------------------------------------------
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line's options."""
-    made = argparse.ArgumentParser(
-        prog="python -m ddp_ssl.submit",
-        description="Submit a run, or a sweep, through submitit.",
-        epilog="key=a,b,c is a sweep: one run for each value, and for each combination of several.",
-    )
-    add = made.add_argument
-    add("arguments", nargs="*", metavar="CONFIG key=value", help="as for ddp_ssl.train")
-    add("--cluster", choices=("slurm", "local", "debug"), default="slurm",
-        help="slurm; local: processes on this machine; debug: this process")  # fmt: skip
-    add("--nodes", type=_count, default=1)
-    add("--gpus-per-node", type=_count, help="as many processes on each node")
-    add("--tasks-per-node", type=_count, help="processes on each node, for runs on the CPU")
-    add("--cpus-per-task", type=_count, help="CPUs for each process")
-    add("--partition")
-    add("--account")
-    add("--time", type=_minutes, default=24 * 60, help="as sbatch's (default 24:00:00)")
-    add("--run-dir", help="run folder (default runs/NAME-JOB); an older one is continued")
-    add("--max-requeues", type=int, default=20, help="starts after the first (default 20)")
-    add("--parallel", type=_count, help="runs of a sweep at the same time")
-    add("--sbatch", type=_pair, action="append", default=[], metavar="KEY=VALUE",
-        help="a further argument of sbatch, such as qos=high; may be repeated")  # fmt: skip
-    return made
-
-
 def _free_port() -> int:
     """A port of this machine that is free, below those that Linux gives to outgoing connections."""
     while True:
@@ -339,36 +313,6 @@ def _free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
             return port
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.lstrip("-").partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    return key, value
-
-
-def _minutes(text: str) -> int:
-    """Minutes in a time as sbatch writes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; rounded up."""
-    days, dash, clock = text.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in parts + ([days] if dash else [])) or len(parts) > 3:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 24:00:00 or 2-12:00:00")
-    numbers = [int(part) for part in parts]
-    if dash or len(numbers) == 3:
-        hours, minutes, seconds = ([*numbers, 0, 0])[:3]
-    else:
-        hours, (minutes, seconds) = 0, ([*numbers, 0])[:2]
-    total = (int(days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds
-    if not total:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time at all")
-    return -(-total // 60)
 
 
 def _status(folder: Path) -> str:

@@ -212,15 +212,15 @@ def test_an_exception_in_one_ranks_validation_is_named(
 def broken_validation(args: list[str]) -> int | str:
     from ddp_ssl.evals.validation import Validation
 
-    original, calls = Validation.figures, [0]
+    original, calls = Validation.metrics, [0]
 
-    def figures(self: Any, *rest: Any, **more: Any) -> Any:
+    def metrics(self: Any, *rest: Any, **more: Any) -> Any:
         calls[0] += 1
         if os.environ["RANK"] == "1" and calls[0] == 2:
             raise ZeroDivisionError("not today")
         return original(self, *rest, **more)
 
-    with patch.object(Validation, "figures", figures):
+    with patch.object(Validation, "metrics", metrics):
         return train(args)
 
 

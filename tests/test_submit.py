@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from ddp_ssl import submit
+from ddp_ssl.commands import submit_options
 from tests.runs import arguments
 
 ROOT = Path(__file__).parent.parent
@@ -65,13 +66,13 @@ def test_runs_of_a_sweep_have_readable_folders_of_their_own() -> None:
     [("90", 90), ("1:30", 2), ("24:00:00", 1440), ("2-0", 2880), ("1-2:3", 1563), ("0-0:0:1", 1)],
 )
 def test_times_are_sbatch_s(text: str, minutes: int) -> None:
-    assert submit._minutes(text) == minutes
+    assert submit_options._minutes(text) == minutes
 
 
 @pytest.mark.parametrize("text", ["", "soon", "1:2:3:4", "0", "-5", "1-"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
-        submit._minutes(text)
+        submit_options._minutes(text)
 
 
 def test_what_is_pickled_belongs_to_the_package() -> None:

@@ -81,7 +81,7 @@ STD, RANK, GAIN = 0.02, 3.0, 0.02  # each to be exceeded
 
 
 def failures(first: dict[str, float], last: dict[str, float]) -> list[str]:
-    """A line for each figure below the floors."""
+    """The figures below the floors, one line each; none for a method that trains."""
     missing = [name for name in COLUMNS if not math.isfinite(last.get(name, math.nan))]
     if missing:
         return [f"not finite or not there: {', '.join(missing)}"]

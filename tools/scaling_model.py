@@ -68,11 +68,11 @@ class Cluster:
 
     node_size: int = 8
     intra: float = 300e9
-    """Of one GPU to the others of its node."""
+    """Bandwidth from one GPU to the others of its node."""
     inter: float = 50e9
-    """Of one GPU's share of the node's network."""
+    """Bandwidth of one GPU's share of the node's network."""
     latency: float = 25e-6
-    """Of one collective within a node."""
+    """Latency of one collective within a node."""
     latency_per_doubling: float = 8e-6
     """More for each doubling of the number of nodes."""
     jitter: float = 0.005
@@ -81,7 +81,7 @@ class Cluster:
     fp32: float = 40e12
     """The losses' products."""
     memory: float = 2.5e12
-    """The losses' memory traffic."""
+    """Bandwidth at which the losses read and write."""
     kernel: float = 4e-6
     """The shortest time of an operation of the loss."""
     fp64: float = 10e12
@@ -95,7 +95,7 @@ class Cluster:
     host_copy: float = 20e9
     """From a GPU to host memory, for a checkpoint."""
     disk: float = 250e6
-    """Writing a checkpoint in the background: measured on a local disk, on one CPU core."""
+    """Bandwidth to write a checkpoint, in the background: of a local disk, on one CPU core."""
 
     def seconds(self, kind: str, nbytes: int, ranks: int) -> float:
         """A collective over `ranks` GPUs: both levels one after the other."""
@@ -142,16 +142,16 @@ class Step:
     norms: int
     parameters: int
     widths: tuple[int, int]
-    """Of the representation and of the embedding."""
+    """Dimensions of the representation and of the embedding."""
 
     @property
     def flops(self) -> float:
-        """Of the networks, forward and backward."""
+        """Operations of the networks, forward and backward."""
         return sum(event.flops for event in self.events)
 
     @property
     def loss_seconds(self) -> float:
-        """Of the losses' own operations."""
+        """Time of the losses' own operations."""
         return sum(event.seconds for event in self.events)
 
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -387,7 +387,7 @@ class Prediction:
     terms: dict[str, float]
     counts: dict[str, tuple[int, int]]
     hidden: float
-    """Of the gradients' all-reduce, what backward covers."""
+    """The part of the gradients' all-reduce that backward covers."""
     input_rate: float
     """Images a second that each GPU's loader must give."""
     efficiency: float = math.nan
@@ -507,10 +507,10 @@ def alpha_seconds(
 
 
 def boundary_seconds(config: Config, step: Step, cluster: Cluster, epoch: float) -> float:
-    """An epoch's end: a flag that is waited for, figures, every few epochs a save.
+    """Time of an epoch's end: a flag that is waited for, figures, every few epochs a save.
 
-    A save is the states of all ranks, the copy to the host, and the part of the writing that the
-    epochs until the next do not cover. Validation is not in it.
+    A checkpoint costs the states of all ranks, the copy to the host, and the part of the writing
+    that the epochs until the next do not cover. Validation is not included.
     """
     copies = 2 if config.optim.name in ("adam", "adamw") else 1
     nbytes = 4 * step.parameters * (1 + copies) + step.ranks * OF_A_RANK

@@ -66,7 +66,7 @@ class CheckContext:
     found: Dataset | None = None
     """The same, on this process alone."""
     comm: Comm = ONE_PROCESS
-    """Which images and views of a batch are this process's."""
+    """The images and views of a batch that are this process's."""
     loader: TrainLoader | None = None
     """The training pipeline while it is timed."""
     bad: BadImages | None = None

@@ -156,7 +156,7 @@ def judge_speed(ctx: CheckContext, facts: list[float]) -> Iterator[Finding]:
 
 
 def look_at_cores(ctx: CheckContext, before: list[Any]) -> dict[str, Any]:
-    """Which cores this process may use, and how many threads are asked for."""
+    """The cores that this process may use, and its number of threads."""
     cores = tuple(sorted(os.sched_getaffinity(0)))
     return {
         "cores": cores,

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from ddp_ssl import distributed
 from ddp_ssl.checks.base import (
     Check,
@@ -22,7 +24,7 @@ from ddp_ssl.checks.base import (
 )
 
 NBYTES = 64 << 20
-SLOW_NCCL = {"one host": 5e9, "several": 2e9}  # bytes/s of bus bandwidth below which all is wrong
+SLOW_NCCL = {"one host": 5e9, "several": 2e9}  # bytes/s of bus bandwidth; less is a warning
 APART_S = 2.0  # clocks
 PAUSES = (0.1, 1.0, 4.0)  # s; a network file system may remember that a file was missing
 
@@ -36,8 +38,6 @@ def ready(ctx: CheckContext, before: list[Any]) -> str:
 
 
 def _gpu(ctx: CheckContext) -> str:
-    import torch
-
     uuid = torch.cuda.get_device_properties(ctx.device).uuid
     return f"{ctx.hosts[ctx.world.rank]} {uuid}"
 
@@ -121,7 +121,7 @@ def read_clocks(ctx: CheckContext, before: list[Any]) -> list[float]:
 def file_clock(ctx: CheckContext, before: list[Any]) -> tuple[float, float | None]:
     """Seconds that this host's clock is ahead of rank 0's, and its file system's of its own."""
     rank = ctx.world.rank
-    # All leave a barrier within a millisecond or so; the median forgets the one that did not.
+    # All leave a barrier within about a millisecond; the median drops an exception.
     ahead = statistics.median(a - b for a, b in zip(before[rank], before[0], strict=True))
     if rank not in ctx.one_per_host:
         return ahead, None

@@ -75,11 +75,11 @@ def judge_slurm(ctx: CheckContext, facts: list[dict[str, Any] | None]) -> Iterat
         else:
             yield ok("not in use here")
         return
-    biting = [*_of_cluster(ctx, found["config"], env), *_of_environment(ctx, env)]
+    problems = [*_of_cluster(ctx, found["config"], env), *_of_environment(ctx, env)]
     if found["job"]:
-        biting += _of_job(found, env)
-    yield from biting
-    if not biting:
+        problems += _of_job(found, env)
+    yield from problems
+    if not problems:
         names = ("ProctrackType", "PreemptMode", "KillWait", "JobRequeue")
         shown = [f"{name} {found['config'].get(name, 'unknown')}" for name in names]
         if found["job"]:

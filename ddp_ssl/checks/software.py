@@ -73,7 +73,7 @@ def _cuda_matches(ctx: CheckContext, mine: dict[str, str]) -> Iterator[Finding]:
 # --- variables -----------------------------------------------------------------------------------
 
 # Name, pattern of the values that cause trouble, reason, remedy.
-BITING = (
+HARMFUL = (
     ("NCCL_P2P_DISABLE", "1", "GPUs do not talk directly", "unset it"),
     ("NCCL_SHM_DISABLE", "1", "processes of a host talk through sockets", "unset it"),
     ("NCCL_IB_DISABLE", "1", "InfiniBand is not used", "unset it where there is InfiniBand"),
@@ -103,7 +103,7 @@ def look_at_variables(ctx: CheckContext, before: list[Any]) -> dict[str, Any]:
 def judge_variables(ctx: CheckContext, facts: list[dict[str, Any]]) -> Iterator[Finding]:
     found: list[Finding] = []
     variables = [fact["variables"] for fact in facts]
-    for names, value, reason, remedy in BITING:
+    for names, value, reason, remedy in HARMFUL:
         if "CUDA" in names and ctx.config.run.device == "cpu":
             continue
         for name in names.split("|"):

@@ -75,7 +75,7 @@ def checkpoint_bytes(config: Config, classes: int, world_size: int) -> int:
 
 
 def checkpoint_count(config: Config) -> int:
-    """How many checkpoints can exist at once: kept, kept for good, the best, one in writing."""
+    """Checkpoints that can exist at once: kept, kept for good, the best, one in writing."""
     every = config.checkpoint.keep_every
     permanent = config.optim.epochs // every if every else 0
     return config.checkpoint.keep + permanent + (config.checkpoint.best is not None) + 1

@@ -5,6 +5,7 @@ Imports torch only where processes are started, so that `--help` and errors come
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -77,6 +78,21 @@ def describe_keys(
             section = key.partition(".")[0]
             yield f"\n{section}: {about(section)}".rstrip()
         yield f"  {key}  ({kind}, default {default})\n      {text}"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises `ConfigError`, one line, for what it cannot parse."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `ConfigError`."""
+        raise ConfigError(f"{message}; --help says what is accepted")
+
+
+def count(text: str) -> int:
+    """A number of at least 1 on a command line."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 def share_import_path() -> None:

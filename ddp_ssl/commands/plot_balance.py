@@ -139,7 +139,7 @@ def correlations(models: Sequence[Model]) -> tuple[float, float, float]:
 
 
 def _varies(values: Any) -> bool:
-    """By more than rounding; not where one is no number."""
+    """Whether the values differ by more than rounding; False if one is NaN."""
     return bool(np.ptp(values) > 1e-12 * np.abs(values).max())
 
 
@@ -159,7 +159,6 @@ def table(groups: dict[str, list[Model]]) -> str:
 
 def draw(groups: dict[str, list[Model]]) -> Any:
     """A matplotlib figure: a panel per group, or one with labels if no group is large enough."""
-
     labelled = max(map(len, groups.values())) < ENOUGH
     panels = {"": [m for part in groups.values() for m in part]} if labelled else groups
     columns = min(len(panels), 3)

@@ -2,10 +2,10 @@
 
     ddp-ssl plot dynamics RUN [RUN ...] [--out dynamics.png] [--centred]
 
-From `metrics.jsonl` of each run folder, and from `dynamics.jsonl` where `ddp_ssl.evaluate dynamics`
-was run (of several settings the latest; what is of other data, `dynamics-DATA.jsonl`, is not read);
-docs/metrics.md says what the figures are. R is drawn solid, Z dashed, each run in its own colour.
-Writes a PNG and an SVG of the same name. What a run has not measured is said and left out.
+Reads `metrics.jsonl` of each run folder, and `dynamics.jsonl` where `ddp_ssl.evaluate dynamics` was
+run (the latest of several settings). docs/metrics.md says what the figures are. R is drawn solid, Z
+dashed, each run in its own colour. Writes a PNG and an SVG of the same name. Figures that a run has
+not measured are named and left out.
 
 Exit code 2 if a folder holds no figures at all, or without matplotlib (the extra `plots`).
 """

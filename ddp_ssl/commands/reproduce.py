@@ -25,8 +25,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddp_ssl import submit
-from ddp_ssl.commands import common
+from ddp_ssl.commands import common, submit_options
 from ddp_ssl.config import ConfigError
 from ddp_ssl.reproduction import adadim, configs, cost, multiview, pictures, results, runs
 from ddp_ssl.reproduction.cells import Simulation, Table
@@ -47,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_intermixed_args(arguments)
-    # --only takes all words that follow; what has a `=` is a key.
+    # --only takes all words that follow; a word with `=` is a key.
     options.overrides += [word for word in options.only if "=" in word]
     options.only = [word for word in options.only if "=" not in word]
     runs.slurm_jobs.cache_clear()
@@ -99,7 +98,7 @@ def _costs(table: Table) -> str:
 
 
 def simulate(found: Simulation, options: argparse.Namespace) -> int:
-    """Run a simulation; its exit code."""
+    """Run a simulation; returns its exit code."""
     out = (options.out / found.name).absolute()
     command = [sys.executable, *(part.format(out=out) for part in found.command)]
     print(shlex.join(command), flush=True)
@@ -110,7 +109,7 @@ def simulate(found: Simulation, options: argparse.Namespace) -> int:
 
 
 def reproduce(table: Table, dataset: str, options: argparse.Namespace) -> int:
-    """One table for one data set; 1 if a run failed."""
+    """Make one table for one data set; returns 1 if a run failed."""
     seeds = options.seeds or table.seeds
     roots = _roots(options.root, table.datasets)
     planned = runs.plan(table, dataset, options.scale, seeds, options.out, options.only)
@@ -152,7 +151,7 @@ def _estimate(
         return f"{what}; about {minutes:.0f} minutes, {options.parallel} at a time"
     try:
         hours = sum(map(cost.gpu_hours, trees))
-    except KeyError as name:  # an override took what the constants do not cover
+    except KeyError as name:  # the constants do not cover an override
         return f"{what}; GPU-hours of {name} are not known"
     return f"{what}; about {cost.show(hours)} GPU-hours left\n{cost.CONSTANTS}"
 
@@ -160,14 +159,14 @@ def _estimate(
 def _start(
     missing: list[runs.Run], dataset: str, roots: dict[str, str], options: argparse.Namespace
 ) -> list[str]:
-    """Run or submit what is missing; what failed."""
+    """Run or submit the missing runs; returns the failures."""
 
     def tell(line: str) -> None:
         print(line, flush=True)
 
     if options.launcher == "slurm":
         words = shlex.split(options.submit)
-        commands = runs.submit_commands(missing, words, sbatch_options(words), roots)
+        commands = runs.submit_commands(missing, words, submit_options.for_evaluation(words), roots)
         if options.dry_run:
             print("\n".join(shlex.join(command) for _, command in commands))
             return []
@@ -184,34 +183,6 @@ def _start(
         _need_root(missing, dataset, roots, options)
         _need_gpus(options)
     return runs.run_here(missing, options.parallel, options.processes, roots, tell)
-
-
-def sbatch_options(options: Sequence[str]) -> list[str]:
-    """Options of `ddp_ssl.submit` as sbatch's, for an evaluation: one process, one GPU if any.
-
-    Raises `ConfigError` for an option that `ddp_ssl.submit` does not know.
-    """
-    parser = submit.parser()
-    parser.exit_on_error = False
-    try:
-        given, unknown = parser.parse_known_args(options)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"--submit: {error}") from None
-    unknown += given.arguments
-    if unknown:
-        raise ConfigError(
-            f"--submit: {unknown[0]} is no option of python -m ddp_ssl.submit, whose --help lists "
-            "them; key=value for every run stands outside --submit"
-        )
-    words = {
-        "gpus-per-node": 1 if given.gpus_per_node else None,
-        "cpus-per-task": given.cpus_per_task,
-        "partition": given.partition,
-        "account": given.account,
-        "time": given.time,
-    }
-    words |= dict(given.sbatch)  # an option given by the user, such as gres, wins
-    return [f"--{name}={value}" for name, value in words.items() if value is not None]
 
 
 def _need_root(
@@ -256,7 +227,7 @@ def _datasets(table: Table, options: argparse.Namespace) -> list[str]:
 
 
 def _roots(given: Sequence[str], datasets: Sequence[str]) -> dict[str, str]:
-    """`DIR` is where all data sets are, `NAME=DIR` one."""
+    """The folder of each data set; `DIR` is for all of them, `NAME=DIR` for one."""
     roots: dict[str, str] = {}
     for text in given:
         name, equals, place = text.partition("=")
@@ -278,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     add("overrides", nargs="*", default=[], metavar="key=value", help="for every run, last")
     add("--list", action="store_true", help="every table and figure, with runs and GPU-hours")
     add("--dataset", help="one of the table's, or all (default: the paper's main one)")
-    add("--seeds", type=_count, help="runs of each cell (default: as many as the paper's)")
+    add("--seeds", type=common.count, help="runs of each cell (default: as many as the paper's)")
     add("--scale", choices=("full", "small"), default="full",
         help="small: the embedded digits on a CPU")  # fmt: skip
     add("--only", nargs="+", default=[], metavar="ROW", help="these rows, or groups of rows")
@@ -286,8 +257,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--root", action="append", default=[], metavar="[NAME=]DIR",
         help="where the data sets are, or one of them; may be repeated")  # fmt: skip
     add("--launcher", choices=("local", "slurm"), default="local")
-    add("--parallel", type=_count, default=1, help="local: runs at the same time")
-    add("--processes", type=_count, default=1, help="local: processes of a run, one a GPU")
+    add("--parallel", type=common.count, default=1, help="local: runs at the same time")
+    add("--processes", type=common.count, default=1, help="local: processes of a run, one a GPU")
     add("--submit", default="--gpus-per-node 1", metavar="OPTIONS",
         help="slurm: options of python -m ddp_ssl.submit, as one word")  # fmt: skip
     add("--dry-run", action="store_true", help="write the configs and print the commands")
@@ -295,9 +266,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--into", type=Path, metavar="FILE",
         help="also put the table between its marks in a Markdown file")  # fmt: skip
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)

@@ -153,7 +153,7 @@ def _check_room(
             there = (out / shard.tar).stat().st_size == done[shard.tar]["tar"]["bytes"]
         except (OSError, KeyError):
             there = False
-        # How small images in memory become as PNGs is not known.
+        # The size of images in memory as PNGs is not known.
         if not there and splits[shard.split].images is None:
             needed += shard.size + BESIDE * len(shard.ids)
     usage = shutil.disk_usage(out)

@@ -132,7 +132,7 @@ def _save(figure: Any, stem: Path) -> None:
 
 
 def run_treatments(seeds: Sequence[int]) -> None:
-    """Print what becomes of panels (b) and (d) under each treatment."""
+    """Print panels (b) and (d) under each treatment."""
     panels = {
         "k = 2, std = 0.5;  n =": [(n, 0.5) for n in FEATURES],
         "k = 2, n = 25;  std =": [(25, s) for s in STDS],
@@ -155,7 +155,7 @@ def run_treatments(seeds: Sequence[int]) -> None:
 
 
 def run_pca(out: Path, seeds: Sequence[int]) -> list[str]:
-    """Simulate, print, draw; returns what is off."""
+    """Simulate, print, draw; returns a line for each value or trend that is off."""
     results = sweep(seeds)
     lines, off = compare(results, len(seeds))
     print(f"I(R;Z) in nats, {len(seeds)} repetitions, k principal components of n features\n")
@@ -185,7 +185,7 @@ def run_pca(out: Path, seeds: Sequence[int]) -> list[str]:
 
 
 def run_network(out: Path, seeds: Sequence[int], epochs: int, processes: int) -> list[str]:
-    """Train, print, draw; returns what is off."""
+    """Train, print, draw; returns a line for each trend that is off."""
     found = train_networks(seeds, epochs, processes)
     print()
     for loss, curves in found.items():

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from scipy import stats
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_stat_scores
 
 from ddp_ssl.comm import Comm
 
@@ -44,6 +43,9 @@ class Tally:
         """
         if not len(labels):
             return
+        # Here, so that `--help` does not wait for torchvision, which it imports.
+        from torchmetrics.functional.classification import multiclass_stat_scores
+
         scores, labels = scores.detach().float().nan_to_num(-math.inf), labels.to(scores.device)
         if possible is not None:
             last = torch.full_like(labels, -1, dtype=scores.dtype)[:, None]

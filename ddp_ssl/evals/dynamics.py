@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +32,11 @@ from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.distributed import World
 from ddp_ssl.distributed.agreement import on_all_ranks
-from ddp_ssl.evals.pretrained import try_size
 from ddp_ssl.evals.settings import EvaluateConfig, config_of_run
 from ddp_ssl.evals.validation import Validation
+from ddp_ssl.evals.weights import fill, make_learner, read_checkpoint
 from ddp_ssl.methods._learner import Learner
-from ddp_ssl.methods._registry import make_method
 from ddp_ssl.utils.files import replace_text
-from ddp_ssl.utils.text import one_line
 
 logger = logging.getLogger("ddp_ssl")
 
@@ -126,8 +123,10 @@ def run(settings: EvaluateConfig, source: Path, world: World) -> int:
 
 
 def measure(config: Config, home: Path, out: Path, world: World, own: str) -> int:
-    """The same with the run's whole config; the results go to the folder `out`. `own`: the name of
-    the data that the run was trained on."""
+    """Measure with this config; the results go to the folder `out`.
+
+    `own`: the name of the data that the run was trained on.
+    """
     found, best, images = world.broadcast_object(
         on_all_ranks(
             world, lambda: (*chosen(home), validation_images(home)) if world.is_main else None
@@ -196,22 +195,15 @@ class Models:
         return on_all_ranks(self.world, lambda: self._load(found))
 
     def _load(self, found: CheckpointInfo) -> Learner:
-        weights: Mapping[str, Any] = store.load(found.path, sha256=found.sha256)["model"]
+        weights = read_checkpoint(found.path, found.sha256)["model"]
         if self.learner is None:
-            probe = weights.get("probe.weight")
-            method = make_method(self.config, self.comm)
-            size = self.config.data.central_crop.size
-            try_size(method.backbone, self.config.model.backbone, size)
-            self.learner = Learner(method, 0 if probe is None else len(probe))
-            self.learner.to(self.world.device)
+            sizes = [self.config.data.central_crop.size]
+            learner = make_learner(self.config, weights, found.path, self.comm, sizes)
+            self.learner = learner.to(self.world.device)
             if self.config.model.channels_last:
                 self.learner.to(memory_format=torch.channels_last)
-        try:
-            self.learner.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = one_line(error)[:160]
-            raise ValueError(f"{found.path} does not fit the run's config.yaml: {reason}") from None
-        self.learner.eval()
+        else:
+            fill(self.learner, weights, found.path)
         return self.learner
 
 
@@ -260,10 +252,9 @@ def fingerprint(config: Config, data: Dataset, world_size: int) -> str:
 
 
 def kept(path: Path, key: str, found: list[CheckpointInfo]) -> dict[str, Row]:
-    """What an earlier call measured of these checkpoints in the same way, by SHA-256.
+    """The rows of earlier calls for these checkpoints and the settings `key`, by SHA-256.
 
-    Rewrites the file on rank 0: the rows of `key` come last, since they are the latest. No row is
-    dropped.
+    Rewrites the file on rank 0: the rows of `key` come last. No row is dropped.
     """
     before = _lines(path)
     wanted = {one.sha256 for one in found}
@@ -281,9 +272,9 @@ def measured(validation: Validation, learner: Learner, data: Dataset) -> dict[st
     probe = learner.probe
     if probe is not None and probe.out_features != data.num_classes:
         probe = None
-    figures = validation.figures(learner.method, probe, True, True)
-    figures["perf/measure_s"] = validation.measure_s
-    return {name: float(value) for name, value in figures.items()}
+    metrics = validation.metrics(learner.method, probe, True, True)
+    metrics["perf/measure_s"] = validation.measure_s
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def append(path: Path, row: Row) -> None:

@@ -30,7 +30,9 @@ from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.loader import EvalLoader, PatchLoader
 from ddp_ssl.data.loading.reader import Reader
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
+from ddp_ssl.distributed import World
 from ddp_ssl.evals.settings import EvaluateConfig
+from ddp_ssl.utils.files import replaced
 from ddp_ssl.utils.progress import Ticker
 from ddp_ssl.utils.seeds import hashed
 from ddp_ssl.utils.text import one_line
@@ -42,6 +44,11 @@ Tell = Callable[[str], None]
 KEPT = 2  # version of the files on disk and of their key
 SAMPLED = 1000  # files of a split whose size and time are part of the key
 CHUNKS = (128, 4096)  # fewest and most images that are augmented from one seed
+
+
+def teller(world: World) -> Tell:
+    """A function that logs a line on rank 0 and does nothing on other ranks."""
+    return logger.info if world.is_main else lambda line: None
 
 
 @dataclass
@@ -216,13 +223,11 @@ class Extractor:
     def _keep(self, home: Path, first: int, end: int, block: Block) -> None:
         """Write a part; an error is only logged."""
         path = home / f"{first:09d}-{end:09d}.safetensors"
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             home.mkdir(parents=True, exist_ok=True)
-            save_file({"features": block.features.contiguous(), "ids": block.ids}, temporary)
-            os.replace(temporary, path)
+            with replaced(path) as temporary:
+                save_file({"features": block.features.contiguous(), "ids": block.ids}, temporary)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
             logger.warning("features are not kept: %s: %s", path, one_line(error))
 
 

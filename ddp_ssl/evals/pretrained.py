@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ddp_ssl.checkpoint import store
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.config import Channels, Config, Model
+from ddp_ssl.data.build import load_data
+from ddp_ssl.data.datasets import registry
+from ddp_ssl.data.datasets.base import Dataset
+from ddp_ssl.distributed import World
+from ddp_ssl.distributed.agreement import on_all_ranks
+from ddp_ssl.evals.features import teller
 from ddp_ssl.evals.settings import Backbone, EvaluateConfig, config_of_run
-from ddp_ssl.evals.weights import Source, find_source
+from ddp_ssl.evals.weights import (
+    Source,
+    checkpoint_of,
+    find_source,
+    make_learner,
+    read_checkpoint,
+    seeded,
+)
 from ddp_ssl.methods._learner import Learner
-from ddp_ssl.methods._registry import load_method
 from ddp_ssl.methods.base import Method
 from ddp_ssl.models import build_backbone
 from ddp_ssl.utils.text import one_line
@@ -93,62 +102,50 @@ def load_pretrained(
             backbone=model.backbone or "", backbone_args=model.backbone_args, stem=model.stem
         )
         return _of_file(source.file, settings, sizes or [224], model.prefix, None)
-    config = config_of_run(source.home)
-    path, data = source.file, config.data
-    sizes = sizes or [data.central_crop.size]
-    if path is None:
-        good = store.newest_good(source.home)
-        if good is None:
-            raise ValueError(f"no good checkpoint in {source.home / 'checkpoints'}")
-        path = good.path
+    config, path = config_of_run(source.home), checkpoint_of(source)
+    sizes = sizes or [config.data.central_crop.size]
     if path.parent.name != "checkpoints":  # exported weights in the run's folder
         return _of_file(path, config.model, sizes, model.prefix, config)
     return _of_checkpoint(path, config, comm, sizes)
 
 
-# --- a run's checkpoint --------------------------------------------------------------------------
-
-
 def _of_checkpoint(path: Path, config: Config, comm: Comm, sizes: Sequence[int]) -> Pretrained:
     """Method, probe and backbone as they were."""
-    state = store.load(path)
-    weights = state.get("model")
-    if not isinstance(weights, dict) or "step" not in state:
-        raise ValueError(f"{path} is no checkpoint of ddp_ssl: it has no model and step")
-    probe = weights.get("probe.weight")
-    with _seeded(0):
-        method = cast(Method[Any], load_method(config.method.name)(config, comm))
-        method.finish()
-        learner = Learner(method, 0 if probe is None else len(probe))
-    try:
-        learner.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = one_line(error)[:160]
-        raise ValueError(f"{path} does not fit the run's config.yaml: {reason}") from None
-    learner.eval()
-    for size in sizes:
-        try_size(method.backbone, config.model.backbone, size)
-    step, epoch = int(state["step"]), int(state["epoch"])
+    state = read_checkpoint(path)
+    learner = make_learner(config, state["model"], path, comm, sizes)
+    method, step, epoch = learner.method, int(state["step"]), int(state["epoch"])
     return Pretrained(
         method.backbone, method.feature_width, config, learner, step, epoch, path,
         f"{config.model.backbone} of {config.method.name}, step {step}, epoch {epoch} ({path})",
-        test_images=state.get("identity", {}).get("validation images"),
+        test_images=state["identity"].get("validation images"),
     )  # fmt: skip
 
 
-@torch.no_grad()
-def try_size(backbone: nn.Module, name: str, size: int) -> None:
-    """Raise `ValueError`, one line, unless the backbone takes images of `size` pixels."""
-    training = backbone.training
-    try:
-        backbone.eval()(torch.zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"data.val_size: the run's {name} cannot take images of {size} pixels: "
-            f"{one_line(error)}; the size that it was trained on is accepted"
-        ) from None
-    finally:
-        backbone.train(training)
+def prepare(
+    source: Source,
+    settings: EvaluateConfig,
+    world: World,
+    check: Callable[[Pretrained], object] = lambda pretrained: None,
+) -> tuple[Pretrained, EvaluateConfig, Dataset]:
+    """The weights, the settings with their normalisation, and the data; on all processes.
+
+    `check` may refuse the weights, before the data is copied and read. Raises `ConfigError`.
+    """
+
+    def load() -> Pretrained:
+        pretrained = load_pretrained(
+            source, settings.model, [settings.image_size], seed=settings.run.seed
+        )
+        check(pretrained)
+        return pretrained
+
+    on_all_ranks(world, lambda: registry.find(settings.data))
+    pretrained = on_all_ranks(world, load)
+    teller(world)(pretrained.description)
+    settings = normalised(settings, pretrained)
+    on_all_ranks(world, lambda: registry.stage(settings.data))
+    data = load_data(cast(Config, settings), world)  # it reads `data` and `run.seed`
+    return pretrained, settings, data
 
 
 # --- weights of other programs -------------------------------------------------------------------
@@ -156,6 +153,8 @@ def try_size(backbone: nn.Module, name: str, size: int) -> None:
 
 def _of_timm(name: str, model: Backbone, sizes: Sequence[int], seed: int) -> Pretrained:
     """Random weights for a plain name, pretrained ones for a name with a tag."""
+    import timm  # here, so that `--help` does not wait for it
+
     pretrained = "." in name
     if pretrained and not timm.is_model_pretrained(name):
         known = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")[:5])
@@ -164,7 +163,7 @@ def _of_timm(name: str, model: Backbone, sizes: Sequence[int], seed: int) -> Pre
         )
     arguments = model.backbone_args | ({"pretrained": True} if pretrained else {})
     settings = Model(backbone=name, backbone_args=arguments, stem=model.stem)
-    with _seeded(seed):
+    with seeded(seed):
         try:
             backbone, width = build_backbone(settings, sizes)
         except ValueError:
@@ -205,7 +204,7 @@ def _of_file(
     path: Path, model: Model, sizes: Sequence[int], prefix: str | None, config: Config | None
 ) -> Pretrained:
     """The backbone from a state dict whose names may have a prefix."""
-    with _seeded(0):
+    with seeded(0):
         backbone, width = build_backbone(model, sizes)
     theirs = dict(_tensors(read_weights(path)))
     if not theirs:
@@ -223,7 +222,7 @@ def _of_file(
         raise ValueError(_incomplete(path, model, prefix, own, part, missing, misfits, needed))
     used = {name: part[name] for name in own if name in part}
     backbone.load_state_dict({**own, **used})
-    others = [f"{p}" for p in fits if p != prefix]
+    others = [p for p in fits if p != prefix]
     ignored = sorted(set(theirs) - {prefix + name for name in used})
     lines = [f"{model.backbone} from {path}: {len(used)} tensors"]
     lines += [f"under {prefix!r}"] if prefix else []
@@ -305,11 +304,3 @@ def _incomplete(
         f"{path} holds no complete {model.backbone}{where}: of {len(needed)} tensors "
         f"{' and '.join(problems)}{hint}"
     )
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch in the block, and restore its random state afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield

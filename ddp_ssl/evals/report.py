@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -216,10 +215,3 @@ def free_name(folder: Path, name: str, settings: Mapping[str, Any]) -> Path:
         count += 1
         path = folder / f"{name}-{count}"
     return path
-
-
-def write(path: Path, text: str) -> None:
-    """Write a small file atomically."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -1,7 +1,4 @@
-"""Settings of an evaluation: the schema of `ddp_ssl.evaluate`, and how its values are read.
-
-This file imports no torch, so that an error in the settings is shown before torch is imported.
-"""
+"""Settings of an evaluation: the schema of `ddp_ssl.evaluate`, and how its values are read."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class Validation:
         self.measure_s = 0.0  # seconds of the last measurement, without the pass over the split
         self.spectra: dict[str, Tensor] = {}  # the last measurement's shares of the eigenvalues
 
-    def figures(
+    def metrics(
         self, method: Method[Any], probe: nn.Module | None, evaluate: bool, measure: bool
     ) -> dict[str, float]:
         """`eval/*` if `evaluate`, and `rep/*` if `measure`; restores the method's mode."""
@@ -92,19 +92,19 @@ class Validation:
         method.eval()
         ids = np.arange(len(self.val)) if evaluate else self.measured_ids
         val = self._extract(method.embed, self.val, ids)
-        figures: dict[str, float] = {}
+        values: dict[str, float] = {}
         if evaluate and self.labelled:
-            figures |= self._accuracies(method, probe, val)
+            values |= self._accuracies(method, probe, val)
         if measure:
             keep = torch.isin(val.ids, torch.from_numpy(self.measured_ids).to(val.ids.device))
             start = time.perf_counter()
             if keep.any():  # at least one image can be read
-                figures |= self._representation(val.r[keep], val.z[keep])
+                values |= self._representation(val.r[keep], val.z[keep])
             if self.config.measure.views:
-                figures |= self._compare_views(method.embed)
+                values |= self._compare_views(method.embed)
             self.measure_s = time.perf_counter() - start
         method.train(training)
-        return figures
+        return values
 
     def raw_pixels(self) -> float | None:
         """k-NN top-1 of the raw pixels, averaged down to 32 x 32 if larger; None without images."""
@@ -150,21 +150,21 @@ class Validation:
     def _accuracies(
         self, method: Method[Any], probe: nn.Module | None, val: Features
     ) -> dict[str, float]:
-        figures: dict[str, float] = {}
+        values: dict[str, float] = {}
         val = val.known()
         if not len(val):
-            return figures
+            return values
         if probe is not None:
             with torch.no_grad():
                 correct = probe(val.r).argmax(1) == val.labels
-            figures["eval/probe_top1"] = float(correct.double().mean())
+            values["eval/probe_top1"] = float(correct.double().mean())
         if self.config.eval.knn:
             assert self.bank is not None
             bank = self._extract(method.embed, self.bank, self.bank_ids)
             if len(bank):
-                figures["eval/knn_top1"] = self._knn(bank, val)
-                figures["eval/knn_bank"] = len(bank)
-        return figures
+                values["eval/knn_top1"] = self._knn(bank, val)
+                values["eval/knn_bank"] = len(bank)
+        return values
 
     def _knn(self, bank: Features, val: Features) -> float:
         """Top-1, each process classifying its share of the validation images."""
@@ -179,12 +179,12 @@ class Validation:
     def _representation(self, r: Tensor, z: Tensor) -> dict[str, float]:
         """Metrics of `r` `[m, d_R]` and `z` `[m, d]`, whole on every process; `docs/metrics.md`."""
         pairs = metrics.pair_means(r, z, self.comm)
-        figures = {
+        values = {
             "rep/mutual_information": pairs.mutual_information,
             "rep/embedding_std": float(F.normalize(z, dim=1).std(0).mean()),
         }
         if r.shape[1] == z.shape[1]:
-            figures["rep/mutual_information_cov"] = metrics.mutual_information(
+            values["rep/mutual_information_cov"] = metrics.mutual_information(
                 r, z, "cov", self.comm
             )
         entropies = {"r": pairs.renyi_entropy_r, "z": pairs.renyi_entropy_z}
@@ -207,17 +207,17 @@ class Validation:
                 found["uniformity"] = potentials[name]
             with contextlib.suppress(ValueError):  # too few dimensions left for a line
                 found["alpha_req"], found["alpha_req_r2"] = metrics.alpha_req(centred)
-            figures |= {f"rep/{metric}_{name}": value for metric, value in found.items()}
-        return figures
+            values |= {f"rep/{metric}_{name}": value for metric, value in found.items()}
+        return values
 
     def _compare_views(self, embed: Embed) -> dict[str, float]:
         """Alignment and LiDAR of `measure.views` random views of validation images."""
         r, z = self._extract_views(embed)
-        figures = {}
+        values = {}
         for name, x in (("r", r), ("z", z)):
-            figures[f"rep/alignment_{name}"] = metrics.alignment(x, self.comm)
-            figures[f"rep/lidar_{name}"] = metrics.lidar(x, self.comm)
-        return figures
+            values[f"rep/alignment_{name}"] = metrics.alignment(x, self.comm)
+            values[f"rep/lidar_{name}"] = metrics.lidar(x, self.comm)
+        return values
 
     @torch.no_grad()
     def _extract_views(self, embed: Embed) -> tuple[Tensor, Tensor]:

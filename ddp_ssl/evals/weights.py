@@ -1,11 +1,22 @@
-"""The place of the weights that a command is given, found without torch."""
+"""Weights that a command is given: their place, and a run's checkpoint in its modules."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ddp_ssl.config import ConfigError
+import torch
+from torch import nn
+
+from ddp_ssl.checkpoint import store
+from ddp_ssl.comm import Comm
+from ddp_ssl.config import Config, ConfigError
+from ddp_ssl.methods._learner import Learner
+from ddp_ssl.methods._registry import make_method
+from ddp_ssl.utils.text import one_line
 
 
 @dataclass(frozen=True)
@@ -68,3 +79,71 @@ def is_run(folder: Path) -> bool:
     """Whether a folder is a run's. Other programs write a `config.yaml` beside weights too."""
     made = (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
     return made and (folder / "config.yaml").is_file()
+
+
+# --- a run's checkpoint --------------------------------------------------------------------------
+
+
+def checkpoint_of(source: Source) -> Path:
+    """The file of weights, or the newest good checkpoint of the run."""
+    if source.file is not None:
+        return source.file
+    assert source.home is not None
+    good = store.newest_good(source.home)
+    if good is None:
+        raise ValueError(f"no good checkpoint in {source.home / 'checkpoints'}")
+    return good.path
+
+
+def read_checkpoint(path: Path, sha256: str | None = None) -> dict[str, Any]:
+    """The state in a run's checkpoint. Raises `ValueError`, one line."""
+    state = store.load(path, sha256=sha256)
+    if not {"model", "step", "identity"} <= state.keys():
+        raise ValueError(f"{path} is no checkpoint of a run: it has no model, step and identity")
+    return state
+
+
+def make_learner(
+    config: Config, weights: Mapping[str, Any], path: Path, comm: Comm, sizes: Sequence[int]
+) -> Learner:
+    """Method and probe with the weights of a checkpoint, on the CPU and in eval mode.
+
+    The backbone must take images of `sizes` pixels. Raises `ValueError`, one line.
+    """
+    probe = weights.get("probe.weight")
+    with seeded(0):
+        learner = Learner(make_method(config, comm), 0 if probe is None else len(probe))
+    fill(learner, weights, path)
+    learner.eval()
+    for size in sizes:
+        _try_size(learner.method.backbone, config.model.backbone, size)
+    return learner
+
+
+def fill(module: nn.Module, weights: Mapping[str, Any], path: Path) -> None:
+    """Load weights that must fit. Raises `ValueError`, one line that names their file."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = one_line(error)[:160]
+        raise ValueError(f"{path} does not fit the run's config.yaml: {reason}") from None
+
+
+@torch.no_grad()
+def _try_size(backbone: nn.Module, name: str, size: int) -> None:
+    """Raise `ValueError`, one line, unless the backbone takes images of `size` pixels."""
+    try:
+        backbone(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"data.val_size: the run's {name} cannot take images of {size} pixels: "
+            f"{one_line(error)}; the size that it was trained on is accepted"
+        ) from None
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch in the block, and restore its random state afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

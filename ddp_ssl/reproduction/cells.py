@@ -1,4 +1,4 @@
-"""What a table is: cells, each made of one run per seed, beside what was published."""
+"""Tables: cells, each made of one run per seed, beside the published figures."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class Table:
     measures: tuple[str, ...] = ("probe",)
     notes: str = ""
     seeds: int = 1
-    """How many the paper took."""
+    """Number of the paper's."""
     small: Callable[[Cell], bool] | None = None
-    """Which cells are made with `--scale small`; None: not at that scale."""
+    """Cells that are made with `--scale small`; None: not at that scale."""
     picture: str | None = None
     """`dynamics`, `balance`, `entropy`, `pareto`, `curves` or `coefficient`, from the runs."""
     correlate: bool = False

@@ -1,4 +1,4 @@
-"""What a run costs, from stated constants."""
+"""The cost of a run, from stated constants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the two theory examples share: claims checked, a text, a picture, an exit code."""
+"""Shared by the theory examples: claims that are checked, a text, a picture, an exit code."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def compare(results: dict[str, Any], repetitions: int) -> tuple[list[str], list[
 
 
 def missed_trends(results: dict[str, Any]) -> list[str]:
-    """What of Fig. 2 and Fig. 10 is not seen, one line each."""
+    """The trends of Fig. 2 and Fig. 10 that are not seen, one line each."""
     missed = []
     for (k, std), curve in results["features"].items():
         if not (np.diff(curve["mean"]) > 0).all():

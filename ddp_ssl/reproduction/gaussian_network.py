@@ -88,7 +88,7 @@ def describe_curve(curve: Sequence[float]) -> str:
 
 
 def gains(curves: Sequence[Sequence[float]]) -> tuple[Array, Array]:
-    """For each seed: what I(R;Z) gains in the first tenth and in the second half."""
+    """The gain of I(R;Z) of each seed in the first tenth and in the second half."""
     values = np.array(curves)
     start, tenth, half, end = checkpoints(values.shape[1] - 1)
     return values[:, tenth] - values[:, start], values[:, end] - values[:, half]

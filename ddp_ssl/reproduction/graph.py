@@ -43,7 +43,7 @@ def probabilities() -> Tensor:
 
 
 def adjacency(p: Tensor) -> Tensor:
-    """How likely two looks come from one image: A = P^T P, `[..., 4, 4]`."""
+    """The probability that two looks come from one image: A = P^T P, `[..., 4, 4]`."""
     return p.mT @ p
 
 
@@ -87,7 +87,7 @@ def learn(a: Tensor, width: int = 2, steps: int = 2000, seed: int = 0) -> Tensor
 
 
 def class_share(f: Tensor) -> Tensor:
-    """Of the features' span beside the constant, the share along the class, in [0, 1]."""
+    """The share of the features' span that is along the class, without the constant; in [0, 1]."""
     q, _ = torch.linalg.qr(f)
     on_class = (q * CLASS[:, None]).sum(-2).square().sum(-1)
     on_look = (q * LOOK[:, None]).sum(-2).square().sum(-1)
@@ -112,7 +112,7 @@ class Found:
 
 
 def measure(draws: int) -> Found:
-    """Everything the picture and the text need."""
+    """The numbers for the picture and the text."""
     rows: list[tuple[float, float, float, float]] = []
     for views in VIEWS:
         p = draw_augmentations(views, draws)
@@ -139,7 +139,7 @@ def _along(a: Tensor, direction: Tensor) -> Tensor:
 
 
 def checks(found: Found) -> list[tuple[str, str, bool]]:
-    """What the paper says, what was found, whether they agree."""
+    """The paper's claims, what was found, and whether they agree."""
     a = adjacency(probabilities())
     worst = max(float((a @ v - value * v).abs().max()) for value, v in closed_form())
     order = [value for value, _ in closed_form()]

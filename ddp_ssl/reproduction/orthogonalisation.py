@@ -72,7 +72,7 @@ def train(
 
 
 def effective_rank(weights: Tensor, matrix: Tensor) -> Tensor:
-    """Of the outputs, W Gamma^(1/2): exp of the singular values' entropy; weights `[..., d, 2]`."""
+    """Effective rank of W Gamma^(1/2), the outputs, for weights W `[..., d, 2]`."""
     values = torch.linalg.eigvalsh(matrix).flip(0)
     singular = torch.linalg.svdvals(weights * values.clamp(min=0).sqrt())
     p = singular / singular.sum(-1, keepdim=True)
@@ -129,7 +129,7 @@ def measure(seeds: int) -> dict[str, Any]:
 
 
 def checks(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
-    """What the paper says, what was found, whether they agree."""
+    """The paper's claims, what was found, and whether they agree."""
     rank, share = found["rank"], found["share"]
     wide, large = found["width"], found["width_large_start"]
     gap, (first, second) = found["gap"], found["steps"]

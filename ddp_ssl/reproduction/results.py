@@ -121,7 +121,7 @@ class Row:
         return [v[measure] for v in self.values if measure in v]
 
     def ended(self) -> int:
-        """How many seeds have figures at all."""
+        """Number of seeds with figures."""
         return sum(map(bool, self.values))
 
     def sample(self, measure: str) -> list[float]:
@@ -160,7 +160,7 @@ def collect(table: Table, runs: Sequence[Run]) -> dict[str, list[Row]]:
 
 
 def _add_minutes(rows: list[Row]) -> None:
-    """Until the online probe first has what the first row has at its end."""
+    """Add the minutes until the online probe reaches the first row's final accuracy."""
     target = rows[0].mean("probe")
     if target is None:
         return
@@ -243,7 +243,7 @@ def _why_not(row: Row, measure: str) -> str:
 
 
 def _remarks(table: Table, dataset: str, group: str, rows: list[Row]) -> list[str]:
-    """Does the order agree, and do rows differ by more than seeds do?"""
+    """Whether the order agrees with the paper's, and whether rows differ by more than seeds."""
     lines = []
     if "minutes" in table.measures:
         lines += _resolution(rows[0])
@@ -480,7 +480,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def insert(document: Path, name: str, text: str) -> None:
-    """Replace what stands between the marks `<!-- NAME: begin -->` and `end` in a document.
+    """Replace the text between the marks `<!-- NAME: begin -->` and `end` in a document.
 
     Raises `ConfigError` if they are not there.
     """

@@ -101,7 +101,7 @@ def plan(
             )
     if only:
         kept = [cell for cell in cells if cell.row in only or cell.group in only]
-        if "minutes" in table.measures:  # what the others' time is measured against
+        if "minutes" in table.measures:  # the others' time is compared with it
             first = {cell.group: cell for cell in reversed(cells)}
             kept += [first[group] for group in {cell.group for cell in kept}]
         cells = [cell for cell in cells if cell in kept]
@@ -192,7 +192,7 @@ def run_here(
     roots: dict[str, str],
     tell: Callable[[str], None],
 ) -> list[str]:
-    """Run what has not ended, `parallel` at a time; what failed, one line each."""
+    """Run, `parallel` at a time; returns the failures, one line each."""
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(parallel):
         slots.put(slot)
@@ -227,7 +227,7 @@ def run_here(
 
 
 def _one(run: Run, slot: int, parallel: int, processes: int, roots: dict[str, str]) -> str | None:
-    """Train and evaluate one run, unless another shell does; why it failed, or None."""
+    """Train and evaluate one run, unless another shell does; returns why it failed, or None."""
     with open(run.config.with_suffix(".lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -293,7 +293,7 @@ def _last_line(path: Path) -> str:
 def submit(
     commands: Sequence[tuple[list[Run], list[str]]], tell: Callable[[str], None]
 ) -> list[str]:
-    """Submit; the job's number is kept beside the configs. What failed, one line each."""
+    """Submit, and write each job's number beside its config; returns the failures."""
     problems = []
     for group, command in commands:
         if len(group) > 1:

@@ -59,14 +59,14 @@ PHASES = {"decorrelation": decorrelated, "spread": spread}
 
 
 def describe(r: Tensor, z: Tensor) -> list[float]:
-    """What `MEASURES` names; entropies are matrix-based, of order 2, in nats."""
+    """The `MEASURES`; entropies are matrix-based, of order 2, in nats."""
     pairs = pair_means(r, z)
     return [float(effective_rank(r)), renyi_entropy(r), pairs.mutual_information,
             pairs.uniformity_r, pairs.uniformity_z]  # fmt: skip
 
 
 def uniform_uniformity(dimension: int) -> float:
-    """Of uniform points without number: log E exp(-2 |u - v|^2) = log 0F1(d/2, 4) - 4."""
+    """Of infinitely many uniform points: log E exp(-2 |u - v|^2) = log 0F1(d/2, 4) - 4."""
     from scipy.special import hyp0f1
 
     return math.log(float(hyp0f1(dimension / 2, 4))) - 4
@@ -78,7 +78,7 @@ def uniform_covariance(number: int, dimension: int) -> float:
 
 
 def covariance(x: Tensor) -> float:
-    """That of `x` `[n, d]`: its square, for a mean over draws."""
+    """The square of the same for `x` `[n, d]`, for a mean over draws."""
     moment = x.T @ x / len(x) * x.shape[1]
     size = len(moment)
     return float((moment - moment.diagonal().diag()).square().sum() / (size * (size - 1)))
@@ -91,13 +91,13 @@ class Found:
     phases: dict[str, Tensor]
     """`[steps, measures]`."""
     uniformity: Tensor
-    """Of uniform points `[numbers, dimensions]`."""
+    """Uniformity of uniform points `[numbers, dimensions]`."""
     covariance: Tensor
     repetitions: int
 
 
 def measure(repetitions: int) -> Found:
-    """Everything the picture and the text need."""
+    """The numbers for the picture and the text."""
     phases = {
         name: torch.tensor([
             [describe(*make(step, torch.Generator().manual_seed(seed))) for step in STEPS]
@@ -120,7 +120,7 @@ def measure(repetitions: int) -> Found:
 
 
 def checks(found: Found) -> list[Claim]:
-    """What the paper says, what was found, whether they agree."""
+    """The paper's claims, what was found, and whether they agree."""
     first, second = (found.phases[name].T.tolist() for name in PHASES)
     rank, _, gained, *_ = first
     _, entropy, information, of_r, of_z = second

@@ -81,7 +81,7 @@ class Graph:
         return (self.conditional * apart).sum() / len(self.conditional)
 
     def cosine(self, f: Tensor, g: Tensor) -> float:
-        """Of the largest angle between the spans of f and g; 1 if they are equal."""
+        """The cosine of the largest angle between the spans of f and g; 1 if they are equal."""
         root = self.marginal.sqrt()[:, None]
         q, r = (torch.linalg.qr(root * x).Q for x in (f, g))
         return float(torch.linalg.svdvals(q.T @ r).min())
@@ -131,7 +131,7 @@ def orthonormal(f: Tensor, inner: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
 
 
 def objectives(whole: Graph, pairs: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What is minimised, by name: a table of features `[m, d]` -> a scalar.
+    """The losses by name: a table of features `[m, d]` -> a scalar.
 
     VICReg's variance has the weight of its invariance, so that its minimum lies where the hinge is
     smooth.
@@ -150,7 +150,7 @@ CENTRED = ("Barlow Twins", "VICReg")
 
 @dataclass(frozen=True)
 class Found:
-    """What the text and the picture need."""
+    """The numbers for the text and the picture."""
 
     values: Tensor
     """Eigenvalues of T_k."""
@@ -276,7 +276,7 @@ def lopsided() -> Tensor:
 
 
 def checks(found: Found) -> list[Claim]:
-    """What the paper says, what was found, whether they agree."""
+    """The paper's claims, what was found, and whether they agree."""
     told: list[Claim] = [
         ("Lemma B.2: the kernel's operator is that of the means, T_k = T_M* T_M",
          f"largest difference {found.factorised:.0e}", found.factorised < 1e-12),

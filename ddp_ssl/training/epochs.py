@@ -95,7 +95,7 @@ def evaluate(job: Job, accuracy: bool, measure: bool) -> dict[str, float]:
         return {}
     start = time.perf_counter()
     with job.setting.watch.during("validation"):
-        metrics = job.validation.figures(learner.method, learner.probe, accuracy, measure)
+        metrics = job.validation.metrics(learner.method, learner.probe, accuracy, measure)
     metrics["perf/validation_s"] = time.perf_counter() - start
     if measure:
         metrics["perf/measure_s"] = job.validation.measure_s

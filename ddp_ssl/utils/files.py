@@ -13,10 +13,20 @@ TEMPORARY = ".tmp"
 
 def replace_text(path: Path, text: str) -> None:
     """Write or replace a small file atomically. Several processes may do so at the same time."""
+    with replaced(path) as temporary:
+        write_synced(temporary, text)
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary file to write, which then gets the name `path`; removed if the block raises."""
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{TEMPORARY}")
     with removed_on_error(temporary):
-        write_synced(temporary, text)
-        os.replace(temporary, path)
+        yield temporary
+        try:
+            os.replace(temporary, path)
+        except OSError as error:  # it names the temporary file
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_synced(path: Path, text: str) -> None:

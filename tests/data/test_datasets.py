@@ -221,11 +221,11 @@ def test_writing_is_atomic(tmp_path: Path) -> None:
         ({"name": "digits", "skip": "{}/no"}, "data.skip: .*/no is not a file; accepted"),
         (
             {"name": "cifar10"},
-            "data.root: unset; .*prepare_data.py cifar10 FOLDER --download fetches it",
+            "data.root: unset; .*ddp-ssl prepare-data cifar10 FOLDER --download fetches it",
         ),
         (
             {"name": "cifar100", "root": "{}"},
-            "data.root: .* has no cifar-100-python/train; .*prepare_data.py cifar100 /",
+            "data.root: .* has no cifar-100-python/train; .*ddp-ssl prepare-data cifar100 /",
         ),
     ],
 )

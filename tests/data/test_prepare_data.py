@@ -77,7 +77,7 @@ def test_what_can_be_fetched_says_so(
     said = capsys.readouterr().err
     assert said.endswith("; --download fetches it\n")
     assert said.count("--download") == said.count("\n") == 1
-    assert "prepare_data.py" not in said  # this very command, unquoted
+    assert "ddp-ssl prepare-data" not in said  # this very command
 
 
 def test_digits_have_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,7 +66,7 @@ def test_imagenet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_imagenet_that_is_not_sorted(tmp_path: Path) -> None:
     refused("imagenet", None, r"data.root: unset; data.name=imagenet looks for train/WNID/")
-    refused("imagenet", tmp_path, "data.root: .* has no train/; .*prepare_data.py imagenet /")
+    refused("imagenet", tmp_path, "data.root: .* has no train/; .*ddp-ssl prepare-data imagenet /")
     images(tmp_path, "train/n01440764/1.JPEG")
     refused("imagenet", tmp_path, "data.root: .* has no val/; data.name=imagenet looks for")
     (tmp_path / "val").mkdir()
@@ -75,7 +75,7 @@ def test_imagenet_that_is_not_sorted(tmp_path: Path) -> None:
     refused("imagenet", tmp_path, "data.root: .*/val holds its images flat; .*parse_val_archive.*")
     os.remove(tmp_path / "val/ILSVRC2012_val_00000001.JPEG")
     (tmp_path / "val/n01440764").mkdir()
-    refused("imagenet", tmp_path, "data.root: .*/val has no images; .*prepare_data.py imagenet")
+    refused("imagenet", tmp_path, "data.root: .*/val has no images; .*prepare-data imagenet")
 
 
 def test_the_list_of_imagenet100() -> None:
@@ -166,7 +166,7 @@ def test_tiny_imagenet_with_a_sorted_val(tmp_path: Path) -> None:
 
 def test_tiny_imagenet_without_annotations(tmp_path: Path) -> None:
     images(tmp_path, *TINY, "val/images/val_0.JPEG")
-    refused("tiny_imagenet", tmp_path, "data.root: .*/val has no val_annotations.txt; .*prepare_da")
+    refused("tiny_imagenet", tmp_path, "data.root: .*/val has no val_annotations.txt; .*prepare-da")
 
 
 # --- CIFAR ---------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_cifar(cifar: Callable[[str], Path], name: str, train: int) -> None:
 def test_damaged_cifar(cifar: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     root = cifar("cifar10")
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: False)
-    refused("cifar10", root, "data.root: .* incomplete or damaged .*prepare_data.py cifar10")
+    refused("cifar10", root, "data.root: .* incomplete or damaged .*ddp-ssl prepare-data cifar10")
 
 
 # --- STL-10 --------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_stl10_that_is_incomplete(stl10: Path) -> None:
     os.truncate(unlabelled, 5 * 27_648 + 7)
     refused("stl10", stl10, "data.root: .*unlabeled_X.bin is 138247 bytes, which is no number of")
     os.remove(unlabelled)
-    refused("stl10", stl10, "data.root: .*unlabeled_X.bin is missing or empty; .*prepare_data.py s")
+    refused("stl10", stl10, "data.root: .*unlabeled_X.bin is missing or empty; .*prepare-data s")
     refused("stl10", None, "data.root: unset; data.name=stl10 looks for torchvision's stl10_binary")
 
 
@@ -316,7 +316,7 @@ def test_the_28_px_of_medmnist_are_preferred(tmp_path: Path) -> None:
 
 
 def test_medmnist_that_cannot_be_used(tmp_path: Path) -> None:
-    refused("blood", tmp_path, "data.root: .* has no bloodmnist.npz, nor .*prepare_data.py blood")
+    refused("blood", tmp_path, "data.root: .* has no bloodmnist.npz, nor .*prepare-data blood")
     file = tmp_path / "bloodmnist.npz"
     medmnist(file, False)
     file.write_bytes(file.read_bytes()[:1000])

@@ -160,13 +160,13 @@ def test_what_is_measured_is_kept(run: Path, monkeypatch: pytest.MonkeyPatch) ->
     path = run / "dynamics.jsonl"
     whole = path.read_text()
     calls: list[Any] = []
-    original = Validation.figures
+    original = Validation.metrics
 
     def counted(*args: Any) -> Any:
         calls.append(args)
         return original(*args)
 
-    monkeypatch.setattr(Validation, "figures", counted)
+    monkeypatch.setattr(Validation, "metrics", counted)
     assert alone(run, "measure.views=0", "measure.every=7") == 0
     assert path.read_text() == whole
     assert not calls

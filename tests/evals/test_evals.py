@@ -73,9 +73,9 @@ def figures(world: World, root: str, bank: int, measured: int) -> Any:
     learner = Learner(method, data.num_classes)
     torch.nn.init.normal_(learner.probe.weight, generator=torch.Generator().manual_seed(0))
     validation = Validation(data, config, comm_of(world), torch.device("cpu"))
-    out = validation.figures(method, learner.probe, True, True)
+    out = validation.metrics(method, learner.probe, True, True)
     assert method.training
-    assert validation.figures(method, learner.probe, False, True).keys() < out.keys()
+    assert validation.metrics(method, learner.probe, False, True).keys() < out.keys()
     return out, validation.raw_pixels()
 
 

@@ -96,7 +96,7 @@ def validation_of(data: Dataset) -> tuple[dict[str, float], Validation]:
     for p in learner.parameters():
         torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
     validation = Validation(data, config, method.comm, torch.device("cpu"))
-    return validation.figures(method, learner.probe, True, True), validation
+    return validation.metrics(method, learner.probe, True, True), validation
 
 
 def test_the_bank_and_the_accuracies_are_of_labelled_images() -> None:

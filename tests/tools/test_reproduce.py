@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 from ddp_ssl import submit
-from ddp_ssl.commands import reproduce
+from ddp_ssl.commands import reproduce, submit_options
 from ddp_ssl.config import Config
 from ddp_ssl.config.files import FOLDER
 from ddp_ssl.reproduction import (
@@ -734,7 +734,7 @@ def test_slurm_commands_are_arrays_that_submit_accepts(
     assert reproduce.main(command) == 0
     lines = [x for x in capsys.readouterr().out.splitlines() if "ddp_ssl.submit" in x]
     assert len(lines) == 2
-    options = submit._parser().parse_intermixed_args(shlex.split(lines[0])[3:])
+    options = submit_options.parser().parse_intermixed_args(shlex.split(lines[0])[3:])
     assert (options.gpus_per_node, options.partition) == (2, "gpu")
     sweep = submit.sweep(options.arguments)
     assert len(sweep) == 3
@@ -815,7 +815,8 @@ def test_evaluations_are_submitted_once_with_the_words_of_submit(
     assert said.read_text() == text
     assert "1 runs, 1 ended or queued" in capsys.readouterr().out
     # Training on CPUs asks for no GPU.
-    assert not any("gpu" in word for word in reproduce.sbatch_options(["--tasks-per-node", "4"]))
+    given = submit_options.for_evaluation(["--tasks-per-node", "4"])
+    assert not any("gpu" in word for word in given)
     for wrong, part in {"--partitoin gpu": "--partitoin is no option", "--time x": "'x' is not a"
                         }.items():  # fmt: skip
         (tmp_path / "full" / "cifar10" / planned[0].cell.run
