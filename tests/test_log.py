@@ -284,7 +284,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_the_estimate_does_not_mind_one_slow_interval(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ddp_ssl")
-    progress = console.Progress(epochs=10, steps_per_epoch=10)
+    progress = console.ProgressLine(epochs=10, steps_per_epoch=10)
     for step, milliseconds in enumerate([1000, 1000, 90_000, 1000, 1000], 1):
         progress.update({"step": step, "epoch": 1, "perf/step_ms": milliseconds})
     assert "eta 1:35" in caplog.messages[-1]
@@ -298,7 +298,7 @@ class Terminal(io.StringIO):
 def talk(folder: Path | None, rank: int) -> None:
     console.setup_logging(None, rank)
     console.setup_logging(folder, rank)
-    progress = console.Progress(12, 5)
+    progress = console.ProgressLine(12, 5)
     progress.tell("hello")
     progress.update({"step": 5, "epoch": 1})
     progress.update({"step": 10, "epoch": 2})

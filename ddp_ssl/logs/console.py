@@ -77,7 +77,7 @@ class _LogFile(logging.FileHandler):
         self.setLevel(logging.INFO)
 
 
-class Progress:
+class ProgressLine:
     """The line of rank 0 at each logging step, on the console and in `train.log`."""
 
     WINDOW = 31

@@ -7,12 +7,12 @@ import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config
 from ddp_ssl.errors import ConfigError
 from ddp_ssl.utils.text import one_line, suggest
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # these bring torch
+    from ddp_ssl.comm import Comm
     from ddp_ssl.methods.base import Method
 
 

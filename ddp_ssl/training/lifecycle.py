@@ -80,7 +80,7 @@ def train_to_the_end(
     job: Job, stop: StopRequest, status: RunStatus, on_step: loop.OnStep | None
 ) -> None:
     """Train, and record how the training ended."""
-    world, watch, progress = job.world, job.setting.watch, job.state
+    world, watch, state = job.world, job.setting.watch, job.state
     try:
         end = loop.train(job, stop, on_step)
     except BadDataError:
@@ -93,10 +93,10 @@ def train_to_the_end(
         report.finish(job)
     elif world.is_main:
         reason = stop.reason or "request of another rank"
-        logger.info("stopped on %s at step %d; run.resume=auto goes on", reason, progress.step)
+        logger.info("stopped on %s at step %d; run.resume=auto goes on", reason, state.step)
     close(job)
     if world.is_main:
-        status.record(end, step=progress.step, epoch=progress.epoch)
+        status.record(end, step=state.step, epoch=state.epoch)
 
 
 def close(job: Job | None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ddp_ssl.config import Config
 from ddp_ssl.distributed import World
 from ddp_ssl.errors import BadDataError, NonFiniteError, ViewGroupError
-from ddp_ssl.logs.console import Progress
+from ddp_ssl.logs.console import ProgressLine
 from ddp_ssl.logs.writer import MetricsWriter
 from ddp_ssl.training.bad_images import BadImageList
 from ddp_ssl.training.rank_skew import RankSkew
@@ -47,7 +47,7 @@ class Recorder:
         self.bad_images, self.skew = bad_images, skew
         self.step_metrics: set[str] = set()  # names of the metrics that every step has
         self.steps_per_epoch = steps_per_epoch
-        self.progress = Progress(config.optim.epochs, steps_per_epoch)
+        self.progress = ProgressLine(config.optim.epochs, steps_per_epoch)
         self._trace = 0  # checksum of all image ids seen
         self._names: list[str] = []
         self._rows: list[Tensor] = []

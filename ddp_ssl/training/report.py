@@ -90,8 +90,8 @@ def finish(job: Job) -> None:
     if config.data.name == "digits":
         job.recorder.tell(
             "These digits are easy: raw pixels classify as well. The run shows that everything "
-            "works, from JPEG files to a learned representation and a measured alpha; it does not "
-            "show that the method is better than another."
+            "works, from JPEG files to a learned representation. It does not show that the method "
+            "is better than another."
         )
 
 

@@ -1,18 +1,21 @@
-"""Data sets by name. A new one is a `Definition` in a file beside this one.
+"""Data sets by name. A new one is a file beside this one with `DEFINITIONS`.
 
 No torch and no DALI at import: the data are found before anything starts.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import pkgutil
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ddp_ssl.data.datasets import arrays, digits, folders, lists, selection, shards, staging
+from ddp_ssl.data.datasets import selection, shards, staging
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part
 from ddp_ssl.utils.text import suggest
 
@@ -21,12 +24,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ddp_ssl")
 
-DATASETS: dict[str, Definition] = {
-    **digits.DEFINITIONS,
-    **folders.DEFINITIONS,
-    **lists.DEFINITIONS,
-    **arrays.DEFINITIONS,
-}
+
+def _definitions() -> dict[str, Definition]:
+    """The `DEFINITIONS` of all files of this folder, by name."""
+    files = (file.name for file in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    modules = (importlib.import_module(f"{__package__}.{f}") for f in files if f != "registry")
+    found = (getattr(module, "DEFINITIONS", {}) for module in modules)
+    return dict(sorted(item for definitions in found for item in definitions.items()))
+
+
+DATASETS = _definitions()
 
 
 def definition_of(data: Data) -> Definition:
