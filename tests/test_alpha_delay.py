@@ -221,35 +221,30 @@ def test_the_batches_are_read_during_the_last_steps(
     """They are the same as those that are read when they are asked for."""
     args = arguments(photos, tmp_path / "run", *SETTINGS, "method.alpha_delay=1")
     opened = ranks.launch(opened_at, 2, args, 2)
-    assert opened == [[("alpha", "background_0")]] * 2
+    assert opened == [[("alpha", 4, "background_0")]] * 2
     assert rows(tmp_path / "run") == rows(whole)
     args = [*args, f"run.dir={tmp_path / 'late'}"]
     late = ranks.launch(opened_at, 2, args, -1)
-    assert late == [[("alpha", "MainThread")]] * 2
+    assert late == [[("alpha", 6, "MainThread")]] * 2
     assert rows(tmp_path / "late") == rows(whole)
 
 
 def opened_at(args: list[str], ahead: int) -> list[tuple[str, int, str]]:
     """For each measurement: its purpose, the steps done when it opens, and the thread."""
-    from ddp_ssl import optim
-
-    begin, rate = measurement.Measurement._open, optim.learning_rate
-    steps, seen = [0], []
+    begin, steps, seen = measurement.Measurement._open, [0], []
 
     def watched(self: Any, purpose: str, *rest: Any) -> Any:
         seen.append((purpose, steps[0], threading.current_thread().name))
         return begin(self, purpose, *rest)
 
-    def counting(step: int, *rest: Any, **more: Any) -> float:
-        steps[0] = step + 1  # the step that begins now
-        return rate(step, *rest, **more)
+    def counting(job: Any) -> None:
+        steps[0] = job.state.step + 1  # the step that begins now
 
     with (
         patch.object(measurement, "AHEAD", ahead),
         patch.object(measurement.Measurement, "_open", watched),
-        patch.object(optim, "learning_rate", counting),
     ):
-        assert train(args) == 0
+        assert train(args, on_step=counting) == 0
     return seen
 
 
