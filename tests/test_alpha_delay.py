@@ -221,11 +221,11 @@ def test_the_batches_are_read_during_the_last_steps(
     """They are the same as those that are read when they are asked for."""
     args = arguments(photos, tmp_path / "run", *SETTINGS, "method.alpha_delay=1")
     opened = ranks.launch(opened_at, 2, args, 2)
-    assert opened == [[("alpha", "background_0")]] * 2
+    assert opened == [[("alpha", 4, "background_0")]] * 2
     assert rows(tmp_path / "run") == rows(whole)
     args = [*args, f"run.dir={tmp_path / 'late'}"]
     late = ranks.launch(opened_at, 2, args, -1)
-    assert late == [[("alpha", "MainThread")]] * 2
+    assert late == [[("alpha", 6, "MainThread")]] * 2
     assert rows(tmp_path / "late") == rows(whole)
 
 
