@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -63,7 +64,9 @@ class Ranks:
             pipe.close()
         for process in self.processes:
             process.terminate()
-            process.join(5)
+        deadline = time.monotonic() + 5
+        for process in self.processes:
+            process.join(max(0, deadline - time.monotonic()))
             process.kill()  # a run that waits for another rank only notes SIGTERM
             process.join()
 

@@ -112,14 +112,17 @@ def test_a_failing_save_warns_and_is_made_up_for(
 def test_a_stale_mount_is_waited_out(
     ranks: Ranks, photos: Path, whole: Whole, tmp_path: Path
 ) -> None:
-    """Everything that looks at the run folder fails for four steps, the STOP file's place too."""
+    """Everything that looks at the run folder fails for four steps, the STOP file's place too.
+
+    An epoch's validation falls into these steps, and its rows are as in the other run.
+    """
     place = tmp_path / "run"
-    args = arguments(photos, place, *BARE, "checkpoint.every_steps=1")
+    args = arguments(photos, place, "checkpoint.every_steps=1")
     assert ranks.launch(train_on_a_stale_mount, 2, args, str(place)) == [0, 0]
     text = (place / "train.log").read_text()
     assert "not saved (4 of 10 failures that end the run), going on: " in text
     assert "Stale file handle" in text
-    assert rows(place) == rows(whole(2, *BARE))
+    assert rows(place) == rows(whole(2))
     assert store.find(place)[0].step == 9
 
 
@@ -508,6 +511,16 @@ def test_a_slurm_job_stops_before_its_end(monkeypatch: pytest.MonkeyPatch) -> No
     assert deadline(-5) <= 0  # past its end already: stops at the first step
     monkeypatch.setenv("SLURM_JOB_END_TIME", "Unknown")
     assert launcher.job_end() is None
+
+
+def test_the_earliest_deadline_asks_to_stop() -> None:
+    stop = StopRequest()
+    stop.at(stop.started + 3600, "the job's end")
+    assert not stop.look_for(None)
+    stop.at(stop.started, "run.max_hours")
+    stop.at(stop.started + 60, "another one")
+    assert stop.look_for(None)
+    assert stop.reason == "run.max_hours"
 
 
 def test_one_keystroke_reaches_a_worker_twice(monkeypatch: pytest.MonkeyPatch) -> None:

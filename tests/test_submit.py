@@ -17,7 +17,7 @@ import pytest
 
 from ddp_ssl import submit
 from ddp_ssl.commands import submit_options
-from tests.runs import arguments
+from tests.runs import BARE, arguments
 
 ROOT = Path(__file__).parent.parent
 
@@ -114,22 +114,32 @@ def words(photos: Path, *more: str) -> list[str]:
     return [a for a in given if not a.startswith("run.dir=")]
 
 
-@pytest.mark.faults
+LOCAL = ("--cluster", "local", "--tasks-per-node", "2", "--run-dir", "out")
+
+
 def test_local_runs_several_processes(photos: Path, tmp_path: Path) -> None:
-    """A sweep, one run after the other; the second one finds no images."""
-    given = words(photos, "optim.epochs=1", f"data.root={photos},nowhere")
+    done = run(tmp_path, *LOCAL, *words(photos, *BARE, "optim.epochs=1"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"done: {tmp_path}/out\n" in done.stdout
+    assert json.loads((tmp_path / "out/status.json").read_text())["state"] == "done"
+    assert json.loads((tmp_path / "out/environment.json").read_text())["world_size"] == 2
+    # Linux gives the ports from 32768 on to outgoing connections, so one of them may be taken.
+    log = (tmp_path / "out/train.log").read_text()
+    assert 10_000 <= int(log.partition("rendezvous 127.0.0.1:")[2].partition(";")[0]) < 30_000
+    assert f"touch {tmp_path}/out/STOP" in done.stdout
+
+
+@pytest.mark.faults
+def test_a_sweep_goes_on_after_a_run_that_fails(photos: Path, tmp_path: Path) -> None:
+    """One run after the other; the first one finds no images."""
+    given = words(photos, "optim.epochs=1", f"data.root=nowhere,{photos}")
     given = [a for a in given if a not in ("optim.epochs=3", f"data.root={photos}")]
-    done = run(tmp_path, "--cluster", "local", "--tasks-per-node", "2", "--run-dir", "out", *given)
+    done = run(tmp_path, *LOCAL, *given)
     assert done.returncode == 1, done.stdout + done.stderr
-    good, bad = (line[12:] for line in done.stdout.splitlines() if line.startswith("run folder"))
+    bad, good = (line[12:] for line in done.stdout.splitlines() if line.startswith("run folder"))
     assert Path(good).parent == tmp_path / "out"
     assert bad == f"{tmp_path}/out/root=nowhere"
     assert json.loads((Path(good) / "status.json").read_text())["state"] == "done"
-    assert json.loads((Path(good) / "environment.json").read_text())["world_size"] == 2
-    # Linux gives the ports from 32768 on to outgoing connections, so one of them may be taken.
-    log = (Path(good) / "train.log").read_text()
-    assert 10_000 <= int(log.partition("rendezvous 127.0.0.1:")[2].partition(";")[0]) < 30_000
-    assert f"touch {good}/STOP" in done.stdout
     assert f"done: {good}\n" in done.stdout
     assert f"not started: {bad}\n" in done.stdout
     assert "nowhere does not exist" in done.stderr

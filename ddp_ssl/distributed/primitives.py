@@ -13,8 +13,6 @@ from ddp_ssl.utils import device_timer
 
 # torch 2.13 renamed the single-tensor collectives and deprecated the old names.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -48,7 +46,7 @@ class CommStats:
         self._spans, self._ready = [], None
 
     def mark(self) -> Any:
-        """The present time on the device's own device_timer."""
+        """The present time on the device's own clock."""
         return device_timer.now(self._device)
 
     def span(self, start: Any) -> None:

@@ -161,9 +161,9 @@ class Alpha:
 class PendingAlpha:
     """A measurement that is not in force yet.
 
-    It was made when `epoch` epochs were done and is due when `due` are. `bound`: the largest
-    possible effective rank. `seconds`: that training has waited so far. Rank 0 has the `matrices`,
-    and `ranks`, their effective ranks, once it has computed them.
+    `epoch`, `due`: epochs done when it is made and when it comes into force. `bound`: the largest
+    possible effective rank. `seconds`: how long training has waited for it. Only rank 0 has the
+    `matrices` and, once they are decomposed, their effective `ranks`.
     """
 
     epoch: int
@@ -182,7 +182,7 @@ class PendingAlpha:
         return self._work
 
     def effective_ranks(self) -> list[float]:
-        """Those of all batches; waits for them, and begins with them after a resume."""
+        """The effective ranks of all batches; waits for the thread, or starts it after a resume."""
         if self.ranks is None:
             self.ranks = (self._work or self.begin()).result()
         return self.ranks

@@ -36,7 +36,7 @@ def blocks(rows: Tensor, columns: int) -> Iterator[slice]:
 
 
 def kept_blocks(rows: Tensor, parts: list[slice]) -> int:
-    """How many of the blocks stay in memory for backward."""
+    """Number of blocks that stay in memory for backward."""
     return max(int(len(parts) == 1), KEPT_ON_GPU if rows.is_cuda else KEPT)
 
 
