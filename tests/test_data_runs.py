@@ -59,7 +59,7 @@ def diverge(args: list[str]) -> int | str:
 
     def changed(self: TrainLoader) -> Any:
         batch = original(self)
-        if self.order.shard == 1 and self.salt % 2 and self.step == 5:
+        if self.order.shard == 1 and self.augmentation.salt % 2 and self.step == 5:
             batch.ids[0] += 1
         return batch
 
