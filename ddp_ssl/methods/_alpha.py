@@ -132,8 +132,9 @@ class Alpha:
         self._pending = None
         self.value = min(max(mean / pending.bound, 0.0), 1.0)
         # Seed, purpose and epoch are the whole state of the batches' generator.
-        entry = {name: getattr(pending, name) for name in ("epoch", "bound", "batches", "seed")}
-        self.history.append(entry | {"alpha": self.value, "effective_rank": mean})
+        entry = {"epoch": pending.epoch, "alpha": self.value, "effective_rank": mean}
+        rest = {"bound": pending.bound, "batches": pending.batches, "seed": pending.seed}
+        self.history.append(entry | rest)
         missing = pending.batches < s.alpha_batches
         few = f", all there are of {s.alpha_batches} asked for" if missing else ""
         late = pending.epoch <= context.epoch

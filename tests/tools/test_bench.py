@@ -60,7 +60,7 @@ def test_the_steps_that_are_timed(
     monkeypatch.setattr(step, "parameter_groups", lambda learner, config: [])
     job: Any = SimpleNamespace(
         loader=Loader(),
-        learner=torch.nn.Linear(1, 1),
+        network=SimpleNamespace(learner=torch.nn.Linear(1, 1)),
         config=SimpleNamespace(optim=None),
         world=SimpleNamespace(device=torch.device(device)),
     )
