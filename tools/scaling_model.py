@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -698,7 +699,9 @@ def draw(curves: dict[str, list[Prediction]], target: float, title: str) -> Any:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12.5, 4.8), layout="constrained")
     for name, curve in curves.items():
         ranks = [p.ranks for p in curve]
-        left.plot(ranks, [100 * p.efficiency for p in curve], marker="o", label=name)
+        left.plot(
+            ranks, [100 * p.efficiency for p in curve], marker="o", label=textwrap.fill(name, 36)
+        )
     left.axhline(100 * target, color="black", linewidth=0.8, linestyle=":")
     left.set_ylabel("efficiency, %")
     left.set_ylim(min(50, left.get_ylim()[0]), 101)
