@@ -45,7 +45,7 @@ NAMES = (
 def other_torch() -> Any:
     """Another version of torch."""
     here = environment.environment()
-    here["packages"] |= {"torch": "2.8.0"}
+    here["packages"] |= {"torch": "1.13.0"}
     return mock.patch.object(environment, "environment", return_value=here)
 
 
@@ -308,7 +308,7 @@ def test_a_rank_with_another_version(ranks: Ranks, args: list[str]) -> None:
     code, (line,) = examined(ranks, 3, args, "versions", other_torch=[2])
     assert code == 1
     host, ours = doctor.socket.gethostname(), importlib.metadata.version("torch")
-    assert f"torch differs: {ours} on ranks 0, 1 ({host}); 2.8.0 on rank 2 ({host})" in line
+    assert f"torch differs: {ours} on ranks 0, 1 ({host}); 1.13.0 on rank 2 ({host})" in line
 
 
 def test_a_full_disk(ranks: Ranks, args: list[str], tmp_path: Path) -> None:
