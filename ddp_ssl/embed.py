@@ -279,7 +279,7 @@ def write_npz(
     names = np.array(class_names, dtype=np.str_)
     with replaced(path) as temporary, open(temporary, "wb") as file:
         np.savez(
-            file, allow_pickle=False, labels=labels, ids=ids, class_names=names,
+            file, labels=labels, ids=ids, class_names=names,
             about=np.array(json.dumps(about)), **parts,
         )  # fmt: skip
 
