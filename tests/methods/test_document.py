@@ -19,7 +19,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_documents_method_trains(photos: Path, tmp_path: Path) -> None:
     """Its file and its YAML, nothing else, with both commands."""
-    (file,), (recipe,) = blocks("python"), blocks("yaml")
+    (file, *_), (recipe,) = blocks("python"), blocks("yaml")
     (tmp_path / "my_module.py").write_text(file)
     (tmp_path / "my.yaml").write_text(recipe)
     skipped = ("method.", "data.name=", "log.every_steps=")
