@@ -53,9 +53,9 @@ from ddp_ssl.training.loop import gradient_norm
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = {"resnet50": "resnet50", "resnet18": "resnet18", "vit_s16": "vit_small_patch16_224"}
-TINY = {  # backbone_args of the rehearsal
-    "resnet50": "{channels: [4, 4, 8, 8], layers: [1, 1, 1, 1]}",
-    "resnet18": "{channels: [4, 4, 8, 8], layers: [1, 1, 1, 1]}",
+TINY = {  # backbone_args of the rehearsal; 4 channels crash torch on some CPUs
+    "resnet50": "{channels: [8, 8, 16, 16], layers: [1, 1, 1, 1]}",
+    "resnet18": "{channels: [8, 8, 16, 16], layers: [1, 1, 1, 1]}",
     "vit_s16": "{embed_dim: 24, depth: 1, num_heads: 2, img_size: 32}",
 }
 ADADIM, BARLOW = (ROOT / f"configs/imagenet100/{n}.yaml" for n in ("adadim", "barlow_twins"))
