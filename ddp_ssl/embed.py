@@ -276,12 +276,11 @@ def write_npz(
 
     Loads with `np.load(path)`, without pickles. Written atomically.
     """
-    names = np.array(class_names, dtype=np.str_)
+    names, text = np.array(class_names, dtype=np.str_), np.array(json.dumps(about))
+    arrays: dict[str, Any] = {"labels": labels, "ids": ids, "class_names": names, "about": text}
+    arrays |= parts
     with replaced(path) as temporary, open(temporary, "wb") as file:
-        np.savez(
-            file, labels=labels, ids=ids, class_names=names,
-            about=np.array(json.dumps(about)), **parts,
-        )  # fmt: skip
+        np.savez(file, **arrays)
 
 
 def write_projector(
