@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
+
+# Threads that wait give their core to other processes. The tests start several on few cores.
+# OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import logging
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +60,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in ("RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name)
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     root = logging.getLogger()
     for handler in [h for h in root.handlers if type(h).__module__ == "ddp_ssl.logs.console"]:
