@@ -84,8 +84,7 @@ class CheckContext:
     @property
     def home(self) -> Path:
         """The run folder, or as much of its path as exists."""
-        folder = (self.folder or Path(self.config.run.dir or "runs")).absolute()
-        return next(place for place in (folder, *folder.parents) if place.is_dir())
+        return existing(self.folder or Path(self.config.run.dir or "runs"))
 
     @property
     def home_above(self) -> Path:
@@ -140,6 +139,17 @@ def scratch(folder: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def existing(path: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+
+
+def room(place: Path) -> tuple[int, int | None]:
+    """Free bytes, and how many files can still be made where there is a limit."""
+    disk = os.statvfs(place)
+    return disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else None
 
 
 def size(nbytes: float) -> str:

@@ -20,9 +20,11 @@ from ddp_ssl.checks.base import (
     CheckContext,
     Finding,
     by_value,
+    existing,
     fail,
     file_system,
     ok,
+    room,
     size,
     warn,
 )
@@ -34,7 +36,7 @@ from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.decodable import Decoder, first_line, why, worth_trying
 from ddp_ssl.data.loading.formats import Decoding
 
-SCAN_S = 1800.0  # for finding the images, at most (`doctor.LONGEST_S` is the limit of all)
+SCAN_S = 1800.0  # for finding the images, at most (`examination.LONGEST_S` is the limit of all)
 DECODED = 10  # images of each split
 READ = 256  # files, at most
 READ_S = 4.0  # seconds of reading, at most
@@ -87,13 +89,10 @@ def judge_found(ctx: CheckContext, facts: list[str]) -> Iterator[Finding]:
         )
     stage = ctx.config.data.stage
     if stage and train.shards is not None:
-        needed = int(train.shards.size.sum()) + (
-            int(val.shards.size.sum()) if val is not None and val.shards is not None else 0
-        )
-        place = next(p for p in (Path(stage).absolute(), *Path(stage).absolute().parents)
-                     if p.is_dir())  # fmt: skip
-        disk = os.statvfs(place)
-        free = disk.f_bavail * disk.f_frsize
+        packed = [split.shards for split in (train, val) if split is not None]
+        needed = sum(int(shards.size.sum()) for shards in packed if shards is not None)
+        place = existing(Path(stage))
+        free, _ = room(place)
         text = f"data.stage: {size(needed)} are to be copied, {size(free)} are free in {place}"
         yield ok(text) if free > 1.05 * needed else fail(text, "another data.stage, or none")
 

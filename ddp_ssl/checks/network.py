@@ -34,12 +34,9 @@ PAUSES = (0.1, 1.0, 4.0)  # s; a network file system may remember that a file wa
 
 def ready(ctx: CheckContext, before: list[Any]) -> str:
     """The device that this process communicates from."""
-    return ctx.device.type if ctx.device.type == "cpu" else _gpu(ctx)
-
-
-def _gpu(ctx: CheckContext) -> str:
-    uuid = torch.cuda.get_device_properties(ctx.device).uuid
-    return f"{ctx.hosts[ctx.world.rank]} {uuid}"
+    if ctx.device.type == "cpu":
+        return "cpu"
+    return f"{ctx.hosts[ctx.world.rank]} {torch.cuda.get_device_properties(ctx.device).uuid}"
 
 
 def exchange(ctx: CheckContext, before: list[Any]) -> distributed.Exchange | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ddp_ssl.checks.base import (
     fail,
     file_system,
     ok,
+    room,
     scratch,
     size,
     warn,
@@ -103,12 +103,6 @@ def look_at_disk(ctx: CheckContext, before: list[Any]) -> dict[str, Any] | None:
         sync = time.perf_counter() - start
     ctx.checkpoint_s = nbytes / WRITTEN * bulk
     return {"bytes": nbytes, "free": free, "files": files, "rate": WRITTEN / bulk, "sync": sync}
-
-
-def room(place: Path) -> tuple[int, int | None]:
-    """Free bytes, and how many files can still be made where there is a limit."""
-    disk = os.statvfs(place)
-    return disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else None
 
 
 def judge_disk(ctx: CheckContext, facts: list[dict[str, Any] | None]) -> Iterator[Finding]:

@@ -10,14 +10,13 @@ import contextlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import ddp_ssl
 from ddp_ssl.config import ConfigError
-from ddp_ssl.utils.launcher import cpu_share, rank_and_size
+from ddp_ssl.utils.launcher import cpu_share, rank_and_size, wait_for_rank_0
 from ddp_ssl.utils.text import one_line
 
 if TYPE_CHECKING:
@@ -43,12 +42,6 @@ def refuse(error: object, code: int = UNUSABLE) -> int:
         print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)
     wait_for_rank_0()
     return code
-
-
-def wait_for_rank_0() -> None:
-    """Wait on all ranks but rank 0: the launcher ends all of them when the first one exits."""
-    if rank_and_size()[0]:
-        time.sleep(3)
 
 
 def say(text: str) -> None:

@@ -67,7 +67,7 @@ def read(folder: Path) -> Run:
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{metrics}: a line is no row of figures: {error}") from None
     for measured in dynamics.latest(folder / dynamics.FILE):
-        run.add(measured.epoch, measured.figures)
+        run.add(measured.epoch, measured.metrics)
     if not any(name.startswith(("rep/", "eval/")) for name in run.curves):
         raise ValueError(
             f"{folder}: no figures in metrics.jsonl or {dynamics.FILE}; a run folder is accepted"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ddp_ssl.evals.accuracy import Accuracy, Interval, over_images, over_seeds
 from ddp_ssl.evals.finetune import FinetuneResult
 from ddp_ssl.evals.linear import LinearResult
 from ddp_ssl.evals.settings import Protocol
+from ddp_ssl.utils.text import markdown_lines
 
 FEW_CLASSES = 20  # up to this many classes are all listed; of more, the worst and the best
 
@@ -116,9 +117,7 @@ def finetune_report(results: Sequence[FinetuneResult], fraction: float) -> Repor
 
 def table(report: Report) -> str:
     """Markdown: top-1 with its interval, top-5, and the rows' other facts."""
-    more = [
-        n for n in ("held out", "images", "steps", "loss") if any(n in r.facts for r in report.rows)
-    ]
+    more = [name for name in FACTS if any(name in row.facts for row in report.rows)]
     seeds = any(over_seeds(row.accuracies) for row in report.rows)
     head = [report.first, "top-1"]
     head += ["sd over seeds", "95 % over seeds"] if seeds else []
@@ -134,9 +133,9 @@ def table(report: Report) -> str:
             cells += [_percent(sd), _range(interval)]
         cells.append(_range(over_images(row.accuracies)))
         cells += [_percent(row.top5)] if five else []
-        cells += [_fact(name, row.facts.get(name)) for name in more]
+        cells += [FACTS[name](row.facts[name]) if name in row.facts else "" for name in more]
         lines.append(cells)
-    return _markdown(head, lines)
+    return "\n".join(markdown_lines([head, *lines]))
 
 
 def class_table(report: Report, names: Sequence[str]) -> str:
@@ -149,7 +148,8 @@ def class_table(report: Report, names: Sequence[str]) -> str:
         shown = sorted(values, key=lambda pair: order[pair[1]])
     else:
         shown = [*values[: FEW_CLASSES // 2], *values[-FEW_CLASSES // 2 :]]
-    return _markdown(["class", "top-1"], [[name, _percent(value)] for value, name in shown])
+    lines = [["class", "top-1"], *([name, _percent(value)] for value, name in shown)]
+    return "\n".join(markdown_lines(lines))
 
 
 def _range(interval: Interval | None) -> str:
@@ -160,23 +160,13 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}"
 
 
-def _fact(name: str, value: Any) -> str:
-    if value is None:
-        return ""
-    return (
-        _percent(value) if name == "held out" else f"{value:.4g}" if name == "loss" else str(value)
-    )
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = [[c.replace("|", "\\|") for c in row] for row in (head, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
+# The rows' other facts that the table shows, and their form.
+FACTS: dict[str, Callable[[Any], str]] = {
+    "held out": _percent,
+    "images": str,
+    "steps": str,
+    "loss": lambda value: f"{value:.4g}",
+}
 
 
 # --- for programs --------------------------------------------------------------------------------

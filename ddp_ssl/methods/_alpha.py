@@ -82,7 +82,7 @@ class Alpha:
         return s.alpha == "adaptive" and done % s.alpha_every == 0 and in_time
 
     def after_epoch(self, context: Context, embed: Callable[[Batch], Tensor]) -> dict[str, float]:
-        """Set the value for the next epoch; returns the figures of a measurement, if one is due.
+        """Set the value for the next epoch; returns the metrics of a measurement, if one is due.
 
         `embed`: a batch to the rows `[n, d]` whose effective rank counts. All processes call this
         together; all raise `MeasurementError` if rank 0 cannot decompose.

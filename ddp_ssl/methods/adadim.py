@@ -21,7 +21,7 @@ from ddp_ssl.losses import info_nce, mutual_information
 from ddp_ssl.losses.common import at_least_float32, gather_unit_rows, unit_rows
 from ddp_ssl.methods._alpha import Alpha, AlphaConfig
 from ddp_ssl.methods.base import Context, Method, Output
-from ddp_ssl.methods.vicreg import VICRegConfig, configured_vicreg
+from ddp_ssl.methods.vicreg import VICRegConfig, configured_vicreg, logged
 
 
 class AdaDimConfig(AlphaConfig, VICRegConfig):
@@ -80,9 +80,7 @@ class AdaDim(Method[AdaDimConfig]):
         terms: dict[str, Tensor | float] = {
             "nce": nce,
             "vicreg": vic.loss,
-            "vicreg_invariance": vic.invariance,
-            "vicreg_variance": vic.variance,
-            "vicreg_covariance": vic.covariance,
+            **logged(vic),
             "rep/alpha": alpha,
             "rep/beta": beta,
         }
@@ -102,9 +100,9 @@ class AdaDim(Method[AdaDimConfig]):
 
     def after_epoch(self, context: Context) -> None:
         """Set alpha for the next epoch."""
-        figures = self.alpha.after_epoch(context, self.measured_rows)
-        if figures:
-            context.report(figures | {"rep/alpha": self.alpha.value, "rep/beta": self.beta})
+        metrics = self.alpha.after_epoch(context, self.measured_rows)
+        if metrics:
+            context.report(metrics | {"rep/alpha": self.alpha.value, "rep/beta": self.beta})
 
     def reads_after(self, epoch: int) -> str | None:
         """The purpose of the batches that a measurement takes, where there will be one."""

@@ -97,14 +97,8 @@ class DINO(MomentumMethod[DINOConfig]):
                 mean = total / (self.num_large * held.shape[1] * comm.data_shards)
                 self._newest = self.momentum["prototypes"](mean)
             student = self.prototypes(unit_rows(at_least_float32(z)))
-            loss = dino(
-                student,
-                teacher,
-                self.center,
-                s.student_temperature,
-                self.teacher_temperature,
-                comm,
-            )
+            temperatures = s.student_temperature, self.teacher_temperature
+            loss = dino(student, teacher, self.center, *temperatures, comm)
         return Output(loss, {"teacher_temperature": self.teacher_temperature}, r, z)
 
     def before_optimizer(self, progress: Progress) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config
@@ -12,11 +11,11 @@ from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import ressl
 from ddp_ssl.losses.common import at_least_float32
 from ddp_ssl.methods._momentum import MomentumConfig, MomentumMethod
-from ddp_ssl.methods._queue import Queue, check_queue_size
+from ddp_ssl.methods._queue import Queue, QueueConfig
 from ddp_ssl.methods.base import Output, Progress
 
 
-class ReSSLConfig(MomentumConfig):
+class ReSSLConfig(MomentumConfig, QueueConfig):
     """Have the similarities to earlier embeddings that a momentum network's weak view has."""
 
     name: str = "ressl"
@@ -33,10 +32,6 @@ class ReSSLConfig(MomentumConfig):
         "optim": {"name": "sgd", "lr": 0.3},
     }
     small_crops = False
-
-    def check(self, config: Config) -> None:
-        """Refuse a queue smaller than a batch."""
-        check_queue_size(self.queue_size, config)
 
 
 class ReSSL(MomentumMethod[ReSSLConfig]):
@@ -57,13 +52,12 @@ class ReSSL(MomentumMethod[ReSSLConfig]):
     def __init__(self, config: Config, comm: Comm) -> None:
         super().__init__(config, comm)
         self.queue = Queue(self.settings.queue_size, config.model.projector[-1])
-        self._newest: Tensor | None = None
 
     def forward(self, batch: Batch) -> Output:
         s = self.settings
         with torch.no_grad():
             everyone = self.comm.gather(self.targets(batch.views))
-        self._newest = everyone[1:2]
+        self.queue.newest = everyone[1:2]
         r, z = self.encode(batch.views)
         weak = everyone[1::2, self.comm.rows(z.shape[1])]
 
@@ -82,6 +76,4 @@ class ReSSL(MomentumMethod[ReSSLConfig]):
     def after_step(self, progress: Progress) -> None:
         """Move the momentum network and append view 1's embeddings to the queue."""
         super().after_step(progress)
-        assert self._newest is not None
-        self.queue.append(self._newest)
-        self._newest = None
+        self.queue.append_newest()

@@ -9,15 +9,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import Config, MethodConfig
+from ddp_ssl.config import Config
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import sinkhorn, swav
 from ddp_ssl.losses.common import at_least_float32, unit_rows
-from ddp_ssl.methods._queue import Queue, check_queue_size
+from ddp_ssl.methods._queue import Queue, QueueConfig
 from ddp_ssl.methods.base import Context, Method, Output, Progress
 
 
-class SwAVConfig(MethodConfig):
+class SwAVConfig(QueueConfig):
     """Predict one view's assignment to prototypes from another view."""
 
     name: str = "swav"
@@ -47,11 +47,6 @@ class SwAVConfig(MethodConfig):
         "optim": {"lr": 0.6, "weight_decay": 1e-6},
     }
 
-    def check(self, config: Config) -> None:
-        """Refuse a queue smaller than a batch."""
-        if self.queue_size:
-            check_queue_size(self.queue_size, config)
-
 
 class SwAV(Method[SwAVConfig]):
     """Backbone, projector, prototypes, and a queue per large view.
@@ -80,7 +75,6 @@ class SwAV(Method[SwAVConfig]):
         self.queue = Queue(s.queue_size, width, self.num_large) if s.queue_size else None
         self.queued = 0  # number of images appended to the queue
         self.epoch = 0
-        self._newest: Tensor | None = None
 
     def forward(self, batch: Batch) -> Output:
         s = self.settings
@@ -94,7 +88,7 @@ class SwAV(Method[SwAVConfig]):
             lambda view, target: swav(scores[view], assignments[target], s.temperature)
         )
         if self.queue is not None:
-            self._newest = self.comm.gather(large)
+            self.queue.newest = self.comm.gather(large)
         return Output(loss, {}, r, z)
 
     def _directions(self) -> Tensor:
@@ -126,10 +120,7 @@ class SwAV(Method[SwAVConfig]):
         if not solo:
             self.prototypes.copy_(unit_rows(self.prototypes))
         if self.queue is not None and (solo or progress.epoch >= self.settings.queue_epoch):
-            assert self._newest is not None
-            self.queue.append(self._newest)
-            self.queued += self._newest.shape[1]
-        self._newest = None
+            self.queued += self.queue.append_newest()
 
     def after_epoch(self, context: Context) -> None:
         """Note the epoch that begins."""

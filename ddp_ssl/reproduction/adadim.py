@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from ddp_ssl.reproduction.cells import Cell, Simulation, Table, published
@@ -268,10 +268,17 @@ def _rows(group: str, rows: dict[str, tuple[str, str, tuple[str, ...]]]) -> list
     return [Cell(group, row, *made) for row, made in rows.items()]
 
 
-def figure1a(dataset: str) -> list[Cell]:
-    """Alpha from 0 to 1 in steps of 0.05."""
-    values = [n / 20 for n in range(21)]
-    return _rows(dataset, {f"alpha {v:g}": alpha(v, dataset) for v in values})
+def _alphas(values: Sequence[float], adaptive: bool, dataset: str) -> list[Cell]:
+    """Alpha by hand, and adaptive if asked for."""
+    rows = {f"alpha {v:g}": alpha(v, dataset) for v in values}
+    return _rows(
+        dataset, rows | ({"alpha adaptive": balanced("beta_off", dataset)} if adaptive else {})
+    )
+
+
+figure1a = partial(_alphas, [n / 20 for n in range(21)], False)
+figure6 = partial(_alphas, [n / 5 for n in range(6)], True)
+figure13 = partial(_alphas, (0, 0.2, 0.4, 0.5, 0.6, 0.8, 1), False)
 
 
 def figure1b(dataset: str) -> list[Cell]:
@@ -280,7 +287,8 @@ def figure1b(dataset: str) -> list[Cell]:
     return _rows(dataset, {"SimCLR": balanced("simclr", dataset, *keys)})
 
 
-def _long(dataset: str, epochs: int, methods: Sequence[str]) -> list[Cell]:
+def _long(epochs: int, methods: Sequence[str], dataset: str) -> list[Cell]:
+    """Many epochs, R and Z both of 2048 dimensions."""
     keys = (f"optim.epochs={epochs}", "model.projector=[2048, 2048, 2048]")
     names = {v: k for k, v in METHODS.items()} | {"adadim": "AdaDim"}
     made = {
@@ -290,15 +298,9 @@ def _long(dataset: str, epochs: int, methods: Sequence[str]) -> list[Cell]:
     return _rows(dataset, made)
 
 
-def figure3(dataset: str) -> list[Cell]:
-    """Four methods, 2000 epochs, R and Z both of 2048 dimensions."""
-    return _long(dataset, 2000, ("simclr", "vicreg", "nnclr", "barlow_twins"))
-
-
-def figure6(dataset: str) -> list[Cell]:
-    """Alpha from 0 to 1 in steps of 0.2, and adaptive."""
-    rows = {f"alpha {n / 5:g}": alpha(n / 5, dataset) for n in range(6)}
-    return _rows(dataset, rows | {"alpha adaptive": balanced("beta_off", dataset)})
+figure3 = partial(_long, 2000, ("simclr", "vicreg", "nnclr", "barlow_twins"))
+figure12 = partial(_long, 2000, ("simclr", "vicreg"))
+figure15 = partial(_long, 1000, ("simclr", "vicreg", "adadim"))
 
 
 def figure7(dataset: str) -> list[Cell]:
@@ -310,17 +312,6 @@ def figure7(dataset: str) -> list[Cell]:
     return _rows(dataset, rows)
 
 
-def figure12(dataset: str) -> list[Cell]:
-    """VICReg and SimCLR over 2000 epochs."""
-    return _long(dataset, 2000, ("simclr", "vicreg"))
-
-
-def figure13(dataset: str) -> list[Cell]:
-    """Alpha by hand."""
-    values = (0, 0.2, 0.4, 0.5, 0.6, 0.8, 1)
-    return _rows(dataset, {f"alpha {v:g}": alpha(v, dataset) for v in values})
-
-
 def figure14(dataset: str) -> list[Cell]:
     """Adam against LARS."""
     adam = ("optim.name=adam", "optim.lr=1e-3", "optim.weight_decay=1e-6")
@@ -329,11 +320,6 @@ def figure14(dataset: str) -> list[Cell]:
         cells += _rows(dataset, {f"{row}, LARS": balanced(name, dataset)})
         cells += _rows(dataset, {f"{row}, Adam": balanced(name, dataset, *adam)})
     return cells
-
-
-def figure15(dataset: str) -> list[Cell]:
-    """AdaDim between VICReg and SimCLR, 1000 epochs."""
-    return _long(dataset, 1000, ("simclr", "vicreg", "adadim"))
 
 
 def figure17(dataset: str) -> list[Cell]:
@@ -376,10 +362,6 @@ NO_NUMBERS = "Published as a picture only."
 NINE = ("cifar100", "cifar10", "tiny_imagenet", "cinic10", "blood", "organs", "inat21")
 
 
-def _everything(cell: Cell) -> bool:
-    return True
-
-
 TABLES: list[Table | Simulation] = [
     Table("table3", P, "accuracy against rank and information, |r| over models",
           ("cifar100", "tiny_imagenet", "cinic10", "cifar10", "organs"), table3, END,
@@ -387,9 +369,9 @@ TABLES: list[Table | Simulation] = [
           "not list its own. The ratio is I / effective rank. " + STANDARD,
           picture="balance", correlate=True),
     Table("table6", P, "alpha and beta on CIFAR-100", ("cifar100",), table6,
-          notes="Tuned setting.", small=_everything),
+          notes="Tuned setting.", small=lambda cell: True),
     Table("table9", P, "the same over data sets", NINE, table9, notes=STANDARD,
-          small=_everything),
+          small=lambda cell: True),
     Table("table12", P, "thirteen methods on ImageNet-100, ResNet-18", ("imagenet100",), table12,
           notes="All but AdaDim are solo-learn's figures."),
     Table("table15", P, "eleven methods, each with its own recipe",
@@ -398,7 +380,7 @@ TABLES: list[Table | Simulation] = [
     Table("table18", P, "45 models: accuracy, rank and information of each", ("cifar100",),
           table18, END, "The runs are Table 3's of 100 epochs; the last NNCLR row is published "
           "with the weight decay of another row. " + STANDARD, picture="balance"),
-    Table("table19", P, "alpha by hand", NINE, table19, small=_everything,
+    Table("table19", P, "alpha by hand", NINE, table19, small=lambda cell: True,
           notes=STANDARD + " Tables 9 and 19 print some adaptive rows differently, by up to 1 "
           "point: read that as the papers' own noise."),
     Table("table22", P, "other methods, standardised", ("cifar100", "tiny_imagenet", "cinic10"),
@@ -419,12 +401,12 @@ TABLES: list[Table | Simulation] = [
           ("cifar100",), table3, END, NO_NUMBERS + " The runs are Table 3's.",
           picture="balance", correlate=True),
     Table("figure6", P, "rank and information against alpha; adaptive alpha over epochs", SIX,
-          figure6, END, NO_NUMBERS, picture="dynamics", small=_everything),
+          figure6, END, NO_NUMBERS, picture="dynamics", small=lambda cell: True),
     Table("figure7", P, "size and sign of beta", ("cifar100",), figure7, END,
           NO_NUMBERS + " The values of beta are ours.", picture="dynamics"),
     Table("figure8", P, "effective rank against Rényi entropy of R", SIX, figure6,
           ("rank", "entropy"), NO_NUMBERS + " Its text says only that the two are correlated; the "
-          "runs are Figure 6's.", small=_everything, picture="entropy"),
+          "runs are Figure 6's.", small=lambda cell: True, picture="entropy"),
     Simulation("figure11", P, "the simulation with a network for the projection",
                ("-m", "ddp_ssl.cli", "simulate", "--network", "--out", "{out}"),
                "minutes on two cores"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +33,14 @@ def save(figure: Any, path: Path) -> list[Path]:
     figure.savefig(png, dpi=110)
     figure.savefig(svg, metadata={"Date": None})
     return [png, svg]
+
+
+@contextmanager
+def canvas(path: Path, rows: int, columns: int, size: tuple[float, float], dpi: int,
+           **options: Any) -> Iterator[Any]:  # fmt: skip
+    """Axes `[rows, columns]` to draw on; the figure is written to `path` when the block ends."""
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, **options)
+    yield axes
+    figure.tight_layout()
+    figure.savefig(path, dpi=dpi)
+    pyplot().close(figure)

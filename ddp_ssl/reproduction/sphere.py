@@ -11,7 +11,6 @@ covariance of uniform points, by number and dimension, with their closed forms.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from dataclasses import dataclass
@@ -205,10 +204,8 @@ def draw(found: Found, file: Path) -> None:
 
 def main() -> int:
     """From the command line; 1 if something does not agree."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce/figure1c"))
-    parser.add_argument("--repetitions", type=int, default=50)
-    return run(parser, "Points on a sphere", lambda o: measure(o.repetitions), checks, draw)
+    title = "Points on a sphere"
+    return run("figure1c", title, ("repetitions", 50), measure, checks, draw)
 
 
 if __name__ == "__main__":

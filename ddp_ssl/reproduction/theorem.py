@@ -11,7 +11,6 @@ on (Zhai et al. 2023; HaoChen et al. 2021).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -339,11 +338,8 @@ def draw(found: Found, file: Path) -> None:
 
 def main() -> int:
     """From the command line; 1 if something does not agree."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce/theorem"))
-    parser.add_argument("--starts", type=int, default=5)
     title = "Minimisers on finite graphs of augmentations"
-    return run(parser, title, lambda o: measure(o.starts), checks, draw)
+    return run("theorem", title, ("starts", 5), measure, checks, draw)
 
 
 if __name__ == "__main__":
