@@ -5,8 +5,6 @@ prints a line per finding. Exit codes: 0 nothing failed, 1 something did, 2 the 
 used.
 """
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import sys

@@ -6,8 +6,6 @@ the same for TensorBoard's embedding projector. docs/export.md says what is in t
 Exit codes: 0 done, 1 failed, 2 the weights, the settings or the data cannot be used.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Linear classifier, k-NN, fine-tuning, and the dynamics of a finished run, alone 
 srun. Exit codes: 0 done, 1 failed, 2 the weights, the settings or the data cannot be used.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Mapping, Sequence

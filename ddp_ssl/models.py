@@ -1,7 +1,5 @@
 """Encoder and projection head."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Sequence
 from typing import Any, Literal

@@ -4,8 +4,6 @@ Every process sees the same averaged gradient, so nothing here communicates. Not
 the device: a step only launches work.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections import Counter

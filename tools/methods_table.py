@@ -9,8 +9,6 @@ Exit code 1, naming each method, if one falls below the floors: figures finite, 
 deviation above 0.02, effective rank of Z above 3, k-NN at the end above k-NN before + 0.02.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

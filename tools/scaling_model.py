@@ -13,8 +13,6 @@ Efficiency is the time of one GPU alone with the same number of images, divided 
 Exit code 2, with one line, for a config that cannot be run or a backbone without a known rate.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

@@ -1,7 +1,5 @@
 """A check: stages that every process runs, and a judgement on rank 0."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets

@@ -1,7 +1,5 @@
 """An examination: every check on all processes, a finding a line on rank 0."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import sys

@@ -1,7 +1,5 @@
 """The data set: found, read and decoded as training does it."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import statistics
@@ -42,9 +40,6 @@ READ = 256  # files, at most
 READ_S = 4.0  # seconds of reading, at most
 PIPELINE_S = 4.0  # seconds of batches
 SLOW_READ_S = 0.1  # for one file
-
-
-# --- found ---------------------------------------------------------------------------------------
 
 
 def find_first(ctx: CheckContext, before: list[Any]) -> None:
@@ -102,9 +97,6 @@ def _where(split: Split) -> str:
         return "in memory"
     kind = "shards" if split.shards is not None else "files"
     return f"{kind} in {split.root} ({file_system(Path(split.root))})"
-
-
-# --- read ----------------------------------------------------------------------------------------
 
 
 class Reading(NamedTuple):
@@ -178,9 +170,6 @@ def judge_read(ctx: CheckContext, facts: list[Reading | None]) -> Iterator[Findi
         yield warn(text, "ddp-ssl pack-shards, data.stage, or more data.read_threads")
     else:
         yield ok(text)
-
-
-# --- decoded -------------------------------------------------------------------------------------
 
 
 class Decoded(NamedTuple):

@@ -1,7 +1,5 @@
 """GPUs, cores, shared memory and limits of every host."""
 
-from __future__ import annotations
-
 import os
 import resource
 import statistics
@@ -21,9 +19,6 @@ IN_USE = 2 << 30  # bytes in use on a GPU that this process alone does not expla
 SHM = Path("/dev/shm")
 SHM_WANTED = 1 << 30
 SLOWER = 1.3  # times the median for the same computation
-
-
-# --- GPUs ----------------------------------------------------------------------------------------
 
 
 def look_at_gpu(ctx: CheckContext, before: list[Any]) -> dict[str, Any] | str | None:
@@ -119,9 +114,6 @@ def judge_gpus(ctx: CheckContext, facts: list[dict[str, Any] | str | None]) -> I
         yield ok(f"{len(gpus)} x {next(iter(names_of))}, each rank one, {size(free)} free or more")
 
 
-# --- the same work everywhere --------------------------------------------------------------------
-
-
 def look_at_speed(ctx: CheckContext, before: list[Any]) -> float:
     """Milliseconds of a matrix product, the fastest of several."""
     side, count = (4096, 20) if ctx.device.type == "cuda" else (256, 20)
@@ -150,9 +142,6 @@ def judge_speed(ctx: CheckContext, facts: list[float]) -> Iterator[Finding]:
         yield ok(
             f"the same matrix product takes {min(facts):.2g} to {max(facts):.2g} ms everywhere"
         )
-
-
-# --- cores ---------------------------------------------------------------------------------------
 
 
 def look_at_cores(ctx: CheckContext, before: list[Any]) -> dict[str, Any]:
@@ -211,9 +200,6 @@ def judge_cores(ctx: CheckContext, facts: list[dict[str, Any]]) -> Iterator[Find
             f"{min(f['share'] for f in facts)} core(s) per process{nodes}; "
             f"OMP_NUM_THREADS {fact['omp'] or 'unset'}, run.threads {fact['threads']}"
         )
-
-
-# --- limits --------------------------------------------------------------------------------------
 
 
 def look_at_limits(ctx: CheckContext, before: list[Any]) -> dict[str, Any]:

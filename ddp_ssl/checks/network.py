@@ -1,7 +1,5 @@
 """Communication between the processes, and their clocks."""
 
-from __future__ import annotations
-
 import os
 import statistics
 import time
@@ -27,9 +25,6 @@ NBYTES = 64 << 20
 SLOW_NCCL = {"one host": 5e9, "several": 2e9}  # bytes/s of bus bandwidth; less is a warning
 APART_S = 2.0  # clocks
 PAUSES = (0.1, 1.0, 4.0)  # s; a network file system may remember that a file was missing
-
-
-# --- all-reduce ----------------------------------------------------------------------------------
 
 
 def ready(ctx: CheckContext, before: list[Any]) -> str:
@@ -103,9 +98,6 @@ def _slow_links(ctx: CheckContext, measured: list[distributed.Exchange]) -> Iter
             )
 
 
-# --- clocks --------------------------------------------------------------------------------------
-
-
 def read_clocks(ctx: CheckContext, before: list[Any]) -> list[float]:
     """The host's clock at five moments that are the same on all processes."""
     moments = []
@@ -154,9 +146,6 @@ def judge_clocks(ctx: CheckContext, facts: list[tuple[float, float | None]]) -> 
         files = max(map(abs, skews.values()))
         between = f"hosts within {hosts:.3f} s, " if len(set(ctx.hosts)) > 1 else ""
         yield ok(f"{between}file system within {files:.3f} s of the host")
-
-
-# --- a folder that all see -----------------------------------------------------------------------
 
 
 def write_token(ctx: CheckContext, before: list[Any]) -> str | None:

@@ -1,7 +1,5 @@
 """Settings of Slurm that are known to cause trouble."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Versions and environment variables."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import re
@@ -15,9 +13,6 @@ from ddp_ssl.driver import Driver, find_driver, install_command
 from ddp_ssl.run import environment
 
 NEEDED = ("torch", "torchvision", "timm", "nvidia-dali")
-
-
-# --- versions ------------------------------------------------------------------------------------
 
 
 def look_at_versions(ctx: CheckContext, before: list[Any]) -> dict[str, str]:
@@ -69,8 +64,6 @@ def _cuda_matches(ctx: CheckContext, mine: dict[str, str]) -> Iterator[Finding]:
                 f"{install_command(Driver('', mine['driver']))}, or a newer driver",
             )
 
-
-# --- variables -----------------------------------------------------------------------------------
 
 # Name, pattern of the values that cause trouble, reason, remedy.
 HARMFUL = (
@@ -144,9 +137,6 @@ def _interface_exists(wanted: str, there: list[str]) -> bool:
     exact = wanted.startswith("=")
     names = wanted.lstrip("=").split(",")
     return any(t == name if exact else t.startswith(name) for t in there for name in names)
-
-
-# --- TensorBoard ---------------------------------------------------------------------------------
 
 
 def look_at_tensorboard(ctx: CheckContext, before: list[Any]) -> str | None:

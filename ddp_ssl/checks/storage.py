@@ -1,7 +1,5 @@
 """The run folder, and room for its checkpoints."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator
@@ -34,9 +32,6 @@ OF_A_RANK = 64 << 10  # bytes of a process's own state in a checkpoint: random n
 LONG_S = 60.0  # for one checkpoint
 
 
-# --- run folder ----------------------------------------------------------------------------------
-
-
 def choose_folder(ctx: CheckContext, before: list[Any]) -> folder.Start | None:
     """Choose the run folder and the checkpoint to resume from; on rank 0."""
     return folder.claim(ctx.config) if ctx.world.is_main else None
@@ -57,9 +52,6 @@ def judge_folder(ctx: CheckContext, facts: list[folder.Start | None]) -> Iterato
         yield ok(f"{start.folder}, would go on from {start.checkpoint}")
     else:
         yield ok(f"{start.folder}, {'is there' if start.folder.exists() else 'would be made'}")
-
-
-# --- checkpoints ---------------------------------------------------------------------------------
 
 
 def checkpoint_bytes(config: Config, classes: int, world_size: int) -> int:

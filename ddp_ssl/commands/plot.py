@@ -1,7 +1,5 @@
 """Draw runs: `ddp-ssl plot dynamics RUN ...` or `ddp-ssl plot balance RUN|CSV ...`."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

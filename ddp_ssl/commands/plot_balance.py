@@ -11,8 +11,6 @@ method, as in AdaDim's Table 3; `--together` takes all models as one group. Writ
 Exit code 2 for what cannot be read, or without matplotlib (the extra `plots`).
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import math

@@ -10,8 +10,6 @@ not measured are named and left out.
 Exit code 2 if a folder holds no figures at all, or without matplotlib (the extra `plots`).
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

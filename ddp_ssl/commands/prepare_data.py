@@ -8,8 +8,6 @@ be fetched comes from its publisher and is checked by MD5; docs/data.md says how
 out.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import http.client

@@ -12,8 +12,6 @@ keeps the runs that have ended, resumes those that were interrupted, names those
 tries them again, and starts the others. docs/reproduction.md says more.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import json

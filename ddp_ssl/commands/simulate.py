@@ -12,8 +12,6 @@ to deal with the singular covariance. docs/theory.md says what the paper gives.
 Exit code 1 if a value or a trend is off, with a line for each; 2 for options that cannot be used.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
@@ -49,7 +47,6 @@ from ddp_ssl.reproduction.gaussian_network import (
     train_networks,
 )
 
-# --- pictures ------------------------------------------------------------------------------------
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73")  # told apart without red and green
 
@@ -149,9 +146,6 @@ def run_treatments(seeds: Sequence[int]) -> None:
         for name, means in rows.items():
             print(f"  {name:<22}" + "".join(f"{mean:>7.2f}" for mean in means))
         print()
-
-
-# --- the commands ------------------------------------------------------------------------------
 
 
 def run_pca(out: Path, seeds: Sequence[int]) -> list[str]:

@@ -1,7 +1,5 @@
 """The options of `python -m ddp_ssl.submit`, and those of them that an evaluation's job takes."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

@@ -10,8 +10,6 @@ So a loss only has to satisfy mean_r l_r = L_global, and no factor of the world 
 anywhere. docs/distributed.md derives it.
 """
 
-from __future__ import annotations
-
 from ddp_ssl.distributed.bandwidth import Exchange, measure_bandwidth
 from ddp_ssl.distributed.batch_norm import (
     GlobalBatchNorm,

@@ -1,7 +1,5 @@
 """The speed of the connections between processes, for `ddp-ssl doctor`."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import time

@@ -1,7 +1,5 @@
 """The data x view mesh, its collectives with their adjoints, and the mean of gradients."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from typing import Any, Literal, cast

@@ -1,7 +1,5 @@
 """The process group: how a process joins and leaves it, and talks to the others from the host."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import os

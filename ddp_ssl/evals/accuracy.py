@@ -1,7 +1,5 @@
 """Accuracies from scores, over all processes, and their confidence intervals."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ own the files are `dynamics-DATA.*`. A checkpoint that was measured with the sam
 measured again, so an interrupted measurement continues. Rows of other settings stay in the file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -3,8 +3,6 @@
 docs/export.md says what is in the files.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

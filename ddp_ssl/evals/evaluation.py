@@ -1,7 +1,5 @@
 """One evaluation: from weights, data and settings to the files of its results."""
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Fine-tuning: the whole network is trained on a share of the labels."""
 
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import dataclass

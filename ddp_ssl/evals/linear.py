@@ -110,9 +110,6 @@ def fitting_batch(protocol: Protocol, images: int, comm: Comm) -> int:
     return batch
 
 
-# --- training ------------------------------------------------------------------------------------
-
-
 def on_device(block: Block, device: torch.device) -> Block:
     """The features on the GPU, if they take less than half of its free memory."""
     if device.type != "cuda" or block.features.nbytes >= torch.cuda.mem_get_info(device)[0] / 2:

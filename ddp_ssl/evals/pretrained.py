@@ -1,7 +1,5 @@
 """A pretrained backbone, from a run or from any file of weights; loading executes no code of it."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -146,9 +144,6 @@ def prepare(
     on_all_ranks(world, lambda: registry.stage(settings.data))
     data = load_data(cast(Config, settings), world)  # it reads `data` and `run.seed`
     return pretrained, settings, data
-
-
-# --- weights of other programs -------------------------------------------------------------------
 
 
 def _of_timm(name: str, model: Backbone, sizes: Sequence[int], seed: int) -> Pretrained:

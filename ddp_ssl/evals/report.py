@@ -1,7 +1,5 @@
 """Results of an evaluation: tables to read and paste, JSON for programs."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -112,9 +110,6 @@ def finetune_report(results: Sequence[FinetuneResult], fraction: float) -> Repor
     return Report(rows, f"{fraction:.3g} of the labels", 0, [])
 
 
-# --- to read -------------------------------------------------------------------------------------
-
-
 def table(report: Report) -> str:
     """Markdown: top-1 with its interval, top-5, and the rows' other facts."""
     more = [name for name in FACTS if any(name in row.facts for row in report.rows)]
@@ -167,9 +162,6 @@ FACTS: dict[str, Callable[[Any], str]] = {
     "steps": str,
     "loss": lambda value: f"{value:.4g}",
 }
-
-
-# --- for programs --------------------------------------------------------------------------------
 
 
 def as_json(report: Report, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Settings of an evaluation: the schema of `ddp_ssl.evaluate`, and how its values are read."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +23,6 @@ SECTIONS = {
     "finetune": ("run", "model", "data", "finetune"),
     "dynamics": ("run", "data", "eval", "measure"),
 }
-
-
-# --- the schema ----------------------------------------------------------------------------------
 
 
 class EvaluateRun(Section):
@@ -191,8 +186,6 @@ class EvaluateConfig(Section):
         """Side of the crop that is evaluated."""
         return self.data.central_crop.size
 
-
-# --- reading -------------------------------------------------------------------------------------
 
 # Keys of a run's data that describe one data set and mean nothing for another.
 OF_ONE_DATA_SET = ("root", "files", "val_files", "skip", "stage", "val_resize", "val_interpolation")

@@ -1,7 +1,5 @@
 """Weights that a command is given: their place, and a run's checkpoint in its modules."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,9 +77,6 @@ def is_run(folder: Path) -> bool:
     """Whether a folder is a run's. Other programs write a `config.yaml` beside weights too."""
     made = (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
     return made and (folder / "config.yaml").is_file()
-
-
-# --- a run's checkpoint --------------------------------------------------------------------------
 
 
 def checkpoint_of(source: Source) -> Path:

@@ -1,7 +1,5 @@
 """Helpers that several losses share: precision, rows of all processes, checks of arguments."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The losses of MoCo: against a queue (v2), against the other images of the batch (v3)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy

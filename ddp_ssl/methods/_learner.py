@@ -1,7 +1,5 @@
 """The online linear probe, trained beside the method on detached representations."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ This file is no method. `MomentumMethod` is the base of the methods that learn f
 (BYOL, MoCo, ReSSL, DINO).
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Generic, TypeVar, cast

@@ -1,7 +1,5 @@
 """Queues of embeddings of earlier batches. This file is no method."""
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch

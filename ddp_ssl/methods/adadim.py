@@ -6,8 +6,6 @@ global batch every `alpha_every` epochs. A collapsed embedding is decorrelated; 
 fills its space is made uniform.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

@@ -5,8 +5,6 @@ A method is one file: a `MethodConfig` with its own fields and `recipe`, and a `
 docs/add-a-method.md walks through one.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field

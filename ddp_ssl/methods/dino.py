@@ -1,7 +1,5 @@
 """DINO: Emerging Properties in Self-Supervised Vision Transformers (Caron et al. 2021)."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -3,8 +3,6 @@
 The plus is solo-learn's: both views are queries and both are keys.
 """
 
-from __future__ import annotations
-
 import torch
 from pydantic import Field
 

@@ -1,7 +1,5 @@
 """MoCo v3: Training Self-Supervised Vision Transformers (Chen, Xie & He 2021)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

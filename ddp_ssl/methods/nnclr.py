@@ -1,7 +1,5 @@
 """NNCLR: With a Little Help from My Friends (Dwibedi et al. 2021)."""
 
-from __future__ import annotations
-
 import torch
 from pydantic import Field
 

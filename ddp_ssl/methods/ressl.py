@@ -1,7 +1,5 @@
 """ReSSL: Relational Self-Supervised Learning with Weak Augmentation (Zheng et al. 2021)."""
 
-from __future__ import annotations
-
 import torch
 from pydantic import Field
 

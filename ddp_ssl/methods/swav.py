@@ -1,7 +1,5 @@
 """SwAV: Unsupervised Learning by Contrasting Cluster Assignments (Caron et al. 2020)."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

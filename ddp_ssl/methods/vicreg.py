@@ -1,7 +1,5 @@
 """VICReg: Variance-Invariance-Covariance Regularization (Bardes, Ponce & LeCun 2022)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

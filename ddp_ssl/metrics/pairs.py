@@ -1,7 +1,5 @@
 """Metrics of all pairs of rows; one pass in blocks serves mutual information and uniformity."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -117,9 +115,6 @@ def renyi_entropy(x: Tensor, comm: Comm = ONE_PROCESS) -> float:
     part = tall[comm.rank :: comm.world_size]
     square = float(comm.sum(part.T @ part).square().sum())
     return -math.log(max(square, 1.0) / rows**2)
-
-
-# --- sums over pairs, in blocks ------------------------------------------------------------------
 
 
 def pair_means(r: Tensor, z: Tensor, comm: Comm = ONE_PROCESS, chunk: int = CHUNK) -> PairMeans:

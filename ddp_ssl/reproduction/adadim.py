@@ -6,8 +6,6 @@ for all. The paper only says that it is weaker than the tuned one; here it is `w
 weaker symmetric scheme.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Tables: cells, each made of one run per seed, beside the published figures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache

@@ -1,7 +1,5 @@
 """Shared by the theory examples: claims that are checked, a text, a picture, an exit code."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """matplotlib, which is an extra of the package, and pictures as files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

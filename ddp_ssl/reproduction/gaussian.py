@@ -4,8 +4,6 @@ Figures 2 and 10 and Equations 1 and 3 of the paper. docs/theory.md says which s
 gives and which are a reconstruction.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,8 +36,6 @@ ACCEPTED_BY_STD: dict[tuple[int, int], tuple[float, ...]] = {
     (2, 25): (9.00, 8.99, 8.97, 8.88, 8.75, 8.45, 8.17, 7.84, 7.50, 7.33),
     (2, 50): (9.63, 9.63, 9.60, 9.51, 9.37, 9.04, 8.72, 8.31, 7.87, 7.60),
 }
-
-# --- I(R;Z) --------------------------------------------------------------------------------------
 
 
 def blobs(features: int, std: float, seed: int) -> Array:
@@ -134,9 +130,6 @@ def treatments(r: Array, z: Array) -> dict[str, float]:
         "pseudo-determinant": (log_det(s_r) - float(np.log(large).sum())) / 2,
         "relative floor 1e-3": information(r, z),
     }
-
-
-# --- the sweeps, and the values accepted ---------------------------------------------------------
 
 
 def row(samples: Sequence[Array]) -> dict[str, list[float]]:

@@ -1,7 +1,5 @@
 """AdaDim's simulation with a network in place of PCA: I(R;Z) over training (Figure 11)."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Sequence

@@ -11,8 +11,6 @@ or look. The paper's probabilities were lost in the text we have: rho > mu > nu 
 says of them, the values are ours.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from itertools import pairwise

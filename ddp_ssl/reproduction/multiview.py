@@ -5,8 +5,6 @@ Adam at 1e-3, 100 epochs, Barlow Twins or VICReg against the mean of all views, 
 number of views, else 3 / width, the law they fit.
 """
 
-from __future__ import annotations
-
 from itertools import product
 
 from ddp_ssl.reproduction.cells import Cell, Simulation, Table, published
@@ -245,8 +243,6 @@ def longer(dataset: str) -> list[Cell]:
         cells.append(Cell("barlow_twins", _row(k, 256), *made, paper))
     return cells
 
-
-# --- the list ----------------------------------------------------------------------------------
 
 P = "multi-view"
 TIME = (

@@ -8,8 +8,6 @@ C_ij^2 with C = W Gamma W^T, Gamma being the correlation of two augmentations of
 paper these are animations without numbers; what they show is checked here in figures.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from itertools import pairwise

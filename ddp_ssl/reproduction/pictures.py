@@ -1,7 +1,5 @@
 """The picture of a table: of ended runs, with the project's plotting tools."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Values of ended runs, and a table of them beside the published ones."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

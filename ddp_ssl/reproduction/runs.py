@@ -1,7 +1,5 @@
 """The runs of a table: their folders, whether they ended, and starting those that did not."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

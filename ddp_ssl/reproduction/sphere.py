@@ -9,8 +9,6 @@ picture and words; clusters, steps and repetitions are ours. Beside it the unifo
 covariance of uniform points, by number and dimension, with their closed forms.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ Formulas were lost in the text we have; these are read from its words and from t
 on (Zhai et al. 2023; HaoChen et al. 2021).
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass

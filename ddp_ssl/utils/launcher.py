@@ -1,7 +1,5 @@
 """The environment of the launcher: torchrun, srun with one task per GPU, or neither."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Progress lines of long work: of tools on stderr, of evaluations through the log."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

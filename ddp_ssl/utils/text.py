@@ -1,7 +1,5 @@
 """Text for messages."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """Shared by the benchmarks: contestants in turn within one process, and their tables."""
 
-from __future__ import annotations
-
 import gc
 import math
 import statistics

@@ -16,8 +16,6 @@ are then DALI's own `fn.readers.file` before the same graph, and the same images
 shards, read by offset and streamed.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import gc

@@ -9,8 +9,6 @@ together. Bytes are what operators read and write; the least time is theirs at `
 `tools/gpu_report.sh` measures on a GPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import sys

@@ -8,8 +8,6 @@ the logarithms. W is by shapes: one process of W, with made-up rows of the other
 minutes on two cores.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

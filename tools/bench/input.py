@@ -9,8 +9,6 @@ Then the loader runs alone. A GPU can reach a ratio of 1 if the loader alone is 
 training and loading share the cores, so the best ratio is that of added times; it is printed.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

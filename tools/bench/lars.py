@@ -8,8 +8,6 @@ stalls a GPU's host. lightly's and solo-learn's take part where they are install
 with solo-learn's LARS is loaded, so `pip install --no-deps solo-learn==1.0.2` is enough.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.util

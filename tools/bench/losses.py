@@ -7,8 +7,6 @@ way. `plain` is the formula written directly, differentiated by autograd. The la
 shapes of one process of eight at a global batch of 65,536 images, with made-up rows of the others.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 R and Z are random, `rows` x `width` in float32; one process, one thread unless told otherwise.
 """
 
-from __future__ import annotations
-
 import argparse
 import resource
 import time

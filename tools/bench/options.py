@@ -10,8 +10,6 @@ time is the processor's with one process on a CPU, the wall clock's with several
 on a GPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import socket

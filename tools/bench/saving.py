@@ -9,8 +9,6 @@ run's own next save does not come before the file is there, and a second core is
 `torch.save`, as other trainers call it, neither hashes nor waits for the disk.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools

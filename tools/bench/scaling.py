@@ -13,8 +13,6 @@ latency + bytes / rate of each call and measured, and the bytes that left the in
 needs root, `ip` and `tc`, and says so where they are missing; it removes the namespaces at the end.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

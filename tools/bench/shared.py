@@ -1,7 +1,5 @@
 """Shared by the benchmarks of the step: a run that they feed, processes with random images."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

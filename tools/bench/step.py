@@ -12,8 +12,6 @@ are compared in segments of so many steps. The work between epochs is not counte
 is written beside the steps (tools/bench/saving.py).
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import statistics

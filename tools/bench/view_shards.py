@@ -7,8 +7,6 @@ its CPU time in a step of `--batch` images with `--views` views of 224 px. The l
 that trains. The different V take turns.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

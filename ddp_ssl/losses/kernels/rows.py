@@ -1,7 +1,5 @@
 """Sums over the images of the global batch, from the rows that each process holds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor
