@@ -33,7 +33,6 @@ Exit code: 0 nothing failed, 1 something did, 2 the config cannot be used.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     return common.exit_code(lambda: _main(words))
 

@@ -19,7 +19,6 @@ from ddp_ssl.run.signals import stop_with_parent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
     stop_with_parent()
     words = sys.argv[1:] if arguments is None else arguments
     return common.exit_code(lambda: _run(*_parse(words)))

@@ -43,7 +43,6 @@ NOT_OF_DYNAMICS = ("run.name", "run.seed", "run.cache_mb")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
     stop_with_parent()
     words = sys.argv[1:] if arguments is None else arguments
     return common.exit_code(lambda: _main(words))
@@ -69,7 +68,6 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _parse(words: list[str]) -> tuple[str, Source, list[str]]:
-    """Command, source and the rest."""
     accepted = ", ".join(SECTIONS)
     if not words:
         raise ConfigError(f"the command is missing: one of {accepted}; --help says more")

@@ -42,7 +42,6 @@ def first_line(thing: type) -> str:
 
 
 def main() -> str:
-    """The whole page."""
     lines = [HEAD, resuming(), ""]
     rows = list(reference())
     for section, field in Config.model_fields.items():

@@ -166,6 +166,5 @@ class Report:
         return int(counts["fail"] > 0)
 
     def say(self, line: str) -> None:
-        """Print a line."""
         if self.speaks:
             print(line, flush=True)

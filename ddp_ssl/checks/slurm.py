@@ -38,7 +38,6 @@ def look_at_slurm(ctx: CheckContext, before: list[Any]) -> dict[str, Any] | None
 
 
 def ask(*words: str) -> str:
-    """The output of scontrol."""
     told = subprocess.run(
         ["scontrol", *words], capture_output=True, text=True, timeout=20, check=True
     )

@@ -77,7 +77,6 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises `ConfigError`, one line, for what it cannot parse."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise `ConfigError`."""
         raise ConfigError(f"{message}; --help says what is accepted")
 
 

@@ -16,7 +16,6 @@ PLOTS = {"dynamics": plot_dynamics.main, "balance": plot_balance.main}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
     kind, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if kind in PLOTS:
         return PLOTS[kind](rest)

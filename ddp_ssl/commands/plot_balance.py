@@ -200,7 +200,6 @@ def draw(groups: dict[str, list[Model]]) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """From the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="ddp-ssl plot balance", description=(__doc__ or "").partition("\n")[0]
     )

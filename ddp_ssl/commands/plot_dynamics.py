@@ -139,7 +139,6 @@ def draw(runs: Sequence[Run], centred: bool = False) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """From the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="ddp-ssl plot dynamics", description=(__doc__ or "").partition("\n")[0]
     )

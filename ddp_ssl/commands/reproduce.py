@@ -32,7 +32,6 @@ EVERYTHING = {each.name: each for each in (*adadim.TABLES, *multiview.TABLES)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
     try:
         code = _main(arguments)
         sys.stdout.flush()
@@ -96,7 +95,6 @@ def _costs(table: Table) -> str:
 
 
 def simulate(found: Simulation, options: argparse.Namespace) -> int:
-    """Run a simulation; returns its exit code."""
     out = (options.out / found.name).absolute()
     command = [sys.executable, *(part.format(out=out) for part in found.command)]
     print(shlex.join(command), flush=True)

@@ -47,7 +47,6 @@ from ddp_ssl.reproduction.gaussian_network import (
     train_networks,
 )
 
-
 COLOURS = ("#0072b2", "#d55e00", "#009e73")  # told apart without red and green
 
 
@@ -219,7 +218,6 @@ def _at_least(low: int) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """From the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="ddp-ssl simulate", description=(__doc__ or "").partition("\n")[0]
     )

@@ -230,7 +230,6 @@ def write_projector(
 def _about(
     pretrained: Pretrained, settings: EvaluateConfig, data: Dataset, name: str, split: Split
 ) -> dict[str, Any]:
-    """The origin of the features."""
     mean, std = settings.data.normalisation
     return {
         "weights": pretrained.description,

@@ -203,7 +203,6 @@ def _reservations(evaluation: Evaluation) -> list[str]:
 
 
 def _title(evaluation: Evaluation) -> str:
-    """The evaluation in a few words."""
     settings = evaluation.settings
     if evaluation.command == "linear":
         p = evaluation.protocol or protocol_of(settings.linear)

@@ -39,7 +39,6 @@ class Classifier(nn.Module):
         self.backbone, self.head = backbone, nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
         logits: Tensor = self.head(self.backbone(x).flatten(1))
         return logits
 

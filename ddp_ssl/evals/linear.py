@@ -164,7 +164,6 @@ class AugmentedSteps:
             yield features, batch.labels, batch.ids.cpu()
 
     def close(self) -> None:
-        """Close the pipeline."""
         self.loader.close()
 
 

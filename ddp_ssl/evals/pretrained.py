@@ -108,7 +108,6 @@ def load_pretrained(
 
 
 def _of_checkpoint(path: Path, config: Config, comm: Comm, sizes: Sequence[int]) -> Pretrained:
-    """Method, probe and backbone as they were."""
     state = read_checkpoint(path)
     learner = make_learner(config, state["model"], path, comm, sizes)
     method, step, epoch = learner.method, int(state["step"]), int(state["epoch"])

@@ -120,7 +120,6 @@ class DeepClusterV2(Method[DeepClusterV2Config]):
         self._cluster(context, 0)
 
     def after_epoch(self, context: Context) -> None:
-        """Cluster for the next epoch."""
         if context.epoch + 1 < context.epochs:
             self._cluster(context, context.epoch + 1)
 
@@ -152,13 +151,12 @@ class DeepClusterV2(Method[DeepClusterV2Config]):
         context.report({"rep/clusters_used": used / sum(self.settings.prototypes)})
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Memory and assignments."""
         if self.memory is None:
             return {}
         return {**self.memory.state(), "assignments": self.assignments}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Load both from a checkpoint: of the memory, this process's part."""
+        """Load memory and assignments: of the memory, this process's part."""
         self.memory = self.assignments = None
         if state:
             device = self.centroids(0).device

@@ -234,7 +234,6 @@ COLUMNS = {"probe": "accuracy", "rank": "effective_rank", "information": "mutual
 
 @cache
 def _models() -> list[dict[str, str]]:
-    """Table 18's lines, in its order."""
     with open(Path(__file__).with_name("adadim_table18.csv"), newline="") as file:
         return list(csv.DictReader(file))
 

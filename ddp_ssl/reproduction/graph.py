@@ -204,7 +204,6 @@ def draw(found: Found, file: Path) -> None:
 
 
 def main() -> int:
-    """From the command line; 1 if something does not agree."""
     title = "The augmentation graph of four images"
     return run("graph", title, ("draws", 2000), measure, checks, draw)
 

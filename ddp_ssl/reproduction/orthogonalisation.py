@@ -199,7 +199,6 @@ def draw(found: dict[str, Any], file: Path) -> None:
 
 
 def main() -> int:
-    """From the command line; 1 if something does not agree."""
     title = "Weak against strong orthogonalisation in two dimensions"
     return run("orthogonalisation", title, ("seeds", 50), measure, checks, draw)
 

@@ -201,7 +201,6 @@ def draw(found: Found, file: Path) -> None:
 
 
 def main() -> int:
-    """From the command line; 1 if something does not agree."""
     title = "Points on a sphere"
     return run("figure1c", title, ("repetitions", 50), measure, checks, draw)
 

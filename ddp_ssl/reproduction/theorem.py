@@ -335,7 +335,6 @@ def draw(found: Found, file: Path) -> None:
 
 
 def main() -> int:
-    """From the command line; 1 if something does not agree."""
     title = "Minimisers on finite graphs of augmentations"
     return run("theorem", title, ("starts", 5), measure, checks, draw)
 

@@ -9,7 +9,6 @@ together. Bytes are what operators read and write; the least time is theirs at `
 `tools/gpu_report.sh` measures on a GPU.
 """
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
@@ -25,6 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from compare import parser_of
 
 from ddp_ssl import distributed
 from ddp_ssl.distributed import ViewLayout, comm_stats
@@ -160,9 +162,7 @@ def count(name: str, norm: str, images: int, processes: int) -> tuple[Moved, int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--networks", nargs="+", default=["resnet50", "resnet18"])
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--processes", type=int, default=8)

@@ -8,7 +8,6 @@ the logarithms. W is by shapes: one process of W, with made-up rows of the other
 minutes on two cores.
 """
 
-import argparse
 import math
 import os
 import sys
@@ -26,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from compare import peak_mib
+from compare import OneOf, parser_of, peak_mib
 
 from ddp_ssl.checkpoint import store
 from ddp_ssl.comm import ONE_PROCESS, Comm
@@ -74,19 +73,6 @@ class Growth:
         """Slope over the last two sizes, where fixed costs count least."""
         (a, b), (x, y) = self.sizes[-2:], self.values[-2:]
         return math.log(y / x) / math.log(b / a)
-
-
-class OneOf(Comm):
-    """The shapes of one process of W; the others' rows are copies of its own."""
-
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x.repeat(1, self.world_size, *(1 for _ in x.shape[2:]))
-
-    def sum(self, x: Tensor) -> Tensor:
-        return x * self.world_size
 
 
 def cpu_ms(work: Callable[[], object], repeats: int) -> float:
@@ -253,10 +239,7 @@ def draw(grown: Sequence[Growth]) -> Any:
 
 
 def main() -> int:
-    """From the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there, too")
     parser.add_argument("--repeats", type=int, default=3)

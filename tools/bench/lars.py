@@ -8,7 +8,6 @@ stalls a GPU's host. lightly's and solo-learn's take part where they are install
 with solo-learn's LARS is loaded, so `pip install --no-deps solo-learn==1.0.2` is enough.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import sys
@@ -23,7 +22,7 @@ from torch import nn
 from ddp_ssl.optim import LARS, is_one_dimensional
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compare import device_line, in_turn, spread, verdict
+from compare import device_line, in_turn, parser_of, spread, verdict
 
 OURS = "ddp_ssl LARS"
 SYNCHRONISING = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero")
@@ -96,9 +95,7 @@ def _inside(event: torch.autograd.profiler_util.FunctionEvent) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")

@@ -15,7 +15,6 @@ from ddp_ssl import metrics
 
 
 def main() -> None:
-    """From the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--width", type=int, default=2048)

@@ -10,9 +10,7 @@ time is the processor's with one process on a CPU, the wall clock's with several
 on a GPU.
 """
 
-import argparse
 import functools
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compare import device_line, in_turn, spread, verdict
+from compare import device_line, free_port, in_turn, parser_of, spread, verdict
 from shared import join, learner_of, random_batch
 
 from ddp_ssl import distributed
@@ -119,16 +117,11 @@ def one(rank: int, size: int, port: int, arguments: list[str], repeats: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=11)
     options, arguments = parser.parse_known_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rest: tuple[Any, ...] = (options.processes, port, arguments, options.repeats)
+    rest: tuple[Any, ...] = (options.processes, free_port(), arguments, options.repeats)
     if options.processes == 1:
         one(0, *rest)
     else:

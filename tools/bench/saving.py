@@ -9,7 +9,6 @@ run's own next save does not come before the file is there, and a second core is
 `torch.save`, as other trainers call it, neither hashes nor waits for the disk.
 """
 
-import argparse
 import contextlib
 import itertools
 import shutil
@@ -29,7 +28,7 @@ from ddp_ssl.checkpoint.saver import Saver
 from ddp_ssl.models import projection_head
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compare import ENOUGH, device_line, interval, spread, verdict, where
+from compare import ENOUGH, device_line, interval, parser_of, spread, verdict, where
 
 OURS, NOTHING = "written beside training", "no checkpoint"
 PRODUCT = 768
@@ -78,9 +77,7 @@ class Ways:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--device", default="cpu")

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -41,6 +40,7 @@ from ddp_ssl.distributed import StopFlag, World, comm_stats
 from ddp_ssl.methods.base import Progress
 from ddp_ssl.run.configure import load
 from ddp_ssl.training.build import on_device
+from tools.bench.compare import free_port, parser_of
 from tools.bench.shared import ALPHA, CLASSES, join, learner_of, random_batch
 from tools.scaling_model import SUMS, Cluster, elapsed, record
 
@@ -146,9 +146,7 @@ def count_all(size: int, cases: dict[str, list[str]]) -> dict[str, Counts]:
     """The counts of rank 0 among `size` processes."""
     context = torch.multiprocessing.get_context("spawn")
     out = context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     workers = [
         context.Process(target=_rank_main, args=(rank, size, port, cases, out), daemon=True)
         for rank in range(size)
@@ -302,10 +300,7 @@ def over_link(arguments: list[str], mbit: float, repeats: int) -> None:
 
 
 def main() -> int:
-    """From the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("arguments", nargs="*", metavar="key=value", help="with --link")
     parser.add_argument("--ranks", default="1,2,4,8", help="default: %(default)s")
     parser.add_argument("--only", choices=sorted(CASES), metavar="CASE", help=", ".join(CASES))
