@@ -168,9 +168,7 @@ def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
 
 def judge_cores(ctx: CheckContext, facts: list[dict[str, Any]]) -> Iterator[Finding]:
     found: list[Finding] = []
-    hosts: dict[str, list[int]] = {}
-    for rank, host in enumerate(ctx.hosts):
-        hosts.setdefault(host, []).append(rank)
+    hosts = by_value(ctx.hosts)
     unset = [r for ranks in hosts.values() if len(ranks) > 1 for r in ranks if not facts[r]["omp"]]
     if unset:
         text = f"OMP_NUM_THREADS is unset with several processes on a host ({ctx.who(unset)})"

@@ -73,6 +73,19 @@ def describe_keys(
         yield f"  {key}  ({kind}, default {default})\n      {text}"
 
 
+def written(tool: str, make: Callable[[], Iterable[Path]]) -> int:
+    """Print the paths of the files that `make` writes; an error is one line, and exit code 2."""
+    try:
+        print("\n".join(map(str, make())))
+    except (OSError, ValueError) as error:
+        text = error
+        if isinstance(error, OSError):
+            text = f"{error.filename}: {error.strerror}"
+        print(f"{tool}: error: {text}", file=sys.stderr)
+        return UNUSABLE
+    return 0
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that raises `ConfigError`, one line, for what it cannot parse."""
 

@@ -13,7 +13,6 @@ tries them again, and starts the others. docs/reproduction.md says more.
 """
 
 import argparse
-import difflib
 import json
 import os
 import shlex
@@ -27,6 +26,7 @@ from ddp_ssl.commands import common, submit_options
 from ddp_ssl.config import ConfigError
 from ddp_ssl.reproduction import adadim, configs, cost, multiview, pictures, results, runs
 from ddp_ssl.reproduction.cells import Simulation, Table
+from ddp_ssl.utils.text import suggest
 
 EVERYTHING = {each.name: each for each in (*adadim.TABLES, *multiview.TABLES)}
 
@@ -56,9 +56,7 @@ def _main(arguments: Sequence[str] | None) -> int:
             raise ConfigError("a table or figure is missing; --list names them")
         found = EVERYTHING.get(options.table)
         if found is None:
-            names = ", ".join(EVERYTHING)
-            close = difflib.get_close_matches(options.table, EVERYTHING, 1)
-            hint = f"; did you mean {close[0]}?" if close else f"; accepted: {names}"
+            hint = suggest(options.table, EVERYTHING) or f"; accepted: {', '.join(EVERYTHING)}"
             raise ConfigError(f"{options.table}: no such table or figure{hint}")
         if isinstance(found, Simulation):
             return simulate(found, options)

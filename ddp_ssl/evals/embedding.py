@@ -25,7 +25,7 @@ from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import World
 from ddp_ssl.distributed.agreement import on_all_ranks
-from ddp_ssl.evals.features import Block, Extractor, gather_rows, teller
+from ddp_ssl.evals.features import Block, Extractor, gather_rows, some_of, teller
 from ddp_ssl.evals.pretrained import Pretrained, prepare
 from ddp_ssl.evals.settings import EvaluateConfig
 from ddp_ssl.evals.weights import Source
@@ -93,7 +93,7 @@ def project(
     world: World,
 ) -> None:
     """Make thumbnails on all processes; write the projector's files on rank 0."""
-    shown = _some(ids, points, settings.run.seed)
+    shown = some_of(ids, points, np.random.default_rng(settings.run.seed))
     extractor = Extractor(
         Thumbnails(settings).to(world.device),
         3 * THUMBNAIL**2,
@@ -262,10 +262,3 @@ def _make_room(wanted: Wanted) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ValueError(f"--{key}: {folder} cannot be created: {error.strerror}") from None
-
-
-def _some(ids: Array, at_most: int, seed: int) -> Array:
-    """Sorted ids of all images, or of a seeded subset."""
-    if len(ids) <= at_most:
-        return ids
-    return np.sort(np.random.default_rng(seed).choice(ids, at_most, replace=False))

@@ -21,13 +21,7 @@ from ddp_ssl.evals.knn import evaluate_knn
 from ddp_ssl.evals.linear import evaluate_linear
 from ddp_ssl.evals.pretrained import Pretrained, prepare
 from ddp_ssl.evals.report import Report
-from ddp_ssl.evals.settings import (
-    OF_PRETRAINING,
-    SECTIONS,
-    EvaluateConfig,
-    Protocol,
-    protocol_of,
-)
+from ddp_ssl.evals.settings import OF_PRETRAINING, SECTIONS, EvaluateConfig, Protocol, protocol_of
 from ddp_ssl.evals.weights import Source
 from ddp_ssl.run import environment
 from ddp_ssl.utils.files import replace_text

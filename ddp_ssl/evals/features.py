@@ -280,6 +280,11 @@ def _part(total: int, rank: int, size: int) -> slice:
     return slice(rank * total // size, (rank + 1) * total // size)
 
 
+def some_of(ids: Ids, at_most: int, chooser: np.random.Generator) -> Ids:
+    """Sorted ids: all of them, or a random subset."""
+    return ids if len(ids) <= at_most else np.sort(chooser.choice(ids, at_most, replace=False))
+
+
 def gather_rows(x: Tensor, comm: Comm, device: torch.device) -> Tensor:
     """Rows `[m_r, ...]` of all processes, `[sum m_r, ...]` in rank order, on the CPU."""
     if comm.world_size == 1:

@@ -24,8 +24,9 @@ from ddp_ssl.distributed import (
 )
 from ddp_ssl.evals.accuracy import Accuracy
 from ddp_ssl.evals.features import Extractor
-from ddp_ssl.evals.linear import random_crops, score
+from ddp_ssl.evals.linear import fitting_batch, random_crops, score
 from ddp_ssl.evals.settings import EvaluateConfig
+from ddp_ssl.evals.weights import seeded
 from ddp_ssl.methods.base import trainable
 from ddp_ssl.utils.progress import Ticker
 from ddp_ssl.utils.seeds import hashed
@@ -75,17 +76,12 @@ def _one_seed(
     if f.fraction < 1:
         chosen = selection.fraction_of(train.labels, f.fraction, seed)
         train = train.subset(np.flatnonzero(chosen))
-    size = world.size
-    batch = min(f.batch_size, len(train)) // size * size
+    batch = fitting_batch(extractor, "finetune", f.batch_size, len(train))
     if batch == 0:
         raise ConfigError(
-            f"finetune.fraction: {f.fraction} leaves {len(train)} images for {size} processes"
+            f"finetune.fraction: {f.fraction} leaves {len(train)} images for {world.size} processes"
         )
-    if batch != f.batch_size:
-        extractor.tell(f"finetune.batch_size: {batch} instead of {f.batch_size}, for {size} "
-                       f"process(es) and {len(train)} images")  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(hashed(seed, "finetune"))
+    with seeded(hashed(seed, "finetune")):
         model = Classifier(copy.deepcopy(extractor.backbone), extractor.width, classes)
     layout = _global_norm(model)
     model.to(device).requires_grad_(True)

@@ -59,11 +59,11 @@ def evaluate_linear(
     if choosing:
         held = selection.held_out(train.labels, settings.linear.held_out)
     if settings.linear.augment:
-        batch = fitting_batch(protocol, len(train), comm)
-        if batch != protocol.batch_size:
-            extractor.tell(
-                f"linear.batch_size: {batch} instead of {protocol.batch_size}, for "
-                f"{comm.world_size} process(es) and {len(train)} images"
+        batch = fitting_batch(extractor, "linear", protocol.batch_size, len(train))
+        if batch == 0:
+            raise ConfigError(
+                f"data.name: {len(train)} training images are too few for {comm.world_size} "
+                "processes"
             )
         protocol = replace(protocol, batch_size=batch)
         kept = train.subset(np.flatnonzero(held))
@@ -89,24 +89,22 @@ def evaluate_linear(
             scores = [score(h, probe_block, classes, comm, extractor.device) for h in heads[rates:]]
             held_out = [s.top1 if ok else 0.0 for s, ok in zip(scores, finite[rates:], strict=True)]
         results.append(LinearResult(seed, accuracies, held_out, finite[:rates]))
-    return protocol, results, _chosen(results) if choosing else None
-
-
-def _chosen(results: Sequence[LinearResult]) -> int:
-    """Index of the rate with the best mean accuracy on held-out images; the first among equals."""
+    if not choosing:
+        return protocol, results, None
+    # The best mean accuracy on held-out images; the first among equals.
     means = np.mean([result.held_out or [] for result in results], axis=0)
-    return int(means.argmax())
+    return protocol, results, int(means.argmax())
 
 
-def fitting_batch(protocol: Protocol, images: int, comm: Comm) -> int:
-    """The largest batch up to the protocol's that the images fill and the processes share evenly.
-
-    Raises `ConfigError` if there are fewer images than processes.
-    """
-    size = comm.world_size
-    batch = min(protocol.batch_size, images) // size * size
-    if batch == 0:
-        raise ConfigError(f"data.name: {images} training images are too few for {size} processes")
+def fitting_batch(extractor: Extractor, section: str, asked: int, images: int) -> int:
+    """The largest batch up to `asked` that the images fill and the processes share evenly, or 0."""
+    size = extractor.comm.world_size
+    batch = min(asked, images) // size * size
+    if 0 < batch != asked:
+        extractor.tell(
+            f"{section}.batch_size: {batch} instead of {asked}, for {size} process(es) and "
+            f"{images} images"
+        )
     return batch
 
 

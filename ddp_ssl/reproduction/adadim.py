@@ -28,6 +28,8 @@ SETS = {
     "organc": (28, True),
     "inat21": (224, False),
 }
+Made = tuple[str, str, tuple[str, ...]]  # name of the run, its base, overrides
+
 SIX = ("cifar100", "cifar10", "tiny_imagenet", "cinic10", "blood", "organs")
 METHODS = {
     "SimCLR": "simclr",
@@ -61,7 +63,7 @@ def on(dataset: str) -> tuple[str, ...]:
     )
 
 
-def tuned(method: str, dataset: str) -> tuple[str, str, tuple[str, ...]]:
+def tuned(method: str, dataset: str) -> Made:
     """Name, base and overrides of a method's own recipe."""
     return f"tuned-{method}", f"cifar/{method}.yaml", on(dataset)
 
@@ -69,7 +71,7 @@ def tuned(method: str, dataset: str) -> tuple[str, str, tuple[str, ...]]:
 WEAK = ("data.views.0.recipe=weak", "data.views.0.blur_p=null")
 
 
-def balanced(name: str, dataset: str, *overrides: str) -> tuple[str, str, tuple[str, ...]]:
+def balanced(name: str, dataset: str, *overrides: str) -> Made:
     """A row of the ablation in the standardised setting: `alpha_0.5`, `beta_off`, `adadim`."""
     base = {"simclr": "simclr_mi", "vicreg": "vicreg_mi"}.get(name, name)
     folder = "cifar" if base in ("adadim", "simclr_mi", "vicreg_mi") else "cifar/ablation"
@@ -78,7 +80,7 @@ def balanced(name: str, dataset: str, *overrides: str) -> tuple[str, str, tuple[
     return run, f"{folder}/{base}.yaml", (*on(dataset), *WEAK, *without, *overrides)
 
 
-def alpha(value: float, dataset: str, *overrides: str) -> tuple[str, str, tuple[str, ...]]:
+def alpha(value: float, dataset: str, *overrides: str) -> Made:
     """Alpha fixed, no mutual information term, standardised setting; 0 is VICReg."""
     if value == 0:
         return balanced("vicreg", dataset, *overrides)
@@ -87,7 +89,7 @@ def alpha(value: float, dataset: str, *overrides: str) -> tuple[str, str, tuple[
     return name, base, (*rest, f"method.alpha_value={value:g}")
 
 
-def standard(method: str, dataset: str, *overrides: str) -> tuple[str, str, tuple[str, ...]]:
+def standard(method: str, dataset: str, *overrides: str) -> Made:
     """A baseline in the standardised setting, Table 17."""
     run = "-".join(["standard", method, *(_short(o) for o in overrides)])
     rest = (*on(dataset), *WEAK, *TABLE_17.get(method, ()), *overrides)
@@ -100,15 +102,8 @@ def _short(override: str) -> str:
     return f"{key.rpartition('.')[2]}_{plain}"
 
 
-def _cell(
-    table: str,
-    group: str,
-    row: str,
-    made: tuple[str, str, tuple[str, ...]],
-    dataset: str | None = None,
-) -> Cell:
-    run, base, overrides = made
-    return Cell(group, row, run, base, overrides, published(table, row, dataset or group))
+def _cell(table: str, dataset: str, row: str, made: Made) -> Cell:
+    return Cell(dataset, row, *made, published(table, row, dataset))
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -261,7 +256,7 @@ def table3(dataset: str) -> list[Cell]:
 END = ("probe", "rank", "information")
 
 
-def _rows(group: str, rows: dict[str, tuple[str, str, tuple[str, ...]]]) -> list[Cell]:
+def _rows(group: str, rows: dict[str, Made]) -> list[Cell]:
     return [Cell(group, row, *made) for row, made in rows.items()]
 
 

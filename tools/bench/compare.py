@@ -97,7 +97,7 @@ def peak_mib(work: Work, device: torch.device) -> float:
 def spread(values: list[float], digits: int = 1) -> str:
     """`median (min to max)`."""
     middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
 ENOUGH = 6  # values below which no two of them hold the median in 95 % of cases

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torchvision
+from compare import spread
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -335,30 +336,24 @@ def table(title: str, runs: dict[str, list[Run]], views: int) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     first = next(iter(runs.values()))
-    cost, speed = middle([r.ms for r in first]), middle([r.rate for r in first])
+    cost, speed = (
+        statistics.median([r.ms for r in first]),
+        statistics.median([r.rate for r in first]),
+    )
     for name, turns in runs.items():
         ms, rate = [run.ms for run in turns], [run.rate for run in turns]
-        per_core = 1000 / middle(ms)
+        per_core = 1000 / statistics.median(ms)
         cells = [
             name,
-            spread(ms, 3 if middle(ms) < 2 else 2),
+            spread(ms, 3 if statistics.median(ms) < 2 else 2),
             f"{per_core:,.0f}",
             f"{views * per_core:,.0f}",
             spread(rate, 0),
-            f"{middle(ms) / cost:.2f}",
-            f"{speed / middle(rate):.2f}",
+            f"{statistics.median(ms) / cost:.2f}",
+            f"{speed / statistics.median(rate):.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def middle(values: list[float]) -> float:
-    return statistics.median(values)
-
-
-def spread(values: list[float], digits: int) -> str:
-    low, high = min(values), max(values)
-    return f"{middle(values):,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
 def augmentations(args: argparse.Namespace) -> Iterator[str]:

@@ -10,23 +10,17 @@ together. Bytes are what operators read and write; the least time is theirs at `
 """
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import timm
 import torch
+from compare import parser_of
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).parent))
-
-from compare import parser_of
 
 from ddp_ssl import distributed
 from ddp_ssl.distributed import ViewLayout, comm_stats

@@ -20,12 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).parent))
-
 from compare import OneOf, parser_of, peak_mib
+from torch import Tensor
 
 from ddp_ssl.checkpoint import store
 from ddp_ssl.comm import ONE_PROCESS, Comm

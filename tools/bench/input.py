@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from ddp_ssl.data.batch import Batch
-from ddp_ssl.training.job import Job
-
-sys.path.insert(0, str(Path(__file__).parent))
 from compare import device_line, parser_of, spread, where
 from data import write_pictures
 from shared import trained
+
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.training.job import Job
 
 
 class Alternating:

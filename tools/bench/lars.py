@@ -10,19 +10,16 @@ with solo-learn's LARS is loaded, so `pip install --no-deps solo-learn==1.0.2` i
 
 import contextlib
 import importlib.util
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
+from compare import device_line, in_turn, parser_of, spread, verdict
 from torch import nn
 
 from ddp_ssl.optim import LARS, is_one_dimensional
-
-sys.path.insert(0, str(Path(__file__).parent))
-from compare import device_line, in_turn, parser_of, spread, verdict
 
 OURS = "ddp_ssl LARS"
 SYNCHRONISING = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero")

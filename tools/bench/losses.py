@@ -7,18 +7,14 @@ way. `plain` is the formula written directly, differentiated by autograd. The la
 shapes of one process of eight at a global batch of 65,536 images, with made-up rows of the others.
 """
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from compare import OneOf, device_line, in_turn, parser_of, peak_mib, table
 from torch import Tensor
 from torch.nn import functional as F
 
 from ddp_ssl.losses import barlow_twins, info_nce, mutual_information, vicreg
-
-sys.path.insert(0, str(Path(__file__).parent))
-from compare import OneOf, device_line, in_turn, parser_of, peak_mib, table
 
 Loss = Callable[[Tensor], Tensor]
 OURS = "ddp_ssl"

@@ -14,17 +14,14 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-
-sys.path.insert(0, str(Path(__file__).parent))
 from compare import device_line, free_port, in_turn, parser_of, spread, verdict
 from shared import join, learner_of, random_batch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ddp_ssl import distributed
 from ddp_ssl.data.batch import Batch

@@ -13,7 +13,6 @@ import contextlib
 import itertools
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,13 +21,11 @@ from typing import Any
 
 import timm
 import torch
+from compare import ENOUGH, device_line, interval, parser_of, spread, verdict, where
 
 from ddp_ssl.checkpoint import store
 from ddp_ssl.checkpoint.saver import Saver
 from ddp_ssl.models import projection_head
-
-sys.path.insert(0, str(Path(__file__).parent))
-from compare import ENOUGH, device_line, interval, parser_of, spread, verdict, where
 
 OURS, NOTHING = "written beside training", "no checkpoint"
 PRODUCT = 768

@@ -17,19 +17,16 @@ import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from compare import device_line, parser_of, spread, where
+from shared import trained
 
 from ddp_ssl import optim
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.training.build import parameter_groups
 from ddp_ssl.training.job import Job
-
-sys.path.insert(0, str(Path(__file__).parent))
-from compare import device_line, parser_of, spread, where
-from shared import trained
 
 
 class Turns:

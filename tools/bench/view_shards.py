@@ -8,11 +8,12 @@ that trains. The different V take turns.
 """
 
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from compare import parser_of
+from data import endless, split_of, write_pictures
 
 from ddp_ssl.config import ViewGroup
 from ddp_ssl.config.views import views_of
@@ -21,10 +22,6 @@ from ddp_ssl.data.loading.formats import PixelFormat
 from ddp_ssl.data.loading.loader import TrainLoader
 from ddp_ssl.data.loading.order import Order
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
-
-sys.path.insert(0, str(Path(__file__).parent))
-from compare import parser_of
-from data import endless, split_of, write_pictures
 
 STEPS = 8
 
