@@ -43,6 +43,7 @@ from ddp_ssl.methods._registry import make_method
 from ddp_ssl.methods.base import Progress
 from ddp_ssl.metrics.effective_rank import GATHERED
 from ddp_ssl.models import build_backbone
+from ddp_ssl.reproduction.figures import pyplot
 from ddp_ssl.run.configure import load
 from ddp_ssl.training.measurement import AHEAD
 
@@ -441,7 +442,10 @@ def predict(
     )
     work = terms["network"] + terms["loss"]
     notes: list[str] = []
-    terms["waiting for the slowest"] = work * cluster.jitter * slowest_of(step.ranks)
+    # The expected maximum of so many standard normal numbers (Blom 1958).
+    quantile = (step.ranks - 0.375) / (step.ranks + 0.25)
+    slowest = NormalDist().inv_cdf(quantile) if step.ranks > 1 else 0.0
+    terms["waiting for the slowest"] = work * cluster.jitter * slowest
     terms["measuring alpha"] = terms["between epochs"] = 0.0
     if images is None:
         notes.append(
@@ -463,11 +467,6 @@ def predict(
     return Prediction(
         step.ranks, terms, counts, hidden, images_here / sum(terms.values()), notes=notes
     )
-
-
-def slowest_of(ranks: int) -> float:
-    """Expected maximum of `ranks` standard normal numbers (Blom 1958)."""
-    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
 
 
 def alpha_seconds(
@@ -690,12 +689,7 @@ def verdict(base: Prediction, variants: dict[str, Prediction], target: float) ->
 
 def draw(curves: dict[str, list[Prediction]], target: float, title: str) -> Any:
     """A matplotlib figure: efficiency over GPUs, and the terms of the first curve."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12.5, 4.8), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(12.5, 4.8), layout="constrained")
     for name, curve in curves.items():
         ranks = [p.ranks for p in curve]
         left.plot(
@@ -748,10 +742,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         return _run(options)
-    except ModuleNotFoundError as error:
-        print(
-            f"scaling_model: {error.name} is needed: pip install 'ddp_ssl[plots]'", file=sys.stderr
-        )
     except OSError as error:
         print(f"scaling_model: error: {error.filename}: {error.strerror}", file=sys.stderr)
     except ValueError as error:

@@ -81,7 +81,7 @@ def draw_pca(results: dict[str, Any], out: Path) -> None:
     for axis in axes[:, 2]:
         axis.legend(frameon=False, fontsize=9)
         _log_std(axis)
-    _save(figure, out / "simulation")
+    figures.save(figure, out / "simulation", 130)
 
 
 def draw_network(found: dict[str, list[list[float]]], out: Path) -> None:
@@ -96,13 +96,13 @@ def draw_network(found: dict[str, list[list[float]]], out: Path) -> None:
         axis.set(title={"simclr": "SimCLR", "vicreg": "VICReg"}[loss], xlabel="epoch")
         axis.legend(frameon=False, loc="lower right")
     axes[0, 0].set(ylabel="I(R;Z), nats")
-    _save(figure, out / "simulation_network")
+    figures.save(figure, out / "simulation_network", 130)
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
     pyplot = figures.pyplot()
-    pyplot.rcParams.update({"svg.hashsalt": "ddp_ssl", "axes.spines.top": False})
-    pyplot.rcParams.update({"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
+    pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    pyplot.rcParams.update({"axes.grid": True, "grid.alpha": 0.25})
     figure, axes = pyplot.subplots(
         rows, columns, figsize=size, squeeze=False, layout="constrained", **options
     )
@@ -120,11 +120,6 @@ def _log_std(axis: Any) -> None:
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
     axis.set_xlabel("cluster std")
-
-
-def _save(figure: Any, stem: Path) -> None:
-    figure.savefig(stem.with_suffix(".png"), dpi=130)
-    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
 
 
 def run_treatments(seeds: Sequence[int]) -> None:
@@ -248,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         wrong = run_pca(options.out, range(first, first + options.repetitions))
     took = time.perf_counter() - start
-    print(f"\n{took:.0f} s; figures and numbers are in {options.out}")
+    print(f"\n{took:.0f} s; pictures and numbers are in {options.out}")
     for line in wrong:
         print(f"off: {line}", file=sys.stderr)
     print("all values and trends as accepted" if not wrong else f"{len(wrong)} off")

@@ -9,7 +9,6 @@ measured again, so an interrupted measurement continues. Rows of other settings 
 import contextlib
 import hashlib
 import json
-import logging
 import math
 import os
 import time
@@ -35,9 +34,8 @@ from ddp_ssl.evals.validation import Validation
 from ddp_ssl.evals.weights import fill, make_learner, read_checkpoint
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.utils.files import replace_text
+from ddp_ssl.utils.progress import logger
 from ddp_ssl.utils.text import markdown_lines
-
-logger = logging.getLogger("ddp_ssl")
 
 FILE = "dynamics.jsonl"
 

@@ -6,7 +6,6 @@ docs/export.md says what is in the files.
 import contextlib
 import io
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,9 +30,9 @@ from ddp_ssl.evals.settings import EvaluateConfig
 from ddp_ssl.evals.weights import Source
 from ddp_ssl.run import environment
 from ddp_ssl.utils.files import replaced
+from ddp_ssl.utils.progress import logger
 from ddp_ssl.utils.text import one_line
 
-logger = logging.getLogger("ddp_ssl")
 Array = npt.NDArray[Any]
 
 THUMBNAIL = 32  # pixels; a projector's sprite has 8192 x 8192 at most

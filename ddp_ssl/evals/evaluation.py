@@ -151,6 +151,7 @@ def finish(
     kind = f"linear_{evaluation.settings.linear.protocol}" if command == "linear" else command
     name = evaluation.settings.run.name or f"{kind}-{data.name}-{stem}"
     path = report.free_name(evaluation.folder, name, settings)
+    mean, std = evaluation.settings.data.normalisation
     facts = {
         "command": command,
         "source": evaluation.source.text,
@@ -158,7 +159,17 @@ def finish(
         "weights_sha256": weights.digest,
         "step": weights.step,
         "epoch": weights.epoch,
-        "data": _data_facts(evaluation),
+        "data": {
+            "name": data.name,
+            "training_images": len(evaluation.train),
+            "test_images": len(evaluation.val),
+            "training_digest": evaluation.train.digest[:12],
+            "test_digest": evaluation.val.digest[:12],
+            "classes": list(data.class_names),
+            "image_size": evaluation.settings.image_size,
+            "mean": mean,
+            "std": std,
+        },
         "settings": settings,
         "batch_size": evaluation.protocol and evaluation.protocol.batch_size,
         "processes": evaluation.world.size,
@@ -224,18 +235,3 @@ def _settings(evaluation: Evaluation) -> dict[str, Any]:
         used["data"].pop(key.partition(".")[2], None)
     used["run"] = {"seed": tree["run"]["seed"]}
     return used | {"weights": evaluation.pretrained.digest}
-
-
-def _data_facts(evaluation: Evaluation) -> dict[str, Any]:
-    mean, std = evaluation.settings.data.normalisation
-    return {
-        "name": evaluation.data.name,
-        "training_images": len(evaluation.train),
-        "test_images": len(evaluation.val),
-        "training_digest": evaluation.train.digest[:12],
-        "test_digest": evaluation.val.digest[:12],
-        "classes": list(evaluation.data.class_names),
-        "image_size": evaluation.settings.image_size,
-        "mean": mean,
-        "std": std,
-    }

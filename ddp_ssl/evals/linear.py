@@ -205,7 +205,11 @@ def train_heads(
     rates = protocol.peaks * (1 if held is None else 2)
     heads = [_head(width, classes, seed).to(device) for _ in rates]
     parameters = [p for head in heads for p in head.parameters()]
-    optimizer = _optimizer(heads, rates, protocol)
+    groups = [{"params": list(h.parameters()), "lr": r} for h, r in zip(heads, rates, strict=True)]
+    decay = protocol.weight_decay
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(groups, weight_decay=decay)
+    if protocol.name == "sgd":
+        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=decay)
     ticker = Ticker(f"linear, seed {seed}, epochs", protocol.epochs, comm.rank == 0)
     step, total = 0, protocol.epochs * steps.per_epoch
     for epoch in range(protocol.epochs):
@@ -243,15 +247,6 @@ def _head(width: int, classes: int, seed: int) -> nn.Linear:
     nn.init.normal_(head.weight, std=0.01, generator=generator)
     nn.init.zeros_(head.bias)
     return head
-
-
-def _optimizer(
-    heads: Sequence[nn.Linear], rates: Sequence[float], protocol: Protocol
-) -> torch.optim.Optimizer:
-    groups = [{"params": list(h.parameters()), "lr": r} for h, r in zip(heads, rates, strict=True)]
-    if protocol.name == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, weight_decay=protocol.weight_decay)
-    return torch.optim.Adam(groups, weight_decay=protocol.weight_decay)
 
 
 @torch.no_grad()

@@ -68,15 +68,11 @@ def find_source(text: str) -> Source:
         raise ConfigError(f"{path}: the weights come first, then the YAML; {accepted}")
     folder = path.absolute().parent
     for home in (folder, folder.parent if folder.name == "checkpoints" else folder):
-        if is_run(home):
+        # Other programs write a `config.yaml` beside weights too.
+        made = (home / "metrics.jsonl").is_file() or (home / "checkpoints").is_dir()
+        if made and (home / "config.yaml").is_file():
             return Source(text, home=home, file=path)
     return Source(text, file=path)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's. Other programs write a `config.yaml` beside weights too."""
-    made = (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
-    return made and (folder / "config.yaml").is_file()
 
 
 def checkpoint_of(source: Source) -> Path:

@@ -20,15 +20,15 @@ def pyplot() -> Any:
     return pyplot
 
 
-def save(figure: Any, path: Path) -> list[Path]:
+def save(figure: Any, path: Path, dpi: int = 110) -> list[Path]:
     """Write the picture as PNG and as SVG, whatever the suffix of `path`; returns both paths."""
     import matplotlib
 
-    # The same bytes for the same figures: no date, no random ids.
+    # The same bytes for the same values: no date, no random ids.
     matplotlib.rcParams.update({"svg.hashsalt": "ddp_ssl", "svg.fonttype": "none"})
     path.parent.mkdir(parents=True, exist_ok=True)
     png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
-    figure.savefig(png, dpi=110)
+    figure.savefig(png, dpi=dpi)
     figure.savefig(svg, metadata={"Date": None})
     return [png, svg]
 

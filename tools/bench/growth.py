@@ -30,6 +30,7 @@ from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.losses import barlow_twins, info_nce, mutual_information, vicreg
 from ddp_ssl.methods._registry import make_method
+from ddp_ssl.reproduction.figures import pyplot
 from ddp_ssl.run.configure import load
 
 CPU = torch.device("cpu")
@@ -200,17 +201,12 @@ def table(grown: Sequence[Growth]) -> str:
 
 def draw(grown: Sequence[Growth]) -> Any:
     """A matplotlib figure: a panel for each range and unit of several lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels: dict[tuple[str, str], list[Growth]] = {}
     for g in grown:
         panels.setdefault((g.over, g.unit), []).append(g)
     columns = 4
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(
+    figure, axes = pyplot().subplots(
         rows, columns, figsize=(4.1 * columns, 3.5 * rows), layout="constrained", squeeze=False
     )
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(g.what for g in grown))}
