@@ -20,6 +20,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ddp_ssl.commands import common, submit_options
@@ -154,10 +155,7 @@ def _start(
     missing: list[runs.Run], dataset: str, roots: dict[str, str], options: argparse.Namespace
 ) -> list[str]:
     """Run or submit the missing runs; returns the failures."""
-
-    def tell(line: str) -> None:
-        print(line, flush=True)
-
+    tell = partial(print, flush=True)
     if options.launcher == "slurm":
         words = shlex.split(options.submit)
         commands = runs.submit_commands(missing, words, submit_options.for_evaluation(words), roots)

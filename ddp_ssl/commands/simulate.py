@@ -32,7 +32,6 @@ from ddp_ssl.reproduction.gaussian import (
     FEATURES,
     SAMPLES,
     STDS,
-    Array,
     blobs,
     compare,
     missed_trends,
@@ -63,7 +62,7 @@ def draw_pca(results: dict[str, Any], out: Path) -> None:
         curves = {c: v for c, v in results[panel].items() if c[0] == components}
         for colour, ((_, fixed), curve) in zip(COLOURS, curves.items(), strict=False):
             name = f"cluster std {fixed:g}" if panel == "features" else f"{fixed} features"
-            _band(axis, positions, np.array(curve["mean"]), np.array(curve["sd"]), colour, name)
+            _band(axis, positions, curve, colour, name)
         axis.set(title=title, ylabel="I(R;Z), nats")
         axis.legend(frameon=False, fontsize=9)
         if panel == "features":
@@ -72,10 +71,9 @@ def draw_pca(results: dict[str, Any], out: Path) -> None:
             _log_std(axis)
     names = (r"$\log|\Sigma_R|$", r"$\log|\Sigma_{R|Z}|_+$", r"$\log|\Sigma_Z|$")
     for colour, name, term in zip(COLOURS, names, results["terms"].values(), strict=True):
-        _band(axes[0, 2], STDS, np.array(term["mean"]), np.array(term["sd"]), colour, name)
+        _band(axes[0, 2], STDS, term, colour, name)
     for colour, (k, share) in zip(COLOURS, results["kept"].items(), strict=False):
-        mean, sd = np.array(share["mean"]), np.array(share["sd"])
-        _band(axes[1, 2], STDS, mean, sd, colour, f"k = {k}")
+        _band(axes[1, 2], STDS, share, colour, f"k = {k}")
     axes[0, 2].set(title="(e) the terms, k = 2, n = 25", ylabel="nats")
     axes[1, 2].set(title="(f) variance of R that Z keeps, n = 25", ylabel="share", ylim=(0, 1.05))
     for axis in axes[:, 2]:
@@ -109,7 +107,8 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) 
     return figure, axes
 
 
-def _band(axis: Any, x: Sequence[float], mean: Array, sd: Array, colour: str, name: str) -> None:
+def _band(axis: Any, x: Sequence[float], curve: dict[str, Any], colour: str, name: str) -> None:
+    mean, sd = np.array(curve["mean"]), np.array(curve["sd"])
     axis.plot(x, mean, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=name)
     axis.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.18, linewidth=0)
 
@@ -142,23 +141,24 @@ def run_treatments(seeds: Sequence[int]) -> None:
         print()
 
 
+def _print(title: str, positions: Sequence[float], terms: dict[str, Any]) -> None:
+    print(f"{title:<28}" + "".join(f"{x:>7g}" for x in positions))
+    for name, term in terms.items():
+        print(f"  {name:<26}" + "".join(f"{v:>7.1f}" for v in term["mean"]))
+
+
 def run_pca(out: Path, seeds: Sequence[int]) -> list[str]:
     """Simulate, print, draw; returns a line for each value or trend that is off."""
     results = sweep(seeds)
     lines, off = compare(results, len(seeds))
     print(f"I(R;Z) in nats, {len(seeds)} repetitions, k principal components of n features\n")
     print("\n".join(lines))
-    print(f"{'terms, k = 2, n = 25; std =':<28}" + "".join(f"{s:>7g}" for s in STDS))
-    for name, term in results["terms"].items():
-        print(f"  {name:<26}" + "".join(f"{v:>7.1f}" for v in term["mean"]))
+    _print("terms, k = 2, n = 25; std =", STDS, results["terms"])
     for (k, moving), bound in results["bound"].items():
         positions, fixed = (FEATURES, "std = 0.5") if moving == "n" else (STDS, "n = 25")
-        title = f"bound, k = {k}, {fixed}; {moving} ="
-        print(f"\n{title:<28}" + "".join(f"{x:>7g}" for x in positions))
-        for name, term in bound.items():
-            print(f"  {name:<26}" + "".join(f"{v:>7.1f}" for v in term["mean"]))
         sums = np.sum([term["mean"] for term in bound.values()], 0)
-        print(f"  {'H(R) - I(R;Z)':<26}" + "".join(f"{v:>7.1f}" for v in sums))
+        title = f"\nbound, k = {k}, {fixed}; {moving} ="
+        _print(title, positions, bound | {"H(R) - I(R;Z)": {"mean": sums}})
     draw_pca(results, out)
     tree = {
         "samples": SAMPLES, "centers": CENTERS, "delta": DELTA, "seeds": list(seeds),

@@ -13,6 +13,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,6 @@ import torch
 from ddp_ssl import distributed
 from ddp_ssl.checkpoint import store
 from ddp_ssl.checkpoint.store import CheckpointInfo
-from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError
 from ddp_ssl.data.build import load_data
 from ddp_ssl.data.datasets import registry
@@ -133,7 +133,7 @@ def run(settings: EvaluateConfig, home: Path, world: World) -> int:
         raise ConfigError(f"data.name: {config.data.name} has no images for validation here")
     comm = distributed.comm_of(world)
     validation = Validation(data, config, comm, world.device, BadImages())
-    models = Models(config, comm, world)
+    learner: Learner | None = None
     key = fingerprint(config, data, world.size)
     same = config.data.name == own.data.name and images in (None, data.val.digest[:12])
     file = out / (FILE if same else f"dynamics-{data.name}.jsonl")
@@ -150,7 +150,7 @@ def run(settings: EvaluateConfig, home: Path, world: World) -> int:
             continue
         start = time.perf_counter()
         try:
-            learner = models.load(one)
+            learner = on_all_ranks(world, partial(load, one, config, learner, world))
         except ConfigError as error:  # on all processes together
             failures += 1
             if world.is_main:
@@ -172,28 +172,17 @@ def run(settings: EvaluateConfig, home: Path, world: World) -> int:
     return int(failures > 0)
 
 
-class Models:
-    """One network, into which one checkpoint after the other is loaded."""
-
-    def __init__(self, config: Config, comm: Comm, world: World) -> None:
-        self.config, self.comm, self.world = config, comm, world
-        self.learner: Learner | None = None
-
-    def load(self, found: CheckpointInfo) -> Learner:
-        """Method and probe as they were; raises `ConfigError` on all processes together."""
-        return on_all_ranks(self.world, lambda: self._load(found))
-
-    def _load(self, found: CheckpointInfo) -> Learner:
-        weights = read_checkpoint(found.path, found.sha256)["model"]
-        if self.learner is None:
-            sizes = [self.config.data.central_crop.size]
-            learner = make_learner(self.config, weights, found.path, self.comm, sizes)
-            self.learner = learner.to(self.world.device)
-            if self.config.model.channels_last:
-                self.learner.to(memory_format=torch.channels_last)
-        else:
-            fill(self.learner, weights, found.path)
-        return self.learner
+def load(found: CheckpointInfo, config: Config, learner: Learner | None, world: World) -> Learner:
+    """Method and probe as they were, in the network of the checkpoint before if there is one."""
+    weights = read_checkpoint(found.path, found.sha256)["model"]
+    if learner is not None:
+        fill(learner, weights, found.path)
+        return learner
+    sizes, comm = [config.data.central_crop.size], distributed.comm_of(world)
+    learner = make_learner(config, weights, found.path, comm, sizes).to(world.device)
+    if config.model.channels_last:
+        learner.to(memory_format=torch.channels_last)
+    return learner
 
 
 def chosen(home: Path) -> tuple[list[CheckpointInfo], str | None]:
@@ -257,10 +246,8 @@ def kept(path: Path, key: str, found: list[CheckpointInfo]) -> dict[str, Row]:
 
 def measured(validation: Validation, learner: Learner, data: Dataset) -> dict[str, float]:
     """All metrics of the weights in `learner`; the probe's only on the classes it learned."""
-    probe = learner.probe
-    if probe is not None and probe.out_features != data.num_classes:
-        probe = None
-    metrics = validation.metrics(learner.method, probe, True, True)
+    fits = learner.probe is not None and learner.probe.out_features == data.num_classes
+    metrics = validation.metrics(learner.method, learner.probe if fits else None, True, True)
     metrics["perf/measure_s"] = validation.measure_s
     return {name: float(value) for name, value in metrics.items()}
 

@@ -37,8 +37,8 @@ class MoCoV2Plus(MomentumMethod[MoCoV2PlusConfig]):
     """Backbone and projector; a momentum copy; a queue of keys for each large view.
 
     The loss is the mean over all pairs of a query's view and another, large view, whose queue gives
-    the negatives. The batch's keys enter the queues after the step. The queues are replicated: two
-    of 65,536 x 256 take 128 MiB in float32. Global batch norm replaces the paper's shuffling.
+    the negatives. The batch's keys enter the queues after the step. Global batch norm replaces the
+    paper's shuffling.
     """
 
     config_class = MoCoV2PlusConfig

@@ -37,7 +37,7 @@ class NNCLR(Method[NNCLRConfig]):
 
     The projector ends in a batch norm. The loss is the mean over all pairs of a view, which
     predicts, and another, large view, whose neighbour is the anchor. The embeddings of view 0 enter
-    the queue after the step. The queue is replicated: 65,536 x 256 take 64 MiB in float32.
+    the queue after the step.
     """
 
     config_class = NNCLRConfig

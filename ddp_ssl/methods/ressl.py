@@ -38,8 +38,7 @@ class ReSSL(MomentumMethod[ReSSLConfig]):
     Views 0, 2, … are strong and give the queries; views 1, 3, … are weak and give the momentum
     network's targets (the augmentation recipe `ressl` makes them so). The loss is the mean over the
     pairs of a strong and a weak view; for two views it is the paper's one direction. View 1's
-    momentum embeddings enter the queue after the step. The queue is replicated: 65,536 x 256 take
-    64 MiB in float32.
+    momentum embeddings enter the queue after the step.
 
     As in solo-learn both networks see all views. The trained network's weak views are not in the
     loss, but in batch statistics and the probe.

@@ -106,9 +106,6 @@ def _cell(table: str, dataset: str, row: str, made: Made) -> Cell:
     return Cell(dataset, row, *made, published(table, row, dataset))
 
 
-# --- tables ------------------------------------------------------------------------------------
-
-
 def table6(dataset: str) -> list[Cell]:
     """Ten combinations of alpha and beta, tuned setting."""
     rows = {
@@ -251,8 +248,6 @@ def table3(dataset: str) -> list[Cell]:
     return cells
 
 
-# --- figures -----------------------------------------------------------------------------------
-
 END = ("probe", "rank", "information")
 
 
@@ -342,8 +337,6 @@ def figure18(dataset: str) -> list[Cell]:
         cells += _rows("c: nu", {f"nu {value}": balanced("adadim", dataset, *keys)})
     return cells
 
-
-# --- the list ----------------------------------------------------------------------------------
 
 P = "AdaDim"
 STANDARD = (

@@ -101,9 +101,6 @@ def values_of(run: Run) -> dict[str, float]:
     return found
 
 
-# --- a table of them ---------------------------------------------------------------------------
-
-
 @dataclass
 class Row:
     """One cell over its seeds."""
@@ -442,9 +439,6 @@ def _correlation_lines(dataset: str, group: str, rows: list[Row]) -> list[str]:
         lines.append([name, f"{ours[index]:.3f}" if ours else "not run yet",
                       f"{paper[index]:.3f}" if paper else "–"])  # fmt: skip
     return ["", *markdown_lines(lines, "<>")]
-
-
-# --- writing -----------------------------------------------------------------------------------
 
 
 def show(number: Number, digits: int = 2) -> str:

@@ -98,9 +98,6 @@ def of_looks(looks: Tensor) -> Graph:
     return Graph(torch.nn.functional.one_hot(looks, LOOKS).double().mean(1))
 
 
-# --- learning ----------------------------------------------------------------------------------
-
-
 def minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> list[Tensor]:
     """Values of a table of features `[m, d]` while a loss is minimised by L-BFGS."""
     f = start.clone().requires_grad_()
@@ -223,9 +220,6 @@ def decomposition(whole: Graph, f: Tensor) -> float:
     return float(population(whole, f) - orthogonality + len(moments) - 2 * whole.invariance(f))
 
 
-# --- images that are looks themselves ----------------------------------------------------------
-
-
 def own_loss(p: Tensor, f: Tensor) -> Tensor:
     """|T_M f - f|^2 with f at the image itself, as Theorem B.3 has it: looks are images."""
     whole = Graph(p)
@@ -267,9 +261,6 @@ def lopsided() -> Tensor:
     row = torch.tensor([0.4, 0.5, 0.1, 0.0], dtype=torch.float64)
     mixed = torch.stack([row.roll(i) for i in range(4)])
     return 0.7 * mixed + 0.3 * mixed[[0, 3, 1, 2]]
-
-
-# --- telling -----------------------------------------------------------------------------------
 
 
 def checks(found: Found) -> list[Claim]:

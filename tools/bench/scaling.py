@@ -27,6 +27,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -112,11 +113,8 @@ class Steps:
                 self.buckets.append(tensor.nbytes)
             return reduce(tensor, *args, **options)
 
-        torch.distributed.all_reduce = counting
-        try:
+        with patch.object(torch.distributed, "all_reduce", counting):
             yield
-        finally:
-            torch.distributed.all_reduce = reduce
 
 
 def counted(world: World, arguments: Sequence[str]) -> Counts:
