@@ -47,7 +47,6 @@ def train(name: str, folder: Path, processes: int) -> None:
 
 
 def first_and_last(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """The first and the last value of each column."""
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     for row in read_metrics(folder / "metrics.jsonl"):

@@ -142,8 +142,7 @@ class Step:
     view_shards: int
     norms: int
     parameters: int
-    widths: tuple[int, int]
-    """Dimensions of the representation and of the embedding."""
+    widths: tuple[int, int]  # dimensions of the representation and of the embedding
 
     @property
     def flops(self) -> float:
@@ -240,11 +239,6 @@ def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def build(config: Config, classes: int) -> Learner:
-    """The run's method and probe, as a run makes them; values do not matter."""
-    return Learner(make_method(config, Comm()), classes, some_unlabelled=False)
-
-
 def of_shapes(module: nn.Module, mode: FakeTensorMode) -> None:
     """Replace all values by shapes."""
     made: dict[int, Any] = {}
@@ -261,15 +255,9 @@ def of_shapes(module: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def record(
-    config: Config,
-    ranks: int,
-    cluster: Cluster,
-    *,
-    classes: int = 0,
-    alpha: float = 0.5,
-    learner: Learner | None = None,
+    config: Config, ranks: int, cluster: Cluster, *, classes: int = 0, alpha: float = 0.5
 ) -> Step:
-    """One training step of rank 0 of `ranks`, and what it communicates.
+    """One training step of rank 0 of `ranks`, with all that it communicates.
 
     `alpha`: AdaDim's, once measured (before, terms of weight zero have no backward). `classes`: of
     the probe, 0 for none. Raises `ConfigError` where the batch does not split.
@@ -277,7 +265,7 @@ def record(
     check_world_size(config, ranks)
     shards = config.data.view_shards
     images = config.data.batch_size // (ranks // shards)
-    learner = learner or build(config, classes)
+    learner = Learner(make_method(config, Comm()), classes, some_unlabelled=False)
     method = learner.method
     recorder = Recorder(cluster)
     comm = RankOf(ranks, shards, recorder)
@@ -387,10 +375,8 @@ class Prediction:
     ranks: int
     terms: dict[str, float]
     counts: dict[str, tuple[int, int]]
-    hidden: float
-    """The part of the gradients' all-reduce that backward covers."""
-    input_rate: float
-    """Images a second that each GPU's loader must give."""
+    hidden: float  # the part of the gradients' all-reduce that backward covers
+    input_rate: float  # images a second that each GPU's loader must give
     efficiency: float = math.nan
     notes: list[str] = field(default_factory=list)
 

@@ -41,25 +41,16 @@ class CheckContext:
 
     config: Config
     arguments: Sequence[str]
-    world: World
-    """The process group of the checks: on the CPU, whatever device the run uses."""
-    hosts: list[str]
-    """Host name of every rank."""
-    device: torch.device
-    """Where the run would compute."""
+    world: World  # the process group of the checks: on the CPU, whatever device the run uses
+    hosts: list[str]  # host name of every rank
+    device: torch.device  # where the run would compute
     timeout_s: float
-    folder: Path | None = None
-    """The run folder, once a check has chosen it."""
-    data: Dataset | None = None
-    """The images, once a check has found them on all processes."""
-    found: Dataset | None = None
-    """The same, on this process alone."""
-    comm: Comm = ONE_PROCESS
-    """The images and views of a batch that are this process's."""
-    loader: TrainLoader | None = None
-    """The training pipeline while it is timed."""
-    bad: BadImages | None = None
-    """The bad images that the pipeline met."""
+    folder: Path | None = None  # the run folder, once a check has chosen it
+    data: Dataset | None = None  # the images, once a check has found them on all processes
+    found: Dataset | None = None  # the same, on this process alone
+    comm: Comm = ONE_PROCESS  # the images and views of a batch that are this process's
+    loader: TrainLoader | None = None  # the training pipeline while it is timed
+    bad: BadImages | None = None  # the bad images that the pipeline met
     checkpoint_s: float | None = None
     """Seconds to write a checkpoint, on rank 0, once a check has measured it."""
     cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)

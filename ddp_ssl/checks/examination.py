@@ -152,7 +152,6 @@ class Report:
         self.counts = {"ok": 0, "warn": 0, "fail": 0}
 
     def add(self, name: str, findings: Sequence[Finding]) -> None:
-        """Print the findings of a check, a line each."""
         for finding in findings:
             self.counts[finding.level] += 1
             remedy = f" -> {finding.remedy}" if finding.remedy else ""

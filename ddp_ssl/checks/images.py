@@ -177,8 +177,7 @@ class Decoded(NamedTuple):
 
     tried: int
     bad: tuple[str, ...]
-    rate: float
-    """Images per second, of which all views are made."""
+    rate: float  # images per second, of which all views are made
 
 
 def know_place(ctx: CheckContext, before: list[Any]) -> None:

@@ -18,12 +18,9 @@ class Exchange:
 
     backend: str
     nbytes: int
-    seconds: float
-    """Seconds of one all-reduce of `nbytes`: the best of three."""
-    latency: float
-    """Seconds of one all-reduce of four bytes: the median."""
-    correct: bool
-    """Whether every sum was right."""
+    seconds: float  # seconds of one all-reduce of `nbytes`: the best of three
+    latency: float  # seconds of one all-reduce of four bytes: the median
+    correct: bool  # whether every sum was right
     link: float
     """Seconds to receive `nbytes` from the rank before while all ranks send: the best of three."""
 

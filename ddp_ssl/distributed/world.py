@@ -30,8 +30,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
-    side: Any = None
-    """A gloo group for flags and barriers, so that neither blocks the device."""
+    side: Any = None  # a gloo group for flags and barriers, so that neither blocks the device
     timeout: datetime.timedelta | None = None
 
     @property

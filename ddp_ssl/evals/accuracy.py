@@ -18,10 +18,8 @@ class Accuracy:
     """Fractions of the images that are classified correctly."""
 
     top1: float
-    top5: float | None
-    """None for five classes or fewer."""
-    per_class: tuple[float, ...]
-    """Top-1 of each class's images; NaN for a class without images."""
+    top5: float | None  # None for five classes or fewer
+    per_class: tuple[float, ...]  # top-1 of each class's images; NaN for a class without images
     correct: int
     images: int
 

@@ -66,8 +66,7 @@ class Row:
     epoch: int
     checkpoint: str
     sha256: str
-    settings: str
-    """Short hash of everything that the metrics depend on, except the weights."""
+    settings: str  # short hash of everything that the metrics depend on, except the weights
     metrics: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:

@@ -165,12 +165,10 @@ class Network(nn.Module):
         return [part.flatten(1) for part in self.method.embed(x)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The `parts` as one matrix."""
         return torch.cat(self.parts(x), 1)
 
     @torch.no_grad()
     def widths(self, size: int) -> list[int]:
-        """Widths of the parts, from what comes out."""
         self.eval()
         return [part.shape[1] for part in self.parts(torch.zeros(1, 3, size, size))]
 
@@ -187,7 +185,6 @@ class Thumbnails(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Averaged down, or enlarged without smoothing."""
         x = (x * self.std + self.mean).clamp(0, 1)
         mode = "area" if x.shape[-1] > THUMBNAIL else "nearest"
         return F.interpolate(x, size=(THUMBNAIL, THUMBNAIL), mode=mode).flatten(1)

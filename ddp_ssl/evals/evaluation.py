@@ -38,12 +38,10 @@ class Evaluation:
     pretrained: Pretrained
     data: Dataset
     extractor: Extractor
-    train: Split
-    """The labelled training images."""
+    train: Split  # the labelled training images
     val: Split
     folder: Path
-    protocol: Protocol | None = None
-    """The linear classifier's, as it was trained."""
+    protocol: Protocol | None = None  # the linear classifier's, as it was trained
 
 
 def run(command: str, source: Source, settings: EvaluateConfig, world: World) -> None:

@@ -50,12 +50,10 @@ class FinetuneResult:
 
     seed: int
     test: Accuracy
-    images: int
-    """Number of training images."""
+    images: int  # number of training images
     batch_size: int
     steps: int
-    loss: float
-    """Mean training loss of the last epoch."""
+    loss: float  # mean training loss of the last epoch
 
 
 def evaluate_finetune(

@@ -46,15 +46,13 @@ class Pretrained:
 
     backbone: nn.Module
     width: int
-    config: Config | None
-    """The run's, if the weights are a run's."""
+    config: Config | None  # the run's, if the weights are a run's
     learner: Learner | None
     """Method and online probe as in the checkpoint, if the file is a run's checkpoint."""
     step: int | None
     epoch: int | None
     path: Path | None
-    description: str
-    """One line: the weights loaded, their file, and the tensors ignored."""
+    description: str  # one line: the weights loaded, their file, and the tensors ignored
     test_images: str | None = None
     """Digest of the validation images that the run chose its best checkpoint by."""
     normalisation: tuple[Channels, Channels] | None = None
@@ -263,7 +261,7 @@ def _prefixes(own: State, theirs: State) -> list[str]:
     """The prefixes under which most of the backbone is found; those of followers come last."""
     counts: dict[str, int] = {}
     for name, value in theirs.items():
-        head, parts = "", name.split(".")
+        parts = name.split(".")
         for i in range(len(parts)):
             head = ".".join(parts[:i]) + ("." if i else "")
             rest = ".".join(parts[i:])

@@ -22,8 +22,7 @@ class Row:
 
     name: str
     accuracies: list[Accuracy]
-    facts: dict[str, Any] = field(default_factory=dict)
-    """More columns."""
+    facts: dict[str, Any] = field(default_factory=dict)  # more columns
 
     @property
     def top1(self) -> float:
@@ -48,8 +47,7 @@ class Report:
     """Rows under a heading; `best` is the row to quote, if it was chosen without test images."""
 
     rows: list[Row]
-    first: str
-    """Heading of the rows' names."""
+    first: str  # heading of the rows' names
     best: int | None = None
     notes: list[str] = field(default_factory=list)
     marked: bool = False

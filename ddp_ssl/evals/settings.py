@@ -98,8 +98,7 @@ class Protocol:
     """`Linear` with every value set."""
 
     name: str
-    lrs: tuple[float, ...]
-    """As given."""
+    lrs: tuple[float, ...]  # as given
     epochs: int
     batch_size: int
     weight_decay: float

@@ -21,14 +21,11 @@ from ddp_ssl.utils.text import one_line
 class Source:
     """The place of the weights: a file, which may belong to a run, or a timm model."""
 
-    text: str
-    """As the user gave it."""
-    home: Path | None = None
-    """The run folder that the weights belong to."""
+    text: str  # as the user gave it
+    home: Path | None = None  # the run folder that the weights belong to
     file: Path | None = None
     """The file of weights; None for a run's newest good checkpoint and for timm's."""
-    timm: str | None = None
-    """A timm model's name, with a tag for pretrained weights."""
+    timm: str | None = None  # a timm model's name, with a tag for pretrained weights
 
     @property
     def name(self) -> str:

@@ -69,10 +69,8 @@ class Context:
     batches: Callable[[int, str], Iterator[Batch]]
     """`batches(count, purpose)`: that many random global batches of view 0, from a fresh pipeline
     seeded by (seed, purpose, epoch, rank); never the training iterator."""
-    report: Callable[[dict[str, float]], None] = field(repr=False)
-    """Log metrics at this epoch."""
-    tell: Callable[[str], None] = field(repr=False)
-    """Print a line on rank 0."""
+    report: Callable[[dict[str, float]], None] = field(repr=False)  # log metrics at this epoch
+    tell: Callable[[str], None] = field(repr=False)  # print a line on rank 0
 
 
 class Method(nn.Module, Generic[C]):

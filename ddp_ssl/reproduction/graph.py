@@ -100,8 +100,7 @@ class Found:
     class_share: list[float]
     class_first: list[float]
     """Share of draws in which the class direction has a larger eigenvalue than the look."""
-    tie: list[float]
-    """Share of images for which class and look were seen equally often."""
+    tie: list[float]  # share of images for which class and look were seen equally often
     no_change_of_both: list[float]
     """Share of images of which no augmentation changes class and look."""
     agreement: float
@@ -109,7 +108,6 @@ class Found:
 
 
 def measure(draws: int) -> Found:
-    """The numbers for the picture and the text."""
     rows: list[tuple[float, float, float, float]] = []
     for views in VIEWS:
         p = draw_augmentations(views, draws)
@@ -136,7 +134,6 @@ def _along(a: Tensor, direction: Tensor) -> Tensor:
 
 
 def checks(found: Found) -> list[tuple[str, str, bool]]:
-    """The paper's claims, what was found, and whether they agree."""
     a = adjacency(probabilities())
     worst = max(float((a @ v - value * v).abs().max()) for value, v in closed_form())
     order = [value for value, _ in closed_form()]

@@ -354,8 +354,7 @@ class Best:
     coefficient: float
     accuracy: float
     tried: tuple[float, ...]
-    near: tuple[float, ...]
-    """Coefficients whose accuracy is within one point of the best."""
+    near: tuple[float, ...]  # coefficients whose accuracy is within one point of the best
 
     @property
     def inside(self) -> bool:

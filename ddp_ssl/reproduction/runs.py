@@ -32,8 +32,7 @@ class Run:
     cell: Cell
     seed: int
     folder: Path
-    linear: bool
-    """Whether the offline probe is wanted."""
+    linear: bool  # whether the offline probe is wanted
 
     @property
     def config(self) -> Path:

@@ -85,16 +85,13 @@ def covariance(x: Tensor) -> float:
 class Found:
     """Means over repetitions."""
 
-    phases: dict[str, Tensor]
-    """`[steps, measures]`."""
-    uniformity: Tensor
-    """Uniformity of uniform points `[numbers, dimensions]`."""
+    phases: dict[str, Tensor]  # `[steps, measures]`
+    uniformity: Tensor  # uniformity of uniform points `[numbers, dimensions]`
     covariance: Tensor
     repetitions: int
 
 
 def measure(repetitions: int) -> Found:
-    """The numbers for the picture and the text."""
     phases = {
         name: torch.tensor([
             [describe(*make(step, torch.Generator().manual_seed(seed))) for step in STEPS]
@@ -117,7 +114,6 @@ def measure(repetitions: int) -> Found:
 
 
 def checks(found: Found) -> list[Claim]:
-    """The paper's claims, what was found, and whether they agree."""
     first, second = (found.phases[name].T.tolist() for name in PHASES)
     rank, _, gained, *_ = first
     _, entropy, information, of_r, of_z = second

@@ -146,26 +146,21 @@ CENTRED = ("Barlow Twins", "VICReg")
 class Found:
     """The numbers for the text and the picture."""
 
-    values: Tensor
-    """Eigenvalues of T_k."""
-    factorised: float
-    """Largest difference of T_k and T_M* T_M (Lemma B.2)."""
+    values: Tensor  # eigenvalues of T_k
+    factorised: float  # largest difference of T_k and T_M* T_M (Lemma B.2)
     paths: dict[str, list[list[float]]]
     """By loss and start: the cosine of the largest angle to the leading eigenspace, over steps."""
     least: float
     """Largest distance of the constrained loss's minimum from the sum of 1 - lambda."""
-    batch: int
-    """Pairs of augmentations in the losses' batch."""
+    batch: int  # pairs of augmentations in the losses' batch
     norms: list[Tensor]
     """Eigenvalues of <f_i, f_j> that the spectral contrastive loss learns, by start."""
     decomposed: float
     """Largest difference of both sides of section C.2's decomposition, over random features."""
-    shared: float
-    """Largest error of Theorem B.3's eigenvalues on the graph of four images."""
+    shared: float  # largest error of Theorem B.3's eigenvalues on the graph of four images
     four: float
     """Cosine of what |T_M f - f|^2 learns there to the leading eigenspace, the least of all."""
-    without_symmetry: float
-    """The same of a graph whose T_M is not symmetric."""
+    without_symmetry: float  # the same of a graph whose T_M is not symmetric
 
 
 def measure(starts: int) -> Found:
@@ -264,7 +259,6 @@ def lopsided() -> Tensor:
 
 
 def checks(found: Found) -> list[Claim]:
-    """The paper's claims, what was found, and whether they agree."""
     told: list[Claim] = [
         ("Lemma B.2: the kernel's operator is that of the means, T_k = T_M* T_M",
          f"largest difference {found.factorised:.0e}", found.factorised < 1e-12),

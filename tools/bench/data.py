@@ -67,10 +67,8 @@ INDEXED, STREAMED = "ddp_ssl, shards indexed", "ddp_ssl, shards streamed"
 class Run(NamedTuple):
     """One contestant's turn."""
 
-    ms: float
-    """Processor time per image."""
-    rate: float
-    """Images per second of the wall clock."""
+    ms: float  # processor time per image
+    rate: float  # images per second of the wall clock
 
 
 Contestant = Callable[[int], Run]  # takes the number of images of a turn

@@ -71,9 +71,6 @@ def stored(x: Tensor) -> int:
     return count * x.element_size()
 
 
-# --- a GPU's kernels without values --------------------------------------------------------------
-
-
 def _channels(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
 

@@ -128,9 +128,6 @@ def modelled(ranks: int, arguments: Sequence[str]) -> Counts:
     return record(config, ranks, Cluster(), classes=CLASSES, alpha=ALPHA).counts()
 
 
-# --- bytes -----------------------------------------------------------------------------------
-
-
 def _rank_main(rank: int, size: int, port: int, cases: dict[str, list[str]], out: Any) -> None:
     world = join(rank, size, port, "cpu", 60)
     found = {name: counted(world, arguments) for name, arguments in cases.items()}
@@ -178,8 +175,6 @@ def compare_bytes(sizes: Sequence[int], cases: dict[str, list[str]]) -> bool:
                 print(f"| {name} | {size} | {kind} | {left} | {right} | {mark} |", flush=True)
     return same
 
-
-# --- time over a link ------------------------------------------------------------------------
 
 ENDS = ("sclA", "sclB")
 BURST = 16_000  # bytes that tbf lets pass at once; larger segments are cut to packets

@@ -26,10 +26,6 @@ class Rows:
         # The members of a view group hold the same images, so each counts for its part.
         return self.comm.sum(x / self.comm.view_shards)
 
-    def mean(self, x: Tensor) -> Tensor:
-        """Mean over all images of `x` `[n, ...]`, which belongs to these rows."""
-        return self.total(x.sum(0)) / self.images
-
     def squared_product(self, a: Tensor, b: Tensor) -> Tensor:
         """|A^T B|_F^2 over all images, for `a` `[n, p]`, `b` `[n, q]` that belong to these rows."""
         if not gathers(self.route, self.images, min(a.shape[1], b.shape[1])):
