@@ -23,7 +23,7 @@ import torch
 
 from ddp_ssl import cli, distributed, doctor
 from ddp_ssl.checks import examination, images, machine, network, slurm, software, storage
-from ddp_ssl.checks.base import Check, CheckContext, Finding, file_system, ok
+from ddp_ssl.checks.base import Check, Context, Finding, file_system, ok
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import Exchange, World
 from ddp_ssl.run import environment
@@ -115,7 +115,7 @@ def other_images() -> Any:
     """This rank sees one image less."""
     real = images._load
 
-    def fewer(ctx: CheckContext) -> Any:
+    def fewer(ctx: Context) -> Any:
         data = real(ctx)
         some = data.train.subset(torch.arange(1, len(data.train)).numpy())
         return dataclasses.replace(data, train=some)
@@ -138,7 +138,7 @@ def slow_scan() -> Any:
     """This rank finds its images late."""
     real = images._load
 
-    def late(ctx: CheckContext) -> Any:
+    def late(ctx: Context) -> Any:
         time.sleep(10)
         return real(ctx)
 
@@ -148,7 +148,7 @@ def slow_scan() -> Any:
 def broken() -> Any:
     """A look breaks."""
 
-    def look(ctx: CheckContext, before: list[Any]) -> None:
+    def look(ctx: Context, before: list[Any]) -> None:
         raise KeyError("cores")
 
     return replaced(machine, "cores", look)
@@ -157,7 +157,7 @@ def broken() -> Any:
 def asleep() -> Any:
     """A look does not end."""
 
-    def look(ctx: CheckContext, before: list[Any]) -> None:
+    def look(ctx: Context, before: list[Any]) -> None:
         time.sleep(12)
 
     return replaced(machine, "cores", look)
@@ -459,7 +459,7 @@ def test_a_check_that_breaks_on_one_rank(ranks: Ranks, args: list[str]) -> None:
 
 
 def test_a_judgement_that_breaks() -> None:
-    def judge(ctx: CheckContext, facts: list[Any]) -> list[Finding]:
+    def judge(ctx: Context, facts: list[Any]) -> list[Finding]:
         raise ZeroDivisionError("division by zero\nand more")
 
     (finding,) = examination.examine(Check("odd", (lambda ctx, before: 1,), judge), ctx_of(1))
@@ -516,12 +516,10 @@ def test_sigterm_leaves_nothing_behind(args: list[str], tmp_path: Path) -> None:
 # --- judgements ----------------------------------------------------------------------------------
 
 
-def ctx_of(size: int, *overrides: str, hosts: Sequence[str] = ()) -> CheckContext:
+def ctx_of(size: int, *overrides: str, hosts: Sequence[str] = ()) -> Context:
     """As rank 0 has it."""
     world = World(0, 1, 0, 1, CPU)
-    ctx = CheckContext(
-        config_of(*overrides), overrides, world, list(hosts) or ["n1"] * size, CPU, 10
-    )
+    ctx = Context(config_of(*overrides), overrides, world, list(hosts) or ["n1"] * size, CPU, 10)
     ctx.world = dataclasses.replace(world, size=size)
     return ctx
 

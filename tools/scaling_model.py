@@ -119,9 +119,6 @@ class Cluster:
         return 2 * self.hop * math.ceil(math.log2(ranks))
 
 
-# --- a step on tensors without values --------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Event:
     """A collective, and this rank's work since the one before: network and loss."""
@@ -365,9 +362,6 @@ def _bucketed(events: Sequence[Event], sent: float = 1.0) -> list[Event]:
     return done
 
 
-# --- from work and bytes to time -------------------------------------------------------------
-
-
 @dataclass
 class Prediction:
     """Seconds of a step by term; `terms` add up to `step`."""
@@ -595,9 +589,6 @@ class Model:
         if len(useful) > 1:
             found.append(useful)
         return found
-
-
-# --- for people ------------------------------------------------------------------------------
 
 
 def byte_table(predictions: Sequence[Prediction]) -> str:

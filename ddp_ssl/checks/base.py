@@ -30,13 +30,15 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
+Findings = Iterator[Finding]
+
 ok = partial(Finding, "ok")
 warn = partial(Finding, "warn")  # a run would start, and be slow, or be lost at some event
 fail = partial(Finding, "fail")  # a run would not start, or end badly
 
 
 @dataclass
-class CheckContext:
+class Context:
     """State that the checks of a process share."""
 
     config: Config
@@ -87,7 +89,7 @@ class CheckContext:
         return f"rank{'s' * (len(these) > 1)} {shown} ({hosts})"
 
 
-Stage = Callable[[CheckContext, list[Any]], Any]
+Stage = Callable[[Context, list[Any]], Any]
 """Runs on every process, with the results of all processes in the stage before. If one process
 raises, the others are told, and no further stage runs."""
 
@@ -97,7 +99,7 @@ class Check(NamedTuple):
 
     name: str
     stages: tuple[Stage, ...]
-    judge: Callable[[CheckContext, list[Any]], Iterable[Finding]]
+    judge: Callable[[Context, list[Any]], Iterable[Finding]]
     timeout_s: float | None = None
     """Seconds for a stage, if it may need more than the usual limit."""
 

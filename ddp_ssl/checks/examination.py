@@ -10,7 +10,7 @@ import torch
 
 from ddp_ssl import distributed
 from ddp_ssl.checks import images, machine, network, slurm, software, storage
-from ddp_ssl.checks.base import Check, CheckContext, Finding, by_value, fail, ok
+from ddp_ssl.checks.base import Check, Context, Finding, by_value, fail, ok
 from ddp_ssl.config import Config
 from ddp_ssl.distributed import World
 from ddp_ssl.utils.launcher import local_rank_and_size, rank_and_size, wait_for_rank_0
@@ -38,7 +38,7 @@ def run(config: Config, arguments: Sequence[str]) -> int:
         world = World(0, 1, *local_rank_and_size(), torch.device("cpu"))
     try:
         hosts = _everyones(world, socket.gethostname(), timeout_s)
-        ctx = CheckContext(config, arguments, world, hosts, _device(config, world), timeout_s)
+        ctx = Context(config, arguments, world, hosts, _device(config, world), timeout_s)
         given = " ".join(arguments) or "the embedded default"
         title = f"ddp-ssl doctor: {size} process(es) on {len(set(hosts))} host(s), {given}"
         report.say(title)
@@ -88,7 +88,7 @@ class Silent(RuntimeError):
     """A process does not answer, so that no further check can run on all processes."""
 
 
-def examine(check: Check, ctx: CheckContext) -> list[Finding]:
+def examine(check: Check, ctx: Context) -> list[Finding]:
     """Run a check on all processes; its findings on rank 0, nothing elsewhere.
 
     A check that raises on a process is a finding; the other processes do not wait for it.

@@ -4,17 +4,17 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ddp_ssl.checks.base import Check, CheckContext, Finding, ok, warn
+from ddp_ssl.checks.base import Check, Context, Findings, ok, warn
 from ddp_ssl.utils.launcher import under_srun
 
 STEP_S = 10.0  # for the step under way to end, and for the others to agree
 SHORT_MIN = 15  # a job shorter than this spends its time on starting
 
 
-def look_at_slurm(ctx: CheckContext, before: list[Any]) -> dict[str, Any] | None:
+def look_at_slurm(ctx: Context, before: list[Any]) -> dict[str, Any] | None:
     """Slurm's configuration and this job, on rank 0; None where there is no Slurm."""
     if not ctx.world.is_main or shutil.which("scontrol") is None:
         return None
@@ -61,7 +61,7 @@ def fields(text: str) -> dict[str, str]:
     return dict(re.findall(r"(\S+?)=(\S*)", text))
 
 
-def judge_slurm(ctx: CheckContext, facts: list[dict[str, Any] | None]) -> Iterator[Finding]:
+def judge_slurm(ctx: Context, facts: list[dict[str, Any] | None]) -> Findings:
     found, env = facts[0], os.environ
     if found is None:
         if "SLURM_JOB_ID" in env:
@@ -84,9 +84,7 @@ def judge_slurm(ctx: CheckContext, facts: list[dict[str, Any] | None]) -> Iterat
         yield ok(", ".join(shown))
 
 
-def _of_cluster(
-    ctx: CheckContext, config: Mapping[str, str], env: Mapping[str, str]
-) -> Iterator[Finding]:
+def _of_cluster(ctx: Context, config: Mapping[str, str], env: Mapping[str, str]) -> Findings:
     tracker = config.get("ProctrackType", "")
     if tracker.endswith("cgroup") and "TORCHELASTIC_RUN_ID" in env:
         yield warn(
@@ -121,7 +119,7 @@ def _of_cluster(
         yield warn("JobRequeue is 0: jobs are not queued again", "#SBATCH --requeue")
 
 
-def _of_job(found: dict[str, Any], env: Mapping[str, str]) -> Iterator[Finding]:
+def _of_job(found: dict[str, Any], env: Mapping[str, str]) -> Findings:
     job, partition, script = found["job"], found["partition"], found["script"]
     if job.get("Requeue") == "0":
         yield warn("this job is not queued again after a preemption", "#SBATCH --requeue")
@@ -140,7 +138,7 @@ def _of_job(found: dict[str, Any], env: Mapping[str, str]) -> Iterator[Finding]:
         yield warn(text, "another partition, or submit again with run.resume=auto")
 
 
-def _of_environment(ctx: CheckContext, env: Mapping[str, str]) -> Iterator[Finding]:
+def _of_environment(ctx: Context, env: Mapping[str, str]) -> Findings:
     if env.get("SLURM_GPUS_PER_TASK") and ctx.config.run.device != "cpu":
         yield warn(
             "--gpus-per-task shows each task one GPU, and NCCL may not connect GPUs directly "

@@ -25,26 +25,8 @@ from sklearn.decomposition import PCA
 
 from ddp_ssl.commands import common
 from ddp_ssl.config import ConfigError
-from ddp_ssl.reproduction import figures
-from ddp_ssl.reproduction.gaussian import (
-    CENTERS,
-    DELTA,
-    FEATURES,
-    SAMPLES,
-    STDS,
-    blobs,
-    compare,
-    missed_trends,
-    sweep,
-    treatments,
-)
-from ddp_ssl.reproduction.gaussian_network import (
-    EPOCHS,
-    checkpoints,
-    gains,
-    missed_in_training,
-    train_networks,
-)
+from ddp_ssl.reproduction import figures, gaussian, gaussian_network
+from ddp_ssl.reproduction.gaussian import FEATURES, STDS
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73")  # told apart without red and green
 
@@ -132,8 +114,8 @@ def run_treatments(seeds: Sequence[int]) -> None:
         print(f"{title:<24}" + "".join(f"{x:>7g}" for x in moving))
         rows: dict[str, list[float]] = {}
         for n, s in cells:
-            data = [blobs(n, s, seed) for seed in seeds]
-            found = [treatments(r, PCA(2).fit_transform(r)) for r in data]
+            data = [gaussian.blobs(n, s, seed) for seed in seeds]
+            found = [gaussian.treatments(r, PCA(2).fit_transform(r)) for r in data]
             for name in found[0]:
                 rows.setdefault(name, []).append(float(np.mean([f[name] for f in found])))
         for name, means in rows.items():
@@ -149,8 +131,8 @@ def _print(title: str, positions: Sequence[float], terms: dict[str, Any]) -> Non
 
 def run_pca(out: Path, seeds: Sequence[int]) -> list[str]:
     """Simulate, print, draw; returns a line for each value or trend that is off."""
-    results = sweep(seeds)
-    lines, off = compare(results, len(seeds))
+    results = gaussian.sweep(seeds)
+    lines, off = gaussian.compare(results, len(seeds))
     print(f"I(R;Z) in nats, {len(seeds)} repetitions, k principal components of n features\n")
     print("\n".join(lines))
     _print("terms, k = 2, n = 25; std =", STDS, results["terms"])
@@ -161,7 +143,8 @@ def run_pca(out: Path, seeds: Sequence[int]) -> list[str]:
         _print(title, positions, bound | {"H(R) - I(R;Z)": {"mean": sums}})
     draw_pca(results, out)
     tree = {
-        "samples": SAMPLES, "centers": CENTERS, "delta": DELTA, "seeds": list(seeds),
+        "samples": gaussian.SAMPLES, "centers": gaussian.CENTERS, "delta": gaussian.DELTA,
+        "seeds": list(seeds),
         "features": list(FEATURES), "stds": list(STDS),
         "by_features": [{"k": k, "std": s, **c} for (k, s), c in results["features"].items()],
         "by_std": [{"k": k, "features": n, **c} for (k, n), c in results["std"].items()],
@@ -169,17 +152,17 @@ def run_pca(out: Path, seeds: Sequence[int]) -> list[str]:
         "bound": [{"k": k, "moving": m, **b} for (k, m), b in results["bound"].items()],
     }  # fmt: skip
     _write(out / "simulation.json", tree)
-    return off + missed_trends(results)
+    return off + gaussian.missed_trends(results)
 
 
 def run_network(out: Path, seeds: Sequence[int], epochs: int, processes: int) -> list[str]:
     """Train, print, draw; returns a line for each trend that is off."""
-    found = train_networks(seeds, epochs, processes)
+    found = gaussian_network.train_networks(seeds, epochs, processes)
     print()
     for loss, curves in found.items():
-        first, second = gains(curves)
+        first, second = gaussian_network.gains(curves)
         values = np.array(curves)
-        at = checkpoints(values.shape[1] - 1)
+        at = gaussian_network.checkpoints(values.shape[1] - 1)
         means = "  ".join(
             f"{np.nanmean(values[:, e]):.2f} ± {np.nanstd(values[:, e]):.2f} @{e}" for e in at
         )
@@ -195,7 +178,7 @@ def run_network(out: Path, seeds: Sequence[int], epochs: int, processes: int) ->
     print(f"vicreg ends above simclr in {higher} of {len(seeds)} seeds (not a condition)")
     draw_network(found, out)
     _write(out / "simulation_network.json", {"seeds": list(seeds), "epochs": epochs, **found})
-    return missed_in_training(found)
+    return gaussian_network.missed_in_training(found)
 
 
 def _write(path: Path, tree: dict[str, Any]) -> None:
@@ -222,7 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--network", action="store_true", help="train networks in place of PCA")
     parser.add_argument("--treatments", action="store_true", help="of the singular covariance")
     parser.add_argument("--seeds", type=_at_least(1), default=8, help="networks of each loss")
-    parser.add_argument("--epochs", type=_at_least(10), default=EPOCHS, help="of the networks")
+    parser.add_argument(
+        "--epochs", type=_at_least(10), default=gaussian_network.EPOCHS, help="of the networks"
+    )
     parser.add_argument("--processes", type=_at_least(1), default=2, help="networks at a time")
     options = parser.parse_args(arguments)
     first = options.seeds_from

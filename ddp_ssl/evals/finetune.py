@@ -10,18 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddp_ssl import optim
+from ddp_ssl import distributed, optim
 from ddp_ssl.config import ConfigError, Optim
 from ddp_ssl.data.datasets import selection
 from ddp_ssl.data.datasets.split import Split
-from ddp_ssl.distributed import (
-    GlobalBatchNorm,
-    ViewLayout,
-    World,
-    data_parallel,
-    global_batch_norm,
-    stacked_views,
-)
+from ddp_ssl.distributed import ViewLayout, World
 from ddp_ssl.evals.accuracy import Accuracy
 from ddp_ssl.evals.features import Extractor
 from ddp_ssl.evals.linear import fitting_batch, random_crops, score
@@ -127,7 +120,7 @@ def _train(
             "base_lr": f.lr * f.backbone_lr,
         },
     ]
-    module = data_parallel(model, world).train()
+    module = distributed.data_parallel(model, world).train()
     optimizer = optim.build(schedule, groups)
     autocast = f.precision == "bf16"
     ticker = Ticker(what, f.epochs * loader.steps_per_epoch, world.is_main)
@@ -138,7 +131,7 @@ def _train(
             inputs = next(loader)
             optim.set_learning_rates(optimizer, schedule, batch, step, loader.steps_per_epoch)
             with (
-                stacked_views(layout, 1, slice(None)),
+                distributed.stacked_views(layout, 1, slice(None)),
                 torch.autocast(device.type, torch.bfloat16, autocast),
             ):
                 logits = module(inputs.views[0])
@@ -162,10 +155,10 @@ def _global_norm(model: Classifier) -> ViewLayout:
 
     So the result does not depend on the number of processes.
     """
-    norms = [m for m in model.modules() if isinstance(m, GlobalBatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, distributed.GlobalBatchNorm)]
     layout = norms[0].layout if norms else ViewLayout()
     for norm in norms:
         norm.reduce = True
     if not norms:
-        global_batch_norm(model, layout)
+        distributed.global_batch_norm(model, layout)
     return layout

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ddp_ssl.comm import ONE_PROCESS, Comm
+from ddp_ssl.comm import ONE_PROCESS
 from ddp_ssl.config import Channels, Config, Model
 from ddp_ssl.data.build import load_data
 from ddp_ssl.data.datasets import registry
@@ -79,7 +79,6 @@ def load_pretrained(
     source: Source | str | Path,
     model: Backbone | None = None,
     sizes: Sequence[int] | None = None,
-    comm: Comm = ONE_PROCESS,
     seed: int = 0,
 ) -> Pretrained:
     """The weights that `source` names (`weights.find_source`).
@@ -102,12 +101,8 @@ def load_pretrained(
     sizes = sizes or [config.data.central_crop.size]
     if path.parent.name != "checkpoints":  # exported weights in the run's folder
         return _of_file(path, config.model, sizes, model.prefix, config)
-    return _of_checkpoint(path, config, comm, sizes)
-
-
-def _of_checkpoint(path: Path, config: Config, comm: Comm, sizes: Sequence[int]) -> Pretrained:
     state = read_checkpoint(path)
-    learner = make_learner(config, state["model"], path, comm, sizes)
+    learner = make_learner(config, state["model"], path, ONE_PROCESS, sizes)
     method, step, epoch = learner.method, int(state["step"]), int(state["epoch"])
     return Pretrained(
         method.backbone, method.feature_width, config, learner, step, epoch, path,

@@ -74,9 +74,6 @@ class Run(NamedTuple):
 Contestant = Callable[[int], Run]  # takes the number of images of a turn
 
 
-# --- pictures ------------------------------------------------------------------------------------
-
-
 def picture(rng: np.random.Generator, height: int, width: int) -> Pixels:
     """Noise of several octaves, with ellipses on it: the spectrum and the edges of photographs."""
     image = np.tile(rng.uniform(80, 160, 3), (height, width, 1))
@@ -113,9 +110,6 @@ def small_pictures(count: int) -> Pixels:
     large = [picture(rng, 256, 256) for _ in range(16)]
     places = rng.integers(0, 224, (count, 2))
     return np.stack([large[i % 16][y : y + 32, x : x + 32] for i, (y, x) in enumerate(places)])
-
-
-# --- the package ---------------------------------------------------------------------------------
 
 
 def package(
@@ -191,9 +185,6 @@ def cpu_seconds() -> float:
     """Of this process and of its children that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-# --- torchvision ---------------------------------------------------------------------------------
 
 
 class PilBlur:
@@ -293,9 +284,6 @@ def data_loader(dataset: Views, batch: int, workers: int) -> Contestant:
     return turn
 
 
-# --- settings and tables -------------------------------------------------------------------------
-
-
 def settings(size: int | None, views: str | None) -> list[tuple[str, list[View]]]:
     """The settings asked for: a title and the views of each."""
     large = list(RECIPES["asym"])
@@ -386,8 +374,6 @@ def split_of(folder: Path) -> Split:
     names = sorted(os.fsencode(path.name) for path in folder.iterdir())
     return Split.of_files(str(folder), names, np.zeros(len(names), np.int64))
 
-
-# --- slow opens ----------------------------------------------------------------------------------
 
 # fopen's own call of open stays inside the C library, so it is wrapped too.
 SLOW_OPEN = r"""
