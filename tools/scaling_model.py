@@ -429,7 +429,7 @@ def predict(
     terms["measuring alpha"] = terms["between epochs"] = 0.0
     if images is None:
         notes.append(
-            f"what is done between epochs left out: give --images, the size of {config.data.name}"
+            f"the work between epochs is left out: give --images, the size of {config.data.name}"
         )
     elif images < config.data.batch_size:
         notes.append(

@@ -78,7 +78,7 @@ def written(tool: str, make: Callable[[], Iterable[Path]]) -> int:
     try:
         print("\n".join(map(str, make())))
     except (OSError, ValueError) as error:
-        text = error
+        text = str(error)
         if isinstance(error, OSError):
             text = f"{error.filename}: {error.strerror}"
         print(f"{tool}: error: {text}", file=sys.stderr)

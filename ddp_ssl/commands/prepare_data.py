@@ -3,9 +3,8 @@
     ddp-ssl prepare-data cifar100 /data/cifar --download
     ddp-ssl prepare-data imagenet /data/imagenet
 
-Prints images and classes of each split and ends with 0 only if they are what is published. What can
-be fetched comes from its publisher and is checked by MD5; docs/data.md says how each one is laid
-out.
+Prints images and classes of each split. Ends with 0 only if the numbers are the published ones.
+Downloads come from the publisher and are checked by MD5. docs/data.md shows each folder's layout.
 """
 
 import argparse

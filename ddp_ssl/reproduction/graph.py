@@ -1,4 +1,4 @@
-"""The augmentation graph of four images: what few augmentations hide and many show.
+"""The augmentation graph of four images: few augmentations hide the class, many show it.
 
     python -m ddp_ssl.reproduction.graph [--out DIR] [--draws 2000]
 
@@ -188,11 +188,11 @@ def draw(found: Found, file: Path) -> None:
         axis = axes[2]
         axis.plot(VIEWS, found.tie, marker="o", label="class and look seen equally often")
         axis.plot(VIEWS, found.no_change_of_both, marker="s", label="no change of both seen")
-        axis.set(title="what is seen of an image", ylabel="share of images", ylim=(-0.02, 1.02))
+        axis.set(title="seen of an image", ylabel="share of images", ylim=(-0.02, 1.02))
         axis = axes[3]
         axis.plot(VIEWS, found.class_share, marker="o", label="second feature along the class")
         axis.plot(VIEWS, found.class_first, marker="s", label="class beats look")
-        axis.set(title="what is learned", ylabel="share", ylim=(-0.02, 1.02))
+        axis.set(title="learned", ylabel="share", ylim=(-0.02, 1.02))
         for axis in axes[2:]:
             axis.set_xscale("log", base=2)
             axis.set_xticks(VIEWS, [str(v) for v in VIEWS])

@@ -287,6 +287,6 @@ TABLES: list[Table | Simulation] = [
                "seconds"),
     Simulation("graph", P, "the augmentation graph of four images, few against many views",
                ("-m", "ddp_ssl.reproduction.graph", "--out", "{out}"), "seconds"),
-    Simulation("theorem", P, "what the losses' minimisers span, on finite graphs",
+    Simulation("theorem", P, "the span of the losses' minimisers on finite graphs",
                ("-m", "ddp_ssl.reproduction.theorem", "--out", "{out}"), "a minute"),
 ]  # fmt: skip

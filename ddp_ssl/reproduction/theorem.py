@@ -1,4 +1,4 @@
-"""Theorem 3.1 on finite graphs of augmentations: what the losses' minimisers span.
+"""Theorem 3.1 on finite graphs of augmentations: the span of the losses' minimisers.
 
     python -m ddp_ssl.reproduction.theorem [--out DIR] [--starts 5]
 

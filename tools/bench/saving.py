@@ -130,10 +130,8 @@ def main() -> None:
         stall_ms = [1e3 * s for s in stalls[name]]
         print(f"| {name} | {spread(stall_ms, 0)} | {spread(values, 0)} | {ratio} |")
     steps = statistics.median(times[NOTHING])
-    print(
-        f"\n{options.steps} steps alone take {steps:.2f} s. What ours takes from them lies", end=" "
-    )
-    print(f"{where(taken[OURS], 0)} ms.")
+    lost = where(taken[OURS], 0)
+    print(f"\n{options.steps} steps alone take {steps:.2f} s. Ours takes {lost} ms from them.")
     unfinished = sum(late > 0.01 for late in ways.late)
     if unfinished:
         print(
