@@ -1,7 +1,5 @@
 """The console script `ddp-ssl`: `ddp-ssl train ...` is `python -m ddp_ssl.train ...`."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

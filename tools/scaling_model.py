@@ -143,12 +143,10 @@ class Step:
 
     @property
     def flops(self) -> float:
-        """Operations of the networks, forward and backward."""
         return sum(event.flops for event in self.events)
 
     @property
     def loss_seconds(self) -> float:
-        """Time of the losses' own operations."""
         return sum(event.seconds for event in self.events)
 
     def counts(self) -> dict[str, tuple[int, int]]:

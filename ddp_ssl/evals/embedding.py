@@ -159,7 +159,6 @@ class Network(nn.Module):
         self.backbone = pretrained.backbone
 
     def parts(self, x: Tensor) -> list[Tensor]:
-        """`r` `[n, d_R]` and, if wanted, `z` `[n, d]`."""
         if self.method is None:
             return [self.backbone(x).flatten(1).float()]
         return [part.flatten(1) for part in self.method.embed(x)]

@@ -29,8 +29,6 @@ from ddp_ssl.utils.files import replace_text
 
 @dataclass
 class Evaluation:
-    """Weights, data and settings of one evaluation."""
-
     command: str
     source: Source
     settings: EvaluateConfig

@@ -4,8 +4,6 @@ A process holds a contiguous part of the split, so that features on disk serve a
 processes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -64,7 +62,7 @@ class Block:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def where(self, mask: Tensor) -> Block:
+    def where(self, mask: Tensor) -> "Block":
         """The images of a boolean mask `[m]`."""
         return Block(self.features[mask], self.labels[mask], self.ids[mask])
 

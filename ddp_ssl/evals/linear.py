@@ -1,7 +1,5 @@
 """Linear classifiers on frozen features; one pass trains those of several learning rates."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -81,7 +79,8 @@ def evaluate_linear(
             steps = CachedSteps(block, protocol.batch_size, seed, comm, extractor.device)
         mask = torch.from_numpy(held) if choosing else None
         heads, finite = train_heads(steps, protocol, seed, extractor.width, classes, mask)
-        steps.close()
+        if isinstance(steps, AugmentedSteps):
+            steps.loader.close()
         rates = len(protocol.lrs)
         accuracies = [score(head, test, classes, comm, extractor.device) for head in heads[:rates]]
         held_out = None
@@ -139,9 +138,6 @@ class CachedSteps:
             step = self.block.features[mine], self.block.labels[mine], self.block.ids[mine]
             yield step[0].to(self.device), step[1].to(self.device), step[2].cpu()
 
-    def close(self) -> None:
-        """Nothing to close."""
-
 
 class AugmentedSteps:
     """Batches of random crops and flips, passed through the frozen backbone."""
@@ -160,9 +156,6 @@ class AugmentedSteps:
             batch = next(self.loader)
             features = self.extractor.embed(batch.views[0])
             yield features, batch.labels, batch.ids.cpu()
-
-    def close(self) -> None:
-        self.loader.close()
 
 
 def random_crops(

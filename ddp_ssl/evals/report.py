@@ -53,11 +53,6 @@ class Report:
     marked: bool = False
     """Whether `best` was chosen among several rows, so that the table marks it."""
 
-    @property
-    def quoted(self) -> int:
-        """The row whose classes are listed."""
-        return self.best if self.best is not None else 0
-
 
 def linear_report(
     protocol: Protocol, results: Sequence[LinearResult], best: int | None, held_out: float
@@ -133,7 +128,7 @@ def table(report: Report) -> str:
 
 def class_table(report: Report, names: Sequence[str]) -> str:
     """Markdown: top-1 of each class, or of the worst and the best ones."""
-    row = report.rows[report.quoted]
+    row = report.rows[report.best or 0]
     values = sorted(zip(row.per_class, names, strict=True), key=lambda pair: pair[0])
     values = [pair for pair in values if not math.isnan(pair[0])]
     if len(names) <= FEW_CLASSES:

@@ -1,7 +1,5 @@
 """One pass over the validation split, and every metric computed from it."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable
@@ -45,7 +43,7 @@ class Features:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def known(self) -> Features:
+    def known(self) -> "Features":
         """The images that have a label."""
         known = self.labels >= 0
         return Features(self.r[known], self.z[known], self.labels[known], self.ids[known])

@@ -1,7 +1,5 @@
 """DeepCluster v2 (Caron et al. 2018, in the form of Caron et al. 2020, SwAV, appendix D)."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 
@@ -211,7 +209,7 @@ class Memory:
         return {"rows": self.rows[:, :-1], "seen": self.seen, "stride": self.stride}
 
     @classmethod
-    def of(cls, state: dict[str, Any], comm: Comm, device: torch.device) -> Memory:
+    def of(cls, state: dict[str, Any], comm: Comm, device: torch.device) -> "Memory":
         """From rank 0's state at any number of processes, or from this process's own."""
         rows, seen = state["rows"], state["seen"]
         one = torch.empty(1, 1, 1, dtype=rows.dtype, device=device)

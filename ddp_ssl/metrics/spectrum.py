@@ -1,7 +1,5 @@
 """Metrics of a spectrum, all from one eigendecomposition."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -27,7 +25,7 @@ class Spectrum:
     width: int
 
     @staticmethod
-    def of(x: Tensor, center: bool = False, comm: Comm = ONE_PROCESS, owner: int = 0) -> Spectrum:
+    def of(x: Tensor, center: bool = False, comm: Comm = ONE_PROCESS, owner: int = 0) -> "Spectrum":
         """The spectrum of `x` `[M, d]`, which every process holds whole; the same bits on all.
 
         The processes share the products; rank `owner` takes the eigenvalues, so that several

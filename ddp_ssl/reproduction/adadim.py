@@ -64,7 +64,6 @@ def on(dataset: str) -> tuple[str, ...]:
 
 
 def tuned(method: str, dataset: str) -> Made:
-    """Name, base and overrides of a method's own recipe."""
     return f"tuned-{method}", f"cifar/{method}.yaml", on(dataset)
 
 
@@ -90,7 +89,6 @@ def alpha(value: float, dataset: str, *overrides: str) -> Made:
 
 
 def standard(method: str, dataset: str, *overrides: str) -> Made:
-    """A baseline in the standardised setting, Table 17."""
     run = "-".join(["standard", method, *(_short(o) for o in overrides)])
     rest = (*on(dataset), *WEAK, *TABLE_17.get(method, ()), *overrides)
     return run, f"cifar/{method}.yaml", rest

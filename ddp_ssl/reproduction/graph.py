@@ -1,7 +1,5 @@
 """The augmentation graph of four images: few augmentations hide the class, many show it.
 
-    python -m ddp_ssl.reproduction.graph [--out DIR] [--draws 2000]
-
 The setting of Ghosh et al. 2024, appendix C.3: four images, two classes, and two groups that look
 alike across the classes. An augmentation of an image looks like the image itself with probability
 rho, like the other one of its class (mu), of its look (nu), or like the one that shares neither

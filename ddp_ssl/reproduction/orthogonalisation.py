@@ -1,7 +1,5 @@
 """Weak against strong orthogonalisation: what gradient descent learns in two dimensions.
 
-    python -m ddp_ssl.reproduction.orthogonalisation [--out DIR] [--seeds 50]
-
 The setting of Ghosh et al. 2024, Theorem 3.2 and appendix B: a linear network W of d outputs on
 two-dimensional data, a small start, the Barlow Twins loss sum_i (C_ii - 1)^2 + beta sum_{i != j}
 C_ij^2 with C = W Gamma W^T, Gamma being the correlation of two augmentations of an image. In the

@@ -74,7 +74,6 @@ def curve(folder: Path) -> Curve:
 
 
 def values_of(run: Run) -> dict[str, float]:
-    """The measures of an ended run; empty for other runs."""
     if run.state() not in ENDED:
         return {}
     last: dict[str, float] = {}
@@ -113,7 +112,6 @@ class Row:
         return [v[measure] for v in self.values if measure in v]
 
     def ended(self) -> int:
-        """Number of seeds with values."""
         return sum(map(bool, self.values))
 
     def sample(self, measure: str) -> list[float]:
@@ -166,7 +164,6 @@ def _add_minutes(rows: list[Row]) -> None:
 def markdown(
     table: Table, dataset: str, scale: str, groups: dict[str, list[Row]], rule: str
 ) -> str:
-    """The table beside the published one."""
     where = "the embedded digits, small scale" if scale == "small" else dataset
     lines = [f"## {table.name} ({table.paper}): {table.what}; {where}", ""]
     if scale == "small":

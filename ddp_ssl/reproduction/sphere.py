@@ -1,7 +1,5 @@
 """AdaDim's Figure 1c: 200 points on a sphere, first in more dimensions, then more uniform.
 
-    python -m ddp_ssl.reproduction.sphere [--out DIR] [--repetitions 50]
-
 R are unit vectors in three dimensions, Z their projection to two of them. *Decorrelation*: the
 third coordinate grows from nothing, so that R goes from a circle to the sphere and Z from a line to
 the plane. *Spread*: R goes from five clusters on the sphere to uniform points. The paper has a

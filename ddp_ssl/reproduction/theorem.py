@@ -1,7 +1,5 @@
 """Theorem 3.1 on finite graphs of augmentations: the span of the losses' minimisers.
 
-    python -m ddp_ssl.reproduction.theorem [--out DIR] [--starts 5]
-
 Ghosh et al. 2024, Theorem 3.1, Lemma B.2, Theorem B.3 and section C.2. Functions live on the looks
 that augmentations can have, with inner product <f, g> = sum_x p(x) f(x) g(x). `T_M f` is the mean
 of f over an image's augmentations; the operator of the data similarity kernel is T_k = T_M* T_M.

@@ -11,7 +11,6 @@ logger = logging.getLogger("ddp_ssl")
 
 
 def tell(line: str) -> None:
-    """Print a line on stderr, at once."""
     print(line, file=sys.stderr, flush=True)
 
 

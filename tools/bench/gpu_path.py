@@ -75,12 +75,6 @@ def _channels(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _backward_reduce(
-    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Any, *needed: bool
-) -> tuple[Tensor, ...]:
-    return tuple(_channels(x) for _ in range(4))
-
-
 SHAPES = {
     "batch_norm_stats": lambda x, eps: (_channels(x), _channels(x)),
     "batch_norm_elemt": lambda x, *rest: torch.empty_like(x),
@@ -88,7 +82,7 @@ SHAPES = {
     "batch_norm_gather_stats_with_counts": lambda x, mean, *rest: (
         mean.new_empty(mean.shape[1]), mean.new_empty(mean.shape[1]),
     ),
-    "batch_norm_backward_reduce": _backward_reduce,
+    "batch_norm_backward_reduce": lambda grad, x, *rest: tuple(_channels(x) for _ in range(4)),
     "batch_norm_backward_elemt": lambda grad, x, *rest: torch.empty_like(x),
 }  # fmt: skip
 

@@ -41,7 +41,6 @@ def groups(parameters: list[nn.Parameter]) -> list[dict[str, object]]:
 
 
 def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """All contestants, each with parameters of its own."""
 
     def sgd(**how: bool) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups(with_gradients(model)), 1e-4, momentum=0.9, **how)
@@ -82,13 +81,9 @@ def counted(work: Callable[[], object]) -> tuple[int, int]:
     assert profile.profiler is not None
     events = profile.events() or []
     names = Counter(event.name for event in events)
-    top = sum(e.name.startswith("aten::") and not _inside(e) for e in events)
+    launched = [e for e in events if e.name.startswith("aten::")]
+    top = sum(e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::") for e in launched)
     return top, sum(names[name] for name in SYNCHRONISING[1:])
-
-
-def _inside(event: torch.autograd.profiler_util.FunctionEvent) -> bool:
-    parent = event.cpu_parent
-    return parent is not None and parent.name.startswith("aten::")
 
 
 def main() -> None:
