@@ -90,12 +90,6 @@ def distinct(folders: Sequence[Path]) -> list[str]:
     return labels
 
 
-def missing(run: Run, centred: bool) -> list[str]:
-    """The metrics of the picture that a run does not have."""
-    wanted = [name for _, _, names in PANELS for name in names_of(names, centred)]
-    return [name for name in wanted if name not in run.curves]
-
-
 def draw(runs: Sequence[Run], centred: bool = False) -> Any:
     """A matplotlib figure with a panel per quantity."""
     figure, axes = pyplot().subplots(3, 3, figsize=(12, 9.2), sharex=True, layout="constrained")
@@ -154,7 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = [read(folder) for folder in options.runs]
         for run, label in zip(runs, distinct(options.runs), strict=True):
             run.name = label
-            if lacking := missing(run, options.centred):
+            wanted = [n for *_, names in PANELS for n in names_of(names, options.centred)]
+            if lacking := [name for name in wanted if name not in run.curves]:
                 print(f"{label}: has no {', '.join(lacking)}", file=sys.stderr)
         return save(draw(runs, options.centred), options.out)
 
