@@ -24,7 +24,6 @@ POINTS, CLUSTERS = 200, 5
 STEPS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
 FROM = 0.05  # of the way from the clusters' centres: at 0 all points of one are equal
 NUMBERS, DIMENSIONS = (50, 200, 1000), (2, 3, 8, 32, 128)
-MEASURES = ("effective rank of R", "entropy of R", "I(R;Z)", "uniformity of R", "uniformity of Z")
 
 
 def unit(x: Tensor) -> Tensor:
@@ -54,7 +53,7 @@ PHASES = {"decorrelation": decorrelated, "spread": spread}
 
 
 def describe(r: Tensor, z: Tensor) -> list[float]:
-    """The `MEASURES`; entropies are matrix-based, of order 2, in nats."""
+    """Effective rank of R, entropy of R and I(R;Z) of order 2 in nats, uniformity of R and of Z."""
     pairs = pair_means(r, z)
     return [float(effective_rank(r)), renyi_entropy(r), pairs.mutual_information,
             pairs.uniformity_r, pairs.uniformity_z]  # fmt: skip
