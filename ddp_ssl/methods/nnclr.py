@@ -56,11 +56,8 @@ class NNCLR(Method[NNCLRConfig]):
         with torch.no_grad():
             self.queue.newest = self.comm.gather(large[:1])[:1]
         everyone = self.comm.gather(at_least_float32(p))
-        views, t, comm = (
-            range(self.num_views)[self.comm.views],
-            self.settings.temperature,
-            self.comm,
-        )
+        views = range(self.num_views)[self.comm.views]
+        t, comm = self.settings.temperature, self.comm
         loss = self.over_pairs(
             lambda i, j: nnclr(nearest[j], p[i], t, comm=comm, gathered=everyone[views[i]])
         )
