@@ -1,13 +1,11 @@
 """The console script `ddp-ssl`: `ddp-ssl train ...` is `python -m ddp_ssl.train ...`."""
 
-from __future__ import annotations
-
-import difflib
 import importlib
 import os
 import sys
 
 from ddp_ssl import __version__
+from ddp_ssl.utils.text import suggest
 
 # A command is a module with a `main(arguments)` that returns the exit code.
 COMMANDS = {
@@ -45,9 +43,8 @@ def main() -> int:
         print("\n".join([USAGE, "", *lines]))
         print("\nddp-ssl COMMAND --help says more; ddp-ssl --version tells the version.")
         return 0
-    close = difflib.get_close_matches(command, COMMANDS, 1)
-    hint = f"did you mean {close[0]}?" if close else f"accepted: {', '.join(COMMANDS)}"
-    print(f"ddp-ssl: error: unknown command {command!r}; {hint}", file=sys.stderr)
+    hint = suggest(command, COMMANDS) or f"; accepted: {', '.join(COMMANDS)}"
+    print(f"ddp-ssl: error: unknown command {command!r}{hint}", file=sys.stderr)
     return 2
 
 

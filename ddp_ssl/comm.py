@@ -8,8 +8,6 @@ Shapes: a process holds some views of some images, `[k, n, ...]`; the gathered t
 over view shards in turn.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

@@ -5,26 +5,17 @@ prints a line per finding. Exit codes: 0 nothing failed, 1 something did, 2 the 
 used.
 """
 
-from __future__ import annotations
-
 import contextlib
 import signal
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
-from ddp_ssl import distributed
-from ddp_ssl.checks import images, machine, network, slurm, software, storage
-from ddp_ssl.checks.base import Check, CheckContext, Finding, by_value, fail, ok
+from ddp_ssl.checks import examination
 from ddp_ssl.commands import common
-from ddp_ssl.config import Config, check_world_size
-from ddp_ssl.distributed import World
+from ddp_ssl.config import check_world_size
 from ddp_ssl.run.configure import load
-from ddp_ssl.utils.launcher import local_rank_and_size, rank_and_size
-from ddp_ssl.utils.text import one_line
+from ddp_ssl.utils.launcher import rank_and_size
 
 USAGE = """usage: ddp-ssl doctor [CONFIG.yaml] [key=value ...]
        torchrun --nproc_per_node N -m ddp_ssl.doctor [CONFIG.yaml] [key=value ...]
@@ -39,12 +30,9 @@ all-reduce, clocks, disk, data, Slurm. Start it as you start the run. A line per
 
 Exit code: 0 nothing failed, 1 something did, 2 the config cannot be used.
 """
-TIMEOUT_S = 120.0  # for a process to come, or to finish a part of a check
-LONGEST_S = 1800.0  # where finding the images of a large folder takes its time
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     return common.exit_code(lambda: _main(words))
 
@@ -56,7 +44,7 @@ def _main(arguments: Sequence[str]) -> int:
     config = load(arguments).config
     check_world_size(config, rank_and_size()[1])
     with _ending_in_order():
-        return _examine(config, arguments)
+        return examination.run(config, arguments)
 
 
 @contextlib.contextmanager
@@ -73,167 +61,6 @@ def _ending_in_order() -> Iterator[None]:
         raise SystemExit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _examine(config: Config, arguments: Sequence[str]) -> int:
-    rank, size = rank_and_size()
-    report = Report(rank == 0)
-    timeout_s = min(TIMEOUT_S, config.run.start_timeout_s)
-    problem = None
-    try:
-        # On the CPU, whatever the run uses: a missing GPU is a finding and must not end the checks.
-        world = distributed.with_timeout(distributed.start("cpu", timeout_s), LONGEST_S)
-    except Exception as error:
-        problem = describe_error(error)
-        if rank:
-            # Rank 0 continues alone; with another exit code from here a launcher would end it.
-            print(f"rank {rank} ({socket.gethostname()}): {problem}", file=sys.stderr, flush=True)
-            return 0
-        world = World(0, 1, *local_rank_and_size(), torch.device("cpu"))
-    try:
-        hosts = _everyones(world, socket.gethostname(), timeout_s)
-        ctx = CheckContext(config, arguments, world, hosts, _device(config, world), timeout_s)
-        what = " ".join(arguments) or "the embedded default"
-        report.title(f"{size} process(es) on {len(set(hosts))} host(s), {what}")
-        if problem is not None:
-            report.add("processes", [fail(
-                f"they do not find each other: {problem}",
-                "MASTER_ADDR and MASTER_PORT that all can reach, and all processes started; the "
-                "rest is about rank 0 alone",
-            )])  # fmt: skip
-        elif size > 1:
-            ranks = "; ".join(f"{h}: {ctx.ranks_of(h)}" for h in dict.fromkeys(hosts))
-            report.add("processes", [ok(f"all {size} answer; {ranks}")])
-        for check in _checks():
-            report.add(check.name, examine(check, ctx))
-        return int(world.broadcast_object(report.close()))
-    except Silent as error:
-        # The remaining checks need all processes; the findings so far are printed.
-        report.add("processes", [fail(str(error), "see what that rank is doing: py-spy, dmesg")])
-        report.close()
-        common.wait_for_rank_0()
-        return 1
-    finally:
-        distributed.stop()
-
-
-def _checks() -> Iterator[Check]:
-    """The checks in the order of the report; some use the result of an earlier one."""
-    yield storage.FOLDER
-    yield from software.CHECKS
-    yield from machine.CHECKS
-    yield from network.CHECKS
-    yield from images.CHECKS
-    yield storage.CHECKPOINTS
-    yield from slurm.CHECKS
-
-
-def _device(config: Config, world: World) -> torch.device:
-    """The device that `distributed.start` would give this process in a run."""
-    if config.run.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    place = torch.device("cuda", world.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(place)
-    return place
-
-
-# --- one check -----------------------------------------------------------------------------------
-
-
-class Silent(RuntimeError):
-    """A process does not answer, so that no further check can run on all processes."""
-
-
-def examine(check: Check, ctx: CheckContext) -> list[Finding]:
-    """Run a check on all processes; its findings on rank 0, nothing elsewhere.
-
-    A check that raises on a process is a finding; the other processes do not wait for it.
-    """
-    limit = check.timeout_s or ctx.timeout_s
-    facts: list[Any] = []
-    with contextlib.ExitStack() as ctx.cleanup:
-        for stage in check.stages:
-            problem, fact = None, None
-            try:
-                fact = stage(ctx, facts)
-            except Exception as error:
-                problem = describe_error(error)
-            answers = _everyones(ctx.world, (problem, fact), limit)
-            facts = [fact for _, fact in answers]
-            problems = [problem for problem, _ in answers]
-            if any(problems):
-                said = by_value(problems)
-                return [
-                    fail(f"{text}{_on(ctx, ranks)}", "mend this, then look again")
-                    for text, ranks in said.items()
-                    if text is not None
-                ]
-        if not ctx.world.is_main:
-            return []
-        try:
-            return list(check.judge(ctx, facts))
-        except Exception as error:
-            return [fail(f"cannot be judged: {describe_error(error)}", "report it, with this line")]
-
-
-def _on(ctx: CheckContext, ranks: list[int]) -> str:
-    return "" if len(ranks) == ctx.world.size else f" [{ctx.who(ranks)}]"
-
-
-def _everyones(world: World, value: Any, timeout_s: float) -> list[Any]:
-    """Every process's value on every process; raises `Silent` if one does not give any."""
-    try:
-        distributed.wait_for_all(world, timeout_s)
-        values: list[Any] = world.broadcast_object(world.gather_objects(value))
-    except RuntimeError as error:
-        said = str(error).partition("]: ")[2] or str(error)
-        raise Silent(f"no answer: {describe_error(RuntimeError(said))}") from None
-    return values
-
-
-def describe_error(error: Exception) -> str:
-    """An error as one line of at most 300 characters."""
-    text = one_line(error)
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        text = f"{error.filename}: {error.strerror}"
-    elif not text or not isinstance(error, OSError | ValueError | RuntimeError):
-        text = f"{type(error).__name__}: {text}"
-    return text if len(text) < 300 else text[:297] + "..."
-
-
-# --- the report ----------------------------------------------------------------------------------
-
-
-class Report:
-    """Prints findings as they come, on rank 0."""
-
-    WIDTH = 14
-
-    def __init__(self, speaks: bool) -> None:
-        self.speaks = speaks
-        self.counts = {"ok": 0, "warn": 0, "fail": 0}
-
-    def title(self, text: str) -> None:
-        """Print what is checked."""
-        self._say(f"ddp-ssl doctor: {text}")
-
-    def add(self, name: str, findings: Sequence[Finding]) -> None:
-        """Print the findings of a check, a line each."""
-        for finding in findings:
-            self.counts[finding.level] += 1
-            remedy = f" -> {finding.remedy}" if finding.remedy else ""
-            line = f"{finding.level:<6}{name:<{self.WIDTH}}{finding.text}{remedy}"
-            self._say(" ".join(line.splitlines()))
-
-    def close(self) -> int:
-        """Print the number of findings of each level; returns the exit code."""
-        counts = self.counts
-        self._say(f"{counts['ok']} ok, {counts['warn']} warn, {counts['fail']} fail")
-        return int(counts["fail"] > 0)
-
-    def _say(self, line: str) -> None:
-        if self.speaks:
-            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """The errors that end a run. Each message is one line for people."""
 
-from __future__ import annotations
-
 
 class ConfigError(ValueError):
     """The user asked for something that cannot be run; the message is one line for the user."""

@@ -1,8 +1,5 @@
 """Encoder and projection head."""
 
-from __future__ import annotations
-
-import difflib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,7 +7,7 @@ import torch
 from torch import nn
 
 from ddp_ssl.config import Model
-from ddp_ssl.utils.text import one_line
+from ddp_ssl.utils.text import one_line, suggest
 
 # Padding of the first convolution, by `model.stem`.
 STEM_PADDING = {"small": 1, "small_pad2": 2}
@@ -29,8 +26,7 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
 
     name = config.backbone
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), 1, 0.4)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = suggest(name, timm.list_models())
         raise ValueError(f"model.backbone: timm has no model {name!r}{hint}")
     arguments: dict[str, Any] = {"num_classes": 0, **config.backbone_args}
     try:

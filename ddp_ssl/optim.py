@@ -4,8 +4,6 @@ Every process sees the same averaged gradient, so nothing here communicates. Not
 the device: a step only launches work.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections import Counter
@@ -202,9 +200,6 @@ def is_one_dimensional(parameter: Tensor) -> bool:
     return parameter.ndim == 1
 
 
-# --- building --------------------------------------------------------------------------------
-
-
 def build(config: Optim, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
     """The configured optimiser over named groups of parameters.
 
@@ -253,9 +248,6 @@ def build(config: Optim, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Opt
     return adam(options, config.lr, betas=config.betas, foreach=True)
 
 
-# --- schedule --------------------------------------------------------------------------------
-
-
 def learning_rate(
     step: int,
     total_steps: int,
@@ -299,9 +291,6 @@ def set_learning_rates(
         else:
             group["lr"] = peak
     return float(optimizer.param_groups[0]["lr"])
-
-
-# --- state by name ---------------------------------------------------------------------------
 
 
 def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor | int]]:

@@ -4,8 +4,6 @@ Under torchrun, under srun with one task per GPU, or alone. Exit codes: 0 done o
 request (status.json says which), 1 failed, 2 the config or the data cannot be used.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import sys
 from collections.abc import Callable, Sequence

@@ -22,8 +22,8 @@ import pytest
 import torch
 
 from ddp_ssl import cli, distributed, doctor
-from ddp_ssl.checks import images, machine, network, slurm, software, storage
-from ddp_ssl.checks.base import Check, CheckContext, Finding, file_system, ok
+from ddp_ssl.checks import examination, images, machine, network, slurm, software, storage
+from ddp_ssl.checks.base import Check, Context, Finding, file_system, ok
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import Exchange, World
 from ddp_ssl.run import environment
@@ -79,7 +79,7 @@ def odd_host_clock() -> Any:
 
 def other_host() -> Any:
     """This rank is on another host."""
-    return mock.patch.object(doctor.socket, "gethostname", return_value="n2")
+    return mock.patch.object(examination.socket, "gethostname", return_value="n2")
 
 
 def local_disk() -> Any:
@@ -115,7 +115,7 @@ def other_images() -> Any:
     """This rank sees one image less."""
     real = images._load
 
-    def fewer(ctx: CheckContext) -> Any:
+    def fewer(ctx: Context) -> Any:
         data = real(ctx)
         some = data.train.subset(torch.arange(1, len(data.train)).numpy())
         return dataclasses.replace(data, train=some)
@@ -138,7 +138,7 @@ def slow_scan() -> Any:
     """This rank finds its images late."""
     real = images._load
 
-    def late(ctx: CheckContext) -> Any:
+    def late(ctx: Context) -> Any:
         time.sleep(10)
         return real(ctx)
 
@@ -148,7 +148,7 @@ def slow_scan() -> Any:
 def broken() -> Any:
     """A look breaks."""
 
-    def look(ctx: CheckContext, before: list[Any]) -> None:
+    def look(ctx: Context, before: list[Any]) -> None:
         raise KeyError("cores")
 
     return replaced(machine, "cores", look)
@@ -157,7 +157,7 @@ def broken() -> Any:
 def asleep() -> Any:
     """A look does not end."""
 
-    def look(ctx: CheckContext, before: list[Any]) -> None:
+    def look(ctx: Context, before: list[Any]) -> None:
         time.sleep(12)
 
     return replaced(machine, "cores", look)
@@ -193,7 +193,7 @@ def look(
     """The doctor in this process, in a hurry; its exit code and what it prints."""
     rank = int(os.environ.get("RANK", "0"))
     printed = io.StringIO()
-    checks = doctor._checks
+    checks = examination.all_checks
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}))
         for name, ranks in (faults or {}).items():
@@ -205,7 +205,7 @@ def look(
             stack.enter_context(mock.patch.object(module, name, value))
         if only:
             some = lambda: [check for check in checks() if check.name in only]  # noqa: E731
-            stack.enter_context(mock.patch.object(doctor, "_checks", some))
+            stack.enter_context(mock.patch.object(examination, "all_checks", some))
         stack.enter_context(contextlib.redirect_stdout(printed))
         code = doctor.main(args)
     return code, printed.getvalue()
@@ -307,7 +307,7 @@ def test_every_command_is_a_module_with_help(
 def test_a_rank_with_another_version(ranks: Ranks, args: list[str]) -> None:
     code, (line,) = examined(ranks, 3, args, "versions", other_torch=[2])
     assert code == 1
-    host, ours = doctor.socket.gethostname(), importlib.metadata.version("torch")
+    host, ours = examination.socket.gethostname(), importlib.metadata.version("torch")
     assert f"torch differs: {ours} on ranks 0, 1 ({host}); 1.13.0 on rank 2 ({host})" in line
 
 
@@ -459,10 +459,10 @@ def test_a_check_that_breaks_on_one_rank(ranks: Ranks, args: list[str]) -> None:
 
 
 def test_a_judgement_that_breaks() -> None:
-    def judge(ctx: CheckContext, facts: list[Any]) -> list[Finding]:
+    def judge(ctx: Context, facts: list[Any]) -> list[Finding]:
         raise ZeroDivisionError("division by zero\nand more")
 
-    (finding,) = doctor.examine(Check("odd", (lambda ctx, before: 1,), judge), ctx_of(1))
+    (finding,) = examination.examine(Check("odd", (lambda ctx, before: 1,), judge), ctx_of(1))
     assert finding.level == "fail"
     assert finding.text == "cannot be judged: ZeroDivisionError: division by zero and more"
 
@@ -516,12 +516,10 @@ def test_sigterm_leaves_nothing_behind(args: list[str], tmp_path: Path) -> None:
 # --- judgements ----------------------------------------------------------------------------------
 
 
-def ctx_of(size: int, *overrides: str, hosts: Sequence[str] = ()) -> CheckContext:
+def ctx_of(size: int, *overrides: str, hosts: Sequence[str] = ()) -> Context:
     """As rank 0 has it."""
     world = World(0, 1, 0, 1, CPU)
-    ctx = CheckContext(
-        config_of(*overrides), overrides, world, list(hosts) or ["n1"] * size, CPU, 10
-    )
+    ctx = Context(config_of(*overrides), overrides, world, list(hosts) or ["n1"] * size, CPU, 10)
     ctx.world = dataclasses.replace(world, size=size)
     return ctx
 

@@ -19,6 +19,7 @@ from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.loading.formats import PixelFormat
 from ddp_ssl.data.loading.loader import EvalLoader
 from ddp_ssl.data.loading.settings import LoaderSettings
+from ddp_ssl.evals import embedding
 from ddp_ssl.methods.base import Method
 from ddp_ssl.run.configure import load
 from tests.exports import run_folder
@@ -118,8 +119,8 @@ def test_rows_are_gathered_in_parts(
 ) -> None:
     place, _, _ = run
     files = []
-    for chunk in (embed.CHUNK, 5):
-        monkeypatch.setattr(embed, "CHUNK", chunk)
+    for chunk in (embedding.CHUNK, 5):
+        monkeypatch.setattr(embedding, "CHUNK", chunk)
         files.append(tmp_path / f"{chunk}.npz")
         assert embed.main([str(place), "--out", str(files[-1]), *QUIET]) == 0
     a, b = (np.load(file) for file in files)

@@ -1,10 +1,6 @@
 """The same as `ddp-ssl check-data`."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, installed or not
-from ddp_ssl.commands.check_data import main
+import door
 
 if __name__ == "__main__":
-    sys.exit(main())
+    door.enter("check_data")

@@ -1,7 +1,5 @@
 """Write docs/config.md from the schema: `make docs`, or `python tools/config_reference.py`."""
 
-from __future__ import annotations
-
 import textwrap
 
 from ddp_ssl.config import Config, ViewGroup, describe_fields, reference
@@ -44,7 +42,6 @@ def first_line(thing: type) -> str:
 
 
 def main() -> str:
-    """The whole page."""
     lines = [HEAD, resuming(), ""]
     rows = list(reference())
     for section, field in Config.model_fields.items():

@@ -7,8 +7,6 @@ measurement that fails, or takes longer than its own limit, is a line with `erro
 goes on. `--rehearse` takes tiny sizes, on the CPU if there is no GPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

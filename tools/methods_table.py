@@ -5,11 +5,9 @@
 Each method runs with its own embedded settings (`method.name=NAME` and nothing else). A run that
 ended is not repeated, and an interrupted one goes on. About two minutes a method on two cores.
 
-Exit code 1, naming each method, if one falls below the floors: figures finite, embedding standard
+Exit code 1, naming each method, if one falls below the floors: metrics finite, embedding standard
 deviation above 0.02, effective rank of Z above 3, k-NN at the end above k-NN before + 0.02.
 """
-
-from __future__ import annotations
 
 import argparse
 import math
@@ -48,8 +46,7 @@ def train(name: str, folder: Path, processes: int) -> None:
         raise SystemExit(f"{name}: {done.stderr.strip()[-2000:]}")
 
 
-def figures(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """The first and the last value of each column."""
+def first_and_last(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     for row in read_metrics(folder / "metrics.jsonl"):
@@ -81,7 +78,7 @@ STD, RANK, GAIN = 0.02, 3.0, 0.02  # each to be exceeded
 
 
 def failures(first: dict[str, float], last: dict[str, float]) -> list[str]:
-    """The figures below the floors, one line each; none for a method that trains."""
+    """The metrics below the floors, one line each; none for a method that trains."""
     missing = [name for name in COLUMNS if not math.isfinite(last.get(name, math.nan))]
     if missing:
         return [f"not finite or not there: {', '.join(missing)}"]
@@ -99,7 +96,6 @@ def failures(first: dict[str, float], last: dict[str, float]) -> list[str]:
 
 
 def main() -> int:
-    """From the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     parser.add_argument("--processes", type=int, default=2)
@@ -112,7 +108,7 @@ def main() -> int:
         if not (folder / "result.md").exists():
             print(f"{number}/{len(names)} {name}", file=sys.stderr, flush=True)
             train(name, folder, options.processes)
-        results[name] = figures(folder)
+        results[name] = first_and_last(folder)
     text = table(results)
     print(text)
     document = DOCUMENT.read_text()

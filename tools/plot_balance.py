@@ -1,10 +1,6 @@
 """The same as `ddp-ssl plot balance`."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, installed or not
-from ddp_ssl.commands.plot_balance import main
+import door
 
 if __name__ == "__main__":
-    sys.exit(main())
+    door.enter("plot_balance")

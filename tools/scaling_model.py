@@ -13,8 +13,6 @@ Efficiency is the time of one GPU alone with the same number of images, divided 
 Exit code 2, with one line, for a config that cannot be run or a backbone without a known rate.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys
@@ -45,6 +43,7 @@ from ddp_ssl.methods._registry import make_method
 from ddp_ssl.methods.base import Progress
 from ddp_ssl.metrics.effective_rank import GATHERED
 from ddp_ssl.models import build_backbone
+from ddp_ssl.reproduction.figures import pyplot
 from ddp_ssl.run.configure import load
 from ddp_ssl.training.measurement import AHEAD
 
@@ -63,40 +62,41 @@ PLOTTED = (8, 16, 32, 64, 128, 256, 512, 1024)
 NO_WORK = ("prim.", "empty", "detach", "alias", "lift_fresh", "_unsafe_view")
 
 
+def rate(default: float, text: str, least: float = 1e-9) -> Any:
+    """A field of `Cluster`: its default, its help and the least value that is accepted."""
+    return field(default=default, metadata={"help": text, "least": least})
+
+
 @dataclass(frozen=True)
 class Cluster:
-    """Rates of the machine: bytes and operations a second, seconds."""
+    """Rates of the machine: bytes and operations a second, seconds. The field's help says more."""
 
-    node_size: int = 8
-    intra: float = 300e9
-    """Bandwidth from one GPU to the others of its node."""
-    inter: float = 50e9
-    """Bandwidth of one GPU's share of the node's network."""
-    latency: float = 25e-6
-    """Latency of one collective within a node."""
-    latency_per_doubling: float = 8e-6
-    """More for each doubling of the number of nodes."""
-    jitter: float = 0.005
-    """Standard deviation of a rank's own time, as a fraction: all wait for the slowest of W."""
-    images_per_second: float = 0.0
-    fp32: float = 40e12
-    """The losses' products."""
-    memory: float = 2.5e12
-    """Bandwidth at which the losses read and write."""
-    kernel: float = 4e-6
-    """The shortest time of an operation of the loss."""
-    fp64: float = 10e12
-    """Products in float64, for alpha."""
-    decomposition: float = 18e9
-    """Eigenvalues and singular values in float64, for alpha: as measured on one CPU core."""
-    pipeline: float = PIPELINE_S
-    """The first batch of another data pipeline, for alpha; training goes on meanwhile."""
-    hop: float = 25e-6
-    """A message between the hosts of two processes, which go around a ring between epochs."""
-    host_copy: float = 20e9
-    """From a GPU to host memory, for a checkpoint."""
-    disk: float = 250e6
-    """Bandwidth to write a checkpoint, in the background: of a local disk, on one CPU core."""
+    node_size: int = rate(8, "GPUs of a node (%(default)s)")
+    intra: float = rate(300e9, "bytes/s of a GPU within its node (%(default)g)")
+    inter: float = rate(50e9, "bytes/s per GPU between nodes (%(default)g)")
+    latency: float = rate(25e-6, "s of a collective within a node (%(default)g)", 0)
+    latency_per_doubling: float = rate(8e-6, "s more per doubling of the nodes (%(default)g)", 0)
+    # All wait for the slowest of W.
+    jitter: float = rate(
+        0.005, "standard deviation of a rank's own time, a fraction (%(default)g)", 0
+    )
+    images_per_second: float = rate(
+        0.0, f"224-pixel crops trained on one GPU; else assumed for {', '.join(IMAGES_PER_SECOND)}",
+        -math.inf,
+    )  # fmt: skip
+    fp32: float = rate(40e12, "the losses' products, FLOP/s (%(default)g)")
+    memory: float = rate(2.5e12, "device memory, bytes/s (%(default)g)")
+    kernel: float = rate(4e-6, "s of the shortest operation (%(default)g)", 0)
+    fp64: float = rate(10e12, "float64 products for alpha, FLOP/s (%(default)g)")
+    # Eigenvalues and singular values in float64, as measured on one CPU core.
+    decomposition: float = rate(18e9, "decompositions for alpha, FLOP/s (%(default)g)")
+    # Of another data pipeline; training goes on meanwhile.
+    pipeline: float = rate(PIPELINE_S, "s until alpha's first batch (%(default)g)", 0)
+    # Messages go around a ring of the processes' hosts between epochs.
+    hop: float = rate(25e-6, "s of a message between hosts (%(default)g)", 0)
+    host_copy: float = rate(20e9, "bytes/s from a GPU to its host, for a checkpoint (%(default)g)")
+    # In the background: of a local disk, on one CPU core.
+    disk: float = rate(250e6, "bytes/s of a checkpoint (%(default)g)")
 
     def seconds(self, kind: str, nbytes: int, ranks: int) -> float:
         """A collective over `ranks` GPUs: both levels one after the other."""
@@ -119,9 +119,6 @@ class Cluster:
         return 2 * self.hop * math.ceil(math.log2(ranks))
 
 
-# --- a step on tensors without values --------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Event:
     """A collective, and this rank's work since the one before: network and loss."""
@@ -142,17 +139,14 @@ class Step:
     view_shards: int
     norms: int
     parameters: int
-    widths: tuple[int, int]
-    """Dimensions of the representation and of the embedding."""
+    widths: tuple[int, int]  # dimensions of the representation and of the embedding
 
     @property
     def flops(self) -> float:
-        """Operations of the networks, forward and backward."""
         return sum(event.flops for event in self.events)
 
     @property
     def loss_seconds(self) -> float:
-        """Time of the losses' own operations."""
         return sum(event.seconds for event in self.events)
 
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -240,11 +234,6 @@ def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def build(config: Config, classes: int) -> Learner:
-    """The run's method and probe, as a run makes them; values do not matter."""
-    return Learner(make_method(config, Comm()), classes, some_unlabelled=False)
-
-
 def of_shapes(module: nn.Module, mode: FakeTensorMode) -> None:
     """Replace all values by shapes."""
     made: dict[int, Any] = {}
@@ -261,15 +250,9 @@ def of_shapes(module: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def record(
-    config: Config,
-    ranks: int,
-    cluster: Cluster,
-    *,
-    classes: int = 0,
-    alpha: float = 0.5,
-    learner: Learner | None = None,
+    config: Config, ranks: int, cluster: Cluster, *, classes: int = 0, alpha: float = 0.5
 ) -> Step:
-    """One training step of rank 0 of `ranks`, and what it communicates.
+    """One training step of rank 0 of `ranks`, with all that it communicates.
 
     `alpha`: AdaDim's, once measured (before, terms of weight zero have no backward). `classes`: of
     the probe, 0 for none. Raises `ConfigError` where the batch does not split.
@@ -277,7 +260,7 @@ def record(
     check_world_size(config, ranks)
     shards = config.data.view_shards
     images = config.data.batch_size // (ranks // shards)
-    learner = learner or build(config, classes)
+    learner = Learner(make_method(config, Comm()), classes, some_unlabelled=False)
     method = learner.method
     recorder = Recorder(cluster)
     comm = RankOf(ranks, shards, recorder)
@@ -377,9 +360,6 @@ def _bucketed(events: Sequence[Event], sent: float = 1.0) -> list[Event]:
     return done
 
 
-# --- from work and bytes to time -------------------------------------------------------------
-
-
 @dataclass
 class Prediction:
     """Seconds of a step by term; `terms` add up to `step`."""
@@ -387,10 +367,8 @@ class Prediction:
     ranks: int
     terms: dict[str, float]
     counts: dict[str, tuple[int, int]]
-    hidden: float
-    """The part of the gradients' all-reduce that backward covers."""
-    input_rate: float
-    """Images a second that each GPU's loader must give."""
+    hidden: float  # the part of the gradients' all-reduce that backward covers
+    input_rate: float  # images a second that each GPU's loader must give
     efficiency: float = math.nan
     notes: list[str] = field(default_factory=list)
 
@@ -442,11 +420,14 @@ def predict(
     )
     work = terms["network"] + terms["loss"]
     notes: list[str] = []
-    terms["waiting for the slowest"] = work * cluster.jitter * slowest_of(step.ranks)
+    # The expected maximum of so many standard normal numbers (Blom 1958).
+    quantile = (step.ranks - 0.375) / (step.ranks + 0.25)
+    slowest = NormalDist().inv_cdf(quantile) if step.ranks > 1 else 0.0
+    terms["waiting for the slowest"] = work * cluster.jitter * slowest
     terms["measuring alpha"] = terms["between epochs"] = 0.0
     if images is None:
         notes.append(
-            f"what is done between epochs left out: give --images, the size of {config.data.name}"
+            f"the work between epochs is left out: give --images, the size of {config.data.name}"
         )
     elif images < config.data.batch_size:
         notes.append(
@@ -464,11 +445,6 @@ def predict(
     return Prediction(
         step.ranks, terms, counts, hidden, images_here / sum(terms.values()), notes=notes
     )
-
-
-def slowest_of(ranks: int) -> float:
-    """Expected maximum of `ranks` standard normal numbers (Blom 1958)."""
-    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
 
 
 def alpha_seconds(
@@ -508,7 +484,7 @@ def alpha_seconds(
 
 
 def boundary_seconds(config: Config, step: Step, cluster: Cluster, epoch: float) -> float:
-    """Time of an epoch's end: a flag that is waited for, figures, every few epochs a save.
+    """Time of an epoch's end: a flag that is waited for, metrics, every few epochs a save.
 
     A checkpoint costs the states of all ranks, the copy to the host, and the part of the writing
     that the epochs until the next do not cover. Validation is not included.
@@ -613,9 +589,6 @@ class Model:
         return found
 
 
-# --- for people ------------------------------------------------------------------------------
-
-
 def byte_table(predictions: Sequence[Prediction]) -> str:
     """Markdown: calls a step and bytes of each kind of collective, for each number of GPUs."""
     kinds = {kind: None for p in predictions for kind in p.counts}
@@ -691,12 +664,7 @@ def verdict(base: Prediction, variants: dict[str, Prediction], target: float) ->
 
 def draw(curves: dict[str, list[Prediction]], target: float, title: str) -> Any:
     """A matplotlib figure: efficiency over GPUs, and the terms of the first curve."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12.5, 4.8), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(12.5, 4.8), layout="constrained")
     for name, curve in curves.items():
         ranks = [p.ranks for p in curve]
         left.plot(
@@ -726,7 +694,6 @@ def draw(curves: dict[str, list[Prediction]], target: float, title: str) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    c = Cluster()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -735,28 +702,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus", default="8,64,512", help="numbers of GPUs (default: %(default)s)")
     add("--per-gpu", type=int, default=128, help="images on each GPU (default: %(default)s)")
     add("--fixed-batch", action="store_true", help="the config's batch_size at any number of GPUs")
-    add("--node-size", type=int, default=c.node_size, help="GPUs of a node (default: %(default)s)")
-
-    def rate(name: str, text: str) -> None:
-        default = getattr(c, name)
-        add(f"--{name.replace('_', '-')}", type=float, default=default, help=text)
-
-    rate("intra", "bytes/s of a GPU within its node (%(default)g)")
-    rate("inter", "bytes/s per GPU between nodes (%(default)g)")
-    rate("latency", "s of a collective (%(default)g)")
-    rate("latency_per_doubling", "s more per doubling of the nodes (%(default)g)")
-    rate("jitter", "standard deviation of a rank's own time, a fraction (%(default)g)")
-    known = ", ".join(IMAGES_PER_SECOND)
-    rate("images_per_second", f"224-pixel crops trained on one GPU; else assumed for {known}")
-    rate("fp32", "the losses' products, FLOP/s (%(default)g)")
-    rate("memory", "device memory, bytes/s (%(default)g)")
-    rate("kernel", "s of the shortest operation (%(default)g)")
-    rate("fp64", "float64 products for alpha, FLOP/s (%(default)g)")
-    rate("decomposition", "decompositions for alpha, FLOP/s (%(default)g)")
-    rate("pipeline", "s until alpha's first batch (%(default)g)")
-    rate("hop", "s of a message between hosts (%(default)g)")
-    rate("host_copy", "bytes/s from a GPU to its host (%(default)g)")
-    rate("disk", "bytes/s of a checkpoint (%(default)g)")
+    for one in dataclass_fields(Cluster):
+        name = f"--{one.name.replace('_', '-')}"
+        add(name, type=type(one.default), default=one.default, help=one.metadata["help"])
     add("--images", type=int, help="training images, where the data set is not a known one")
     add("--alpha", type=float, default=0.5, help="AdaDim's, once measured (default: %(default)s)")
     add("--target", type=float, default=0.85, help="efficiency asked for (default: %(default)s)")
@@ -766,15 +714,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """From the command line; returns the exit code."""
-    parser = _parser()
-    options = parser.parse_intermixed_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     try:
         return _run(options)
-    except ModuleNotFoundError as error:
-        print(
-            f"scaling_model: {error.name} is needed: pip install 'ddp_ssl[plots]'", file=sys.stderr
-        )
     except OSError as error:
         print(f"scaling_model: error: {error.filename}: {error.strerror}", file=sys.stderr)
     except ValueError as error:
@@ -793,16 +735,12 @@ def _numbers(text: str) -> list[int]:
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:
-    fields = {f.name: getattr(options, f.name) for f in dataclass_fields(Cluster)}
-    for name, value in fields.items():
-        least = (
-            0
-            if name in ("jitter", "latency", "latency_per_doubling", "kernel", "pipeline", "hop")
-            else 1e-9
-        )
-        if name != "images_per_second" and not value >= least:
-            raise ValueError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
-    return Cluster(**fields)
+    for one in dataclass_fields(Cluster):
+        value = getattr(options, one.name)
+        if not value >= one.metadata["least"]:
+            name = one.name.replace("_", "-")
+            raise ValueError(f"--{name}: expected a positive number, got {value}")
+    return Cluster(**{one.name: getattr(options, one.name) for one in dataclass_fields(Cluster)})
 
 
 def _run(options: argparse.Namespace) -> int:

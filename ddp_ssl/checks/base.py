@@ -1,12 +1,11 @@
 """A check: stages that every process runs, and a judgement on rank 0."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -31,46 +30,29 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-def ok(text: str) -> Finding:
-    """Nothing to do."""
-    return Finding("ok", text)
+Findings = Iterator[Finding]
 
-
-def warn(text: str, remedy: str) -> Finding:
-    """A run would start, and be slow, or be lost at some event."""
-    return Finding("warn", text, remedy)
-
-
-def fail(text: str, remedy: str) -> Finding:
-    """A run would not start, or end badly."""
-    return Finding("fail", text, remedy)
+ok = partial(Finding, "ok")
+warn = partial(Finding, "warn")  # a run would start, and be slow, or be lost at some event
+fail = partial(Finding, "fail")  # a run would not start, or end badly
 
 
 @dataclass
-class CheckContext:
+class Context:
     """State that the checks of a process share."""
 
     config: Config
     arguments: Sequence[str]
-    world: World
-    """The process group of the checks: on the CPU, whatever device the run uses."""
-    hosts: list[str]
-    """Host name of every rank."""
-    device: torch.device
-    """Where the run would compute."""
+    world: World  # the process group of the checks: on the CPU, whatever device the run uses
+    hosts: list[str]  # host name of every rank
+    device: torch.device  # where the run would compute
     timeout_s: float
-    folder: Path | None = None
-    """The run folder, once a check has chosen it."""
-    data: Dataset | None = None
-    """The images, once a check has found them on all processes."""
-    found: Dataset | None = None
-    """The same, on this process alone."""
-    comm: Comm = ONE_PROCESS
-    """The images and views of a batch that are this process's."""
-    loader: TrainLoader | None = None
-    """The training pipeline while it is timed."""
-    bad: BadImages | None = None
-    """The bad images that the pipeline met."""
+    folder: Path | None = None  # the run folder, once a check has chosen it
+    data: Dataset | None = None  # the images, once a check has found them on all processes
+    found: Dataset | None = None  # the same, on this process alone
+    comm: Comm = ONE_PROCESS  # the images and views of a batch that are this process's
+    loader: TrainLoader | None = None  # the training pipeline while it is timed
+    bad: BadImages | None = None  # the bad images that the pipeline met
     checkpoint_s: float | None = None
     """Seconds to write a checkpoint, on rank 0, once a check has measured it."""
     cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -84,8 +66,7 @@ class CheckContext:
     @property
     def home(self) -> Path:
         """The run folder, or as much of its path as exists."""
-        folder = (self.folder or Path(self.config.run.dir or "runs")).absolute()
-        return next(place for place in (folder, *folder.parents) if place.is_dir())
+        return existing(self.folder or Path(self.config.run.dir or "runs"))
 
     @property
     def home_above(self) -> Path:
@@ -108,7 +89,7 @@ class CheckContext:
         return f"rank{'s' * (len(these) > 1)} {shown} ({hosts})"
 
 
-Stage = Callable[[CheckContext, list[Any]], Any]
+Stage = Callable[[Context, list[Any]], Any]
 """Runs on every process, with the results of all processes in the stage before. If one process
 raises, the others are told, and no further stage runs."""
 
@@ -118,7 +99,7 @@ class Check(NamedTuple):
 
     name: str
     stages: tuple[Stage, ...]
-    judge: Callable[[CheckContext, list[Any]], Iterable[Finding]]
+    judge: Callable[[Context, list[Any]], Iterable[Finding]]
     timeout_s: float | None = None
     """Seconds for a stage, if it may need more than the usual limit."""
 
@@ -140,6 +121,17 @@ def scratch(folder: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def existing(path: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+
+
+def room(place: Path) -> tuple[int, int | None]:
+    """Free bytes, and how many files can still be made where there is a limit."""
+    disk = os.statvfs(place)
+    return disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else None
 
 
 def size(nbytes: float) -> str:

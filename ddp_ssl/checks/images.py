@@ -1,12 +1,9 @@
 """The data set: found, read and decoded as training does it."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import statistics
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +14,14 @@ import torch
 from ddp_ssl import distributed
 from ddp_ssl.checks.base import (
     Check,
-    CheckContext,
-    Finding,
+    Context,
+    Findings,
     by_value,
+    existing,
     fail,
     file_system,
     ok,
+    room,
     size,
     warn,
 )
@@ -34,7 +33,7 @@ from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.decodable import Decoder, first_line, why, worth_trying
 from ddp_ssl.data.loading.formats import Decoding
 
-SCAN_S = 1800.0  # for finding the images, at most (`doctor.LONGEST_S` is the limit of all)
+SCAN_S = 1800.0  # for finding the images, at most (`examination.LONGEST_S` is the limit of all)
 DECODED = 10  # images of each split
 READ = 256  # files, at most
 READ_S = 4.0  # seconds of reading, at most
@@ -42,35 +41,32 @@ PIPELINE_S = 4.0  # seconds of batches
 SLOW_READ_S = 0.1  # for one file
 
 
-# --- found ---------------------------------------------------------------------------------------
-
-
-def find_first(ctx: CheckContext, before: list[Any]) -> None:
+def find_first(ctx: Context, before: list[Any]) -> None:
     """Rank 0 finds the images, and caches its listing of a large folder for the others."""
     if ctx.world.is_main:
         ctx.found = _load(ctx)
 
 
-def find_all(ctx: CheckContext, before: list[Any]) -> str:
+def find_all(ctx: Context, before: list[Any]) -> str:
     """Every process finds the images; returns a digest that must be the same everywhere."""
     ctx.found = ctx.found or _load(ctx)
     val = ctx.found.val
     return f"{ctx.found.train.digest} {'' if val is None else val.digest}"
 
 
-def keep(ctx: CheckContext, before: list[Any]) -> str:
+def keep(ctx: Context, before: list[Any]) -> str:
     """All processes have found the images: other checks may use them."""
     ctx.data = ctx.found
     digest: str = before[ctx.world.rank]
     return digest
 
 
-def _load(ctx: CheckContext) -> Dataset:
+def _load(ctx: Context) -> Dataset:
     # Shards stay where they are: copying them to the node would take longer than all checks.
     return registry.load(ctx.config.data.model_copy(update={"stage": None}), ctx.config.run.seed)
 
 
-def judge_found(ctx: CheckContext, facts: list[str]) -> Iterator[Finding]:
+def judge_found(ctx: Context, facts: list[str]) -> Findings:
     assert ctx.data is not None
     train, val = ctx.data.train, ctx.data.val
     others = [rank for rank, fact in enumerate(facts) if fact != facts[0]]
@@ -87,13 +83,10 @@ def judge_found(ctx: CheckContext, facts: list[str]) -> Iterator[Finding]:
         )
     stage = ctx.config.data.stage
     if stage and train.shards is not None:
-        needed = int(train.shards.size.sum()) + (
-            int(val.shards.size.sum()) if val is not None and val.shards is not None else 0
-        )
-        place = next(p for p in (Path(stage).absolute(), *Path(stage).absolute().parents)
-                     if p.is_dir())  # fmt: skip
-        disk = os.statvfs(place)
-        free = disk.f_bavail * disk.f_frsize
+        packed = [split.shards for split in (train, val) if split is not None]
+        needed = sum(int(shards.size.sum()) for shards in packed if shards is not None)
+        place = existing(Path(stage))
+        free, _ = room(place)
         text = f"data.stage: {size(needed)} are to be copied, {size(free)} are free in {place}"
         yield ok(text) if free > 1.05 * needed else fail(text, "another data.stage, or none")
 
@@ -105,12 +98,7 @@ def _where(split: Split) -> str:
     return f"{kind} in {split.root} ({file_system(Path(split.root))})"
 
 
-# --- read ----------------------------------------------------------------------------------------
-
-
 class Reading(NamedTuple):
-    """Times of reading some files."""
-
     files: int
     nbytes: int
     seconds: float
@@ -118,7 +106,7 @@ class Reading(NamedTuple):
     problem: str | None
 
 
-def read_some(ctx: CheckContext, before: list[Any]) -> Reading | None:
+def read_some(ctx: Context, before: list[Any]) -> Reading | None:
     """Read random files with the run's threads, different ones on every process."""
     if ctx.data is None or ctx.data.train.images is not None or ctx.config.data.url:
         return None
@@ -156,7 +144,7 @@ def forget(split: Split, i: int) -> None:
             os.close(file)
 
 
-def judge_read(ctx: CheckContext, facts: list[Reading | None]) -> Iterator[Finding]:
+def judge_read(ctx: Context, facts: list[Reading | None]) -> Findings:
     if ctx.data is None:
         return  # said already
     read = [fact for fact in facts if fact is not None]
@@ -181,24 +169,18 @@ def judge_read(ctx: CheckContext, facts: list[Reading | None]) -> Iterator[Findi
         yield ok(text)
 
 
-# --- decoded -------------------------------------------------------------------------------------
-
-
 class Decoded(NamedTuple):
-    """Result of decoding images on this process."""
-
     tried: int
     bad: tuple[str, ...]
-    rate: float
-    """Images per second, of which all views are made."""
+    rate: float  # images per second, of which all views are made
 
 
-def know_place(ctx: CheckContext, before: list[Any]) -> None:
+def know_place(ctx: Context, before: list[Any]) -> None:
     """Find which part of a batch is made here; all processes form the view groups together."""
     ctx.comm = distributed.comm_of(ctx.world, ctx.config.data.view_shards)
 
 
-def decode_some(ctx: CheckContext, before: list[Any]) -> tuple[int, list[str]]:
+def decode_some(ctx: Context, before: list[Any]) -> tuple[int, list[str]]:
     """Decode ten images of each split, one by one; returns their number and the bad ones."""
     config, tried, bad = ctx.config.data, 0, list[str]()
     index = ctx.device.index if ctx.device.type == "cuda" else None
@@ -220,7 +202,7 @@ def decode_some(ctx: CheckContext, before: list[Any]) -> tuple[int, list[str]]:
     return tried, bad
 
 
-def start_pipeline(ctx: CheckContext, before: list[Any]) -> tuple[int, list[str]]:
+def start_pipeline(ctx: Context, before: list[Any]) -> tuple[int, list[str]]:
     """Start the run's own pipeline and take the batches that it prepares ahead."""
     if ctx.data is not None:
         held = range(ctx.config.num_views)[ctx.comm.views]
@@ -234,7 +216,7 @@ def start_pipeline(ctx: CheckContext, before: list[Any]) -> tuple[int, list[str]
     return mine
 
 
-def time_pipeline(ctx: CheckContext, before: list[Any]) -> Decoded | None:
+def time_pipeline(ctx: Context, before: list[Any]) -> Decoded | None:
     """Images per second of the pipeline, while it runs on all processes."""
     if ctx.data is None or ctx.loader is None or ctx.bad is None:
         return None
@@ -249,7 +231,7 @@ def time_pipeline(ctx: CheckContext, before: list[Any]) -> Decoded | None:
     return Decoded(tried, tuple(dict.fromkeys(bad + replaced)), rate)
 
 
-def judge_decoded(ctx: CheckContext, facts: list[Decoded | None]) -> Iterator[Finding]:
+def judge_decoded(ctx: Context, facts: list[Decoded | None]) -> Findings:
     decoded = [fact for fact in facts if fact is not None]
     if not decoded:
         return  # said already
@@ -265,7 +247,7 @@ def judge_decoded(ctx: CheckContext, facts: list[Decoded | None]) -> Iterator[Fi
     )
 
 
-def _check_data(ctx: CheckContext) -> str:
+def _check_data(ctx: Context) -> str:
     given = shlex.join(a for a in ctx.arguments if not a.startswith("run."))
     return f"ddp-ssl check-data {given} finds all; data.skip leaves them out"
 

@@ -1,19 +1,16 @@
 """GPUs, cores, shared memory and limits of every host."""
 
-from __future__ import annotations
-
 import os
 import resource
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ddp_ssl.checks.base import Check, CheckContext, Finding, by_value, fail, ok, size, warn
+from ddp_ssl.checks.base import Check, Context, Finding, Findings, by_value, fail, ok, size, warn
 from ddp_ssl.driver import why_no_gpu
 from ddp_ssl.utils.launcher import cpu_share
 
@@ -23,10 +20,7 @@ SHM_WANTED = 1 << 30
 SLOWER = 1.3  # times the median for the same computation
 
 
-# --- GPUs ----------------------------------------------------------------------------------------
-
-
-def look_at_gpu(ctx: CheckContext, before: list[Any]) -> dict[str, Any] | str | None:
+def look_at_gpu(ctx: Context, before: list[Any]) -> dict[str, Any] | str | None:
     """This process's GPU; why it is missing; or None if the run uses none."""
     if ctx.device.type != "cuda":
         return why_no_gpu(torch.__version__, torch.version.cuda)
@@ -76,7 +70,7 @@ def _far_from_cores(properties: Any) -> str | None:
     return f"its cores are all outside of the GPU's NUMA node {node} (cores {listed})"
 
 
-def judge_gpus(ctx: CheckContext, facts: list[dict[str, Any] | str | None]) -> Iterator[Finding]:
+def judge_gpus(ctx: Context, facts: list[dict[str, Any] | str | None]) -> Findings:
     wanted = ctx.config.run.device
     gpus = {rank: fact for rank, fact in enumerate(facts) if isinstance(fact, dict)}
     without = [rank for rank in range(len(facts)) if rank not in gpus]
@@ -119,10 +113,7 @@ def judge_gpus(ctx: CheckContext, facts: list[dict[str, Any] | str | None]) -> I
         yield ok(f"{len(gpus)} x {next(iter(names_of))}, each rank one, {size(free)} free or more")
 
 
-# --- the same work everywhere --------------------------------------------------------------------
-
-
-def look_at_speed(ctx: CheckContext, before: list[Any]) -> float:
+def look_at_speed(ctx: Context, before: list[Any]) -> float:
     """Milliseconds of a matrix product, the fastest of several."""
     side, count = (4096, 20) if ctx.device.type == "cuda" else (256, 20)
     a = torch.ones(side, side, device=ctx.device)
@@ -136,7 +127,7 @@ def look_at_speed(ctx: CheckContext, before: list[Any]) -> float:
     return best * 1000
 
 
-def judge_speed(ctx: CheckContext, facts: list[float]) -> Iterator[Finding]:
+def judge_speed(ctx: Context, facts: list[float]) -> Findings:
     median = statistics.median(facts)
     slow = [rank for rank, ms in enumerate(facts) if ms > SLOWER * median]
     if slow:
@@ -152,10 +143,7 @@ def judge_speed(ctx: CheckContext, facts: list[float]) -> Iterator[Finding]:
         )
 
 
-# --- cores ---------------------------------------------------------------------------------------
-
-
-def look_at_cores(ctx: CheckContext, before: list[Any]) -> dict[str, Any]:
+def look_at_cores(ctx: Context, before: list[Any]) -> dict[str, Any]:
     """The cores that this process may use, and its number of threads."""
     cores = tuple(sorted(os.sched_getaffinity(0)))
     return {
@@ -177,11 +165,9 @@ def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
         return None
 
 
-def judge_cores(ctx: CheckContext, facts: list[dict[str, Any]]) -> Iterator[Finding]:
+def judge_cores(ctx: Context, facts: list[dict[str, Any]]) -> Findings:
     found: list[Finding] = []
-    hosts: dict[str, list[int]] = {}
-    for rank, host in enumerate(ctx.hosts):
-        hosts.setdefault(host, []).append(rank)
+    hosts = by_value(ctx.hosts)
     unset = [r for ranks in hosts.values() if len(ranks) > 1 for r in ranks if not facts[r]["omp"]]
     if unset:
         text = f"OMP_NUM_THREADS is unset with several processes on a host ({ctx.who(unset)})"
@@ -213,11 +199,7 @@ def judge_cores(ctx: CheckContext, facts: list[dict[str, Any]]) -> Iterator[Find
         )
 
 
-# --- limits --------------------------------------------------------------------------------------
-
-
-def look_at_limits(ctx: CheckContext, before: list[Any]) -> dict[str, Any]:
-    """Shared memory and open files."""
+def look_at_limits(ctx: Context, before: list[Any]) -> dict[str, Any]:
     shm = os.statvfs(SHM)
     return {
         "shm": shm.f_blocks * shm.f_frsize,
@@ -226,7 +208,7 @@ def look_at_limits(ctx: CheckContext, before: list[Any]) -> dict[str, Any]:
     }
 
 
-def judge_shm(ctx: CheckContext, facts: list[dict[str, Any]]) -> Iterator[Finding]:
+def judge_shm(ctx: Context, facts: list[dict[str, Any]]) -> Findings:
     small = [
         rank
         for rank in ctx.one_per_host
@@ -244,7 +226,7 @@ def judge_shm(ctx: CheckContext, facts: list[dict[str, Any]]) -> Iterator[Findin
         yield ok(f"{size(least)} free or more")
 
 
-def judge_files(ctx: CheckContext, facts: list[dict[str, Any]]) -> Iterator[Finding]:
+def judge_files(ctx: Context, facts: list[dict[str, Any]]) -> Findings:
     # Every process has sockets to all others, in several groups, and files that it reads ahead.
     wanted = 512 + 8 * ctx.world.size + 4 * ctx.config.data.read_threads
     low = [r for r, f in enumerate(facts) if 0 <= f["files"] < wanted]

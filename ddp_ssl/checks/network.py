@@ -1,27 +1,14 @@
 """Communication between the processes, and their clocks."""
 
-from __future__ import annotations
-
 import os
 import statistics
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ddp_ssl import distributed
-from ddp_ssl.checks.base import (
-    Check,
-    CheckContext,
-    Finding,
-    by_value,
-    fail,
-    ok,
-    scratch,
-    size,
-    warn,
-)
+from ddp_ssl.checks.base import Check, Context, Findings, by_value, fail, ok, scratch, size, warn
 
 NBYTES = 64 << 20
 SLOW_NCCL = {"one host": 5e9, "several": 2e9}  # bytes/s of bus bandwidth; less is a warning
@@ -29,20 +16,14 @@ APART_S = 2.0  # clocks
 PAUSES = (0.1, 1.0, 4.0)  # s; a network file system may remember that a file was missing
 
 
-# --- all-reduce ----------------------------------------------------------------------------------
-
-
-def ready(ctx: CheckContext, before: list[Any]) -> str:
+def ready(ctx: Context, before: list[Any]) -> str:
     """The device that this process communicates from."""
-    return ctx.device.type if ctx.device.type == "cpu" else _gpu(ctx)
+    if ctx.device.type == "cpu":
+        return "cpu"
+    return f"{ctx.hosts[ctx.world.rank]} {torch.cuda.get_device_properties(ctx.device).uuid}"
 
 
-def _gpu(ctx: CheckContext) -> str:
-    uuid = torch.cuda.get_device_properties(ctx.device).uuid
-    return f"{ctx.hosts[ctx.world.rank]} {uuid}"
-
-
-def exchange(ctx: CheckContext, before: list[Any]) -> distributed.Exchange | None:
+def exchange(ctx: Context, before: list[Any]) -> distributed.Exchange | None:
     """The measured all-reduce; None for one process, and where GPUs are missing or shared."""
     if ctx.world.size == 1 or not _can_talk(before):
         return None
@@ -55,9 +36,7 @@ def _can_talk(places: list[str]) -> bool:
     return set(places) == {"cpu"} or ("cpu" not in places and len(set(places)) == len(places))
 
 
-def judge_exchange(
-    ctx: CheckContext, facts: list[distributed.Exchange | None]
-) -> Iterator[Finding]:
+def judge_exchange(ctx: Context, facts: list[distributed.Exchange | None]) -> Findings:
     measured = [fact for fact in facts if fact is not None]
     if ctx.world.size == 1:
         yield ok("one process: nothing to talk about")
@@ -86,7 +65,7 @@ def judge_exchange(
     yield from _slow_links(ctx, measured)
 
 
-def _slow_links(ctx: CheckContext, measured: list[distributed.Exchange]) -> Iterator[Finding]:
+def _slow_links(ctx: Context, measured: list[distributed.Exchange]) -> Findings:
     """Links slower than the others of their kind: within a host, or between hosts."""
     kinds: dict[bool, list[int]] = {True: [], False: []}
     for rank in range(len(measured)):
@@ -106,10 +85,7 @@ def _slow_links(ctx: CheckContext, measured: list[distributed.Exchange]) -> Iter
             )
 
 
-# --- clocks --------------------------------------------------------------------------------------
-
-
-def read_clocks(ctx: CheckContext, before: list[Any]) -> list[float]:
+def read_clocks(ctx: Context, before: list[Any]) -> list[float]:
     """The host's clock at five moments that are the same on all processes."""
     moments = []
     for _ in range(5):
@@ -118,7 +94,7 @@ def read_clocks(ctx: CheckContext, before: list[Any]) -> list[float]:
     return moments
 
 
-def file_clock(ctx: CheckContext, before: list[Any]) -> tuple[float, float | None]:
+def file_clock(ctx: Context, before: list[Any]) -> tuple[float, float | None]:
     """Seconds that this host's clock is ahead of rank 0's, and its file system's of its own."""
     rank = ctx.world.rank
     # All leave a barrier within about a millisecond; the median drops an exception.
@@ -134,11 +110,10 @@ def file_clock(ctx: CheckContext, before: list[Any]) -> tuple[float, float | Non
 
 
 def modified(path: Any) -> float:
-    """A file's modification time, in seconds since 1970."""
     return float(os.stat(path).st_mtime)
 
 
-def judge_clocks(ctx: CheckContext, facts: list[tuple[float, float | None]]) -> Iterator[Finding]:
+def judge_clocks(ctx: Context, facts: list[tuple[float, float | None]]) -> Findings:
     remedy = "time synchronisation (chrony) there; log lines and timeouts go by these clocks"
     apart = [rank for rank in ctx.one_per_host if abs(facts[rank][0]) > APART_S]
     for rank in apart:
@@ -159,10 +134,7 @@ def judge_clocks(ctx: CheckContext, facts: list[tuple[float, float | None]]) -> 
         yield ok(f"{between}file system within {files:.3f} s of the host")
 
 
-# --- a folder that all see -----------------------------------------------------------------------
-
-
-def write_token(ctx: CheckContext, before: list[Any]) -> str | None:
+def write_token(ctx: Context, before: list[Any]) -> str | None:
     """Rank 0 writes a file; returns its path."""
     if not ctx.world.is_main:
         return None
@@ -174,7 +146,7 @@ def write_token(ctx: CheckContext, before: list[Any]) -> str | None:
     return str(path)
 
 
-def see_token(ctx: CheckContext, before: list[Any]) -> str:
+def see_token(ctx: Context, before: list[Any]) -> str:
     """`seen`, or what this process finds in place of the file."""
     path = before[0]
     for pause in (*PAUSES, None):
@@ -188,7 +160,7 @@ def see_token(ctx: CheckContext, before: list[Any]) -> str:
     return ""
 
 
-def judge_token(ctx: CheckContext, facts: list[str]) -> Iterator[Finding]:
+def judge_token(ctx: Context, facts: list[str]) -> Findings:
     if ctx.world.size == 1:
         yield ok(f"{ctx.home_above}: one process")
         return

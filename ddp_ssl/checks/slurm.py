@@ -1,22 +1,20 @@
 """Settings of Slurm that are known to cause trouble."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ddp_ssl.checks.base import Check, CheckContext, Finding, ok, warn
+from ddp_ssl.checks.base import Check, Context, Findings, ok, warn
 from ddp_ssl.utils.launcher import under_srun
 
 STEP_S = 10.0  # for the step under way to end, and for the others to agree
 SHORT_MIN = 15  # a job shorter than this spends its time on starting
 
 
-def look_at_slurm(ctx: CheckContext, before: list[Any]) -> dict[str, Any] | None:
+def look_at_slurm(ctx: Context, before: list[Any]) -> dict[str, Any] | None:
     """Slurm's configuration and this job, on rank 0; None where there is no Slurm."""
     if not ctx.world.is_main or shutil.which("scontrol") is None:
         return None
@@ -40,7 +38,6 @@ def look_at_slurm(ctx: CheckContext, before: list[Any]) -> dict[str, Any] | None
 
 
 def ask(*words: str) -> str:
-    """The output of scontrol."""
     told = subprocess.run(
         ["scontrol", *words], capture_output=True, text=True, timeout=20, check=True
     )
@@ -64,7 +61,7 @@ def fields(text: str) -> dict[str, str]:
     return dict(re.findall(r"(\S+?)=(\S*)", text))
 
 
-def judge_slurm(ctx: CheckContext, facts: list[dict[str, Any] | None]) -> Iterator[Finding]:
+def judge_slurm(ctx: Context, facts: list[dict[str, Any] | None]) -> Findings:
     found, env = facts[0], os.environ
     if found is None:
         if "SLURM_JOB_ID" in env:
@@ -87,37 +84,28 @@ def judge_slurm(ctx: CheckContext, facts: list[dict[str, Any] | None]) -> Iterat
         yield ok(", ".join(shown))
 
 
-def _of_cluster(
-    ctx: CheckContext, config: Mapping[str, str], env: Mapping[str, str]
-) -> list[Finding]:
-    found: list[Finding] = []
+def _of_cluster(ctx: Context, config: Mapping[str, str], env: Mapping[str, str]) -> Findings:
     tracker = config.get("ProctrackType", "")
-    if tracker.endswith("cgroup") and _under_torchrun(env):
-        found.append(
-            warn(
-                "ProctrackType is proctrack/cgroup: only srun's own children get signals, and "
-                "torchrun dies of them without telling its workers",
-                "one task per GPU under srun, or slurm/'s torchrun mode, which makes a STOP file",
-            )
+    if tracker.endswith("cgroup") and "TORCHELASTIC_RUN_ID" in env:
+        yield warn(
+            "ProctrackType is proctrack/cgroup: only srun's own children get signals, and "
+            "torchrun dies of them without telling its workers",
+            "one task per GPU under srun, or slurm/'s torchrun mode, which makes a STOP file",
         )
     elif tracker and not tracker.endswith("cgroup"):
-        found.append(
-            warn(
-                f"ProctrackType is {tracker}: signals reach all processes here, which they do not "
-                "on a cluster with proctrack/cgroup, and processes can outlive the job",
-                "do not take signals that work here for a proof that they do elsewhere",
-            )
+        yield warn(
+            f"ProctrackType is {tracker}: signals reach all processes here, which they do not "
+            "on a cluster with proctrack/cgroup, and processes can outlive the job",
+            "do not take signals that work here for a proof that they do elsewhere",
         )
     wait = re.match(r"\d+", config.get("KillWait", ""))
     needed = STEP_S + 2 * (ctx.checkpoint_s or 0)
     if wait and int(wait[0]) < needed:
-        found.append(
-            warn(
-                f"KillWait is {wait[0]} s: between SIGTERM and SIGKILL a step and a checkpoint "
-                f"(about {needed:.0f} s) do not fit",
-                "#SBATCH --signal=B:USR2@300 warns earlier of the time limit; "
-                "checkpoint.every_steps bounds what a preemption costs",
-            )
+        yield warn(
+            f"KillWait is {wait[0]} s: between SIGTERM and SIGKILL a step and a checkpoint "
+            f"(about {needed:.0f} s) do not fit",
+            "#SBATCH --signal=B:USR2@300 warns earlier of the time limit; "
+            "checkpoint.every_steps bounds what a preemption costs",
         )
     mode = config.get("PreemptMode", "OFF").upper()
     if (
@@ -126,65 +114,50 @@ def _of_cluster(
     ):
         what = "suspended, while its timeouts go on" if "SUSPEND" in mode else "cancelled"
         text = f"PreemptMode is {mode}: a preempted job is {what} and not queued again"
-        found.append(warn(text, "submit it again with run.dir=THE SAME run.resume=auto"))
+        yield warn(text, "submit it again with run.dir=THE SAME run.resume=auto")
     if config.get("JobRequeue") == "0" and "SLURM_JOB_ID" not in env:
-        found.append(warn("JobRequeue is 0: jobs are not queued again", "#SBATCH --requeue"))
-    return found
+        yield warn("JobRequeue is 0: jobs are not queued again", "#SBATCH --requeue")
 
 
-def _of_job(found: dict[str, Any], env: Mapping[str, str]) -> list[Finding]:
+def _of_job(found: dict[str, Any], env: Mapping[str, str]) -> Findings:
     job, partition, script = found["job"], found["partition"], found["script"]
-    result: list[Finding] = []
     if job.get("Requeue") == "0":
-        result.append(warn("this job is not queued again after a preemption", "#SBATCH --requeue"))
+        yield warn("this job is not queued again after a preemption", "#SBATCH --requeue")
     if "--signal" not in script and "SBATCH_SIGNAL" not in env and script:
-        result.append(
-            warn(
-                "the batch script asks for no signal before the time limit",
-                "#SBATCH --signal=B:USR2@300, as the scripts in slurm/ have it",
-            )
+        yield warn(
+            "the batch script asks for no signal before the time limit",
+            "#SBATCH --signal=B:USR2@300, as the scripts in slurm/ have it",
         )
     minutes = to_minutes(job.get("TimeLimit", ""))
     if minutes is not None and minutes < SHORT_MIN:
         text = f"the time limit is {job['TimeLimit']}: much of it goes into starting"
-        result.append(warn(text, "#SBATCH --time; the run goes on after a requeue"))
+        yield warn(text, "#SBATCH --time; the run goes on after a requeue")
     mode = partition.get("PreemptMode", "")
     if "CANCEL" in mode.upper():
         text = f"jobs in partition {job.get('Partition')} are cancelled by a preemption"
-        result.append(warn(text, "another partition, or submit again with run.resume=auto"))
-    return result
+        yield warn(text, "another partition, or submit again with run.resume=auto")
 
 
-def _of_environment(ctx: CheckContext, env: Mapping[str, str]) -> list[Finding]:
-    found: list[Finding] = []
+def _of_environment(ctx: Context, env: Mapping[str, str]) -> Findings:
     if env.get("SLURM_GPUS_PER_TASK") and ctx.config.run.device != "cpu":
-        found.append(
-            warn(
-                "--gpus-per-task shows each task one GPU, and NCCL may not connect GPUs directly "
-                "that do not see each other",
-                "--gpus-per-node with --ntasks-per-node; each rank takes its own",
-            )
+        yield warn(
+            "--gpus-per-task shows each task one GPU, and NCCL may not connect GPUs directly "
+            "that do not see each other",
+            "--gpus-per-node with --ntasks-per-node; each rank takes its own",
         )
     cpus = env.get("SLURM_CPUS_PER_TASK", "")
     # A task that has its cores from srun is fine.
     short = not under_srun() or len(os.sched_getaffinity(0)) < int(cpus or 0)
     if cpus and not env.get("SRUN_CPUS_PER_TASK") and short:
-        found.append(
-            warn(
-                "SRUN_CPUS_PER_TASK is unset: since Slurm 22.05 srun does not take over "
-                f"--cpus-per-task={cpus}",
-                "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK in the batch script",
-            )
+        yield warn(
+            "SRUN_CPUS_PER_TASK is unset: since Slurm 22.05 srun does not take over "
+            f"--cpus-per-task={cpus}",
+            "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK in the batch script",
         )
     tasks = env.get("SLURM_NTASKS", "1")
     if ctx.world.size == 1 and tasks.isdigit() and int(tasks) > 1:
         text = f"one process of a job with {tasks} tasks was looked at"
-        found.append(warn(text, "srun ddp-ssl doctor ... looks at all"))
-    return found
-
-
-def _under_torchrun(env: Mapping[str, str]) -> bool:
-    return "TORCHELASTIC_RUN_ID" in env
+        yield warn(text, "srun ddp-ssl doctor ... looks at all")
 
 
 def to_minutes(limit: str) -> float | None:

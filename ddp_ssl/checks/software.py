@@ -1,26 +1,20 @@
 """Versions and environment variables."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import re
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ddp_ssl.checks.base import Check, CheckContext, Finding, by_value, fail, ok, warn
+from ddp_ssl.checks.base import Check, Context, Finding, Findings, by_value, fail, ok, warn
 from ddp_ssl.driver import Driver, find_driver, install_command
 from ddp_ssl.run import environment
 
 NEEDED = ("torch", "torchvision", "timm", "nvidia-dali")
 
 
-# --- versions ------------------------------------------------------------------------------------
-
-
-def look_at_versions(ctx: CheckContext, before: list[Any]) -> dict[str, str]:
+def look_at_versions(ctx: Context, before: list[Any]) -> dict[str, str]:
     """Installed versions, and the CUDA version that the GPU's driver supports."""
     here = environment.environment()
     found = {name.lower(): version for name, version in here["packages"].items()}
@@ -31,7 +25,7 @@ def look_at_versions(ctx: CheckContext, before: list[Any]) -> dict[str, str]:
     return found
 
 
-def judge_versions(ctx: CheckContext, facts: list[dict[str, str]]) -> Iterator[Finding]:
+def judge_versions(ctx: Context, facts: list[dict[str, str]]) -> Findings:
     mine = facts[0]
     missing = [n for n in NEEDED if not any(found.startswith(n) for found in mine)]
     if missing:
@@ -53,7 +47,7 @@ def judge_versions(ctx: CheckContext, facts: list[dict[str, str]]) -> Iterator[F
         yield ok(", ".join(shown))
 
 
-def _cuda_matches(ctx: CheckContext, mine: dict[str, str]) -> Iterator[Finding]:
+def _cuda_matches(ctx: Context, mine: dict[str, str]) -> Findings:
     """Whether the driver is new enough for torch's and DALI's CUDA."""
     if ctx.config.run.device == "cpu" or mine["driver"] == "none":
         return
@@ -69,8 +63,6 @@ def _cuda_matches(ctx: CheckContext, mine: dict[str, str]) -> Iterator[Finding]:
                 f"{install_command(Driver('', mine['driver']))}, or a newer driver",
             )
 
-
-# --- variables -----------------------------------------------------------------------------------
 
 # Name, pattern of the values that cause trouble, reason, remedy.
 HARMFUL = (
@@ -93,14 +85,14 @@ NAMES = re.compile(r"(NCCL|TORCH_NCCL|GLOO|CUDA|OMP|TORCH_DISTRIBUTED)_\w+")
 OWN = ("CUDA_VISIBLE_DEVICES",)  # may differ between processes
 
 
-def look_at_variables(ctx: CheckContext, before: list[Any]) -> dict[str, Any]:
+def look_at_variables(ctx: Context, before: list[Any]) -> dict[str, Any]:
     """Environment variables of torch, NCCL and gloo, and this host's network interfaces."""
     names = {name for name in os.environ if NAMES.fullmatch(name)} | set(AFFINITY)
     variables = {name: os.environ[name] for name in sorted(names) if name in os.environ}
     return {"variables": variables, "interfaces": [name for _, name in socket.if_nameindex()]}
 
 
-def judge_variables(ctx: CheckContext, facts: list[dict[str, Any]]) -> Iterator[Finding]:
+def judge_variables(ctx: Context, facts: list[dict[str, Any]]) -> Findings:
     found: list[Finding] = []
     variables = [fact["variables"] for fact in facts]
     for names, value, reason, remedy in HARMFUL:
@@ -146,10 +138,7 @@ def _interface_exists(wanted: str, there: list[str]) -> bool:
     return any(t == name if exact else t.startswith(name) for t in there for name in names)
 
 
-# --- TensorBoard ---------------------------------------------------------------------------------
-
-
-def look_at_tensorboard(ctx: CheckContext, before: list[Any]) -> str | None:
+def look_at_tensorboard(ctx: Context, before: list[Any]) -> str | None:
     """TensorBoard's version on rank 0, which writes."""
     if not ctx.world.is_main or not ctx.config.log.tensorboard:
         return None
@@ -159,7 +148,7 @@ def look_at_tensorboard(ctx: CheckContext, before: list[Any]) -> str | None:
         return ""
 
 
-def judge_tensorboard(ctx: CheckContext, facts: list[Any]) -> Iterator[Finding]:
+def judge_tensorboard(ctx: Context, facts: list[Any]) -> Findings:
     if not ctx.config.log.tensorboard:
         yield ok("log.tensorboard=false: metrics.jsonl alone")
     elif not facts[0]:

@@ -1,11 +1,7 @@
 """The run folder, and room for its checkpoints."""
 
-from __future__ import annotations
-
 import os
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +9,12 @@ import torch
 from ddp_ssl import optim
 from ddp_ssl.checks.base import (
     Check,
-    CheckContext,
-    Finding,
+    Context,
+    Findings,
     fail,
     file_system,
     ok,
+    room,
     scratch,
     size,
     warn,
@@ -34,15 +31,12 @@ OF_A_RANK = 64 << 10  # bytes of a process's own state in a checkpoint: random n
 LONG_S = 60.0  # for one checkpoint
 
 
-# --- run folder ----------------------------------------------------------------------------------
-
-
-def choose_folder(ctx: CheckContext, before: list[Any]) -> folder.Start | None:
+def choose_folder(ctx: Context, before: list[Any]) -> folder.Start | None:
     """Choose the run folder and the checkpoint to resume from; on rank 0."""
     return folder.claim(ctx.config) if ctx.world.is_main else None
 
 
-def know_folder(ctx: CheckContext, before: list[Any]) -> folder.Start | None:
+def know_folder(ctx: Context, before: list[Any]) -> folder.Start | None:
     """Tell all processes the run folder."""
     if before[0] is not None:
         ctx.folder = before[0].folder
@@ -50,16 +44,13 @@ def know_folder(ctx: CheckContext, before: list[Any]) -> folder.Start | None:
     return mine
 
 
-def judge_folder(ctx: CheckContext, facts: list[folder.Start | None]) -> Iterator[Finding]:
+def judge_folder(ctx: Context, facts: list[folder.Start | None]) -> Findings:
     start = facts[0]
     assert start is not None
     if start.checkpoint is not None:
         yield ok(f"{start.folder}, would go on from {start.checkpoint}")
     else:
         yield ok(f"{start.folder}, {'is there' if start.folder.exists() else 'would be made'}")
-
-
-# --- checkpoints ---------------------------------------------------------------------------------
 
 
 def checkpoint_bytes(config: Config, classes: int, world_size: int) -> int:
@@ -81,7 +72,7 @@ def checkpoint_count(config: Config) -> int:
     return config.checkpoint.keep + permanent + (config.checkpoint.best is not None) + 1
 
 
-def look_at_disk(ctx: CheckContext, before: list[Any]) -> dict[str, Any] | None:
+def look_at_disk(ctx: Context, before: list[Any]) -> dict[str, Any] | None:
     """Free space and the time of a write; on rank 0, which saves."""
     if not ctx.world.is_main:
         return None
@@ -105,13 +96,7 @@ def look_at_disk(ctx: CheckContext, before: list[Any]) -> dict[str, Any] | None:
     return {"bytes": nbytes, "free": free, "files": files, "rate": WRITTEN / bulk, "sync": sync}
 
 
-def room(place: Path) -> tuple[int, int | None]:
-    """Free bytes, and how many files can still be made where there is a limit."""
-    disk = os.statvfs(place)
-    return disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else None
-
-
-def judge_disk(ctx: CheckContext, facts: list[dict[str, Any] | None]) -> Iterator[Finding]:
+def judge_disk(ctx: Context, facts: list[dict[str, Any] | None]) -> Findings:
     fact = facts[0]
     assert fact is not None
     assert ctx.checkpoint_s is not None

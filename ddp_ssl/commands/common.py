@@ -10,14 +10,13 @@ import contextlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import ddp_ssl
 from ddp_ssl.config import ConfigError
-from ddp_ssl.utils.launcher import cpu_share, rank_and_size
+from ddp_ssl.utils.launcher import cpu_share, rank_and_size, wait_for_rank_0
 from ddp_ssl.utils.text import one_line
 
 if TYPE_CHECKING:
@@ -43,12 +42,6 @@ def refuse(error: object, code: int = UNUSABLE) -> int:
         print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)
     wait_for_rank_0()
     return code
-
-
-def wait_for_rank_0() -> None:
-    """Wait on all ranks but rank 0: the launcher ends all of them when the first one exits."""
-    if rank_and_size()[0]:
-        time.sleep(3)
 
 
 def say(text: str) -> None:
@@ -80,11 +73,23 @@ def describe_keys(
         yield f"  {key}  ({kind}, default {default})\n      {text}"
 
 
+def written(tool: str, make: Callable[[], Iterable[Path]]) -> int:
+    """Print the paths of the files that `make` writes; an error is one line, and exit code 2."""
+    try:
+        print("\n".join(map(str, make())))
+    except (OSError, ValueError) as error:
+        text = str(error)
+        if isinstance(error, OSError):
+            text = f"{error.filename}: {error.strerror}"
+        print(f"{tool}: error: {text}", file=sys.stderr)
+        return UNUSABLE
+    return 0
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that raises `ConfigError`, one line, for what it cannot parse."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise `ConfigError`."""
         raise ConfigError(f"{message}; --help says what is accepted")
 
 

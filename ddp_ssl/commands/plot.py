@@ -1,7 +1,5 @@
 """Draw runs: `ddp-ssl plot dynamics RUN ...` or `ddp-ssl plot balance RUN|CSV ...`."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 
@@ -18,7 +16,6 @@ PLOTS = {"dynamics": plot_dynamics.main, "balance": plot_balance.main}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
     kind, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if kind in PLOTS:
         return PLOTS[kind](rest)

@@ -11,8 +11,6 @@ method, as in AdaDim's Table 3; `--together` takes all models as one group. Writ
 Exit code 2 for what cannot be read, or without matplotlib (the extra `plots`).
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import math
@@ -24,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ddp_ssl.commands import common
 from ddp_ssl.config import read_yaml
 from ddp_ssl.logs.writer import read_metrics
 from ddp_ssl.reproduction.figures import pyplot, save
@@ -62,7 +61,7 @@ def of_csv(path: Path) -> list[Model]:
 
 
 def of_run(folder: Path, accuracy: str) -> Model:
-    """A run's last figures; raises `ValueError` naming what it has not measured."""
+    """A run's last metrics; raises `ValueError` naming what it has not measured."""
     wanted = ("rep/effective_rank_r", "rep/mutual_information", accuracy)
     last: dict[str, float] = {}
     path = folder / "metrics.jsonl"
@@ -70,7 +69,7 @@ def of_run(folder: Path, accuracy: str) -> Model:
         for row in read_metrics(path):
             last.update({name: float(row[name]) for name in wanted if name in row})
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: a line is no row of figures: {error}") from None
+        raise ValueError(f"{path}: a line is no row of metrics: {error}") from None
     lacking = [name for name in wanted if not math.isfinite(last.get(name, math.nan))]
     if lacking:
         raise ValueError(f"{folder}: {lacking[0]} is not in its metrics.jsonl")
@@ -121,18 +120,15 @@ def correlations(models: Sequence[Model]) -> tuple[float, float, float]:
 
     NaN with fewer than three models or where either of the two does not vary.
     """
-    ranks = np.array([model.effective_rank for model in models])
-    informations = np.array([model.mutual_information for model in models])
-    accuracies = np.array([model.accuracy for model in models])
     if len(models) < ENOUGH:
         return (math.nan,) * 3
+    columns = [(m.effective_rank, m.mutual_information, m.accuracy) for m in models]
+    ranks, informations, accuracies = np.array(columns).T
 
     def pearson(values: Any) -> float:
         if not (_varies(values) and _varies(accuracies)):
             return math.nan
-        x, y = values - values.mean(), accuracies - accuracies.mean()
-        scale = math.sqrt(float(x @ x) * float(y @ y))
-        return abs(float(x @ y)) / scale
+        return abs(float(np.corrcoef(values, accuracies)[0, 1]))
 
     with np.errstate(divide="ignore", invalid="ignore"):  # a collapsed model has rank 0
         return pearson(ranks), pearson(informations), pearson(informations / ranks)
@@ -144,7 +140,6 @@ def _varies(values: Any) -> bool:
 
 
 def table(groups: dict[str, list[Model]]) -> str:
-    """Markdown: a line per group."""
     lines = [
         "| models | number | accuracy, % | \\|r\\| ER | \\|r\\| I(R;Z) | \\|r\\| I(R;Z)/ER |",
         "| --- | --: | --: | --: | --: | --: |",
@@ -202,30 +197,21 @@ def draw(groups: dict[str, list[Model]]) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """From the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="ddp-ssl plot balance", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("models", nargs="+", type=Path, metavar="RUN|CSV")
-    parser.add_argument(
-        "--out", type=Path, default=Path("balance.png"), help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--accuracy", default="eval/probe_top1", metavar="NAME",
-        help="the runs' figure to take, such as eval/knn_top1 (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--together", action="store_true", help="all models as one group")
+    add = parser.add_argument
+    add("models", nargs="+", type=Path, metavar="RUN|CSV")
+    add("--out", type=Path, default=Path("balance.png"), help="default: %(default)s")
+    add("--accuracy", default="eval/probe_top1", metavar="NAME",
+        help="the runs' metric to take, such as eval/knn_top1 (default: %(default)s)")  # fmt: skip
+    add("--together", action="store_true", help="all models as one group")
     options = parser.parse_args(arguments)
-    try:
+
+    def plot() -> list[Path]:
         models = models_of(options.models, options.accuracy)
         groups = groups_of(models, options.together)
         print(table(groups))
-        written = save(draw(groups), options.out)
-    except OSError as error:
-        print(f"plot_balance: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"plot_balance: error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(map(str, written)))
-    return 0
+        return save(draw(groups), options.out)
+
+    return common.written("plot_balance", plot)

@@ -3,14 +3,12 @@
     ddp-ssl plot dynamics RUN [RUN ...] [--out dynamics.png] [--centred]
 
 Reads `metrics.jsonl` of each run folder, and `dynamics.jsonl` where `ddp_ssl.evaluate dynamics` was
-run (the latest of several settings). docs/metrics.md says what the figures are. R is drawn solid, Z
-dashed, each run in its own colour. Writes a PNG and an SVG of the same name. Figures that a run has
+run (the latest of several settings). docs/metrics.md explains the metrics. R is drawn solid, Z
+dashed, each run in its own colour. Writes a PNG and an SVG of the same name. Metrics that a run has
 not measured are named and left out.
 
-Exit code 2 if a folder holds no figures at all, or without matplotlib (the extra `plots`).
+Exit code 2 if a folder holds no metrics at all, or without matplotlib (the extra `plots`).
 """
-
-from __future__ import annotations
 
 import argparse
 import math
@@ -20,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ddp_ssl.commands import common
 from ddp_ssl.evals import dynamics
 from ddp_ssl.logs.writer import read_metrics
 from ddp_ssl.reproduction.figures import pyplot, save
@@ -42,14 +41,14 @@ CENTRED = ("rep/eigenvalue_count", "rep/cev")
 
 @dataclass
 class Run:
-    """A run folder's curves by figure."""
+    """A run folder's curves by metric."""
 
     name: str
     curves: dict[str, Curve] = field(default_factory=dict)
 
-    def add(self, epoch: float, figures: dict[str, Any]) -> None:
+    def add(self, epoch: float, metrics: dict[str, Any]) -> None:
         """The last value of an epoch counts; what is not finite leaves a gap."""
-        for name, value in figures.items():
+        for name, value in metrics.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 self.curves.setdefault(name, {})[epoch] = float(value)
 
@@ -65,21 +64,21 @@ def read(folder: Path) -> Run:
         except KeyError:
             raise ValueError(f"{metrics}: a row has no epoch") from None
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{metrics}: a line is no row of figures: {error}") from None
+            raise ValueError(f"{metrics}: a line is no row of metrics: {error}") from None
     for measured in dynamics.latest(folder / dynamics.FILE):
-        run.add(measured.epoch, measured.figures)
+        run.add(measured.epoch, measured.metrics)
     if not any(name.startswith(("rep/", "eval/")) for name in run.curves):
         raise ValueError(
-            f"{folder}: no figures in metrics.jsonl or {dynamics.FILE}; a run folder is accepted"
+            f"{folder}: no metrics in metrics.jsonl or {dynamics.FILE}; a run folder is accepted"
         )
     return run
 
 
-def names_of(figures: Sequence[str], centred: bool) -> list[str]:
-    """The figures of a panel, of the covariance's spectrum where `centred` asks for it."""
-    if centred and figures[0].rpartition("_")[0] in CENTRED:
-        return [f"{name[:-2]}_centred{name[-2:]}" for name in figures]
-    return list(figures)
+def names_of(metrics: Sequence[str], centred: bool) -> list[str]:
+    """The metrics of a panel, of the covariance's spectrum where `centred` asks for it."""
+    if centred and metrics[0].rpartition("_")[0] in CENTRED:
+        return [f"{name[:-2]}_centred{name[-2:]}" for name in metrics]
+    return list(metrics)
 
 
 def distinct(folders: Sequence[Path]) -> list[str]:
@@ -89,12 +88,6 @@ def distinct(folders: Sequence[Path]) -> list[str]:
         if len(set(labels)) == len(labels):
             break
     return labels
-
-
-def missing(run: Run, centred: bool) -> list[str]:
-    """The figures of the picture that a run does not have."""
-    wanted = [name for _, _, names in PANELS for name in names_of(names, centred)]
-    return [name for name in wanted if name not in run.curves]
 
 
 def draw(runs: Sequence[Run], centred: bool = False) -> Any:
@@ -141,28 +134,23 @@ def draw(runs: Sequence[Run], centred: bool = False) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """From the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="ddp-ssl plot dynamics", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument(
-        "--out", type=Path, default=Path("dynamics.png"), help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--centred", action="store_true",
-        help="count and explained variance of the covariance's eigenvalues",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    add("--out", type=Path, default=Path("dynamics.png"), help="default: %(default)s")
+    add("--centred", action="store_true",
+        help="count and explained variance of the covariance's eigenvalues")  # fmt: skip
     options = parser.parse_args(arguments)
-    try:
+
+    def plot() -> list[Path]:
         runs = [read(folder) for folder in options.runs]
         for run, label in zip(runs, distinct(options.runs), strict=True):
             run.name = label
-            if lacking := missing(run, options.centred):
+            wanted = [n for *_, names in PANELS for n in names_of(names, options.centred)]
+            if lacking := [name for name in wanted if name not in run.curves]:
                 print(f"{label}: has no {', '.join(lacking)}", file=sys.stderr)
-        written = save(draw(runs, options.centred), options.out)
-    except (OSError, ValueError) as error:
-        print(f"plot_dynamics: error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(map(str, written)))
-    return 0
+        return save(draw(runs, options.centred), options.out)
+
+    return common.written("plot_dynamics", plot)

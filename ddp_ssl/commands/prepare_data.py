@@ -3,12 +3,9 @@
     ddp-ssl prepare-data cifar100 /data/cifar --download
     ddp-ssl prepare-data imagenet /data/imagenet
 
-Prints images and classes of each split and ends with 0 only if they are what is published. What can
-be fetched comes from its publisher and is checked by MD5; docs/data.md says how each one is laid
-out.
+Prints images and classes of each split. Ends with 0 only if the numbers are the published ones.
+Downloads come from the publisher and are checked by MD5. docs/data.md shows each folder's layout.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
@@ -62,8 +59,9 @@ BY_HAND = {
 
 FETCH = "--download fetches it"
 
-# Address and MD5. MedMNIST's are those of its version 3.
-ARCHIVES = {
+# Address and MD5 of archives to unpack and of MedMNIST's files, version 3.
+ZENODO = "https://zenodo.org/records/10519652/files"
+FILES = {
     "tiny_imagenet": (
         "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
         "90528d7ca1a48142e341f4ef8d21d0de",
@@ -72,9 +70,6 @@ ARCHIVES = {
         "https://datashare.ed.ac.uk/bitstream/handle/10283/3192/CINIC-10.tar.gz",
         "6ee4d0c996905fe93221de577967a372",
     ),
-}
-ZENODO = "https://zenodo.org/records/10519652/files"
-FILES = {
     "blood": (f"{ZENODO}/bloodmnist.npz?download=1", "7053d0359d879ad8a5505303e11de1dc"),
     "organa": (f"{ZENODO}/organamnist.npz?download=1", "68e3f8846a6bd62f0c9bf841c0d9eacc"),
     "organc": (f"{ZENODO}/organcmnist.npz?download=1", "b9ceb9546e10131b32923c5bbeaea2b1"),
@@ -101,13 +96,13 @@ def download(name: str, root: str) -> None:
             url, md5 = inaturalist.DATASET_URLS[version], inaturalist.DATASET_MD5[version]
             with fetching(url, md5, f"unpack it to {Path(root) / version}"):
                 known.INaturalist(root, version, download=True)
-    elif name in ARCHIVES:
-        url, md5 = ARCHIVES[name]
-        with fetching(url, md5, f"unpack it in {root}"):
-            download_and_extract_archive(url, root, md5=md5)
     else:
         url, md5 = FILES[name]
         file = Path(url.partition("?")[0]).name
+        if not file.endswith(".npz"):
+            with fetching(url, md5, f"unpack it in {root}"):
+                download_and_extract_archive(url, root, md5=md5)
+            return
         with fetching(url, md5, f"save it as {Path(root) / file}"):
             download_url(url, root, file, md5)
 
@@ -158,9 +153,8 @@ def empty_files(split: str, images: Split) -> list[str]:
             good = False
         if not good:
             empty.append(images.where(int(i)))
-    if not empty:
-        return []
-    return [f"{split}: {len(empty)} of {len(some)} files looked at are empty, first {empty[0]}"]
+    text = f"{split}: {len(empty)} of {len(some)} files looked at are empty"
+    return [f"{text}, first {empty[0]}"] if empty else []
 
 
 def describe(counts: Counts) -> str:

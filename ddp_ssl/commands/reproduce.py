@@ -12,10 +12,7 @@ keeps the runs that have ended, resumes those that were interrupted, names those
 tries them again, and starts the others. docs/reproduction.md says more.
 """
 
-from __future__ import annotations
-
 import argparse
-import difflib
 import json
 import os
 import shlex
@@ -23,18 +20,19 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ddp_ssl.commands import common, submit_options
 from ddp_ssl.config import ConfigError
 from ddp_ssl.reproduction import adadim, configs, cost, multiview, pictures, results, runs
 from ddp_ssl.reproduction.cells import Simulation, Table
+from ddp_ssl.utils.text import suggest
 
 EVERYTHING = {each.name: each for each in (*adadim.TABLES, *multiview.TABLES)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
     try:
         code = _main(arguments)
         sys.stdout.flush()
@@ -59,9 +57,7 @@ def _main(arguments: Sequence[str] | None) -> int:
             raise ConfigError("a table or figure is missing; --list names them")
         found = EVERYTHING.get(options.table)
         if found is None:
-            names = ", ".join(EVERYTHING)
-            close = difflib.get_close_matches(options.table, EVERYTHING, 1)
-            hint = f"; did you mean {close[0]}?" if close else f"; accepted: {names}"
+            hint = suggest(options.table, EVERYTHING) or f"; accepted: {', '.join(EVERYTHING)}"
             raise ConfigError(f"{options.table}: no such table or figure{hint}")
         if isinstance(found, Simulation):
             return simulate(found, options)
@@ -98,7 +94,6 @@ def _costs(table: Table) -> str:
 
 
 def simulate(found: Simulation, options: argparse.Namespace) -> int:
-    """Run a simulation; returns its exit code."""
     out = (options.out / found.name).absolute()
     command = [sys.executable, *(part.format(out=out) for part in found.command)]
     print(shlex.join(command), flush=True)
@@ -160,10 +155,7 @@ def _start(
     missing: list[runs.Run], dataset: str, roots: dict[str, str], options: argparse.Namespace
 ) -> list[str]:
     """Run or submit the missing runs; returns the failures."""
-
-    def tell(line: str) -> None:
-        print(line, flush=True)
-
+    tell = partial(print, flush=True)
     if options.launcher == "slurm":
         words = shlex.split(options.submit)
         commands = runs.submit_commands(missing, words, submit_options.for_evaluation(words), roots)

@@ -12,8 +12,6 @@ to deal with the singular covariance. docs/theory.md says what the paper gives.
 Exit code 1 if a value or a trend is off, with a line for each; 2 for options that cannot be used.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
@@ -27,35 +25,13 @@ from sklearn.decomposition import PCA
 
 from ddp_ssl.commands import common
 from ddp_ssl.config import ConfigError
-from ddp_ssl.reproduction import figures
-from ddp_ssl.reproduction.gaussian import (
-    CENTERS,
-    DELTA,
-    FEATURES,
-    SAMPLES,
-    STDS,
-    Array,
-    blobs,
-    compare,
-    missed_trends,
-    sweep,
-    treatments,
-)
-from ddp_ssl.reproduction.gaussian_network import (
-    EPOCHS,
-    checkpoints,
-    gains,
-    missed_in_training,
-    train_networks,
-)
-
-# --- pictures ------------------------------------------------------------------------------------
+from ddp_ssl.reproduction import figures, gaussian, gaussian_network
+from ddp_ssl.reproduction.gaussian import FEATURES, STDS
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73")  # told apart without red and green
 
 
 def draw_pca(results: dict[str, Any], out: Path) -> None:
-    """Fig. 2's four panels and the terms of Fig. 10."""
     figure, axes = _figure(2, 3, (12.5, 6.6))
     panels: list[tuple[Any, str, int, Sequence[float], str]] = [
         (axes[0, 0], "features", 10, FEATURES, "(a) more features, k = 10"),
@@ -67,7 +43,7 @@ def draw_pca(results: dict[str, Any], out: Path) -> None:
         curves = {c: v for c, v in results[panel].items() if c[0] == components}
         for colour, ((_, fixed), curve) in zip(COLOURS, curves.items(), strict=False):
             name = f"cluster std {fixed:g}" if panel == "features" else f"{fixed} features"
-            _band(axis, positions, np.array(curve["mean"]), np.array(curve["sd"]), colour, name)
+            _band(axis, positions, curve, colour, name)
         axis.set(title=title, ylabel="I(R;Z), nats")
         axis.legend(frameon=False, fontsize=9)
         if panel == "features":
@@ -76,16 +52,15 @@ def draw_pca(results: dict[str, Any], out: Path) -> None:
             _log_std(axis)
     names = (r"$\log|\Sigma_R|$", r"$\log|\Sigma_{R|Z}|_+$", r"$\log|\Sigma_Z|$")
     for colour, name, term in zip(COLOURS, names, results["terms"].values(), strict=True):
-        _band(axes[0, 2], STDS, np.array(term["mean"]), np.array(term["sd"]), colour, name)
+        _band(axes[0, 2], STDS, term, colour, name)
     for colour, (k, share) in zip(COLOURS, results["kept"].items(), strict=False):
-        mean, sd = np.array(share["mean"]), np.array(share["sd"])
-        _band(axes[1, 2], STDS, mean, sd, colour, f"k = {k}")
+        _band(axes[1, 2], STDS, share, colour, f"k = {k}")
     axes[0, 2].set(title="(e) the terms, k = 2, n = 25", ylabel="nats")
     axes[1, 2].set(title="(f) variance of R that Z keeps, n = 25", ylabel="share", ylim=(0, 1.05))
     for axis in axes[:, 2]:
         axis.legend(frameon=False, fontsize=9)
         _log_std(axis)
-    _save(figure, out / "simulation")
+    figures.save(figure, out / "simulation", 130)
 
 
 def draw_network(found: dict[str, list[list[float]]], out: Path) -> None:
@@ -100,20 +75,21 @@ def draw_network(found: dict[str, list[list[float]]], out: Path) -> None:
         axis.set(title={"simclr": "SimCLR", "vicreg": "VICReg"}[loss], xlabel="epoch")
         axis.legend(frameon=False, loc="lower right")
     axes[0, 0].set(ylabel="I(R;Z), nats")
-    _save(figure, out / "simulation_network")
+    figures.save(figure, out / "simulation_network", 130)
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
     pyplot = figures.pyplot()
-    pyplot.rcParams.update({"svg.hashsalt": "ddp_ssl", "axes.spines.top": False})
-    pyplot.rcParams.update({"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
+    pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    pyplot.rcParams.update({"axes.grid": True, "grid.alpha": 0.25})
     figure, axes = pyplot.subplots(
         rows, columns, figsize=size, squeeze=False, layout="constrained", **options
     )
     return figure, axes
 
 
-def _band(axis: Any, x: Sequence[float], mean: Array, sd: Array, colour: str, name: str) -> None:
+def _band(axis: Any, x: Sequence[float], curve: dict[str, Any], colour: str, name: str) -> None:
+    mean, sd = np.array(curve["mean"]), np.array(curve["sd"])
     axis.plot(x, mean, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=name)
     axis.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.18, linewidth=0)
 
@@ -124,11 +100,6 @@ def _log_std(axis: Any) -> None:
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
     axis.set_xlabel("cluster std")
-
-
-def _save(figure: Any, stem: Path) -> None:
-    figure.savefig(stem.with_suffix(".png"), dpi=130)
-    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
 
 
 def run_treatments(seeds: Sequence[int]) -> None:
@@ -142,8 +113,8 @@ def run_treatments(seeds: Sequence[int]) -> None:
         print(f"{title:<24}" + "".join(f"{x:>7g}" for x in moving))
         rows: dict[str, list[float]] = {}
         for n, s in cells:
-            data = [blobs(n, s, seed) for seed in seeds]
-            found = [treatments(r, PCA(2).fit_transform(r)) for r in data]
+            data = [gaussian.blobs(n, s, seed) for seed in seeds]
+            found = [gaussian.treatments(r, PCA(2).fit_transform(r)) for r in data]
             for name in found[0]:
                 rows.setdefault(name, []).append(float(np.mean([f[name] for f in found])))
         for name, means in rows.items():
@@ -151,29 +122,28 @@ def run_treatments(seeds: Sequence[int]) -> None:
         print()
 
 
-# --- the commands ------------------------------------------------------------------------------
+def _print(title: str, positions: Sequence[float], terms: dict[str, Any]) -> None:
+    print(f"{title:<28}" + "".join(f"{x:>7g}" for x in positions))
+    for name, term in terms.items():
+        print(f"  {name:<26}" + "".join(f"{v:>7.1f}" for v in term["mean"]))
 
 
 def run_pca(out: Path, seeds: Sequence[int]) -> list[str]:
     """Simulate, print, draw; returns a line for each value or trend that is off."""
-    results = sweep(seeds)
-    lines, off = compare(results, len(seeds))
+    results = gaussian.sweep(seeds)
+    lines, off = gaussian.compare(results, len(seeds))
     print(f"I(R;Z) in nats, {len(seeds)} repetitions, k principal components of n features\n")
     print("\n".join(lines))
-    print(f"{'terms, k = 2, n = 25; std =':<28}" + "".join(f"{s:>7g}" for s in STDS))
-    for name, term in results["terms"].items():
-        print(f"  {name:<26}" + "".join(f"{v:>7.1f}" for v in term["mean"]))
+    _print("terms, k = 2, n = 25; std =", STDS, results["terms"])
     for (k, moving), bound in results["bound"].items():
         positions, fixed = (FEATURES, "std = 0.5") if moving == "n" else (STDS, "n = 25")
-        title = f"bound, k = {k}, {fixed}; {moving} ="
-        print(f"\n{title:<28}" + "".join(f"{x:>7g}" for x in positions))
-        for name, term in bound.items():
-            print(f"  {name:<26}" + "".join(f"{v:>7.1f}" for v in term["mean"]))
         sums = np.sum([term["mean"] for term in bound.values()], 0)
-        print(f"  {'H(R) - I(R;Z)':<26}" + "".join(f"{v:>7.1f}" for v in sums))
+        title = f"\nbound, k = {k}, {fixed}; {moving} ="
+        _print(title, positions, bound | {"H(R) - I(R;Z)": {"mean": sums}})
     draw_pca(results, out)
     tree = {
-        "samples": SAMPLES, "centers": CENTERS, "delta": DELTA, "seeds": list(seeds),
+        "samples": gaussian.SAMPLES, "centers": gaussian.CENTERS, "delta": gaussian.DELTA,
+        "seeds": list(seeds),
         "features": list(FEATURES), "stds": list(STDS),
         "by_features": [{"k": k, "std": s, **c} for (k, s), c in results["features"].items()],
         "by_std": [{"k": k, "features": n, **c} for (k, n), c in results["std"].items()],
@@ -181,17 +151,17 @@ def run_pca(out: Path, seeds: Sequence[int]) -> list[str]:
         "bound": [{"k": k, "moving": m, **b} for (k, m), b in results["bound"].items()],
     }  # fmt: skip
     _write(out / "simulation.json", tree)
-    return off + missed_trends(results)
+    return off + gaussian.missed_trends(results)
 
 
 def run_network(out: Path, seeds: Sequence[int], epochs: int, processes: int) -> list[str]:
     """Train, print, draw; returns a line for each trend that is off."""
-    found = train_networks(seeds, epochs, processes)
+    found = gaussian_network.train_networks(seeds, epochs, processes)
     print()
     for loss, curves in found.items():
-        first, second = gains(curves)
+        first, second = gaussian_network.gains(curves)
         values = np.array(curves)
-        at = checkpoints(values.shape[1] - 1)
+        at = gaussian_network.checkpoints(values.shape[1] - 1)
         means = "  ".join(
             f"{np.nanmean(values[:, e]):.2f} ± {np.nanstd(values[:, e]):.2f} @{e}" for e in at
         )
@@ -207,7 +177,7 @@ def run_network(out: Path, seeds: Sequence[int], epochs: int, processes: int) ->
     print(f"vicreg ends above simclr in {higher} of {len(seeds)} seeds (not a condition)")
     draw_network(found, out)
     _write(out / "simulation_network.json", {"seeds": list(seeds), "epochs": epochs, **found})
-    return missed_in_training(found)
+    return gaussian_network.missed_in_training(found)
 
 
 def _write(path: Path, tree: dict[str, Any]) -> None:
@@ -225,7 +195,6 @@ def _at_least(low: int) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """From the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="ddp-ssl simulate", description=(__doc__ or "").partition("\n")[0]
     )
@@ -235,7 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--network", action="store_true", help="train networks in place of PCA")
     parser.add_argument("--treatments", action="store_true", help="of the singular covariance")
     parser.add_argument("--seeds", type=_at_least(1), default=8, help="networks of each loss")
-    parser.add_argument("--epochs", type=_at_least(10), default=EPOCHS, help="of the networks")
+    parser.add_argument(
+        "--epochs", type=_at_least(10), default=gaussian_network.EPOCHS, help="of the networks"
+    )
     parser.add_argument("--processes", type=_at_least(1), default=2, help="networks at a time")
     options = parser.parse_args(arguments)
     first = options.seeds_from
@@ -256,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         wrong = run_pca(options.out, range(first, first + options.repetitions))
     took = time.perf_counter() - start
-    print(f"\n{took:.0f} s; figures and numbers are in {options.out}")
+    print(f"\n{took:.0f} s; pictures and numbers are in {options.out}")
     for line in wrong:
         print(f"off: {line}", file=sys.stderr)
     print("all values and trends as accepted" if not wrong else f"{len(wrong)} off")

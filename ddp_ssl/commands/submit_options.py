@@ -1,7 +1,5 @@
 """The options of `python -m ddp_ssl.submit`, and those of them that an evaluation's job takes."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 
@@ -10,7 +8,6 @@ from ddp_ssl.config import ConfigError
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's options."""
     made = argparse.ArgumentParser(
         prog="python -m ddp_ssl.submit",
         description="Submit a run, or a sweep, through submitit.",

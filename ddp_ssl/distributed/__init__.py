@@ -10,49 +10,24 @@ So a loss only has to satisfy mean_r l_r = L_global, and no factor of the world 
 anywhere. docs/distributed.md derives it.
 """
 
-from __future__ import annotations
-
-from ddp_ssl.distributed.bandwidth import Exchange, measure_bandwidth
-from ddp_ssl.distributed.batch_norm import (
-    GlobalBatchNorm,
-    ViewLayout,
-    global_batch_norm,
-    stacked_views,
-)
-from ddp_ssl.distributed.collectives import MeshComm, comm_of, data_parallel
-from ddp_ssl.distributed.heartbeat import HeartbeatStore
-from ddp_ssl.distributed.primitives import CommStats, comm_stats, others_failed
-from ddp_ssl.distributed.stop_flag import StopFlag
-from ddp_ssl.distributed.world import (
-    Disagreement,
-    World,
-    layout,
-    start,
-    stop,
-    wait_for_all,
-    with_timeout,
-)
-
-__all__ = [
-    "CommStats",
-    "Disagreement",
-    "Exchange",
-    "GlobalBatchNorm",
-    "HeartbeatStore",
-    "MeshComm",
-    "StopFlag",
-    "ViewLayout",
-    "World",
-    "comm_of",
-    "comm_stats",
-    "data_parallel",
-    "global_batch_norm",
-    "layout",
-    "measure_bandwidth",
-    "others_failed",
-    "stacked_views",
-    "start",
-    "stop",
-    "wait_for_all",
-    "with_timeout",
-]
+from ddp_ssl.distributed.bandwidth import Exchange as Exchange
+from ddp_ssl.distributed.bandwidth import measure_bandwidth as measure_bandwidth
+from ddp_ssl.distributed.batch_norm import GlobalBatchNorm as GlobalBatchNorm
+from ddp_ssl.distributed.batch_norm import ViewLayout as ViewLayout
+from ddp_ssl.distributed.batch_norm import global_batch_norm as global_batch_norm
+from ddp_ssl.distributed.batch_norm import stacked_views as stacked_views
+from ddp_ssl.distributed.collectives import MeshComm as MeshComm
+from ddp_ssl.distributed.collectives import comm_of as comm_of
+from ddp_ssl.distributed.collectives import data_parallel as data_parallel
+from ddp_ssl.distributed.heartbeat import HeartbeatStore as HeartbeatStore
+from ddp_ssl.distributed.primitives import CommStats as CommStats
+from ddp_ssl.distributed.primitives import comm_stats as comm_stats
+from ddp_ssl.distributed.primitives import others_failed as others_failed
+from ddp_ssl.distributed.stop_flag import StopFlag as StopFlag
+from ddp_ssl.distributed.world import Disagreement as Disagreement
+from ddp_ssl.distributed.world import World as World
+from ddp_ssl.distributed.world import layout as layout
+from ddp_ssl.distributed.world import start as start
+from ddp_ssl.distributed.world import stop as stop
+from ddp_ssl.distributed.world import wait_for_all as wait_for_all
+from ddp_ssl.distributed.world import with_timeout as with_timeout

@@ -1,7 +1,5 @@
 """An action that may fail, on all processes together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeVar, cast
 

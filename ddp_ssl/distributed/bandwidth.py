@@ -1,7 +1,5 @@
 """The speed of the connections between processes, for `ddp-ssl doctor`."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import time
@@ -20,12 +18,9 @@ class Exchange:
 
     backend: str
     nbytes: int
-    seconds: float
-    """Seconds of one all-reduce of `nbytes`: the best of three."""
-    latency: float
-    """Seconds of one all-reduce of four bytes: the median."""
-    correct: bool
-    """Whether every sum was right."""
+    seconds: float  # seconds of one all-reduce of `nbytes`: the best of three
+    latency: float  # seconds of one all-reduce of four bytes: the median
+    correct: bool  # whether every sum was right
     link: float
     """Seconds to receive `nbytes` from the rank before while all ranks send: the best of three."""
 

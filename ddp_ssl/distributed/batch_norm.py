@@ -1,7 +1,5 @@
 """Batch normalisation over the global batch."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator
@@ -22,7 +20,7 @@ class ViewLayout:
 
     total: int = 1
     held: slice = field(default_factory=lambda: slice(None))
-    statistics: dict[GlobalBatchNorm, _Statistics] | None = None
+    statistics: "dict[GlobalBatchNorm, _Statistics] | None" = None
     """Statistics of the norm layers on a GPU within `stacked_views`, for their running averages."""
 
     @property
@@ -158,7 +156,7 @@ class _NormalizeOnCPU(torch.autograd.Function):
 class _Statistics(NamedTuple):
     """Mean and inverse standard deviation `[C]` of each view, over `number` rows."""
 
-    norm: GlobalBatchNorm
+    norm: "GlobalBatchNorm"
     means: tuple[Tensor, ...]
     inverses: tuple[Tensor, ...]
     number: int
@@ -178,7 +176,7 @@ class _NormalizeOnGPU(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        norm: GlobalBatchNorm,
+        norm: "GlobalBatchNorm",
         layout: ViewLayout,
         reduce: bool,
     ) -> Tensor:
@@ -255,7 +253,7 @@ class _NormalizeOnGPU(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _update_averages(seen: dict[GlobalBatchNorm, _Statistics] | None) -> None:
+def _update_averages(seen: "dict[GlobalBatchNorm, _Statistics] | None") -> None:
     """Update the running averages of all layers together, in view order, and empty `seen`."""
     alike: dict[Any, list[_Statistics]] = {}
     for one in (seen or {}).values():

@@ -1,7 +1,5 @@
 """The data x view mesh, its collectives with their adjoints, and the mean of gradients."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from typing import Any, Literal, cast
@@ -51,11 +49,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].clone(memory_format=torch.contiguous_format)
-        run_collective(
-            "sum" if ctx.group is None else "view sum", dist.all_reduce, total, group=ctx.group
-        )
-        return total, None
+        return _Sum.forward(ctx, grads[0], ctx.group), None
 
 
 class MeshComm(Comm):

@@ -1,7 +1,5 @@
 """The store in which every process leaves heartbeats that the others can read."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import threading

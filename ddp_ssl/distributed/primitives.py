@@ -1,7 +1,5 @@
 """Collectives under one name in every torch, with their calls, bytes and waiting time counted."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A flag that all processes see raised at the same step."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

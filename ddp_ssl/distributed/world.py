@@ -1,7 +1,5 @@
 """The process group: how a process joins and leaves it, and talks to the others from the host."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import os
@@ -32,8 +30,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
-    side: Any = None
-    """A gloo group for flags and barriers, so that neither blocks the device."""
+    side: Any = None  # a gloo group for flags and barriers, so that neither blocks the device
     timeout: datetime.timedelta | None = None
 
     @property

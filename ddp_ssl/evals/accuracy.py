@@ -1,7 +1,5 @@
 """Accuracies from scores, over all processes, and their confidence intervals."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +18,8 @@ class Accuracy:
     """Fractions of the images that are classified correctly."""
 
     top1: float
-    top5: float | None
-    """None for five classes or fewer."""
-    per_class: tuple[float, ...]
-    """Top-1 of each class's images; NaN for a class without images."""
+    top5: float | None  # None for five classes or fewer
+    per_class: tuple[float, ...]  # top-1 of each class's images; NaN for a class without images
     correct: int
     images: int
 

@@ -6,25 +6,22 @@ own the files are `dynamics-DATA.*`. A checkpoint that was measured with the sam
 measured again, so an interrupted measurement continues. Rows of other settings stay in the file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
-import logging
 import math
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ddp_ssl import distributed
 from ddp_ssl.checkpoint import store
 from ddp_ssl.checkpoint.store import CheckpointInfo
-from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError
 from ddp_ssl.data.build import load_data
 from ddp_ssl.data.datasets import registry
@@ -37,8 +34,8 @@ from ddp_ssl.evals.validation import Validation
 from ddp_ssl.evals.weights import fill, make_learner, read_checkpoint
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.utils.files import replace_text
-
-logger = logging.getLogger("ddp_ssl")
+from ddp_ssl.utils.progress import logger
+from ddp_ssl.utils.text import markdown_lines
 
 FILE = "dynamics.jsonl"
 
@@ -69,14 +66,18 @@ class Row:
     epoch: int
     checkpoint: str
     sha256: str
-    settings: str
-    """Short hash of everything that the metrics depend on, except the weights."""
-    figures: dict[str, float]
+    settings: str  # short hash of everything that the metrics depend on, except the weights
+    metrics: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values; NaN and infinities as the strings that `float` reads."""
+        metrics = {n: v if math.isfinite(v) else str(v) for n, v in self.metrics.items()}
+        fields = {name: value for name, value in vars(self).items() if name != "metrics"}
+        return fields | {"figures": metrics}
 
     def to_json(self) -> str:
-        """One line; NaN and infinities as the strings that `float` reads."""
-        figures = {n: v if math.isfinite(v) else str(v) for n, v in self.figures.items()}
-        return json.dumps({**vars(self), "figures": figures}, allow_nan=False) + "\n"
+        """One line."""
+        return json.dumps(self.as_dict(), allow_nan=False) + "\n"
 
 
 def read(path: Path) -> list[Row]:
@@ -90,9 +91,7 @@ def read(path: Path) -> list[Row]:
 def latest(path: Path) -> list[Row]:
     """The rows of the settings that were measured last, in order of steps."""
     lines = _lines(path)
-    return sorted(
-        (row for row in lines if row.settings == lines[-1].settings), key=lambda row: row.step
-    )
+    return [row for row in read(path) if row.settings == lines[-1].settings]
 
 
 def _lines(path: Path) -> list[Row]:
@@ -101,32 +100,24 @@ def _lines(path: Path) -> list[Row]:
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
             fields = json.loads(line) if line.endswith(b"\n") else {}
-            figures = {name: float(value) for name, value in fields.pop("figures").items()}
-            rows.append(Row(**fields, figures=figures))
+            metrics = {name: float(value) for name, value in fields.pop("figures").items()}
+            rows.append(Row(**fields, metrics=metrics))
         except (AttributeError, KeyError, TypeError, ValueError):
             continue
     return rows
 
 
-def run(settings: EvaluateConfig, source: Path, world: World) -> int:
-    """Measure every checkpoint of the run folder `source`, on all processes together.
+def run(settings: EvaluateConfig, home: Path, world: World) -> int:
+    """Measure every checkpoint of the run folder `home`, on all processes together.
 
     `settings.data`, `eval` and `measure` replace the run's own. Returns the exit code: 1 if a
     checkpoint could not be loaded. Raises `ConfigError`, on all processes, if nothing can be
     measured.
     """
-    own = config_of_run(source)
+    own, out = config_of_run(home), Path(settings.run.dir or home)
     config = own.model_copy(
         update={"data": settings.data, "eval": settings.eval, "measure": settings.measure}
     )
-    return measure(config, source, Path(settings.run.dir or source), world, own.data.name)
-
-
-def measure(config: Config, home: Path, out: Path, world: World, own: str) -> int:
-    """Measure with this config; the results go to the folder `out`.
-
-    `own`: the name of the data that the run was trained on.
-    """
     found, best, images = world.broadcast_object(
         on_all_ranks(
             world, lambda: (*chosen(home), validation_images(home)) if world.is_main else None
@@ -141,9 +132,9 @@ def measure(config: Config, home: Path, out: Path, world: World, own: str) -> in
         raise ConfigError(f"data.name: {config.data.name} has no images for validation here")
     comm = distributed.comm_of(world)
     validation = Validation(data, config, comm, world.device, BadImages())
-    models = Models(config, comm, world)
+    learner: Learner | None = None
     key = fingerprint(config, data, world.size)
-    same = config.data.name == own and images in (None, data.val.digest[:12])
+    same = config.data.name == own.data.name and images in (None, data.val.digest[:12])
     file = out / (FILE if same else f"dynamics-{data.name}.jsonl")
     rows = world.broadcast_object(
         on_all_ranks(world, lambda: kept(file, key, found) if world.is_main else None)
@@ -158,17 +149,14 @@ def measure(config: Config, home: Path, out: Path, world: World, own: str) -> in
             continue
         start = time.perf_counter()
         try:
-            learner = models.load(one)
+            learner = on_all_ranks(world, partial(load, one, config, learner, world))
         except ConfigError as error:  # on all processes together
             failures += 1
             if world.is_main:
                 logger.error("left out: %s", error)
             continue
-        row = Row(
-            one.step, one.epoch, one.path.name, one.sha256, key,
-            measured(validation, learner, data),
-        )  # fmt: skip
-        rows[row.sha256] = row
+        metrics = measured(validation, learner, data)
+        row = rows[one.sha256] = Row(one.step, one.epoch, one.path.name, one.sha256, key, metrics)
         on_all_ranks(world, lambda row=row: append(file, row) if world.is_main else None)  # type: ignore[misc]
         if world.is_main:
             seconds = time.perf_counter() - start
@@ -178,33 +166,22 @@ def measure(config: Config, home: Path, out: Path, world: World, own: str) -> in
     if rows:
         on_all_ranks(world, lambda: write(place, ordered, best) if world.is_main else None)
     if world.is_main and rows:
-        logger.info("\n%s\n\nin %s; all figures in %s", table(ordered, best), place, file)
+        logger.info("\n%s\n\nin %s; all metrics in %s", table(ordered, best), place, file)
     world.barrier()
     return int(failures > 0)
 
 
-class Models:
-    """One network, into which one checkpoint after the other is loaded."""
-
-    def __init__(self, config: Config, comm: Comm, world: World) -> None:
-        self.config, self.comm, self.world = config, comm, world
-        self.learner: Learner | None = None
-
-    def load(self, found: CheckpointInfo) -> Learner:
-        """Method and probe as they were; raises `ConfigError` on all processes together."""
-        return on_all_ranks(self.world, lambda: self._load(found))
-
-    def _load(self, found: CheckpointInfo) -> Learner:
-        weights = read_checkpoint(found.path, found.sha256)["model"]
-        if self.learner is None:
-            sizes = [self.config.data.central_crop.size]
-            learner = make_learner(self.config, weights, found.path, self.comm, sizes)
-            self.learner = learner.to(self.world.device)
-            if self.config.model.channels_last:
-                self.learner.to(memory_format=torch.channels_last)
-        else:
-            fill(self.learner, weights, found.path)
-        return self.learner
+def load(found: CheckpointInfo, config: Config, learner: Learner | None, world: World) -> Learner:
+    """Method and probe as they were, in the network of the checkpoint before if there is one."""
+    weights = read_checkpoint(found.path, found.sha256)["model"]
+    if learner is not None:
+        fill(learner, weights, found.path)
+        return learner
+    sizes, comm = [config.data.central_crop.size], distributed.comm_of(world)
+    learner = make_learner(config, weights, found.path, comm, sizes).to(world.device)
+    if config.model.channels_last:
+        learner.to(memory_format=torch.channels_last)
+    return learner
 
 
 def chosen(home: Path) -> tuple[list[CheckpointInfo], str | None]:
@@ -227,11 +204,10 @@ def chosen(home: Path) -> tuple[list[CheckpointInfo], str | None]:
 
 
 def validation_images(home: Path) -> str | None:
-    """Digest of the run's own validation images, as its newest good checkpoint says; None if it
-    does not."""
+    """Digest of the run's own validation images, if its newest good checkpoint has it."""
     good = store.newest_good(home)
-    said = None if good is None else store.load(good.path).get("identity", {})
-    return None if said is None else said.get("validation images")
+    said = {} if good is None else store.load(good.path).get("identity", {})
+    return cast(str | None, said.get("validation images"))
 
 
 def fingerprint(config: Config, data: Dataset, world_size: int) -> str:
@@ -269,10 +245,8 @@ def kept(path: Path, key: str, found: list[CheckpointInfo]) -> dict[str, Row]:
 
 def measured(validation: Validation, learner: Learner, data: Dataset) -> dict[str, float]:
     """All metrics of the weights in `learner`; the probe's only on the classes it learned."""
-    probe = learner.probe
-    if probe is not None and probe.out_features != data.num_classes:
-        probe = None
-    metrics = validation.metrics(learner.method, probe, True, True)
+    fits = learner.probe is not None and learner.probe.out_features == data.num_classes
+    metrics = validation.metrics(learner.method, learner.probe if fits else None, True, True)
     metrics["perf/measure_s"] = validation.measure_s
     return {name: float(value) for name, value in metrics.items()}
 
@@ -289,36 +263,29 @@ def write(place: Path, rows: list[Row], best: str | None) -> None:
     """Write the table, and all metrics as `.json` beside it."""
     place.parent.mkdir(exist_ok=True)
     replace_text(place, table(rows, best) + "\n")
-    found = [{**json.loads(row.to_json()), "best": row.sha256 == best} for row in rows]
+    found = [row.as_dict() | {"best": row.sha256 == best} for row in rows]
     replace_text(place.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
 
 
 def brief(row: Row) -> str:
     """The first columns, for a progress line."""
     shown = [
-        f"{label} {row.figures[name]:.{digits}f}"
+        f"{label} {row.metrics[name]:.{digits}f}"
         for name, (label, digits) in list(COLUMNS.items())[:5]
-        if name in row.figures
+        if name in row.metrics
     ]
     return f"step {row.step}: {'  '.join(shown)}"
 
 
 def table(rows: list[Row], best: str | None = None) -> str:
     """Markdown: a line per checkpoint, the columns that any of them has; * marks `best`."""
-    columns = {n: c for n, c in COLUMNS.items() if any(n in row.figures for row in rows)}
-    head = ["step", "epoch", *(label for label, _ in columns.values())]
-    cells = [head]
+    columns = {n: c for n, c in COLUMNS.items() if any(n in row.metrics for row in rows)}
+    cells = [["step", "epoch", *(label for label, _ in columns.values())]]
     for row in rows:
         values = [
-            f"{row.figures[name]:.{digits}f}" if name in row.figures else "–"
+            f"{row.metrics[name]:.{digits}f}" if name in row.metrics else "–"
             for name, (_, digits) in columns.items()
         ]
         cells.append([f"{row.step}{' *' if row.sha256 == best else ''}", str(row.epoch), *values])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-    lines = [
-        "| " + " | ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
     note = ["", "\\* the best checkpoint"] if best in {row.sha256 for row in rows} else []
-    return "\n".join(lines + note)
+    return "\n".join(markdown_lines(cells, ">") + note)

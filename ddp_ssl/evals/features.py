@@ -4,10 +4,7 @@ A process holds a contiguous part of the split, so that features on disk serve a
 processes.
 """
 
-from __future__ import annotations
-
 import hashlib
-import logging
 import os
 import re
 import time
@@ -33,11 +30,10 @@ from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 from ddp_ssl.distributed import World
 from ddp_ssl.evals.settings import EvaluateConfig
 from ddp_ssl.utils.files import replaced
-from ddp_ssl.utils.progress import Ticker
+from ddp_ssl.utils.progress import Ticker, logger
 from ddp_ssl.utils.seeds import hashed
 from ddp_ssl.utils.text import one_line
 
-logger = logging.getLogger("ddp_ssl")
 Ids = npt.NDArray[np.int64]
 Tell = Callable[[str], None]
 
@@ -66,7 +62,7 @@ class Block:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def where(self, mask: Tensor) -> Block:
+    def where(self, mask: Tensor) -> "Block":
         """The images of a boolean mask `[m]`."""
         return Block(self.features[mask], self.labels[mask], self.ids[mask])
 
@@ -113,7 +109,8 @@ class Extractor:
         """
         chunk = min(max(-(-len(split) // 64), CHUNKS[0]), CHUNKS[1])
         chunks = range(-(-len(split) // chunk))
-        mine = chunks[_part(len(chunks), self.comm.rank, self.comm.world_size)]
+        rank, size = self.comm.rank, self.comm.world_size  # each takes a contiguous part
+        mine = chunks[rank * len(chunks) // size : (rank + 1) * len(chunks) // size]
         first, end = mine.start * chunk, min(mine.stop * chunk, len(split))
         home = self._home(split, patches)
         block = None if home is None else _kept(home, first, end)
@@ -275,9 +272,9 @@ def _stamps(split: Split) -> str:
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
-def _part(total: int, rank: int, size: int) -> slice:
-    """The contiguous part of `total` items that a rank takes."""
-    return slice(rank * total // size, (rank + 1) * total // size)
+def some_of(ids: Ids, at_most: int, chooser: np.random.Generator) -> Ids:
+    """Sorted ids: all of them, or a random subset."""
+    return ids if len(ids) <= at_most else np.sort(chooser.choice(ids, at_most, replace=False))
 
 
 def gather_rows(x: Tensor, comm: Comm, device: torch.device) -> Tensor:

@@ -1,7 +1,5 @@
 """Fine-tuning: the whole network is trained on a share of the labels."""
 
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import dataclass
@@ -12,22 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddp_ssl import optim
+from ddp_ssl import distributed, optim
 from ddp_ssl.config import ConfigError, Optim
 from ddp_ssl.data.datasets import selection
 from ddp_ssl.data.datasets.split import Split
-from ddp_ssl.distributed import (
-    GlobalBatchNorm,
-    ViewLayout,
-    World,
-    data_parallel,
-    global_batch_norm,
-    stacked_views,
-)
+from ddp_ssl.distributed import ViewLayout, World
 from ddp_ssl.evals.accuracy import Accuracy
 from ddp_ssl.evals.features import Extractor
-from ddp_ssl.evals.linear import random_crops, score
+from ddp_ssl.evals.linear import fitting_batch, random_crops, score
 from ddp_ssl.evals.settings import EvaluateConfig
+from ddp_ssl.evals.weights import seeded
 from ddp_ssl.methods.base import trainable
 from ddp_ssl.utils.progress import Ticker
 from ddp_ssl.utils.seeds import hashed
@@ -41,7 +33,6 @@ class Classifier(nn.Module):
         self.backbone, self.head = backbone, nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
         logits: Tensor = self.head(self.backbone(x).flatten(1))
         return logits
 
@@ -52,12 +43,10 @@ class FinetuneResult:
 
     seed: int
     test: Accuracy
-    images: int
-    """Number of training images."""
+    images: int  # number of training images
     batch_size: int
     steps: int
-    loss: float
-    """Mean training loss of the last epoch."""
+    loss: float  # mean training loss of the last epoch
 
 
 def evaluate_finetune(
@@ -78,17 +67,12 @@ def _one_seed(
     if f.fraction < 1:
         chosen = selection.fraction_of(train.labels, f.fraction, seed)
         train = train.subset(np.flatnonzero(chosen))
-    size = world.size
-    batch = min(f.batch_size, len(train)) // size * size
+    batch = fitting_batch(extractor, "finetune", f.batch_size, len(train))
     if batch == 0:
         raise ConfigError(
-            f"finetune.fraction: {f.fraction} leaves {len(train)} images for {size} processes"
+            f"finetune.fraction: {f.fraction} leaves {len(train)} images for {world.size} processes"
         )
-    if batch != f.batch_size:
-        extractor.tell(f"finetune.batch_size: {batch} instead of {f.batch_size}, for {size} "
-                       f"process(es) and {len(train)} images")  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(hashed(seed, "finetune"))
+    with seeded(hashed(seed, "finetune")):
         model = Classifier(copy.deepcopy(extractor.backbone), extractor.width, classes)
     layout = _global_norm(model)
     model.to(device).requires_grad_(True)
@@ -136,7 +120,7 @@ def _train(
             "base_lr": f.lr * f.backbone_lr,
         },
     ]
-    module = data_parallel(model, world).train()
+    module = distributed.data_parallel(model, world).train()
     optimizer = optim.build(schedule, groups)
     autocast = f.precision == "bf16"
     ticker = Ticker(what, f.epochs * loader.steps_per_epoch, world.is_main)
@@ -147,7 +131,7 @@ def _train(
             inputs = next(loader)
             optim.set_learning_rates(optimizer, schedule, batch, step, loader.steps_per_epoch)
             with (
-                stacked_views(layout, 1, slice(None)),
+                distributed.stacked_views(layout, 1, slice(None)),
                 torch.autocast(device.type, torch.bfloat16, autocast),
             ):
                 logits = module(inputs.views[0])
@@ -171,10 +155,10 @@ def _global_norm(model: Classifier) -> ViewLayout:
 
     So the result does not depend on the number of processes.
     """
-    norms = [m for m in model.modules() if isinstance(m, GlobalBatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, distributed.GlobalBatchNorm)]
     layout = norms[0].layout if norms else ViewLayout()
     for norm in norms:
         norm.reduce = True
     if not norms:
-        global_batch_norm(model, layout)
+        distributed.global_batch_norm(model, layout)
     return layout

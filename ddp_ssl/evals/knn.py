@@ -1,7 +1,5 @@
 """The k-NN evaluation: all labelled training images are the bank, several k in one pass."""
 
-from __future__ import annotations
-
 import torch
 
 from ddp_ssl.config import ConfigError

@@ -1,7 +1,5 @@
 """Linear classifiers on frozen features; one pass trains those of several learning rates."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -59,11 +57,11 @@ def evaluate_linear(
     if choosing:
         held = selection.held_out(train.labels, settings.linear.held_out)
     if settings.linear.augment:
-        batch = fitting_batch(protocol, len(train), comm)
-        if batch != protocol.batch_size:
-            extractor.tell(
-                f"linear.batch_size: {batch} instead of {protocol.batch_size}, for "
-                f"{comm.world_size} process(es) and {len(train)} images"
+        batch = fitting_batch(extractor, "linear", protocol.batch_size, len(train))
+        if batch == 0:
+            raise ConfigError(
+                f"data.name: {len(train)} training images are too few for {comm.world_size} "
+                "processes"
             )
         protocol = replace(protocol, batch_size=batch)
         kept = train.subset(np.flatnonzero(held))
@@ -81,7 +79,8 @@ def evaluate_linear(
             steps = CachedSteps(block, protocol.batch_size, seed, comm, extractor.device)
         mask = torch.from_numpy(held) if choosing else None
         heads, finite = train_heads(steps, protocol, seed, extractor.width, classes, mask)
-        steps.close()
+        if isinstance(steps, AugmentedSteps):
+            steps.loader.close()
         rates = len(protocol.lrs)
         accuracies = [score(head, test, classes, comm, extractor.device) for head in heads[:rates]]
         held_out = None
@@ -89,28 +88,23 @@ def evaluate_linear(
             scores = [score(h, probe_block, classes, comm, extractor.device) for h in heads[rates:]]
             held_out = [s.top1 if ok else 0.0 for s, ok in zip(scores, finite[rates:], strict=True)]
         results.append(LinearResult(seed, accuracies, held_out, finite[:rates]))
-    return protocol, results, _chosen(results) if choosing else None
-
-
-def _chosen(results: Sequence[LinearResult]) -> int:
-    """Index of the rate with the best mean accuracy on held-out images; the first among equals."""
+    if not choosing:
+        return protocol, results, None
+    # The best mean accuracy on held-out images; the first among equals.
     means = np.mean([result.held_out or [] for result in results], axis=0)
-    return int(means.argmax())
+    return protocol, results, int(means.argmax())
 
 
-def fitting_batch(protocol: Protocol, images: int, comm: Comm) -> int:
-    """The largest batch up to the protocol's that the images fill and the processes share evenly.
-
-    Raises `ConfigError` if there are fewer images than processes.
-    """
-    size = comm.world_size
-    batch = min(protocol.batch_size, images) // size * size
-    if batch == 0:
-        raise ConfigError(f"data.name: {images} training images are too few for {size} processes")
+def fitting_batch(extractor: Extractor, section: str, asked: int, images: int) -> int:
+    """The largest batch up to `asked` that the images fill and the processes share evenly, or 0."""
+    size = extractor.comm.world_size
+    batch = min(asked, images) // size * size
+    if 0 < batch != asked:
+        extractor.tell(
+            f"{section}.batch_size: {batch} instead of {asked}, for {size} process(es) and "
+            f"{images} images"
+        )
     return batch
-
-
-# --- training ------------------------------------------------------------------------------------
 
 
 def on_device(block: Block, device: torch.device) -> Block:
@@ -144,9 +138,6 @@ class CachedSteps:
             step = self.block.features[mine], self.block.labels[mine], self.block.ids[mine]
             yield step[0].to(self.device), step[1].to(self.device), step[2].cpu()
 
-    def close(self) -> None:
-        """Nothing to close."""
-
 
 class AugmentedSteps:
     """Batches of random crops and flips, passed through the frozen backbone."""
@@ -165,10 +156,6 @@ class AugmentedSteps:
             batch = next(self.loader)
             features = self.extractor.embed(batch.views[0])
             yield features, batch.labels, batch.ids.cpu()
-
-    def close(self) -> None:
-        """Close the pipeline."""
-        self.loader.close()
 
 
 def random_crops(
@@ -211,7 +198,11 @@ def train_heads(
     rates = protocol.peaks * (1 if held is None else 2)
     heads = [_head(width, classes, seed).to(device) for _ in rates]
     parameters = [p for head in heads for p in head.parameters()]
-    optimizer = _optimizer(heads, rates, protocol)
+    groups = [{"params": list(h.parameters()), "lr": r} for h, r in zip(heads, rates, strict=True)]
+    decay = protocol.weight_decay
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(groups, weight_decay=decay)
+    if protocol.name == "sgd":
+        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=decay)
     ticker = Ticker(f"linear, seed {seed}, epochs", protocol.epochs, comm.rank == 0)
     step, total = 0, protocol.epochs * steps.per_epoch
     for epoch in range(protocol.epochs):
@@ -249,15 +240,6 @@ def _head(width: int, classes: int, seed: int) -> nn.Linear:
     nn.init.normal_(head.weight, std=0.01, generator=generator)
     nn.init.zeros_(head.bias)
     return head
-
-
-def _optimizer(
-    heads: Sequence[nn.Linear], rates: Sequence[float], protocol: Protocol
-) -> torch.optim.Optimizer:
-    groups = [{"params": list(h.parameters()), "lr": r} for h, r in zip(heads, rates, strict=True)]
-    if protocol.name == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, weight_decay=protocol.weight_decay)
-    return torch.optim.Adam(groups, weight_decay=protocol.weight_decay)
 
 
 @torch.no_grad()

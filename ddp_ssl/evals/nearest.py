@@ -1,7 +1,5 @@
 """Search for the nearest rows of a bank, and their weighted votes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """A pretrained backbone, from a run or from any file of weights; loading executes no code of it."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ddp_ssl.comm import ONE_PROCESS, Comm
+from ddp_ssl.comm import ONE_PROCESS
 from ddp_ssl.config import Channels, Config, Model
 from ddp_ssl.data.build import load_data
 from ddp_ssl.data.datasets import registry
@@ -48,15 +46,13 @@ class Pretrained:
 
     backbone: nn.Module
     width: int
-    config: Config | None
-    """The run's, if the weights are a run's."""
+    config: Config | None  # the run's, if the weights are a run's
     learner: Learner | None
     """Method and online probe as in the checkpoint, if the file is a run's checkpoint."""
     step: int | None
     epoch: int | None
     path: Path | None
-    description: str
-    """One line: the weights loaded, their file, and the tensors ignored."""
+    description: str  # one line: the weights loaded, their file, and the tensors ignored
     test_images: str | None = None
     """Digest of the validation images that the run chose its best checkpoint by."""
     normalisation: tuple[Channels, Channels] | None = None
@@ -83,7 +79,6 @@ def load_pretrained(
     source: Source | str | Path,
     model: Backbone | None = None,
     sizes: Sequence[int] | None = None,
-    comm: Comm = ONE_PROCESS,
     seed: int = 0,
 ) -> Pretrained:
     """The weights that `source` names (`weights.find_source`).
@@ -106,13 +101,8 @@ def load_pretrained(
     sizes = sizes or [config.data.central_crop.size]
     if path.parent.name != "checkpoints":  # exported weights in the run's folder
         return _of_file(path, config.model, sizes, model.prefix, config)
-    return _of_checkpoint(path, config, comm, sizes)
-
-
-def _of_checkpoint(path: Path, config: Config, comm: Comm, sizes: Sequence[int]) -> Pretrained:
-    """Method, probe and backbone as they were."""
     state = read_checkpoint(path)
-    learner = make_learner(config, state["model"], path, comm, sizes)
+    learner = make_learner(config, state["model"], path, ONE_PROCESS, sizes)
     method, step, epoch = learner.method, int(state["step"]), int(state["epoch"])
     return Pretrained(
         method.backbone, method.feature_width, config, learner, step, epoch, path,
@@ -146,9 +136,6 @@ def prepare(
     on_all_ranks(world, lambda: registry.stage(settings.data))
     data = load_data(cast(Config, settings), world)  # it reads `data` and `run.seed`
     return pretrained, settings, data
-
-
-# --- weights of other programs -------------------------------------------------------------------
 
 
 def _of_timm(name: str, model: Backbone, sizes: Sequence[int], seed: int) -> Pretrained:
@@ -269,7 +256,7 @@ def _prefixes(own: State, theirs: State) -> list[str]:
     """The prefixes under which most of the backbone is found; those of followers come last."""
     counts: dict[str, int] = {}
     for name, value in theirs.items():
-        head, parts = "", name.split(".")
+        parts = name.split(".")
         for i in range(len(parts)):
             head = ".".join(parts[:i]) + ("." if i else "")
             rest = ".".join(parts[i:])

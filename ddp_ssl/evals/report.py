@@ -1,10 +1,8 @@
 """Results of an evaluation: tables to read and paste, JSON for programs."""
 
-from __future__ import annotations
-
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from ddp_ssl.evals.accuracy import Accuracy, Interval, over_images, over_seeds
 from ddp_ssl.evals.finetune import FinetuneResult
 from ddp_ssl.evals.linear import LinearResult
 from ddp_ssl.evals.settings import Protocol
+from ddp_ssl.utils.text import markdown_lines
 
 FEW_CLASSES = 20  # up to this many classes are all listed; of more, the worst and the best
 
@@ -23,8 +22,7 @@ class Row:
 
     name: str
     accuracies: list[Accuracy]
-    facts: dict[str, Any] = field(default_factory=dict)
-    """More columns."""
+    facts: dict[str, Any] = field(default_factory=dict)  # more columns
 
     @property
     def top1(self) -> float:
@@ -49,17 +47,11 @@ class Report:
     """Rows under a heading; `best` is the row to quote, if it was chosen without test images."""
 
     rows: list[Row]
-    first: str
-    """Heading of the rows' names."""
+    first: str  # heading of the rows' names
     best: int | None = None
     notes: list[str] = field(default_factory=list)
     marked: bool = False
     """Whether `best` was chosen among several rows, so that the table marks it."""
-
-    @property
-    def quoted(self) -> int:
-        """The row whose classes are listed."""
-        return self.best if self.best is not None else 0
 
 
 def linear_report(
@@ -111,14 +103,9 @@ def finetune_report(results: Sequence[FinetuneResult], fraction: float) -> Repor
     return Report(rows, f"{fraction:.3g} of the labels", 0, [])
 
 
-# --- to read -------------------------------------------------------------------------------------
-
-
 def table(report: Report) -> str:
     """Markdown: top-1 with its interval, top-5, and the rows' other facts."""
-    more = [
-        n for n in ("held out", "images", "steps", "loss") if any(n in r.facts for r in report.rows)
-    ]
+    more = [name for name in FACTS if any(name in row.facts for row in report.rows)]
     seeds = any(over_seeds(row.accuracies) for row in report.rows)
     head = [report.first, "top-1"]
     head += ["sd over seeds", "95 % over seeds"] if seeds else []
@@ -134,14 +121,14 @@ def table(report: Report) -> str:
             cells += [_percent(sd), _range(interval)]
         cells.append(_range(over_images(row.accuracies)))
         cells += [_percent(row.top5)] if five else []
-        cells += [_fact(name, row.facts.get(name)) for name in more]
+        cells += [FACTS[name](row.facts[name]) if name in row.facts else "" for name in more]
         lines.append(cells)
-    return _markdown(head, lines)
+    return "\n".join(markdown_lines([head, *lines]))
 
 
 def class_table(report: Report, names: Sequence[str]) -> str:
     """Markdown: top-1 of each class, or of the worst and the best ones."""
-    row = report.rows[report.quoted]
+    row = report.rows[report.best or 0]
     values = sorted(zip(row.per_class, names, strict=True), key=lambda pair: pair[0])
     values = [pair for pair in values if not math.isnan(pair[0])]
     if len(names) <= FEW_CLASSES:
@@ -149,7 +136,8 @@ def class_table(report: Report, names: Sequence[str]) -> str:
         shown = sorted(values, key=lambda pair: order[pair[1]])
     else:
         shown = [*values[: FEW_CLASSES // 2], *values[-FEW_CLASSES // 2 :]]
-    return _markdown(["class", "top-1"], [[name, _percent(value)] for value, name in shown])
+    lines = [["class", "top-1"], *([name, _percent(value)] for value, name in shown)]
+    return "\n".join(markdown_lines(lines))
 
 
 def _range(interval: Interval | None) -> str:
@@ -160,26 +148,13 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}"
 
 
-def _fact(name: str, value: Any) -> str:
-    if value is None:
-        return ""
-    return (
-        _percent(value) if name == "held out" else f"{value:.4g}" if name == "loss" else str(value)
-    )
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = [[c.replace("|", "\\|") for c in row] for row in (head, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
-
-
-# --- for programs --------------------------------------------------------------------------------
+# The rows' other facts that the table shows, and their form.
+FACTS: dict[str, Callable[[Any], str]] = {
+    "held out": _percent,
+    "images": str,
+    "steps": str,
+    "loss": lambda value: f"{value:.4g}",
+}
 
 
 def as_json(report: Report, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,11 @@
 """Settings of an evaluation: the schema of `ddp_ssl.evaluate`, and how its values are read."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field
 
 from ddp_ssl.config import Config, ConfigError, Data, Eval, Measure, Positive, Section, load_as
 from ddp_ssl.evals.weights import Source
@@ -15,11 +13,16 @@ from ddp_ssl.run.configure import load
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+# One value stands for a list of one.
+Listed = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 
-COMMANDS = ("linear", "knn", "finetune", "dynamics")
-
-
-# --- the schema ----------------------------------------------------------------------------------
+# The sections that a command reads; of `eval` all read the batch size.
+SECTIONS = {
+    "linear": ("run", "model", "data", "linear"),
+    "knn": ("run", "model", "data", "knn"),
+    "finetune": ("run", "model", "data", "finetune"),
+    "dynamics": ("run", "data", "eval", "measure"),
+}
 
 
 class EvaluateRun(Section):
@@ -66,7 +69,7 @@ class Linear(Section):
     protocol: Literal["sgd", "adam"] = "sgd"
     """`sgd`: SGD with momentum and a cosine, one central crop; `adam`: Adam at a constant rate with
     label smoothing, features averaged over 16 patches."""
-    lr: list[Positive] | None = Field(None, min_length=1)
+    lr: Annotated[list[Positive], Listed] | None = Field(None, min_length=1)
     """Learning rates, all tried in one pass. `sgd`: per 256 images (0.1, 0.3, 1, 3); `adam`: as
     given (0.001)."""
     epochs: int | None = Field(None, ge=1)
@@ -86,18 +89,8 @@ class Linear(Section):
     held_out: Fraction = 0.1
     """Share of the training images on which one of several learning rates is chosen; 0: none is
     chosen, all are reported."""
-    seeds: list[Seed] = Field([0, 1, 2], min_length=1)
+    seeds: Annotated[list[Seed], Listed] = Field([0, 1, 2], min_length=1)
     """The training of the classifier is repeated with each."""
-
-    @field_validator("lr", mode="before")
-    @classmethod
-    def _one_rate(cls, value: Any) -> Any:
-        return [value] if isinstance(value, int | float | str) else value
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _one_seed(cls, value: Any) -> Any:
-        return [value] if isinstance(value, int) else value
 
 
 @dataclass(frozen=True)
@@ -105,8 +98,7 @@ class Protocol:
     """`Linear` with every value set."""
 
     name: str
-    lrs: tuple[float, ...]
-    """As given."""
+    lrs: tuple[float, ...]  # as given
     epochs: int
     batch_size: int
     weight_decay: float
@@ -128,32 +120,23 @@ PROTOCOLS = {
 
 def protocol_of(linear: Linear) -> Protocol:
     """The protocol, with the values that are set replacing its own."""
-    given = {
-        "lrs": None if linear.lr is None else tuple(linear.lr),
-        "epochs": linear.epochs,
-        "batch_size": linear.batch_size,
-        "weight_decay": linear.weight_decay,
-        "label_smoothing": linear.label_smoothing,
-        "patches": linear.patches,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    return replace(PROTOCOLS[linear.protocol], **given)  # type: ignore[arg-type]
+    given = linear.model_dump(include=set(Protocol.__annotations__), exclude_none=True)
+    if linear.lr is not None:
+        given["lrs"] = tuple(linear.lr)
+    return replace(PROTOCOLS[linear.protocol], **given)
 
 
 class Knn(Section):
     """Weighted k-nearest-neighbour vote; the labelled training images are the bank."""
 
-    k: list[Annotated[int, Field(ge=1)]] = Field([1, 5, 10, 20, 50, 100, 200], min_length=1)
+    k: Annotated[list[Annotated[int, Field(ge=1)]], Listed] = Field(
+        [1, 5, 10, 20, 50, 100, 200], min_length=1
+    )
     """Numbers of neighbours, all in one pass."""
     temperature: float = Field(0.07, gt=0)
     """A neighbour's vote weighs exp(cosine / temperature)."""
     patches: int = Field(1, ge=1)
     """Views per image whose features are averaged, as in `linear.patches`."""
-
-    @field_validator("k", mode="before")
-    @classmethod
-    def _one_k(cls, value: Any) -> Any:
-        return [value] if isinstance(value, int) else value
 
 
 class Finetune(Section):
@@ -181,13 +164,8 @@ class Finetune(Section):
     """Share of the target that is spread over all classes."""
     precision: Literal["bf16", "fp32"] = "fp32"
     """Autocast of the network in training; testing is in float32."""
-    seeds: list[Seed] = Field([0], min_length=1)
+    seeds: Annotated[list[Seed], Listed] = Field([0], min_length=1)
     """The training is repeated with each; a seed also chooses the images."""
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _one_seed(cls, value: Any) -> Any:
-        return [value] if isinstance(value, int) else value
 
 
 class EvaluateConfig(Section):
@@ -207,8 +185,6 @@ class EvaluateConfig(Section):
         """Side of the crop that is evaluated."""
         return self.data.central_crop.size
 
-
-# --- reading -------------------------------------------------------------------------------------
 
 # Keys of a run's data that describe one data set and mean nothing for another.
 OF_ONE_DATA_SET = ("root", "files", "val_files", "skip", "stage", "val_resize", "val_interpolation")

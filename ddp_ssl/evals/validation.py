@@ -1,7 +1,5 @@
 """One pass over the validation split, and every metric computed from it."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.loader import EvalLoader, TrainLoader
 from ddp_ssl.data.loading.order import Order
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
+from ddp_ssl.evals.features import some_of
 from ddp_ssl.evals.nearest import knn_predict
 from ddp_ssl.methods.base import Method
 from ddp_ssl.utils.seeds import hashed
@@ -44,7 +43,7 @@ class Features:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def known(self) -> Features:
+    def known(self) -> "Features":
         """The images that have a label."""
         known = self.labels >= 0
         return Features(self.r[known], self.z[known], self.labels[known], self.ids[known])
@@ -72,8 +71,8 @@ class Validation:
         self.labelled = self.bank is not None and bool((data.val.labels >= 0).any())
         chooser = np.random.default_rng(config.run.seed)
         bank = 0 if self.bank is None else len(self.bank)
-        self.bank_ids = _some(bank, config.eval.knn_bank, chooser)
-        self.measured_ids = _some(len(data.val), config.measure.max_images, chooser)
+        self.bank_ids = some_of(np.arange(bank), config.eval.knn_bank, chooser)
+        self.measured_ids = some_of(np.arange(len(data.val)), config.measure.max_images, chooser)
         drawn = min(config.measure.view_images, len(self.measured_ids))
         if config.measure.views and drawn < max(2, comm.world_size):
             raise ConfigError(
@@ -187,8 +186,6 @@ class Validation:
             values["rep/mutual_information_cov"] = metrics.mutual_information(
                 r, z, "cov", self.comm
             )
-        entropies = {"r": pairs.renyi_entropy_r, "z": pairs.renyi_entropy_z}
-        potentials = {"r": pairs.uniformity_r, "z": pairs.uniformity_z}
         for owner, (name, x) in enumerate({"r": r, "z": z}.items()):
             spectrum = metrics.Spectrum.of(x, comm=self.comm, owner=2 * owner)
             centred = metrics.Spectrum.of(x, center=True, comm=self.comm, owner=2 * owner + 1)
@@ -197,14 +194,14 @@ class Validation:
                 "effective_rank": float(metrics.effective_rank(spectrum)),
                 "rankme": metrics.rankme(spectrum),
                 "von_neumann_entropy": metrics.von_neumann_entropy(spectrum),
-                "renyi_entropy": entropies[name],
+                "renyi_entropy": getattr(pairs, f"renyi_entropy_{name}"),
                 "eigenvalue_count": metrics.eigenvalue_count(spectrum),
                 "eigenvalue_count_centred": metrics.eigenvalue_count(centred),
                 "cev": metrics.cumulative_explained_variance(spectrum),
                 "cev_centred": metrics.cumulative_explained_variance(centred),
             }
             if len(x) > 1:
-                found["uniformity"] = potentials[name]
+                found["uniformity"] = getattr(pairs, f"uniformity_{name}")
             with contextlib.suppress(ValueError):  # too few dimensions left for a line
                 found["alpha_req"], found["alpha_req_r2"] = metrics.alpha_req(centred)
             values |= {f"rep/{metric}_{name}": value for metric, value in found.items()}
@@ -249,10 +246,3 @@ class Validation:
         loader.close()
         all_r, all_z = zip(*parts, strict=True)
         return torch.cat(all_r, 1), torch.cat(all_z, 1)
-
-
-def _some(total: int, at_most: int, chooser: np.random.Generator) -> Ids:
-    """Sorted ids of all images, or of a seeded subset."""
-    if total <= at_most:
-        return np.arange(total)
-    return np.sort(chooser.choice(total, at_most, replace=False))

@@ -1,7 +1,5 @@
 """Weights that a command is given: their place, and a run's checkpoint in its modules."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,14 +21,11 @@ from ddp_ssl.utils.text import one_line
 class Source:
     """The place of the weights: a file, which may belong to a run, or a timm model."""
 
-    text: str
-    """As the user gave it."""
-    home: Path | None = None
-    """The run folder that the weights belong to."""
+    text: str  # as the user gave it
+    home: Path | None = None  # the run folder that the weights belong to
     file: Path | None = None
     """The file of weights; None for a run's newest good checkpoint and for timm's."""
-    timm: str | None = None
-    """A timm model's name, with a tag for pretrained weights."""
+    timm: str | None = None  # a timm model's name, with a tag for pretrained weights
 
     @property
     def name(self) -> str:
@@ -70,18 +65,11 @@ def find_source(text: str) -> Source:
         raise ConfigError(f"{path}: the weights come first, then the YAML; {accepted}")
     folder = path.absolute().parent
     for home in (folder, folder.parent if folder.name == "checkpoints" else folder):
-        if is_run(home):
+        # Other programs write a `config.yaml` beside weights too.
+        made = (home / "metrics.jsonl").is_file() or (home / "checkpoints").is_dir()
+        if made and (home / "config.yaml").is_file():
             return Source(text, home=home, file=path)
     return Source(text, file=path)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's. Other programs write a `config.yaml` beside weights too."""
-    made = (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
-    return made and (folder / "config.yaml").is_file()
-
-
-# --- a run's checkpoint --------------------------------------------------------------------------
 
 
 def checkpoint_of(source: Source) -> Path:

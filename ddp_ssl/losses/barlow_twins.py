@@ -1,7 +1,5 @@
 """Barlow Twins over the global batch, for two views and for many."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -120,6 +118,6 @@ def mean_correlations(
 
 def _correlation(rows: Rows, a: Tensor, b: Tensor) -> Correlation:
     """Both terms of C = A^T B / N for `a` and `b` `[m, d]` that belong to `rows`."""
-    diagonal = rows.mean(a * b)
+    diagonal = rows.total((a * b).sum(0)) / rows.images
     squares = rows.squared_product(a, b) / rows.images**2
     return Correlation((diagonal - 1).square().sum(), squares - diagonal.square().sum())

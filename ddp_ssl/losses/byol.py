@@ -1,7 +1,5 @@
 """BYOL's loss."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

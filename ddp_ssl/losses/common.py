@@ -1,7 +1,5 @@
 """Helpers that several losses share: precision, rows of all processes, checks of arguments."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
@@ -93,13 +91,15 @@ def check_views(loss: str, z: Tensor, comm: Comm) -> tuple[int, int]:
     return views, images
 
 
-def check_directions(loss: str, **rows: Tensor) -> None:
-    """Raise `ValueError` unless all are `[N, d]` of one shape."""
+def check_directions(loss: str, queue: Tensor | None = None, **rows: Tensor) -> None:
+    """Raise `ValueError` unless all are `[N, d]` of one shape, and `queue` `[Q, d]` if given."""
     shapes = {name: list(x.shape) for name, x in rows.items()}
     first = next(iter(shapes.values()))
     if len(first) != 2 or any(shape != first for shape in shapes.values()):
         got = " and ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"{loss}: expected {' and '.join(shapes)} of one shape [N, d], got {got}")
+    if queue is not None:
+        check_queue(loss, queue, first[1])
 
 
 def check_queue(loss: str, queue: Tensor, width: int) -> None:

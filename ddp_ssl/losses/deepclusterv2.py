@@ -1,7 +1,5 @@
 """DeepCluster v2: cross-entropy with the cluster of each image, and the clustering."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

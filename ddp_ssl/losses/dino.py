@@ -1,7 +1,5 @@
 """DINO: the student's distribution over prototypes follows the teacher's."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """InfoNCE over the global batch."""
 
-from __future__ import annotations
-
 import warnings
 
 import torch

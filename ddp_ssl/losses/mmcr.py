@@ -1,7 +1,5 @@
 """Maximum manifold capacity representations over the global batch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,19 +1,11 @@
 """The losses of MoCo: against a queue (v2), against the other images of the batch (v3)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.losses.common import (
-    at_least_float32,
-    check_directions,
-    check_queue,
-    check_temperature,
-    unit_rows,
-)
+from ddp_ssl.losses.common import at_least_float32, check_directions, check_temperature, unit_rows
 
 
 def moco(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -31,8 +23,7 @@ def moco(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tenso
 
     Source: MoCo (He et al. 2020), Eq. 1. MoCo v2+ (solo-learn) takes the mean of two directions.
     """
-    check_directions("moco", query=query, key=key)
-    check_queue("moco", queue, query.shape[1])
+    check_directions("moco", queue, query=query, key=key)
     check_temperature("moco", temperature=temperature)
     with torch.autocast(query.device.type, enabled=False):
         q, k = unit_rows(at_least_float32(query)), unit_rows(at_least_float32(key.detach()))

@@ -1,7 +1,5 @@
 """Mutual information I(R;Z) of representation and embedding, over the global batch."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """NNCLR's loss and its search for nearest neighbours."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy

@@ -1,17 +1,9 @@
 """ReSSL's loss."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from ddp_ssl.losses.common import (
-    at_least_float32,
-    check_directions,
-    check_queue,
-    check_temperature,
-    unit_rows,
-)
+from ddp_ssl.losses.common import at_least_float32, check_directions, check_temperature, unit_rows
 
 
 def ressl(
@@ -29,8 +21,7 @@ def ressl(
 
     Source: ReSSL (Zheng et al. 2021), Eq. 3 to 5; one direction only.
     """
-    check_directions("ressl", query=query, key=key)
-    check_queue("ressl", queue, query.shape[1])
+    check_directions("ressl", queue, query=query, key=key)
     check_temperature("ressl", query_temperature=query_temperature, key_temperature=key_temperature)
     with torch.autocast(query.device.type, enabled=False):
         q, k = unit_rows(at_least_float32(query)), unit_rows(at_least_float32(key.detach()))

@@ -1,7 +1,5 @@
 """SimSiam's loss."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

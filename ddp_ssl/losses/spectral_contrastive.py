@@ -1,7 +1,5 @@
 """The spectral contrastive loss over the global batch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

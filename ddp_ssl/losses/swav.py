@@ -1,7 +1,5 @@
 """SwAV: swapped prediction of balanced assignments to prototypes."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """VICReg over the global batch, for two views and for many."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

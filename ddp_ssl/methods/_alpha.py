@@ -5,8 +5,6 @@ alpha is broadcast. `alpha_delay` sets only when the broadcast happens: at once,
 later, so that training goes on while rank 0 decomposes.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable
@@ -82,7 +80,7 @@ class Alpha:
         return s.alpha == "adaptive" and done % s.alpha_every == 0 and in_time
 
     def after_epoch(self, context: Context, embed: Callable[[Batch], Tensor]) -> dict[str, float]:
-        """Set the value for the next epoch; returns the figures of a measurement, if one is due.
+        """Set the value for the next epoch; returns the metrics of a measurement, if one is due.
 
         `embed`: a batch to the rows `[n, d]` whose effective rank counts. All processes call this
         together; all raise `MeasurementError` if rank 0 cannot decompose.
@@ -98,7 +96,7 @@ class Alpha:
             return self._apply(context, self._pending)
         return {}
 
-    def _measure(self, context: Context, embed: Callable[[Batch], Tensor]) -> PendingAlpha:
+    def _measure(self, context: Context, embed: Callable[[Batch], Tensor]) -> "PendingAlpha":
         """Bring random global batches to rank 0, which begins to decompose them."""
         s, began, done = self.settings, time.perf_counter(), context.epoch + 1
         pending = PendingAlpha(done, done + (s.alpha_delay or 0), context.seed)
@@ -114,7 +112,7 @@ class Alpha:
         pending.seconds = time.perf_counter() - began
         return pending
 
-    def _apply(self, context: Context, pending: PendingAlpha) -> dict[str, float]:
+    def _apply(self, context: Context, pending: "PendingAlpha") -> dict[str, float]:
         """alpha = mean of the effective ranks / the largest possible, from rank 0 to all."""
         s, began = self.settings, time.perf_counter()
         mean, problem = math.nan, "see rank 0"
@@ -198,6 +196,5 @@ class PendingAlpha:
         return plain | {"matrices": [vars(matrix) for matrix in left]}
 
     @staticmethod
-    def from_state(state: dict[str, Any]) -> PendingAlpha:
-        """The inverse of `state`."""
+    def from_state(state: dict[str, Any]) -> "PendingAlpha":
         return PendingAlpha(**state | {"matrices": [Matrix(**m) for m in state["matrices"]]})

@@ -1,7 +1,5 @@
 """The online linear probe, trained beside the method on detached representations."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -58,16 +56,12 @@ class Learner(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             logits = self.probe(features.detach().to(self.probe.weight.dtype)).flatten(0, 1)
             target = labels.repeat(features.shape[0])
-            if scale is None:
-                scale = self._scale(target, logits.dtype)
+            if scale is None and self.some_unlabelled:  # the numbers of labels may differ
+                comm, labelled = self.method.comm, (target >= 0).sum().to(logits.dtype)
+                scale = comm.world_size / comm.sum(labelled).clamp(min=1)
+            elif scale is None:
+                scale = 1 / len(target)
             loss = scale * F.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
             # -1 is never the argmax.
             correct = (logits.detach().argmax(1) == target).sum().to(loss.dtype)
             return loss, scale * correct
-
-    def _scale(self, target: Tensor, dtype: torch.dtype) -> Tensor | float:
-        """World size / number of all labels; communicates only if the numbers may differ."""
-        if not self.some_unlabelled:
-            return 1 / len(target)
-        comm = self.method.comm
-        return comm.world_size / comm.sum((target >= 0).sum().to(dtype)).clamp(min=1)

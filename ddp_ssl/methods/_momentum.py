@@ -4,8 +4,6 @@ This file is no method. `MomentumMethod` is the base of the methods that learn f
 (BYOL, MoCo, ReSSL, DINO).
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Generic, TypeVar, cast
@@ -47,7 +45,6 @@ class MomentumMethod(Method[M], Generic[M]):
     momentum: nn.ModuleDict
 
     def finish(self) -> None:
-        """Copy the networks, then do what every method does."""
         parts = {"backbone": self.backbone, "projector": self.projector}
         self.momentum = nn.ModuleDict({name: copy.deepcopy(part) for name, part in parts.items()})
         super().finish()

@@ -1,12 +1,25 @@
 """Queues of embeddings of earlier batches. This file is no method."""
 
-from __future__ import annotations
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ddp_ssl.config import Config
+from ddp_ssl.config import Config, MethodConfig
 from ddp_ssl.losses.common import unit_rows
+
+
+class QueueConfig(MethodConfig):
+    """Base of the configs that have a `queue_size`."""
+
+    def check(self, config: Config) -> None:
+        """Refuse a queue smaller than a batch; 0 is no queue."""
+        size, batch = cast(Any, self).queue_size, config.data.batch_size
+        if 0 < size < batch:
+            raise ValueError(
+                f"method.queue_size: {size} rows cannot take the {batch} images of a batch; "
+                f"{batch} or more would be accepted"
+            )
 
 
 class Queue(nn.Module):
@@ -28,6 +41,15 @@ class Queue(nn.Module):
         super().__init__()
         self.register_buffer("rows", unit_rows(torch.randn(count, size, width)))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
+        self.newest: Tensor | None = None
+        """Rows `[count, N, width]` of the step under way, for `append_newest`."""
+
+    def append_newest(self) -> int:
+        """Append `newest`, at the end of a step; returns N."""
+        assert self.newest is not None
+        newest, self.newest = self.newest, None
+        self.append(newest)
+        return newest.shape[1]
 
     @torch.no_grad()
     def append(self, rows: Tensor) -> None:
@@ -36,13 +58,3 @@ class Queue(nn.Module):
         places = (self.oldest + torch.arange(new, device=rows.device)) % size
         self.rows.index_copy_(1, places, unit_rows(rows).to(self.rows.dtype))
         self.oldest.copy_((self.oldest + new) % size)
-
-
-def check_queue_size(size: int, config: Config) -> None:
-    """Raise `ValueError` for a queue smaller than a batch."""
-    batch = config.data.batch_size
-    if size < batch:
-        raise ValueError(
-            f"method.queue_size: {size} rows cannot take the {batch} images of a batch; "
-            f"{batch} or more would be accepted"
-        )

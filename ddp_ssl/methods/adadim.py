@@ -6,8 +6,6 @@ global batch every `alpha_every` epochs. A collapsed embedding is decorrelated; 
 fills its space is made uniform.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch
@@ -21,7 +19,7 @@ from ddp_ssl.losses import info_nce, mutual_information
 from ddp_ssl.losses.common import at_least_float32, gather_unit_rows, unit_rows
 from ddp_ssl.methods._alpha import Alpha, AlphaConfig
 from ddp_ssl.methods.base import Context, Method, Output
-from ddp_ssl.methods.vicreg import VICRegConfig, configured_vicreg
+from ddp_ssl.methods.vicreg import VICRegConfig, configured_vicreg, logged
 
 
 class AdaDimConfig(AlphaConfig, VICRegConfig):
@@ -80,9 +78,7 @@ class AdaDim(Method[AdaDimConfig]):
         terms: dict[str, Tensor | float] = {
             "nce": nce,
             "vicreg": vic.loss,
-            "vicreg_invariance": vic.invariance,
-            "vicreg_variance": vic.variance,
-            "vicreg_covariance": vic.covariance,
+            **logged(vic),
             "rep/alpha": alpha,
             "rep/beta": beta,
         }
@@ -101,19 +97,16 @@ class AdaDim(Method[AdaDimConfig]):
         return z if s.alpha_space == "z" else r
 
     def after_epoch(self, context: Context) -> None:
-        """Set alpha for the next epoch."""
-        figures = self.alpha.after_epoch(context, self.measured_rows)
-        if figures:
-            context.report(figures | {"rep/alpha": self.alpha.value, "rep/beta": self.beta})
+        metrics = self.alpha.after_epoch(context, self.measured_rows)
+        if metrics:
+            context.report(metrics | {"rep/alpha": self.alpha.value, "rep/beta": self.beta})
 
     def reads_after(self, epoch: int) -> str | None:
         """The purpose of the batches that a measurement takes, where there will be one."""
         return "alpha" if self.alpha.measures_after(epoch) else None
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Alpha's state, for the checkpoint."""
         return self.alpha.state()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take alpha's state from a checkpoint."""
         self.alpha.load_state(state)

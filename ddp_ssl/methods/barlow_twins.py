@@ -1,7 +1,5 @@
 """Barlow Twins: Self-Supervised Learning via Redundancy Reduction (Zbontar et al. 2021)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

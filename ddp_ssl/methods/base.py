@@ -5,8 +5,6 @@ A method is one file: a `MethodConfig` with its own fields and `recipe`, and a `
 docs/add-a-method.md walks through one.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -71,10 +69,8 @@ class Context:
     batches: Callable[[int, str], Iterator[Batch]]
     """`batches(count, purpose)`: that many random global batches of view 0, from a fresh pipeline
     seeded by (seed, purpose, epoch, rank); never the training iterator."""
-    report: Callable[[dict[str, float]], None] = field(repr=False)
-    """Log figures at this epoch."""
-    tell: Callable[[str], None] = field(repr=False)
-    """Print a line on rank 0."""
+    report: Callable[[dict[str, float]], None] = field(repr=False)  # log metrics at this epoch
+    tell: Callable[[str], None] = field(repr=False)  # print a line on rank 0
 
 
 class Method(nn.Module, Generic[C]):
@@ -101,13 +97,8 @@ class Method(nn.Module, Generic[C]):
         sizes = {group.size for group in config.data.views}
         sizes.add(config.data.central_crop.size)
         self.backbone, self.feature_width = build_backbone(model, sorted(sizes))
-        self.projector: nn.Module = projection_head(
-            self.feature_width,
-            model.projector,
-            model.projector_norm,
-            model.projector_bias,
-            self.projector_last_norm,
-        )
+        how = model.projector_norm, model.projector_bias, self.projector_last_norm
+        self.projector: nn.Module = projection_head(self.feature_width, model.projector, *how)
         self.layout = ViewLayout()
         self._reduce_norm = model.batch_norm == "global"
 

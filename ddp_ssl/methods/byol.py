@@ -1,7 +1,5 @@
 """BYOL: Bootstrap Your Own Latent (Grill et al. 2020)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from ddp_ssl.comm import Comm

@@ -1,7 +1,5 @@
 """DeepCluster v2 (Caron et al. 2018, in the form of Caron et al. 2020, SwAV, appendix D)."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 
@@ -120,7 +118,6 @@ class DeepClusterV2(Method[DeepClusterV2Config]):
         self._cluster(context, 0)
 
     def after_epoch(self, context: Context) -> None:
-        """Cluster for the next epoch."""
         if context.epoch + 1 < context.epochs:
             self._cluster(context, context.epoch + 1)
 
@@ -152,13 +149,12 @@ class DeepClusterV2(Method[DeepClusterV2Config]):
         context.report({"rep/clusters_used": used / sum(self.settings.prototypes)})
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Memory and assignments."""
         if self.memory is None:
             return {}
         return {**self.memory.state(), "assignments": self.assignments}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Load both from a checkpoint: of the memory, this process's part."""
+        """Load memory and assignments: of the memory, this process's part."""
         self.memory = self.assignments = None
         if state:
             device = self.centroids(0).device
@@ -213,7 +209,7 @@ class Memory:
         return {"rows": self.rows[:, :-1], "seen": self.seen, "stride": self.stride}
 
     @classmethod
-    def of(cls, state: dict[str, Any], comm: Comm, device: torch.device) -> Memory:
+    def of(cls, state: dict[str, Any], comm: Comm, device: torch.device) -> "Memory":
         """From rank 0's state at any number of processes, or from this process's own."""
         rows, seen = state["rows"], state["seen"]
         one = torch.empty(1, 1, 1, dtype=rows.dtype, device=device)

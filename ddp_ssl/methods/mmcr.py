@@ -1,8 +1,6 @@
 """MMCR: Learning Efficient Coding of Natural Images with Maximum Manifold Capacity Representations
 (Yerxa et al. 2023)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from ddp_ssl.config import MethodConfig

@@ -1,6 +1,6 @@
 """MoCo v3: Training Self-Supervised Vision Transformers (Chen, Xie & He 2021)."""
 
-from __future__ import annotations
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -50,13 +50,9 @@ class MoCoV3(MomentumMethod[MoCoV3Config]):
     def __init__(self, config: Config, comm: Comm) -> None:
         super().__init__(config, comm)
         s, width = self.settings, config.model.projector[-1]
-        self.predictor = projection_head(
-            width,
-            [s.predictor_hidden, width],
-            "batch",
-            bias=False,
-            last_norm="plain" if s.predictor_last_norm else "none",
-        )
+        norm: Literal["plain", "none"] = "plain" if s.predictor_last_norm else "none"
+        widths = [s.predictor_hidden, width]
+        self.predictor = projection_head(width, widths, "batch", bias=False, last_norm=norm)
         if s.freeze_patch_embed:
             patches = getattr(self.backbone, "patch_embed", None)
             if not isinstance(patches, nn.Module):
@@ -71,14 +67,8 @@ class MoCoV3(MomentumMethod[MoCoV3Config]):
             everyone = self.comm.gather(self.targets(batch.views))
         r, z, p = self.encode(batch.views, self.with_predictor)
         mine = everyone[:, self.comm.rows(p.shape[1])]
-
+        t, comm = self.settings.temperature, self.comm
         mean = self.over_pairs(
-            lambda index, target: mocov3(
-                p[index],
-                mine[target],
-                self.settings.temperature,
-                comm=self.comm,
-                gathered=everyone[target],
-            )
+            lambda i, j: mocov3(p[i], mine[j], t, comm=comm, gathered=everyone[j])
         )
-        return Output(mean * self.num_pairs, {"nce": mean / (2 * self.settings.temperature)}, r, z)
+        return Output(mean * self.num_pairs, {"nce": mean / (2 * t)}, r, z)

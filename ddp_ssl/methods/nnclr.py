@@ -1,22 +1,19 @@
 """NNCLR: With a Little Help from My Friends (Dwibedi et al. 2021)."""
 
-from __future__ import annotations
-
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import Config, MethodConfig
+from ddp_ssl.config import Config
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import nearest_rows, nnclr
 from ddp_ssl.losses.common import at_least_float32
-from ddp_ssl.methods._queue import Queue, check_queue_size
+from ddp_ssl.methods._queue import Queue, QueueConfig
 from ddp_ssl.methods.base import Method, Output, Progress
 from ddp_ssl.models import projection_head
 
 
-class NNCLRConfig(MethodConfig):
+class NNCLRConfig(QueueConfig):
     """InfoNCE whose anchors are the views' nearest neighbours among earlier embeddings."""
 
     name: str = "nnclr"
@@ -34,17 +31,13 @@ class NNCLRConfig(MethodConfig):
         "optim": {"lr": 0.4, "weight_decay": 1e-5},
     }
 
-    def check(self, config: Config) -> None:
-        """Refuse a queue smaller than a batch."""
-        check_queue_size(self.queue_size, config)
-
 
 class NNCLR(Method[NNCLRConfig]):
     """Backbone, projector, predictor; a queue of embeddings.
 
     The projector ends in a batch norm. The loss is the mean over all pairs of a view, which
     predicts, and another, large view, whose neighbour is the anchor. The embeddings of view 0 enter
-    the queue after the step. The queue is replicated: 65,536 x 256 take 64 MiB in float32.
+    the queue after the step.
     """
 
     config_class = NNCLRConfig
@@ -55,30 +48,20 @@ class NNCLR(Method[NNCLRConfig]):
         s, width = self.settings, config.model.projector[-1]
         self.predictor = projection_head(width, [s.predictor_hidden, width], "batch", bias=True)
         self.queue = Queue(s.queue_size, width)
-        self._newest: Tensor | None = None
 
     def forward(self, batch: Batch) -> Output:
         r, z, p = self.encode(batch.views, self.with_predictor)
         large = at_least_float32(z[: self.held_large].detach())
         nearest = self.all_views(nearest_rows(large, self.queue.rows[0]))
         with torch.no_grad():
-            self._newest = self.comm.gather(large[:1])[:1]
+            self.queue.newest = self.comm.gather(large[:1])[:1]
         everyone = self.comm.gather(at_least_float32(p))
         views = range(self.num_views)[self.comm.views]
-
+        t, comm = self.settings.temperature, self.comm
         loss = self.over_pairs(
-            lambda index, target: nnclr(
-                nearest[target],
-                p[index],
-                self.settings.temperature,
-                comm=self.comm,
-                gathered=everyone[views[index]],
-            )
+            lambda i, j: nnclr(nearest[j], p[i], t, comm=comm, gathered=everyone[views[i]])
         )
         return Output(loss, {"nce": loss}, r, z)
 
     def after_step(self, progress: Progress) -> None:
-        """Append the embeddings of view 0 to the queue."""
-        assert self._newest is not None
-        self.queue.append(self._newest)
-        self._newest = None
+        self.queue.append_newest()

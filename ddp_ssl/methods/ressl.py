@@ -1,10 +1,7 @@
 """ReSSL: Relational Self-Supervised Learning with Weak Augmentation (Zheng et al. 2021)."""
 
-from __future__ import annotations
-
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config
@@ -12,11 +9,11 @@ from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import ressl
 from ddp_ssl.losses.common import at_least_float32
 from ddp_ssl.methods._momentum import MomentumConfig, MomentumMethod
-from ddp_ssl.methods._queue import Queue, check_queue_size
+from ddp_ssl.methods._queue import Queue, QueueConfig
 from ddp_ssl.methods.base import Output, Progress
 
 
-class ReSSLConfig(MomentumConfig):
+class ReSSLConfig(MomentumConfig, QueueConfig):
     """Have the similarities to earlier embeddings that a momentum network's weak view has."""
 
     name: str = "ressl"
@@ -34,10 +31,6 @@ class ReSSLConfig(MomentumConfig):
     }
     small_crops = False
 
-    def check(self, config: Config) -> None:
-        """Refuse a queue smaller than a batch."""
-        check_queue_size(self.queue_size, config)
-
 
 class ReSSL(MomentumMethod[ReSSLConfig]):
     """Backbone and projector; a momentum copy; a queue of its embeddings.
@@ -45,8 +38,7 @@ class ReSSL(MomentumMethod[ReSSLConfig]):
     Views 0, 2, … are strong and give the queries; views 1, 3, … are weak and give the momentum
     network's targets (the augmentation recipe `ressl` makes them so). The loss is the mean over the
     pairs of a strong and a weak view; for two views it is the paper's one direction. View 1's
-    momentum embeddings enter the queue after the step. The queue is replicated: 65,536 x 256 take
-    64 MiB in float32.
+    momentum embeddings enter the queue after the step.
 
     As in solo-learn both networks see all views. The trained network's weak views are not in the
     loss, but in batch statistics and the probe.
@@ -57,13 +49,12 @@ class ReSSL(MomentumMethod[ReSSLConfig]):
     def __init__(self, config: Config, comm: Comm) -> None:
         super().__init__(config, comm)
         self.queue = Queue(self.settings.queue_size, config.model.projector[-1])
-        self._newest: Tensor | None = None
 
     def forward(self, batch: Batch) -> Output:
         s = self.settings
         with torch.no_grad():
             everyone = self.comm.gather(self.targets(batch.views))
-        self._newest = everyone[1:2]
+        self.queue.newest = everyone[1:2]
         r, z = self.encode(batch.views)
         weak = everyone[1::2, self.comm.rows(z.shape[1])]
 
@@ -80,8 +71,5 @@ class ReSSL(MomentumMethod[ReSSLConfig]):
         return Output(loss, {"relation": loss}, r, z)
 
     def after_step(self, progress: Progress) -> None:
-        """Move the momentum network and append view 1's embeddings to the queue."""
         super().after_step(progress)
-        assert self._newest is not None
-        self.queue.append(self._newest)
-        self._newest = None
+        self.queue.append_newest()

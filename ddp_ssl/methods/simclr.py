@@ -1,7 +1,5 @@
 """SimCLR: A Simple Framework for Contrastive Learning (Chen et al. 2020)."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from ddp_ssl.config import MethodConfig

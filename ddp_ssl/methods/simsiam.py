@@ -1,7 +1,5 @@
 """SimSiam: Exploring Simple Siamese Representation Learning (Chen & He 2021)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import Field

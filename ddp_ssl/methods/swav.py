@@ -1,7 +1,5 @@
 """SwAV: Unsupervised Learning by Contrasting Cluster Assignments (Caron et al. 2020)."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch
@@ -9,15 +7,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import Config, MethodConfig
+from ddp_ssl.config import Config
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import sinkhorn, swav
 from ddp_ssl.losses.common import at_least_float32, unit_rows
-from ddp_ssl.methods._queue import Queue, check_queue_size
+from ddp_ssl.methods._queue import Queue, QueueConfig
 from ddp_ssl.methods.base import Context, Method, Output, Progress
 
 
-class SwAVConfig(MethodConfig):
+class SwAVConfig(QueueConfig):
     """Predict one view's assignment to prototypes from another view."""
 
     name: str = "swav"
@@ -47,11 +45,6 @@ class SwAVConfig(MethodConfig):
         "optim": {"lr": 0.6, "weight_decay": 1e-6},
     }
 
-    def check(self, config: Config) -> None:
-        """Refuse a queue smaller than a batch."""
-        if self.queue_size:
-            check_queue_size(self.queue_size, config)
-
 
 class SwAV(Method[SwAVConfig]):
     """Backbone, projector, prototypes, and a queue per large view.
@@ -80,7 +73,6 @@ class SwAV(Method[SwAVConfig]):
         self.queue = Queue(s.queue_size, width, self.num_large) if s.queue_size else None
         self.queued = 0  # number of images appended to the queue
         self.epoch = 0
-        self._newest: Tensor | None = None
 
     def forward(self, batch: Batch) -> Output:
         s = self.settings
@@ -94,7 +86,7 @@ class SwAV(Method[SwAVConfig]):
             lambda view, target: swav(scores[view], assignments[target], s.temperature)
         )
         if self.queue is not None:
-            self._newest = self.comm.gather(large)
+            self.queue.newest = self.comm.gather(large)
         return Output(loss, {}, r, z)
 
     def _directions(self) -> Tensor:
@@ -115,31 +107,23 @@ class SwAV(Method[SwAVConfig]):
         return sinkhorn(scores, s.epsilon, s.iterations, self.comm)[:, :images]
 
     def before_optimizer(self, progress: Progress) -> None:
-        """Freeze the prototypes during the first epochs."""
         if progress.epoch < self.settings.freeze_epochs:
             self.prototypes.grad = None
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
-        """Scale the prototypes to length one and append the batch to the queue."""
         solo = self.settings.variant == "solo"
         if not solo:
             self.prototypes.copy_(unit_rows(self.prototypes))
         if self.queue is not None and (solo or progress.epoch >= self.settings.queue_epoch):
-            assert self._newest is not None
-            self.queue.append(self._newest)
-            self.queued += self._newest.shape[1]
-        self._newest = None
+            self.queued += self.queue.append_newest()
 
     def after_epoch(self, context: Context) -> None:
-        """Note the epoch that begins."""
         self.epoch = context.epoch + 1
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The number of images queued, and the epoch."""
         return {"queued": self.queued, "epoch": self.epoch}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Load both from a checkpoint."""
         self.queued = int(state["queued"])
         self.epoch = int(state.get("epoch", 0))  # older checkpoints do not need it

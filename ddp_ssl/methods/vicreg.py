@@ -1,7 +1,5 @@
 """VICReg: Variance-Invariance-Covariance Regularization (Bardes, Ponce & LeCun 2022)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field
@@ -47,13 +45,12 @@ def configured_vicreg(s: VICRegConfig, z: Tensor, comm: Comm) -> Terms:
     weights = (s.invariance, s.variance, covariance)
     if s.multiview == "fastssl":
         return vicreg_multiview(z, *weights, route=s.route, comm=comm)
-    return vicreg(
-        z,
-        *weights,
-        average_variance=s.average_variance,
-        route=s.route,
-        comm=comm,
-    )
+    return vicreg(z, *weights, average_variance=s.average_variance, route=s.route, comm=comm)
+
+
+def logged(out: Terms) -> dict[str, Tensor | float]:
+    """The three terms under their names in the log."""
+    return {f"vicreg_{name}": getattr(out, name) for name in out._fields[1:]}
 
 
 class VICReg(Method[VICRegConfig]):
@@ -64,9 +61,4 @@ class VICReg(Method[VICRegConfig]):
     def forward(self, batch: Batch) -> Output:
         r, z = self.encode(batch.views)
         out = configured_vicreg(self.settings, z, self.comm)
-        terms = {
-            "vicreg_invariance": out.invariance,
-            "vicreg_variance": out.variance,
-            "vicreg_covariance": out.covariance,
-        }
-        return Output(out.loss, terms, r, z)
+        return Output(out.loss, logged(out), r, z)

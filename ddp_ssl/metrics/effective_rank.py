@@ -1,7 +1,5 @@
 """Effective rank: the number of dimensions that the rows of a matrix use."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,30 +45,6 @@ def rank_of_gram(gram: Tensor, rank_bound: int) -> Tensor:
     return rank_of_spectrum(eigenvalues.clamp(min=0).sqrt())
 
 
-def global_matrix(
-    x: Tensor, route: Route = "auto", center: bool = False, comm: Comm = ONE_PROCESS
-) -> Matrix:
-    """The matrix whose decomposition gives the effective rank of a global batch.
-
-    `x`: `[n, d]`, one view of the images held here (of a view group, the first member's counts).
-    `gather`: the rows of all processes. `gram`: their X^T X in float64, all-reduced, which is
-    cheaper for many rows (with fewer rows than columns, the rows). `auto`: `gather` up to
-    N d = 2^20, where the SVD takes a fraction of a second. The two differ by 1e-11 of the value;
-    where the rows span a few dimensions only, by up to 1e-4 at d = 2,048. `center` subtracts the
-    mean row. A collective call; every process gets the same bits.
-    """
-    images, width = x.shape[0] * comm.data_shards, x.shape[1]
-    bound = max(1, min(images - 1 if center else images, width))
-    if route == "auto":
-        route = "gather" if images * width <= GATHERED else "gram"
-    with torch.no_grad():
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        if route == "gram" and images >= width:
-            return Matrix(_gram(x, center, images, comm), "gram", bound, center)
-        kind: Kind = "pairs" if route == "gram" else "rows"
-        return Matrix(comm.gather(x[None])[0], kind, bound, center)
-
-
 @dataclass(frozen=True)
 class Matrix:
     """A global batch that one process can decompose alone.
@@ -95,6 +69,30 @@ class Matrix:
             if self.kind == "pairs":
                 return float(rank_of_gram(rows @ rows.T, self.bound))
             return float(effective_rank(rows))
+
+
+def global_matrix(
+    x: Tensor, route: Route = "auto", center: bool = False, comm: Comm = ONE_PROCESS
+) -> Matrix:
+    """The matrix whose decomposition gives the effective rank of a global batch.
+
+    `x`: `[n, d]`, one view of the images held here (of a view group, the first member's counts).
+    `gather`: the rows of all processes. `gram`: their X^T X in float64, all-reduced, which is
+    cheaper for many rows (with fewer rows than columns, the rows). `auto`: `gather` up to
+    N d = 2^20, where the SVD takes a fraction of a second. The two differ by 1e-11 of the value;
+    where the rows span a few dimensions only, by up to 1e-4 at d = 2,048. `center` subtracts the
+    mean row. A collective call; every process gets the same bits.
+    """
+    images, width = x.shape[0] * comm.data_shards, x.shape[1]
+    bound = max(1, min(images - 1 if center else images, width))
+    if route == "auto":
+        route = "gather" if images * width <= GATHERED else "gram"
+    with torch.no_grad():
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        if route == "gram" and images >= width:
+            return Matrix(_gram(x, center, images, comm), "gram", bound, center)
+        kind: Kind = "pairs" if route == "gram" else "rows"
+        return Matrix(comm.gather(x[None])[0], kind, bound, center)
 
 
 def _gram(x: Tensor, center: bool, images: int, comm: Comm) -> Tensor:

@@ -1,11 +1,8 @@
 """Metrics of all pairs of rows; one pass in blocks serves mutual information and uniformity."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,44 +13,18 @@ from ddp_ssl.comm import ONE_PROCESS, Comm
 CHUNK = 1024  # rows at a time: a block of 1024 x 10,000 products takes 80 MB
 
 
-@dataclass(frozen=True)
-class PairMeans:
-    """Means over the M^2 pairs of rows of R and Z, and the metrics that follow from them.
+class PairMeans(NamedTuple):
+    """Metrics that follow from means over the M^2 pairs of rows of R and Z; entropies in nats.
 
-    `r`, `z`: of the squared cosines; `joint`: of their product; `potential_*`: of
-    exp(-2 |u_i - u_j|^2) over i != j, with u the rows scaled to length one (NaN for one row).
+    Source: AdaDim A.4 (I(R;Z), at most log M, and Renyi entropies of order 2, in [0, log M]); Wang
+    & Isola 2020 (uniformity, in [-8, 0], lower is more uniform; NaN for one row).
     """
 
-    r: float
-    z: float
-    joint: float
-    potential_r: float
-    potential_z: float
-
-    @property
-    def mutual_information(self) -> float:
-        """I(R;Z) in nats, at most log M. Source: AdaDim A.4."""
-        return math.log(self.joint / (self.r * self.z))
-
-    @property
-    def renyi_entropy_r(self) -> float:
-        """Renyi entropy of order 2 of R, in nats, in [0, log M]."""
-        return -math.log(self.r)
-
-    @property
-    def renyi_entropy_z(self) -> float:
-        """Renyi entropy of order 2 of Z, in nats, in [0, log M]."""
-        return -math.log(self.z)
-
-    @property
-    def uniformity_r(self) -> float:
-        """Uniformity of R, in [-8, 0]; lower is more uniform. Source: Wang & Isola 2020."""
-        return math.log(self.potential_r)
-
-    @property
-    def uniformity_z(self) -> float:
-        """Uniformity of Z, in [-8, 0]; lower is more uniform. Source: Wang & Isola 2020."""
-        return math.log(self.potential_z)
+    mutual_information: float
+    renyi_entropy_r: float
+    renyi_entropy_z: float
+    uniformity_r: float
+    uniformity_z: float
 
 
 def mutual_information(
@@ -119,9 +90,6 @@ def renyi_entropy(x: Tensor, comm: Comm = ONE_PROCESS) -> float:
     return -math.log(max(square, 1.0) / rows**2)
 
 
-# --- sums over pairs, in blocks ------------------------------------------------------------------
-
-
 def pair_means(r: Tensor, z: Tensor, comm: Comm = ONE_PROCESS, chunk: int = CHUNK) -> PairMeans:
     """Means over all pairs of rows of `r` `[M, d_R]` and `z` `[M, d]`, in float64.
 
@@ -145,7 +113,11 @@ def pair_means(r: Tensor, z: Tensor, comm: Comm = ONE_PROCESS, chunk: int = CHUN
     sums = comm.sum(sums)
     # The diagonal is 1, so each mean is at least 1/M. Zero rows alone have a smaller one.
     a, b, joint = (sums[:3] / rows**2).clamp(min=1 / rows**2).tolist()
-    return PairMeans(a, b, joint, *(sums[3:] / (rows * (rows - 1))).tolist())
+    potentials_r, potentials_z = (sums[3:] / (rows * (rows - 1))).tolist()
+    return PairMeans(
+        math.log(joint / (a * b)), -math.log(a), -math.log(b),
+        math.log(potentials_r), math.log(potentials_z),
+    )  # fmt: skip
 
 
 def _check(name: str, r: Tensor, z: Tensor) -> None:

@@ -1,7 +1,5 @@
 """Metrics of a spectrum, all from one eigendecomposition."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -27,7 +25,7 @@ class Spectrum:
     width: int
 
     @staticmethod
-    def of(x: Tensor, center: bool = False, comm: Comm = ONE_PROCESS, owner: int = 0) -> Spectrum:
+    def of(x: Tensor, center: bool = False, comm: Comm = ONE_PROCESS, owner: int = 0) -> "Spectrum":
         """The spectrum of `x` `[M, d]`, which every process holds whole; the same bits on all.
 
         The processes share the products; rank `owner` takes the eigenvalues, so that several
@@ -37,7 +35,11 @@ class Spectrum:
         if x.dim() != 2 or x.numel() == 0:
             raise ValueError(f"spectrum: expected a matrix [M, d], got {list(x.shape)}")
         rows, width = x.shape
-        gram = _shared_gram(x, center, comm)
+        x = x.detach().double()
+        x = x - x.mean(0) if center else x
+        tall = x if rows >= width else x.T
+        part = tall[comm.rank :: comm.world_size]
+        gram = comm.sum(part.T @ part)
         size = min(rows - center, width)
         values = gram.new_zeros(size)
         # A Gram matrix that is not finite is so on every process, but only one would raise.
@@ -148,12 +150,3 @@ def _spectrum(x: Tensor | Spectrum) -> Spectrum:
 
 def _normalised(values: Tensor) -> Tensor:
     return values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
-
-
-def _shared_gram(x: Tensor, center: bool, comm: Comm) -> Tensor:
-    """X^T X or X X^T in float64, the smaller one, each process taking a part of the products."""
-    x = x.detach().double()
-    x = x - x.mean(0) if center else x
-    tall = x if x.shape[0] >= x.shape[1] else x.T
-    part = tall[comm.rank :: comm.world_size]
-    return comm.sum(part.T @ part)

@@ -1,7 +1,5 @@
 """Metrics that compare views of the same images."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

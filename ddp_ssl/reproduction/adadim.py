@@ -6,12 +6,10 @@ for all. The paper only says that it is weaker than the tuned one; here it is `w
 weaker symmetric scheme.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from ddp_ssl.reproduction.cells import Cell, Simulation, Table, published
@@ -30,6 +28,8 @@ SETS = {
     "organc": (28, True),
     "inat21": (224, False),
 }
+Made = tuple[str, str, tuple[str, ...]]  # name of the run, its base, overrides
+
 SIX = ("cifar100", "cifar10", "tiny_imagenet", "cinic10", "blood", "organs")
 METHODS = {
     "SimCLR": "simclr",
@@ -63,15 +63,14 @@ def on(dataset: str) -> tuple[str, ...]:
     )
 
 
-def tuned(method: str, dataset: str) -> tuple[str, str, tuple[str, ...]]:
-    """Name, base and overrides of a method's own recipe."""
+def tuned(method: str, dataset: str) -> Made:
     return f"tuned-{method}", f"cifar/{method}.yaml", on(dataset)
 
 
 WEAK = ("data.views.0.recipe=weak", "data.views.0.blur_p=null")
 
 
-def balanced(name: str, dataset: str, *overrides: str) -> tuple[str, str, tuple[str, ...]]:
+def balanced(name: str, dataset: str, *overrides: str) -> Made:
     """A row of the ablation in the standardised setting: `alpha_0.5`, `beta_off`, `adadim`."""
     base = {"simclr": "simclr_mi", "vicreg": "vicreg_mi"}.get(name, name)
     folder = "cifar" if base in ("adadim", "simclr_mi", "vicreg_mi") else "cifar/ablation"
@@ -80,7 +79,7 @@ def balanced(name: str, dataset: str, *overrides: str) -> tuple[str, str, tuple[
     return run, f"{folder}/{base}.yaml", (*on(dataset), *WEAK, *without, *overrides)
 
 
-def alpha(value: float, dataset: str, *overrides: str) -> tuple[str, str, tuple[str, ...]]:
+def alpha(value: float, dataset: str, *overrides: str) -> Made:
     """Alpha fixed, no mutual information term, standardised setting; 0 is VICReg."""
     if value == 0:
         return balanced("vicreg", dataset, *overrides)
@@ -89,8 +88,7 @@ def alpha(value: float, dataset: str, *overrides: str) -> tuple[str, str, tuple[
     return name, base, (*rest, f"method.alpha_value={value:g}")
 
 
-def standard(method: str, dataset: str, *overrides: str) -> tuple[str, str, tuple[str, ...]]:
-    """A baseline in the standardised setting, Table 17."""
+def standard(method: str, dataset: str, *overrides: str) -> Made:
     run = "-".join(["standard", method, *(_short(o) for o in overrides)])
     rest = (*on(dataset), *WEAK, *TABLE_17.get(method, ()), *overrides)
     return run, f"cifar/{method}.yaml", rest
@@ -102,22 +100,11 @@ def _short(override: str) -> str:
     return f"{key.rpartition('.')[2]}_{plain}"
 
 
-def _cell(
-    table: str,
-    group: str,
-    row: str,
-    made: tuple[str, str, tuple[str, ...]],
-    dataset: str | None = None,
-) -> Cell:
-    run, base, overrides = made
-    return Cell(group, row, run, base, overrides, published(table, row, dataset or group))
-
-
-# --- tables ------------------------------------------------------------------------------------
+def _cell(table: str, dataset: str, row: str, made: Made) -> Cell:
+    return Cell(dataset, row, *made, published(table, row, dataset))
 
 
 def table6(dataset: str) -> list[Cell]:
-    """Ten combinations of alpha and beta, tuned setting."""
     rows = {
         "alpha 0": "alpha_0",
         "alpha 1": "alpha_1",
@@ -141,7 +128,6 @@ def _tuned_name(ablation: str) -> str:
 
 
 def table9(dataset: str) -> list[Cell]:
-    """The ablation over data sets, standardised setting."""
     rows = {
         "SimCLR": balanced("simclr", dataset),
         "VICReg": balanced("vicreg", dataset),
@@ -157,14 +143,12 @@ def table9(dataset: str) -> list[Cell]:
 
 
 def table12(dataset: str) -> list[Cell]:
-    """Thirteen methods on ImageNet-100, ResNet-18."""
     names = {**METHODS, "AdaDim": "adadim"}
     rows = {row: (f"tuned-{m}", f"imagenet100/{m}.yaml", ()) for row, m in sorted(names.items())}
     return [_cell("table12", dataset, row, made) for row, made in rows.items()]
 
 
 def table15(dataset: str) -> list[Cell]:
-    """Eleven rows with each method's own recipe."""
     rows = {row: tuned(METHODS[row], dataset) for row in list(METHODS)[:9]}
     rows["AdaDim, alpha"] = (_tuned_name("beta_off"), "cifar/ablation/beta_off.yaml", on(dataset))
     rows["AdaDim"] = tuned("adadim", dataset)
@@ -172,7 +156,6 @@ def table15(dataset: str) -> list[Cell]:
 
 
 def table19(dataset: str) -> list[Cell]:
-    """Alpha by hand, beta off."""
     rows = {"SimCLR": balanced("simclr", dataset), "VICReg": balanced("vicreg", dataset)}
     rows |= {f"alpha {value:g}": alpha(value, dataset) for value in (0.2, 0.4, 0.5, 0.6, 0.8)}
     rows["alpha adaptive"] = balanced("beta_off", dataset)
@@ -180,7 +163,6 @@ def table19(dataset: str) -> list[Cell]:
 
 
 def table22(dataset: str) -> list[Cell]:
-    """Other methods in the standardised setting."""
     rows = {"SimCLR": balanced("simclr", dataset), "VICReg": balanced("vicreg", dataset)}
     for row in ("MoCo v2+", "BYOL", "Barlow Twins", "NNCLR", "SimSiam"):
         rows[row] = standard(METHODS[row], dataset)
@@ -219,7 +201,6 @@ def _random_models(method: str, dataset: str, epochs: int, count: int) -> list[C
 
 
 def table18(dataset: str) -> list[Cell]:
-    """The 45 models, each beside what was published of it."""
     cells = []
     for method in ("simclr", "vicreg", "nnclr"):
         made = _random_models(method, dataset, 100, 15)
@@ -236,13 +217,11 @@ COLUMNS = {"probe": "accuracy", "rank": "effective_rank", "information": "mutual
 
 @cache
 def _models() -> list[dict[str, str]]:
-    """Table 18's lines, in its order."""
     with open(Path(__file__).with_name("adadim_table18.csv"), newline="") as file:
         return list(csv.DictReader(file))
 
 
 def table3(dataset: str) -> list[Cell]:
-    """Models with other hyperparameters: accuracy against rank and information."""
     cells = []
     if dataset == "cifar100":
         for method in ("simclr", "vicreg", "nnclr"):
@@ -259,28 +238,33 @@ def table3(dataset: str) -> list[Cell]:
     return cells
 
 
-# --- figures -----------------------------------------------------------------------------------
-
 END = ("probe", "rank", "information")
 
 
-def _rows(group: str, rows: dict[str, tuple[str, str, tuple[str, ...]]]) -> list[Cell]:
+def _rows(group: str, rows: dict[str, Made]) -> list[Cell]:
     return [Cell(group, row, *made) for row, made in rows.items()]
 
 
-def figure1a(dataset: str) -> list[Cell]:
-    """Alpha from 0 to 1 in steps of 0.05."""
-    values = [n / 20 for n in range(21)]
-    return _rows(dataset, {f"alpha {v:g}": alpha(v, dataset) for v in values})
+def _alphas(values: Sequence[float], adaptive: bool, dataset: str) -> list[Cell]:
+    """Alpha by hand, and adaptive if asked for."""
+    rows = {f"alpha {v:g}": alpha(v, dataset) for v in values}
+    return _rows(
+        dataset, rows | ({"alpha adaptive": balanced("beta_off", dataset)} if adaptive else {})
+    )
+
+
+figure1a = partial(_alphas, [n / 20 for n in range(21)], False)
+figure6 = partial(_alphas, [n / 5 for n in range(6)], True)
+figure13 = partial(_alphas, (0, 0.2, 0.4, 0.5, 0.6, 0.8, 1), False)
 
 
 def figure1b(dataset: str) -> list[Cell]:
-    """SimCLR, ResNet-18, 1000 epochs."""
     keys = ("model.backbone=resnet18", "optim.epochs=1000")
     return _rows(dataset, {"SimCLR": balanced("simclr", dataset, *keys)})
 
 
-def _long(dataset: str, epochs: int, methods: Sequence[str]) -> list[Cell]:
+def _long(epochs: int, methods: Sequence[str], dataset: str) -> list[Cell]:
+    """Many epochs, R and Z both of 2048 dimensions."""
     keys = (f"optim.epochs={epochs}", "model.projector=[2048, 2048, 2048]")
     names = {v: k for k, v in METHODS.items()} | {"adadim": "AdaDim"}
     made = {
@@ -290,19 +274,12 @@ def _long(dataset: str, epochs: int, methods: Sequence[str]) -> list[Cell]:
     return _rows(dataset, made)
 
 
-def figure3(dataset: str) -> list[Cell]:
-    """Four methods, 2000 epochs, R and Z both of 2048 dimensions."""
-    return _long(dataset, 2000, ("simclr", "vicreg", "nnclr", "barlow_twins"))
-
-
-def figure6(dataset: str) -> list[Cell]:
-    """Alpha from 0 to 1 in steps of 0.2, and adaptive."""
-    rows = {f"alpha {n / 5:g}": alpha(n / 5, dataset) for n in range(6)}
-    return _rows(dataset, rows | {"alpha adaptive": balanced("beta_off", dataset)})
+figure3 = partial(_long, 2000, ("simclr", "vicreg", "nnclr", "barlow_twins"))
+figure12 = partial(_long, 2000, ("simclr", "vicreg"))
+figure15 = partial(_long, 1000, ("simclr", "vicreg", "adadim"))
 
 
 def figure7(dataset: str) -> list[Cell]:
-    """Adaptive beta of several sizes and both signs, and the two losses alone."""
     values = ("1e-5", "1e-4", "1e-3", "1e-2", "1e-1", "-1e-4", "-1e-2", "-1e-1")
     rows = {f"beta {b}": balanced("adadim", dataset, f"method.beta_scale={b}") for b in values}
     rows["beta 1e-4"] = balanced("adadim", dataset)
@@ -310,19 +287,7 @@ def figure7(dataset: str) -> list[Cell]:
     return _rows(dataset, rows)
 
 
-def figure12(dataset: str) -> list[Cell]:
-    """VICReg and SimCLR over 2000 epochs."""
-    return _long(dataset, 2000, ("simclr", "vicreg"))
-
-
-def figure13(dataset: str) -> list[Cell]:
-    """Alpha by hand."""
-    values = (0, 0.2, 0.4, 0.5, 0.6, 0.8, 1)
-    return _rows(dataset, {f"alpha {v:g}": alpha(v, dataset) for v in values})
-
-
 def figure14(dataset: str) -> list[Cell]:
-    """Adam against LARS."""
     adam = ("optim.name=adam", "optim.lr=1e-3", "optim.weight_decay=1e-6")
     cells = []
     for row, name in {"SimCLR": "simclr", "VICReg": "vicreg", "AdaDim": "adadim"}.items():
@@ -331,13 +296,7 @@ def figure14(dataset: str) -> list[Cell]:
     return cells
 
 
-def figure15(dataset: str) -> list[Cell]:
-    """AdaDim between VICReg and SimCLR, 1000 epochs."""
-    return _long(dataset, 1000, ("simclr", "vicreg", "adadim"))
-
-
 def figure17(dataset: str) -> list[Cell]:
-    """Training time: alpha by hand and adaptive."""
     cells = []
     for epochs in (100, 200, 400, 800):
         keys = () if epochs == 400 else (f"optim.epochs={epochs}",)
@@ -348,7 +307,6 @@ def figure17(dataset: str) -> list[Cell]:
 
 
 def figure18(dataset: str) -> list[Cell]:
-    """Width of the projector, temperature, and nu."""
     cells = []
     for width in (512, 1024, 2048, 4096, 8192):
         keys = () if width == 2048 else (f"model.projector=[2048, 2048, {width}]",)
@@ -365,8 +323,6 @@ def figure18(dataset: str) -> list[Cell]:
     return cells
 
 
-# --- the list ----------------------------------------------------------------------------------
-
 P = "AdaDim"
 STANDARD = (
     "Standardised setting: Table 17's hyperparameters and one augmentation for all methods, "
@@ -376,10 +332,6 @@ NO_NUMBERS = "Published as a picture only."
 NINE = ("cifar100", "cifar10", "tiny_imagenet", "cinic10", "blood", "organs", "inat21")
 
 
-def _everything(cell: Cell) -> bool:
-    return True
-
-
 TABLES: list[Table | Simulation] = [
     Table("table3", P, "accuracy against rank and information, |r| over models",
           ("cifar100", "tiny_imagenet", "cinic10", "cifar10", "organs"), table3, END,
@@ -387,9 +339,9 @@ TABLES: list[Table | Simulation] = [
           "not list its own. The ratio is I / effective rank. " + STANDARD,
           picture="balance", correlate=True),
     Table("table6", P, "alpha and beta on CIFAR-100", ("cifar100",), table6,
-          notes="Tuned setting.", small=_everything),
+          notes="Tuned setting.", small=lambda cell: True),
     Table("table9", P, "the same over data sets", NINE, table9, notes=STANDARD,
-          small=_everything),
+          small=lambda cell: True),
     Table("table12", P, "thirteen methods on ImageNet-100, ResNet-18", ("imagenet100",), table12,
           notes="All but AdaDim are solo-learn's figures."),
     Table("table15", P, "eleven methods, each with its own recipe",
@@ -398,7 +350,7 @@ TABLES: list[Table | Simulation] = [
     Table("table18", P, "45 models: accuracy, rank and information of each", ("cifar100",),
           table18, END, "The runs are Table 3's of 100 epochs; the last NNCLR row is published "
           "with the weight decay of another row. " + STANDARD, picture="balance"),
-    Table("table19", P, "alpha by hand", NINE, table19, small=_everything,
+    Table("table19", P, "alpha by hand", NINE, table19, small=lambda cell: True,
           notes=STANDARD + " Tables 9 and 19 print some adaptive rows differently, by up to 1 "
           "point: read that as the papers' own noise."),
     Table("table22", P, "other methods, standardised", ("cifar100", "tiny_imagenet", "cinic10"),
@@ -419,12 +371,12 @@ TABLES: list[Table | Simulation] = [
           ("cifar100",), table3, END, NO_NUMBERS + " The runs are Table 3's.",
           picture="balance", correlate=True),
     Table("figure6", P, "rank and information against alpha; adaptive alpha over epochs", SIX,
-          figure6, END, NO_NUMBERS, picture="dynamics", small=_everything),
+          figure6, END, NO_NUMBERS, picture="dynamics", small=lambda cell: True),
     Table("figure7", P, "size and sign of beta", ("cifar100",), figure7, END,
           NO_NUMBERS + " The values of beta are ours.", picture="dynamics"),
     Table("figure8", P, "effective rank against Rényi entropy of R", SIX, figure6,
           ("rank", "entropy"), NO_NUMBERS + " Its text says only that the two are correlated; the "
-          "runs are Figure 6's.", small=_everything, picture="entropy"),
+          "runs are Figure 6's.", small=lambda cell: True, picture="entropy"),
     Simulation("figure11", P, "the simulation with a network for the projection",
                ("-m", "ddp_ssl.cli", "simulate", "--network", "--out", "{out}"),
                "minutes on two cores"),

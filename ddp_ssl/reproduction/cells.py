@@ -1,7 +1,5 @@
 """Tables: cells, each made of one run per seed, beside the published figures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,11 +20,9 @@ class Cell:
     group: str
     row: str
     run: str
-    base: str
-    """YAML below `configs/`."""
+    base: str  # YAML below `configs/`
     overrides: tuple[str, ...] = ()
-    paper: dict[str, Number] = field(default_factory=dict)
-    """Published figures by measure."""
+    paper: dict[str, Number] = field(default_factory=dict)  # published figures by measure
     evaluate: tuple[str, ...] = ()
     """Further keys of the offline evaluation, such as another data set's."""
 
@@ -43,13 +39,11 @@ class Table:
     name: str
     paper: str
     what: str
-    datasets: tuple[str, ...]
-    """Those it can be made for; the first is the paper's main one."""
+    datasets: tuple[str, ...]  # those it can be made for; the first is the paper's main one
     cells: Callable[[str], list[Cell]]
     measures: tuple[str, ...] = ("probe",)
     notes: str = ""
-    seeds: int = 1
-    """Number of the paper's."""
+    seeds: int = 1  # number of the paper's
     small: Callable[[Cell], bool] | None = None
     """Cells that are made with `--scale small`; None: not at that scale."""
     picture: str | None = None
@@ -65,8 +59,7 @@ class Simulation:
     name: str
     paper: str
     what: str
-    command: tuple[str, ...]
-    """Arguments of Python; `{out}` is the output folder."""
+    command: tuple[str, ...]  # arguments of Python; `{out}` is the output folder
     cost: str
 
 

@@ -1,7 +1,5 @@
 """From a cell to a whole, valid config: the paper's, or the small one on the embedded digits."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The cost of a run, from stated constants."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from functools import cache
 from typing import Any

@@ -1,7 +1,5 @@
 """Shared by the theory examples: claims that are checked, a text, a picture, an exit code."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable
@@ -20,17 +18,20 @@ def report(title: str, told: list[Claim]) -> str:
 
 
 def run(
-    parser: argparse.ArgumentParser,
+    name: str,
     title: str,
-    measure: Callable[[argparse.Namespace], Any],
+    option: tuple[str, int],
+    measure: Callable[[int], Any],
     checks: Callable[[Any], list[Claim]],
     draw: Callable[[Any, Path], None],
 ) -> int:
-    """From the command line, files named as the folder's default; 1 if something disagrees."""
+    """From the command line; `option` is the argument of `measure`. 1 if something disagrees."""
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce") / name)
+    parser.add_argument(f"--{option[0]}", type=int, default=option[1])
     options = parser.parse_args()
-    name = parser.get_default("out").name
     options.out.mkdir(parents=True, exist_ok=True)
-    found = measure(options)
+    found = measure(getattr(options, option[0]))
     told = checks(found)
     text = report(title, told)
     print(text)

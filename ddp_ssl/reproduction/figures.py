@@ -1,7 +1,7 @@
 """matplotlib, which is an extra of the package, and pictures as files."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,25 @@ def pyplot() -> Any:
     return pyplot
 
 
-def save(figure: Any, path: Path) -> list[Path]:
+def save(figure: Any, path: Path, dpi: int = 110) -> list[Path]:
     """Write the picture as PNG and as SVG, whatever the suffix of `path`; returns both paths."""
     import matplotlib
 
-    # The same bytes for the same figures: no date, no random ids.
+    # The same bytes for the same values: no date, no random ids.
     matplotlib.rcParams.update({"svg.hashsalt": "ddp_ssl", "svg.fonttype": "none"})
     path.parent.mkdir(parents=True, exist_ok=True)
     png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
-    figure.savefig(png, dpi=110)
+    figure.savefig(png, dpi=dpi)
     figure.savefig(svg, metadata={"Date": None})
     return [png, svg]
+
+
+@contextmanager
+def canvas(path: Path, rows: int, columns: int, size: tuple[float, float], dpi: int,
+           **options: Any) -> Iterator[Any]:  # fmt: skip
+    """Axes `[rows, columns]` to draw on; the figure is written to `path` when the block ends."""
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, **options)
+    yield axes
+    figure.tight_layout()
+    figure.savefig(path, dpi=dpi)
+    pyplot().close(figure)

@@ -4,8 +4,6 @@ Figures 2 and 10 and Equations 1 and 3 of the paper. docs/theory.md says which s
 gives and which are a reconstruction.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,8 +36,6 @@ ACCEPTED_BY_STD: dict[tuple[int, int], tuple[float, ...]] = {
     (2, 25): (9.00, 8.99, 8.97, 8.88, 8.75, 8.45, 8.17, 7.84, 7.50, 7.33),
     (2, 50): (9.63, 9.63, 9.60, 9.51, 9.37, 9.04, 8.72, 8.31, 7.87, 7.60),
 }
-
-# --- I(R;Z) --------------------------------------------------------------------------------------
 
 
 def blobs(features: int, std: float, seed: int) -> Array:
@@ -136,9 +132,6 @@ def treatments(r: Array, z: Array) -> dict[str, float]:
     }
 
 
-# --- the sweeps, and the values accepted ---------------------------------------------------------
-
-
 def row(samples: Sequence[Array]) -> dict[str, list[float]]:
     """Mean and standard deviation over the repetitions, at each position of a sweep."""
     return {
@@ -181,7 +174,6 @@ def sweep(seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def tolerance(accepted: float, sd: float, repetitions: int) -> float:
-    """Three standard errors and 1 % of the value."""
     return float(3 * sd / np.sqrt(repetitions) + 0.01 * accepted)
 
 

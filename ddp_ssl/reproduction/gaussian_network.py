@@ -1,7 +1,5 @@
 """AdaDim's simulation with a network in place of PCA: I(R;Z) over training (Figure 11)."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Sequence
@@ -64,27 +62,20 @@ def train_networks(
 ) -> dict[str, list[list[float]]]:
     """`train_network` for both losses and every seed, some at a time."""
     jobs = [(loss, seed) for loss in LOSSES for seed in seeds]
+    found: dict[str, list[list[float]]] = {loss: [] for loss in LOSSES}
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(train_network, *job, epochs) for job in jobs]
-        curves = []
         for (loss, seed), future in zip(jobs, futures, strict=True):
-            curves.append(future.result())
-            print(f"{loss} seed {seed}: {describe_curve(curves[-1])}", flush=True)
-    found: dict[str, list[list[float]]] = {loss: [] for loss in LOSSES}
-    for (loss, _), curve in zip(jobs, curves, strict=True):
-        found[loss].append(curve)
+            curve = future.result()
+            found[loss].append(curve)
+            told = (f"{curve[epoch]:6.2f} @{epoch}" for epoch in checkpoints(epochs))
+            print(f"{loss} seed {seed}: {'  '.join(told)}", flush=True)
     return found
 
 
 def checkpoints(epochs: int) -> tuple[int, ...]:
     """The epochs that are compared: start, a tenth, half, end."""
     return 0, epochs // 10, epochs // 2, epochs
-
-
-def describe_curve(curve: Sequence[float]) -> str:
-    """I(R;Z) at the epochs that are compared."""
-    at = checkpoints(len(curve) - 1)
-    return "  ".join(f"{curve[epoch]:6.2f} @{epoch}" for epoch in at)
 
 
 def gains(curves: Sequence[Sequence[float]]) -> tuple[Array, Array]:

@@ -1,6 +1,4 @@
-"""The augmentation graph of four images: what few augmentations hide and many show.
-
-    python -m ddp_ssl.reproduction.graph [--out DIR] [--draws 2000]
+"""The augmentation graph of four images: few augmentations hide the class, many show it.
 
 The setting of Ghosh et al. 2024, appendix C.3: four images, two classes, and two groups that look
 alike across the classes. An augmentation of an image looks like the image itself with probability
@@ -11,9 +9,6 @@ or look. The paper's probabilities were lost in the text we have: rho > mu > nu 
 says of them, the values are ours.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
@@ -103,8 +98,7 @@ class Found:
     class_share: list[float]
     class_first: list[float]
     """Share of draws in which the class direction has a larger eigenvalue than the look."""
-    tie: list[float]
-    """Share of images for which class and look were seen equally often."""
+    tie: list[float]  # share of images for which class and look were seen equally often
     no_change_of_both: list[float]
     """Share of images of which no augmentation changes class and look."""
     agreement: float
@@ -112,7 +106,6 @@ class Found:
 
 
 def measure(draws: int) -> Found:
-    """The numbers for the picture and the text."""
     rows: list[tuple[float, float, float, float]] = []
     for views in VIEWS:
         p = draw_augmentations(views, draws)
@@ -139,7 +132,6 @@ def _along(a: Tensor, direction: Tensor) -> Tensor:
 
 
 def checks(found: Found) -> list[tuple[str, str, bool]]:
-    """The paper's claims, what was found, and whether they agree."""
     a = adjacency(probabilities())
     worst = max(float((a @ v - value * v).abs().max()) for value, v in closed_form())
     order = [value for value, _ in closed_form()]
@@ -174,50 +166,41 @@ def checks(found: Found) -> list[tuple[str, str, bool]]:
 
 def draw(found: Found, file: Path) -> None:
     """The graph, and what is learned over the number of augmentations."""
-    pyplot = figures.pyplot()
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 4))
-    names = ["class 1\nlook a", "class 1\nlook b", "class 2\nlook a", "class 2\nlook b"]
-    pictures = (
-        ("whole graph", adjacency(probabilities())),
-        ("2 augmentations of each, one draw", adjacency(draw_augmentations(2, 1, seed=3)[0])),
-    )
-    for axis, (title, matrix) in zip(axes, pictures, strict=False):
-        axis.imshow(matrix.numpy(), cmap="Blues", vmin=0)
-        for i in range(4):
-            for j in range(4):
-                value = matrix[i, j].item()
-                dark = value > 0.6 * matrix.max().item()
-                axis.text(j, i, f"{value:.2f}", ha="center", va="center",
-                          color="white" if dark else "black")  # fmt: skip
-        axis.set_xticks(range(4), names, fontsize=8)
-        axis.set_yticks(range(4), names, fontsize=8)
-        axis.set_title(title)
-    axis = axes[2]
-    axis.plot(VIEWS, found.tie, marker="o", label="class and look seen equally often")
-    axis.plot(VIEWS, found.no_change_of_both, marker="s", label="no change of both seen")
-    axis.set(title="what is seen of an image", ylabel="share of images", ylim=(-0.02, 1.02))
-    axis = axes[3]
-    axis.plot(VIEWS, found.class_share, marker="o", label="second feature along the class")
-    axis.plot(VIEWS, found.class_first, marker="s", label="class beats look")
-    axis.set(title="what is learned", ylabel="share", ylim=(-0.02, 1.02))
-    for axis in axes[2:]:
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(VIEWS, [str(v) for v in VIEWS])
-        axis.set_xlabel("augmentations of each image")
-        axis.legend(fontsize=8, loc="best")
-    figure.tight_layout()
-    figure.savefig(file, dpi=130)
-    pyplot.close(figure)
+    with figures.canvas(file, 1, 4, (16, 4), 130) as ((*axes,),):
+        names = ["class 1\nlook a", "class 1\nlook b", "class 2\nlook a", "class 2\nlook b"]
+        pictures = (
+            ("whole graph", adjacency(probabilities())),
+            ("2 augmentations of each, one draw", adjacency(draw_augmentations(2, 1, seed=3)[0])),
+        )
+        for axis, (title, matrix) in zip(axes, pictures, strict=False):
+            axis.imshow(matrix.numpy(), cmap="Blues", vmin=0)
+            for i in range(4):
+                for j in range(4):
+                    value = matrix[i, j].item()
+                    dark = value > 0.6 * matrix.max().item()
+                    axis.text(j, i, f"{value:.2f}", ha="center", va="center",
+                              color="white" if dark else "black")  # fmt: skip
+            axis.set_xticks(range(4), names, fontsize=8)
+            axis.set_yticks(range(4), names, fontsize=8)
+            axis.set_title(title)
+        axis = axes[2]
+        axis.plot(VIEWS, found.tie, marker="o", label="class and look seen equally often")
+        axis.plot(VIEWS, found.no_change_of_both, marker="s", label="no change of both seen")
+        axis.set(title="seen of an image", ylabel="share of images", ylim=(-0.02, 1.02))
+        axis = axes[3]
+        axis.plot(VIEWS, found.class_share, marker="o", label="second feature along the class")
+        axis.plot(VIEWS, found.class_first, marker="s", label="class beats look")
+        axis.set(title="learned", ylabel="share", ylim=(-0.02, 1.02))
+        for axis in axes[2:]:
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(VIEWS, [str(v) for v in VIEWS])
+            axis.set_xlabel("augmentations of each image")
+            axis.legend(fontsize=8, loc="best")
 
 
 def main() -> int:
-    """From the command line; 1 if something does not agree."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce/graph"))
-    parser.add_argument("--draws", type=int, default=2000)
-    return run(
-        parser, "The augmentation graph of four images", lambda o: measure(o.draws), checks, draw
-    )
+    title = "The augmentation graph of four images"
+    return run("graph", title, ("draws", 2000), measure, checks, draw)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,9 @@ Adam at 1e-3, 100 epochs, Barlow Twins or VICReg against the mean of all views, 
 number of views, else 3 / width, the law they fit.
 """
 
-from __future__ import annotations
-
 from itertools import product
 
-from ddp_ssl.reproduction.cells import Cell, Number, Simulation, Table, published
+from ddp_ssl.reproduction.cells import Cell, Simulation, Table, published
 
 LOSSES = ("barlow_twins", "vicreg")
 # Side of the crops and of small ones.
@@ -52,11 +50,6 @@ VICREG_VIEWS = {(4, 256): 25, (8, 256): 75}
 VICREG_FRACTION = {(4, 0.5): 5, (8, 0.25): 75}
 
 
-def _law(width: int) -> float:
-    """The weight the authors start from: 3 / width."""
-    return round(3 / width, 6)
-
-
 def coefficient(
     loss: str, dataset: str, views: int = 2, width: int = 256, fraction: float = 1
 ) -> float:
@@ -75,7 +68,7 @@ def coefficient(
 def by_width(loss: str, dataset: str, width: int) -> float:
     """The published best of the table of projectors, which has two views."""
     known = BARLOW[dataset] if loss == "barlow_twins" else VICREG
-    return known.get(width, _law(width))
+    return known.get(width, round(3 / width, 6))
 
 
 def run_of(
@@ -117,16 +110,6 @@ def run_of(
     return name, f"{folder}/{loss}_multiview.yaml", overrides
 
 
-def _cell(
-    group: str,
-    row: str,
-    made: tuple[str, str, tuple[str, ...]],
-    paper: dict[str, Number] | None = None,
-    evaluate: tuple[str, ...] = (),
-) -> Cell:
-    return Cell(group, row, *made, paper or {}, evaluate)
-
-
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -139,9 +122,9 @@ def projector(dataset: str) -> list[Cell]:
             weights = {w: by_width(loss, dataset, WIDTHS[-1] if kind == "fixed" else w)
                        for w in WIDTHS}  # fmt: skip
             cells += [
-                _cell(group, str(width), run_of(loss, dataset, 2, width, 1, weights[width]),
-                      published("projector", str(width), group, "linear")
-                      if dataset == "cifar10" else None)
+                Cell(group, str(width), *run_of(loss, dataset, 2, width, 1, weights[width]),
+                     published("projector", str(width), group, "linear")
+                     if dataset == "cifar10" else {})
                 for width in WIDTHS
             ]  # fmt: skip
     return cells
@@ -159,7 +142,7 @@ def search(dataset: str) -> list[Cell]:
         for width, beta in product(WIDTHS, GRID):
             weight = beta if loss == "barlow_twins" else round(1 / beta, 6)
             made = run_of(loss, dataset, 2, width, 1, weight)
-            cells.append(_cell(loss, f"{width}, {beta:g}", made))
+            cells.append(Cell(loss, f"{width}, {beta:g}", *made))
     return cells
 
 
@@ -171,7 +154,6 @@ def _row(views: int, width: int) -> str:
 
 
 def views(dataset: str) -> list[Cell]:
-    """Two, four and eight views, and the time to an accuracy."""
     cells = []
     for loss in LOSSES:
         for shape in (*SHAPES, (4, 8192), (8, 8192)) if loss == "barlow_twins" else SHAPES:
@@ -179,7 +161,7 @@ def views(dataset: str) -> list[Cell]:
             if dataset == "cifar10":
                 paper = published("views", _row(*shape), loss, "linear")
                 paper |= published("views_minutes", _row(*shape), loss, "minutes")
-            cells.append(_cell(loss, _row(*shape), run_of(loss, dataset, *shape), paper))
+            cells.append(Cell(loss, _row(*shape), *run_of(loss, dataset, *shape), paper))
     return cells
 
 
@@ -189,21 +171,19 @@ FEWER = (((4, 256), 0.5), ((8, 256), 0.25))
 
 
 def samples(dataset: str) -> list[Cell]:
-    """Fewer images, more views, their product being constant."""
     cells = []
     for loss in LOSSES:
         for shape, share in [((2, 8192), 1), ((2, 256), 1), *FEWER]:
             row = f"{_row(*shape)}, {SHARES[share]}"
             paper = published("samples_minutes", row, loss, "minutes")
             made = run_of(loss, dataset, *shape, share)
-            cells.append(_cell(loss, row, made, paper if dataset == "cifar10" else None))
+            cells.append(Cell(loss, row, *made, paper if dataset == "cifar10" else {}))
     return cells
 
 
 def pareto(dataset: str) -> list[Cell]:
-    """Every number of views with every share of the images."""
     return [
-        _cell(loss, f"{k} views, {SHARES[share]}", run_of(loss, dataset, k, 256, share))
+        Cell(loss, f"{k} views, {SHARES[share]}", *run_of(loss, dataset, k, 256, share))
         for loss in LOSSES
         for k in (2, 4, 8)
         for share in (0.25, 0.5, 0.75, 1)
@@ -217,14 +197,13 @@ def transfer(dataset: str) -> list[Cell]:
     for loss in LOSSES:
         for shape, share in [*((shape, 1) for shape in SHAPES), *FEWER]:
             row = _row(*shape) + ("" if share == 1 else f", {SHARES[share]}")
-            cells.append(_cell(f"{loss}, {dataset} to {other}", row,
-                               run_of(loss, dataset, *shape, share), None,
-                               (f"data.name={other}",)))  # fmt: skip
+            made = run_of(loss, dataset, *shape, share)
+            group, evaluate = f"{loss}, {dataset} to {other}", (f"data.name={other}",)
+            cells.append(Cell(group, row, *made, evaluate=evaluate))
     return cells
 
 
 def swav(dataset: str) -> list[Cell]:
-    """Two large crops and small ones."""
     large, small = SETS[dataset]
     cells = []
     for total in (2, 4, 8):
@@ -243,12 +222,11 @@ def swav(dataset: str) -> list[Cell]:
             name = name.replace("views_2", f"views_2-small_{total - 2}")
             overrides = (*kept, groups)
         row = f"2 x {large} px" + (f" + {total - 2} x {small} px" if total > 2 else "")
-        cells.append(_cell("barlow_twins", row, (name, base, overrides)))
+        cells.append(Cell("barlow_twins", row, name, base, overrides))
     return cells
 
 
 def longer(dataset: str) -> list[Cell]:
-    """400 epochs, and the best epoch."""
     cells = []
     for k in (2, 4, 8):
         paper = {}
@@ -257,11 +235,9 @@ def longer(dataset: str) -> list[Cell]:
             paper = published("longer", row, "barlow_twins", "best")
             paper |= published("longer_epoch", row, "barlow_twins", "best_epoch")
         made = run_of("barlow_twins", dataset, k, 256, 1, None, "optim.epochs=400")
-        cells.append(_cell("barlow_twins", _row(k, 256), made, paper))
+        cells.append(Cell("barlow_twins", _row(k, 256), *made, paper))
     return cells
 
-
-# --- the list ----------------------------------------------------------------------------------
 
 P = "multi-view"
 TIME = (
@@ -270,44 +246,29 @@ TIME = (
 )
 
 
-def _small_widths(cell: Cell) -> bool:
-    return cell.row in ("64", "256", "1024")
-
-
-def _small_search(cell: Cell) -> bool:
-    width, _, beta = cell.row.partition(", ")
-    return width in ("64", "256", "1024") and float(beta) in (0.0004, 0.002, 0.01, 0.04, 0.2)
-
-
-def _small_views(cell: Cell) -> bool:
-    return cell.row in (_row(2, 256), _row(4, 256))
-
-
-def _small_samples(cell: Cell) -> bool:
-    return "8192" not in cell.row
-
-
-def _small_transfer(cell: Cell) -> bool:
-    return _small_samples(cell) and cell.row != _row(8, 256)
+# Cells of the small scale.
+SMALL_WIDTHS, SMALL_COEFFICIENTS = ("64", "256", "1024"), ("0.0004", "0.002", "0.01", "0.04", "0.2")
+SMALL_SEARCH = [", ".join(each) for each in product(SMALL_WIDTHS, SMALL_COEFFICIENTS)]
+SMALL_VIEWS = (_row(2, 256), _row(4, 256))
 
 
 TABLES: list[Table | Simulation] = [
     Table("projector", P, "low-dimensional projectors", ("cifar10", "stl10", "imagenet100"),
-          projector, ("linear", "probe"), seeds=3, small=_small_widths,
+          projector, ("linear", "probe"), seeds=3, small=lambda cell: cell.row in SMALL_WIDTHS,
           notes="fixed: the coefficient of the widest projector for all widths. VICReg's best "
           "coefficients are CIFAR-10's on every data set."),
     Table("coefficient", P, "the best coefficient of every width of the projector",
           ("cifar10", "stl10", "imagenet100"), search, ("linear", "probe"), seeds=3,
-          small=_small_search, picture="coefficient",
+          small=lambda cell: cell.row in SMALL_SEARCH, picture="coefficient",
           notes="Rows are width, coefficient: the off-diagonal weight of Barlow Twins; of VICReg "
           "covariance over invariance, which is variance. The best ones are "
           "published as a picture, their law in words: coefficient proportional to 1 / width."),
     Table("views", P, "two, four and eight views, with the time to an accuracy",
           ("cifar10", "stl10", "imagenet100"), views, ("linear", "probe", "minutes"), TIME,
-          seeds=3, small=_small_views, picture="curves"),
+          seeds=3, small=lambda cell: cell.row in SMALL_VIEWS, picture="curves"),
     Table("samples", P, "fewer images with more views", ("cifar10", "stl10", "imagenet100"),
-          samples, ("linear", "probe", "minutes"), TIME, seeds=3, small=_small_samples,
-          picture="curves"),
+          samples, ("linear", "probe", "minutes"), TIME, seeds=3, picture="curves",
+          small=lambda cell: "8192" not in cell.row),
     Table("pareto", P, "accuracy over time for every number of views and share of images",
           ("cifar10", "stl10"), pareto, ("linear", "probe", "minutes_all"), seeds=3,
           notes="Published as a picture only. The shares of the images are ours.",
@@ -315,7 +276,7 @@ TABLES: list[Table | Simulation] = [
     Table("transfer", P, "pretraining on one data set, probe on another; all images and fewer",
           ("cifar10", "stl10"), transfer, ("linear",),
           "Published as a picture only, over epochs; here at the end of training.", seeds=3,
-          small=_small_transfer),
+          small=lambda cell: "8192" not in cell.row and cell.row != _row(8, 256)),
     Table("swav", P, "two large crops and small ones", ("stl10", "cifar10", "imagenet100"), swav,
           ("linear", "probe", "minutes"), "Published as a picture only. " + TIME, seeds=3,
           picture="curves"),
@@ -326,6 +287,6 @@ TABLES: list[Table | Simulation] = [
                "seconds"),
     Simulation("graph", P, "the augmentation graph of four images, few against many views",
                ("-m", "ddp_ssl.reproduction.graph", "--out", "{out}"), "seconds"),
-    Simulation("theorem", P, "what the losses' minimisers span, on finite graphs",
+    Simulation("theorem", P, "the span of the losses' minimisers on finite graphs",
                ("-m", "ddp_ssl.reproduction.theorem", "--out", "{out}"), "a minute"),
 ]  # fmt: skip

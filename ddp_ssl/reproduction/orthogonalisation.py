@@ -1,16 +1,11 @@
 """Weak against strong orthogonalisation: what gradient descent learns in two dimensions.
 
-    python -m ddp_ssl.reproduction.orthogonalisation [--out DIR] [--seeds 50]
-
 The setting of Ghosh et al. 2024, Theorem 3.2 and appendix B: a linear network W of d outputs on
 two-dimensional data, a small start, the Barlow Twins loss sum_i (C_ii - 1)^2 + beta sum_{i != j}
 C_ij^2 with C = W Gamma W^T, Gamma being the correlation of two augmentations of an image. In the
 paper these are animations without numbers; what they show is checked here in figures.
 """
 
-from __future__ import annotations
-
-import argparse
 import math
 import sys
 from itertools import pairwise
@@ -102,7 +97,6 @@ def learned_at(path: Tensor, matrix: Tensor) -> tuple[float, float]:
 
 
 def measure(seeds: int) -> dict[str, Any]:
-    """Everything the picture and the text need."""
     matrix = gamma()
     narrow = {beta: train(matrix, 2, beta, seeds) for beta in STRENGTHS}
     wide = {
@@ -129,7 +123,6 @@ def measure(seeds: int) -> dict[str, Any]:
 
 
 def checks(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
-    """The paper's claims, what was found, and whether they agree."""
     rank, share = found["rank"], found["share"]
     wide, large = found["width"], found["width_large_start"]
     gap, (first, second) = found["gap"], found["steps"]
@@ -164,59 +157,46 @@ def checks(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
 
 def draw(found: dict[str, Any], file: Path) -> None:
     """Paths of two outputs, weak and strong; rank over beta and over width."""
-    pyplot = figures.pyplot()
     paths, rank = found["paths"], found["rank"]
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 4))
-    for axis, beta, name in zip(axes, (WEAK, STRONG), ("weak", "strong"), strict=False):
-        for seed in range(5):
-            for output, colour in enumerate(("tab:blue", "tab:orange")):
-                x, y = paths[beta][:, seed, output].T.numpy()
-                axis.plot(x, y, color=colour, linewidth=1, alpha=0.8)
-                axis.plot(x[-1], y[-1], "o", color=colour, markersize=5)
-        axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-        axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-        axis.set(
-            title=f"{name}: β = {beta:g}, five starts",
-            xlabel="weight on the leading eigenvector",
-            ylabel="weight on the second",
-            xlim=(-1.6, 1.6),
-            ylim=(-1.6, 1.6),
-        )
-    axis = axes[2]
-    means = [rank[b].mean().item() for b in STRENGTHS]
-    axis.errorbar(range(len(STRENGTHS)), means, [rank[b].std().item() for b in STRENGTHS],
-                  marker="o", capsize=3)  # fmt: skip
-    axis.set_xticks(range(len(STRENGTHS)), [f"{b:g}" for b in STRENGTHS])
-    axis.set(title=f"two outputs after {STEPS} steps", xlabel="β", ylabel="effective rank",
-             ylim=(0.9, 2.1))  # fmt: skip
-    axis = axes[3]
-    for key, label in (("width", f"start {START:g}"), ("width_large_start", "start 0.1")):
-        values = found[key]
-        axis.errorbar(WIDTHS, [values[w].mean().item() for w in WIDTHS],
-                      [values[w].std().item() for w in WIDTHS], marker="o", capsize=3,
-                      label=label)  # fmt: skip
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(WIDTHS, [str(w) for w in WIDTHS])
-    axis.set(title=f"weak, β = {WEAK:g}", xlabel="outputs", ylabel="effective rank",
-             ylim=(0.9, 2.1))  # fmt: skip
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=130)
-    pyplot.close(figure)
+    with figures.canvas(file, 1, 4, (16, 4), 130) as ((*axes,),):
+        for axis, beta, name in zip(axes, (WEAK, STRONG), ("weak", "strong"), strict=False):
+            for seed in range(5):
+                for output, colour in enumerate(("tab:blue", "tab:orange")):
+                    x, y = paths[beta][:, seed, output].T.numpy()
+                    axis.plot(x, y, color=colour, linewidth=1, alpha=0.8)
+                    axis.plot(x[-1], y[-1], "o", color=colour, markersize=5)
+            axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+            axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+            axis.set(
+                title=f"{name}: β = {beta:g}, five starts",
+                xlabel="weight on the leading eigenvector",
+                ylabel="weight on the second",
+                xlim=(-1.6, 1.6),
+                ylim=(-1.6, 1.6),
+            )
+        axis = axes[2]
+        means = [rank[b].mean().item() for b in STRENGTHS]
+        axis.errorbar(range(len(STRENGTHS)), means, [rank[b].std().item() for b in STRENGTHS],
+                      marker="o", capsize=3)  # fmt: skip
+        axis.set_xticks(range(len(STRENGTHS)), [f"{b:g}" for b in STRENGTHS])
+        axis.set(title=f"two outputs after {STEPS} steps", xlabel="β", ylabel="effective rank",
+                 ylim=(0.9, 2.1))  # fmt: skip
+        axis = axes[3]
+        for key, label in (("width", f"start {START:g}"), ("width_large_start", "start 0.1")):
+            values = found[key]
+            axis.errorbar(WIDTHS, [values[w].mean().item() for w in WIDTHS],
+                          [values[w].std().item() for w in WIDTHS], marker="o", capsize=3,
+                          label=label)  # fmt: skip
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(WIDTHS, [str(w) for w in WIDTHS])
+        axis.set(title=f"weak, β = {WEAK:g}", xlabel="outputs", ylabel="effective rank",
+                 ylim=(0.9, 2.1))  # fmt: skip
+        axis.legend()
 
 
 def main() -> int:
-    """From the command line; 1 if something does not agree."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce/orthogonalisation"))
-    parser.add_argument("--seeds", type=int, default=50)
-    return run(
-        parser,
-        "Weak against strong orthogonalisation in two dimensions",
-        lambda o: measure(o.seeds),
-        checks,
-        draw,
-    )
+    title = "Weak against strong orthogonalisation in two dimensions"
+    return run("orthogonalisation", title, ("seeds", 50), measure, checks, draw)
 
 
 if __name__ == "__main__":

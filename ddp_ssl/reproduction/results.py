@@ -1,13 +1,11 @@
-"""Figures of ended runs, and a table of them beside the published one."""
-
-from __future__ import annotations
+"""Values of ended runs, and a table of them beside the published ones."""
 
 import json
 import math
 import re
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from ddp_ssl.config import ConfigError
 from ddp_ssl.logs.writer import read_metrics
 from ddp_ssl.reproduction.cells import Cell, Number, Table, published_correlations
 from ddp_ssl.reproduction.runs import Run
+from ddp_ssl.utils.text import markdown_lines
 
 TITLES = {
     "probe": "online probe, %",
@@ -74,8 +73,7 @@ def curve(folder: Path) -> Curve:
     return Curve(tuple(accuracy), tuple(epoch), tuple(at), seconds)
 
 
-def figures(run: Run) -> dict[str, float]:
-    """The measures of an ended run; empty for other runs."""
+def values_of(run: Run) -> dict[str, float]:
     if run.state() not in ENDED:
         return {}
     last: dict[str, float] = {}
@@ -96,17 +94,10 @@ def figures(run: Run) -> dict[str, float]:
     }
     found |= {measure: last[name] for measure, name in names.items() if name in last}
     if run.evaluated.exists():
-        found["linear"] = 100 * linear_accuracy(run.evaluated)
+        tree = json.loads(run.evaluated.read_text())
+        chosen = tree["rows"][tree["chosen"] or 0]  # the learning rate that was chosen
+        found["linear"] = 100 * statistics.fmean(chosen["top1_per_seed"])
     return found
-
-
-def linear_accuracy(path: Path) -> float:
-    """Top-1, a fraction, in what `ddp_ssl.evaluate linear` wrote; of its chosen learning rate."""
-    tree: dict[str, Any] = json.loads(path.read_text())
-    return statistics.fmean(tree["rows"][tree["chosen"] or 0]["top1_per_seed"])
-
-
-# --- a table of them ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -121,7 +112,6 @@ class Row:
         return [v[measure] for v in self.values if measure in v]
 
     def ended(self) -> int:
-        """Number of seeds with figures."""
         return sum(map(bool, self.values))
 
     def sample(self, measure: str) -> list[float]:
@@ -151,7 +141,7 @@ def collect(table: Table, runs: Sequence[Run]) -> dict[str, list[Row]]:
     for run in runs:
         by_cell.setdefault((run.cell.group, run.cell.row), []).append(run)
     for (group, _), mine in by_cell.items():
-        row = Row(mine[0].cell, mine, [figures(run) for run in mine])
+        row = Row(mine[0].cell, mine, [values_of(run) for run in mine])
         groups.setdefault(group, []).append(row)
     if "minutes" in table.measures:
         for rows in groups.values():
@@ -174,7 +164,6 @@ def _add_minutes(rows: list[Row]) -> None:
 def markdown(
     table: Table, dataset: str, scale: str, groups: dict[str, list[Row]], rule: str
 ) -> str:
-    """The table beside the published one."""
     where = "the embedded digits, small scale" if scale == "small" else dataset
     lines = [f"## {table.name} ({table.paper}): {table.what}; {where}", ""]
     if scale == "small":
@@ -221,11 +210,11 @@ def _grid(table: Table, rows: list[Row], scale: str) -> list[str]:
                 line.append(signed(ours[0] - of_ours, digits) if ours else "–")
                 line.append(signed(paper[0] - of_paper, digits) if paper else "–")
         lines.append(line)
-    return aligned([heading, *lines])
+    return markdown_lines([heading, *lines], "<>")
 
 
 def _centre(rows: list[Row], measure: str) -> tuple[float, float]:
-    """Means over the rows that have both figures."""
+    """Means over the rows that have both values."""
     pairs = [(o[0], row.cell.paper[measure][0]) for row in rows
              if measure in row.cell.paper and (o := row.mean(measure))]  # fmt: skip
     if not pairs:
@@ -277,19 +266,22 @@ def entropies(folder: Path) -> list[tuple[float, float]]:
     return [(row[names[0]], row[names[1]]) for row in found if all(name in row for name in names)]
 
 
-def _entropy_lines(rows: list[Row]) -> list[str]:
-    """Pearson's r over the ended runs, and over the evaluations of each."""
+def _pearson(pairs: Iterable[tuple[float, float]]) -> float:
     from scipy.stats import pearsonr
 
+    return float(pearsonr(*zip(*pairs, strict=True)).statistic)
+
+
+def _entropy_lines(rows: list[Row]) -> list[str]:
+    """Pearson's r over the ended runs, and over the evaluations of each."""
     last = [(v["rank"], v["entropy"]) for row in rows for v in row.values if "entropy" in v]
     paths = [entropies(run.folder) for row in rows
              for run, v in zip(row.runs, row.values, strict=True) if "entropy" in v]  # fmt: skip
     lines = []
     if len(last) > 2:
-        r = float(pearsonr(*zip(*last, strict=True)).statistic)
+        r = _pearson(last)
         lines.append(f"Effective rank and Rényi entropy: Pearson r = {r:.3f} over {len(last)} runs")
-    within = [float(pearsonr(*zip(*path, strict=True)).statistic) for path in paths
-              if len(path) > 2]  # fmt: skip
+    within = [_pearson(path) for path in paths if len(path) > 2]
     if within:
         lines.append(
             f"Over the evaluations of one run: r = {min(within):.3f} to {max(within):.3f}."
@@ -342,18 +334,13 @@ def beyond_noise(rows: Sequence[Row], measure: str) -> tuple[float, float, float
 
 def correlations(rows: Sequence[Row]) -> list[float] | None:
     """|Pearson r| of accuracy with effective rank, I(R;Z), and I / effective rank, over runs."""
-    from scipy.stats import pearsonr
-
     runs = [v for row in rows for v in row.values if {"probe", "rank", "information"} <= v.keys()]
     if len(runs) < 3:
         return None
-    accuracy = [v["probe"] for v in runs]
-    others = (
-        [v["rank"] for v in runs],
-        [v["information"] for v in runs],
-        [v["information"] / v["rank"] for v in runs],
-    )
-    return [abs(float(pearsonr(accuracy, other).statistic)) for other in others]
+    others: list[Callable[[dict[str, float]], float]] = [
+        lambda v: v["rank"], lambda v: v["information"], lambda v: v["information"] / v["rank"],
+    ]  # fmt: skip
+    return [abs(_pearson((v["probe"], other(v)) for v in runs)) for other in others]
 
 
 @dataclass(frozen=True)
@@ -364,8 +351,7 @@ class Best:
     coefficient: float
     accuracy: float
     tried: tuple[float, ...]
-    near: tuple[float, ...]
-    """Coefficients whose accuracy is within one point of the best."""
+    near: tuple[float, ...]  # coefficients whose accuracy is within one point of the best
 
     @property
     def inside(self) -> bool:
@@ -435,7 +421,7 @@ def _search_lines(rows: Sequence[Row]) -> list[str]:
             f": {signed(slope[0])}, 95 % interval {signed(low)} to {signed(high)} over "
             f"{len(found)} widths (theory: +1, which is {within} it)."
         )
-    return ["", *aligned([heading, *lines]), "", text]
+    return ["", *markdown_lines([heading, *lines], "<>"), "", text]
 
 
 def _correlation_lines(dataset: str, group: str, rows: list[Row]) -> list[str]:
@@ -448,10 +434,7 @@ def _correlation_lines(dataset: str, group: str, rows: list[Row]) -> list[str]:
     for index, name in enumerate(names):
         lines.append([name, f"{ours[index]:.3f}" if ours else "not run yet",
                       f"{paper[index]:.3f}" if paper else "–"])  # fmt: skip
-    return ["", *aligned(lines)]
-
-
-# --- writing -----------------------------------------------------------------------------------
+    return ["", *markdown_lines(lines, "<>")]
 
 
 def show(number: Number, digits: int = 2) -> str:
@@ -464,19 +447,6 @@ def show(number: Number, digits: int = 2) -> str:
 def signed(value: float, digits: int = 2) -> str:
     """`+0.31`, `−0.20`."""
     return f"{value:+.{digits}f}".replace("-", "−") if math.isfinite(value) else "–"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table whose columns line up; the first column to the left."""
-    escaped = [[text.replace("|", "\\|") for text in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
-    lines = []
-    for first, *rest in escaped:
-        cells = [first.ljust(widths[0])]
-        cells += [text.rjust(width) for text, width in zip(rest, widths[1:], strict=True)]
-        lines.append(f"| {' | '.join(cells)} |")
-    rule = [":" + "-" * (widths[0] + 1), *("-" * (width + 1) + ":" for width in widths[1:])]
-    return [lines[0], f"|{'|'.join(rule)}|", *lines[1:]]
 
 
 def insert(document: Path, name: str, text: str) -> None:

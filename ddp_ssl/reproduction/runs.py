@@ -1,7 +1,5 @@
 """The runs of a table: their folders, whether they ended, and starting those that did not."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -34,8 +32,7 @@ class Run:
     cell: Cell
     seed: int
     folder: Path
-    linear: bool
-    """Whether the offline probe is wanted."""
+    linear: bool  # whether the offline probe is wanted
 
     @property
     def config(self) -> Path:
@@ -135,11 +132,7 @@ def _list(words: set[str]) -> str:
     return "; ".join(sorted(words))
 
 
-# --- commands ----------------------------------------------------------------------------------
-
-
 def train_command(run: Run, processes: int, extra: Sequence[str] = ()) -> list[str]:
-    """Train, or go on where an interrupted run stopped."""
     start = [sys.executable, "-m"]
     if processes > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
@@ -180,9 +173,6 @@ def submit_commands(
             "--run-dir", str(place), *options,
         ]))  # fmt: skip
     return commands
-
-
-# --- starting ----------------------------------------------------------------------------------
 
 
 def run_here(
@@ -233,32 +223,25 @@ def _one(run: Run, slot: int, parallel: int, processes: int, roots: dict[str, st
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return "not started: another reproduce is at it on this machine"
-        if run.state() == "done":  # that one has ended in the meantime
-            return None
-        return _train_and_evaluate(run, slot, parallel, processes, roots, lock.fileno())
-
-
-def _train_and_evaluate(
-    run: Run, slot: int, parallel: int, processes: int, roots: dict[str, str], lock: int
-) -> str | None:
-    environment, threads = _environment(slot, parallel, processes)
-    log = run.config.with_suffix(".out")
-    commands = [train_command(run, processes, [*threads, *(["data.threads=1"] if threads else [])])]
-    if run.linear:
-        commands.append(evaluate_command(run, roots, threads))
-    if run.state() == "to evaluate":
-        commands = commands[1:]
-    for command in commands:
-        with open(log, "ab") as file:
-            file.write(f"$ {shlex.join(command)}\n".encode())
-            file.flush()
-            # A run that outlives a killed shell keeps the lock.
-            done = subprocess.run(command, stdout=file, stderr=file, env=environment,
-                                  pass_fds=[lock])  # fmt: skip
-        if done.returncode:
-            return f"failed with {done.returncode}: {_last_line(log)} ({log})"
-        if run.state() == "preempted":
-            return "stopped before its end; the same command goes on"
+        environment, threads = _environment(slot, parallel, processes)
+        log, commands = run.config.with_suffix(".out"), []
+        state = run.state()  # it may have ended in the meantime
+        if state not in ("done", "to evaluate"):
+            extra = [*threads, "data.threads=1"] if threads else []
+            commands.append(train_command(run, processes, extra))
+        if state != "done" and run.linear:
+            commands.append(evaluate_command(run, roots, threads))
+        for command in commands:
+            with open(log, "ab") as file:
+                file.write(f"$ {shlex.join(command)}\n".encode())
+                file.flush()
+                # A run that outlives a killed shell keeps the lock.
+                done = subprocess.run(command, stdout=file, stderr=file, env=environment,
+                                      pass_fds=[lock.fileno()])  # fmt: skip
+            if done.returncode:
+                return f"failed with {done.returncode}: {_last_line(log)} ({log})"
+            if run.state() == "preempted":
+                return "stopped before its end; the same command goes on"
     return None
 
 

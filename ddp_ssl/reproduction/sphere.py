@@ -1,7 +1,5 @@
 """AdaDim's Figure 1c: 200 points on a sphere, first in more dimensions, then more uniform.
 
-    python -m ddp_ssl.reproduction.sphere [--out DIR] [--repetitions 50]
-
 R are unit vectors in three dimensions, Z their projection to two of them. *Decorrelation*: the
 third coordinate grows from nothing, so that R goes from a circle to the sphere and Z from a line to
 the plane. *Spread*: R goes from five clusters on the sphere to uniform points. The paper has a
@@ -9,9 +7,6 @@ picture and words; clusters, steps and repetitions are ours. Beside it the unifo
 covariance of uniform points, by number and dimension, with their closed forms.
 """
 
-from __future__ import annotations
-
-import argparse
 import math
 import sys
 from dataclasses import dataclass
@@ -29,7 +24,6 @@ POINTS, CLUSTERS = 200, 5
 STEPS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
 FROM = 0.05  # of the way from the clusters' centres: at 0 all points of one are equal
 NUMBERS, DIMENSIONS = (50, 200, 1000), (2, 3, 8, 32, 128)
-MEASURES = ("effective rank of R", "entropy of R", "I(R;Z)", "uniformity of R", "uniformity of Z")
 
 
 def unit(x: Tensor) -> Tensor:
@@ -59,7 +53,7 @@ PHASES = {"decorrelation": decorrelated, "spread": spread}
 
 
 def describe(r: Tensor, z: Tensor) -> list[float]:
-    """The `MEASURES`; entropies are matrix-based, of order 2, in nats."""
+    """Effective rank of R, entropy of R and I(R;Z) of order 2 in nats, uniformity of R and of Z."""
     pairs = pair_means(r, z)
     return [float(effective_rank(r)), renyi_entropy(r), pairs.mutual_information,
             pairs.uniformity_r, pairs.uniformity_z]  # fmt: skip
@@ -88,16 +82,13 @@ def covariance(x: Tensor) -> float:
 class Found:
     """Means over repetitions."""
 
-    phases: dict[str, Tensor]
-    """`[steps, measures]`."""
-    uniformity: Tensor
-    """Uniformity of uniform points `[numbers, dimensions]`."""
+    phases: dict[str, Tensor]  # `[steps, measures]`
+    uniformity: Tensor  # uniformity of uniform points `[numbers, dimensions]`
     covariance: Tensor
     repetitions: int
 
 
 def measure(repetitions: int) -> Found:
-    """The numbers for the picture and the text."""
     phases = {
         name: torch.tensor([
             [describe(*make(step, torch.Generator().manual_seed(seed))) for step in STEPS]
@@ -120,7 +111,6 @@ def measure(repetitions: int) -> Found:
 
 
 def checks(found: Found) -> list[Claim]:
-    """The paper's claims, what was found, and whether they agree."""
     first, second = (found.phases[name].T.tolist() for name in PHASES)
     rank, _, gained, *_ = first
     _, entropy, information, of_r, of_z = second
@@ -204,11 +194,8 @@ def draw(found: Found, file: Path) -> None:
 
 
 def main() -> int:
-    """From the command line; 1 if something does not agree."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce/figure1c"))
-    parser.add_argument("--repetitions", type=int, default=50)
-    return run(parser, "Points on a sphere", lambda o: measure(o.repetitions), checks, draw)
+    title = "Points on a sphere"
+    return run("figure1c", title, ("repetitions", 50), measure, checks, draw)
 
 
 if __name__ == "__main__":

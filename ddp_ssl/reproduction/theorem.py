@@ -1,6 +1,4 @@
-"""Theorem 3.1 on finite graphs of augmentations: what the losses' minimisers span.
-
-    python -m ddp_ssl.reproduction.theorem [--out DIR] [--starts 5]
+"""Theorem 3.1 on finite graphs of augmentations: the span of the losses' minimisers.
 
 Ghosh et al. 2024, Theorem 3.1, Lemma B.2, Theorem B.3 and section C.2. Functions live on the looks
 that augmentations can have, with inner product <f, g> = sum_x p(x) f(x) g(x). `T_M f` is the mean
@@ -9,9 +7,6 @@ Formulas were lost in the text we have; these are read from its words and from t
 on (Zhai et al. 2023; HaoChen et al. 2021).
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,9 +96,6 @@ def of_looks(looks: Tensor) -> Graph:
     return Graph(torch.nn.functional.one_hot(looks, LOOKS).double().mean(1))
 
 
-# --- learning ----------------------------------------------------------------------------------
-
-
 def minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> list[Tensor]:
     """Values of a table of features `[m, d]` while a loss is minimised by L-BFGS."""
     f = start.clone().requires_grad_()
@@ -152,26 +144,21 @@ CENTRED = ("Barlow Twins", "VICReg")
 class Found:
     """The numbers for the text and the picture."""
 
-    values: Tensor
-    """Eigenvalues of T_k."""
-    factorised: float
-    """Largest difference of T_k and T_M* T_M (Lemma B.2)."""
+    values: Tensor  # eigenvalues of T_k
+    factorised: float  # largest difference of T_k and T_M* T_M (Lemma B.2)
     paths: dict[str, list[list[float]]]
     """By loss and start: the cosine of the largest angle to the leading eigenspace, over steps."""
     least: float
     """Largest distance of the constrained loss's minimum from the sum of 1 - lambda."""
-    batch: int
-    """Pairs of augmentations in the losses' batch."""
+    batch: int  # pairs of augmentations in the losses' batch
     norms: list[Tensor]
     """Eigenvalues of <f_i, f_j> that the spectral contrastive loss learns, by start."""
     decomposed: float
     """Largest difference of both sides of section C.2's decomposition, over random features."""
-    shared: float
-    """Largest error of Theorem B.3's eigenvalues on the graph of four images."""
+    shared: float  # largest error of Theorem B.3's eigenvalues on the graph of four images
     four: float
     """Cosine of what |T_M f - f|^2 learns there to the leading eigenspace, the least of all."""
-    without_symmetry: float
-    """The same of a graph whose T_M is not symmetric."""
+    without_symmetry: float  # the same of a graph whose T_M is not symmetric
 
 
 def measure(starts: int) -> Found:
@@ -226,9 +213,6 @@ def decomposition(whole: Graph, f: Tensor) -> float:
     return float(population(whole, f) - orthogonality + len(moments) - 2 * whole.invariance(f))
 
 
-# --- images that are looks themselves ----------------------------------------------------------
-
-
 def own_loss(p: Tensor, f: Tensor) -> Tensor:
     """|T_M f - f|^2 with f at the image itself, as Theorem B.3 has it: looks are images."""
     whole = Graph(p)
@@ -272,11 +256,7 @@ def lopsided() -> Tensor:
     return 0.7 * mixed + 0.3 * mixed[[0, 3, 1, 2]]
 
 
-# --- telling -----------------------------------------------------------------------------------
-
-
 def checks(found: Found) -> list[Claim]:
-    """The paper's claims, what was found, and whether they agree."""
     told: list[Claim] = [
         ("Lemma B.2: the kernel's operator is that of the means, T_k = T_M* T_M",
          f"largest difference {found.factorised:.0e}", found.factorised < 1e-12),
@@ -338,12 +318,8 @@ def draw(found: Found, file: Path) -> None:
 
 
 def main() -> int:
-    """From the command line; 1 if something does not agree."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce/theorem"))
-    parser.add_argument("--starts", type=int, default=5)
     title = "Minimisers on finite graphs of augmentations"
-    return run(parser, title, lambda o: measure(o.starts), checks, draw)
+    return run("theorem", title, ("starts", 5), measure, checks, draw)
 
 
 if __name__ == "__main__":

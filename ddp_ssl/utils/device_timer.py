@@ -1,7 +1,5 @@
 """Moments on the device's own clock; only comparing them waits for the device."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Small files that are whole or absent, and on disk when a call returns."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

@@ -1,8 +1,7 @@
 """The environment of the launcher: torchrun, srun with one task per GPU, or neither."""
 
-from __future__ import annotations
-
 import os
+import time
 from collections.abc import Iterable
 
 
@@ -19,6 +18,12 @@ def rank_and_size() -> tuple[int, int]:
     if under_srun():
         return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
     return 0, 1
+
+
+def wait_for_rank_0() -> None:
+    """Wait on all ranks but rank 0: the launcher ends all of them when the first one exits."""
+    if rank_and_size()[0]:
+        time.sleep(3)
 
 
 def local_rank_and_size() -> tuple[int, int]:

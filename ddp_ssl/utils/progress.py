@@ -1,7 +1,5 @@
 """Progress lines of long work: of tools on stderr, of evaluations through the log."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
@@ -13,7 +11,6 @@ logger = logging.getLogger("ddp_ssl")
 
 
 def tell(line: str) -> None:
-    """Print a line on stderr, at once."""
     print(line, file=sys.stderr, flush=True)
 
 

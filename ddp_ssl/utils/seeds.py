@@ -1,7 +1,5 @@
 """Seeds: a random stream of its own for each purpose."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -1,9 +1,7 @@
 """Text for messages."""
 
-from __future__ import annotations
-
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def one_line(text: object) -> str:
@@ -17,11 +15,24 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def markdown_table(rows: list[tuple[str, str]]) -> str:
+def markdown_lines(rows: Sequence[Sequence[str]], align: str = "-") -> list[str]:
+    """An aligned Markdown table; the first row is the heading.
+
+    `align`: `<`, `>` or `-` (Markdown's default) of each column; the last counts for the rest.
+    """
+    cells = [[text.replace("|", "\\|") for text in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    marks = align.ljust(len(widths), align[-1])
+    lines = []
+    for row in cells:
+        columns = zip(row, widths, marks, strict=True)
+        padded = (t.rjust(w) if mark == ">" else t.ljust(w) for t, w, mark in columns)
+        lines.append(f"| {' | '.join(padded)} |")
+    rules = {"<": ":{}-", ">": "-{}:", "-": "-{}-"}
+    rule = (rules[mark].format("-" * w) for w, mark in zip(widths, marks, strict=True))
+    return [lines[0], f"|{'|'.join(rule)}|", *lines[1:]]
+
+
+def markdown_table(rows: Sequence[tuple[str, str]]) -> str:
     """Rows of name and value as an aligned Markdown table, without a heading."""
-    rows = [(name.replace("|", "\\|"), value.replace("|", "\\|")) for name, value in rows]
-    left = max((len(name) for name, _ in rows), default=3)
-    right = max((len(value) for _, value in rows), default=3)
-    lines = [f"| {'':<{left}} | {'':<{right}} |", f"|{'-' * (left + 2)}|{'-' * (right + 2)}|"]
-    lines += [f"| {name:<{left}} | {value:<{right}} |" for name, value in rows]
-    return "\n".join(lines)
+    return "\n".join(markdown_lines([("", ""), *rows]))

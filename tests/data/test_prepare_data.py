@@ -135,10 +135,10 @@ def test_an_archive_is_fetched_checked_and_unpacked(
         for file in cinic.rglob("*.png"):
             packed.write(file, file.relative_to(cinic))
     md5 = hashlib.md5((folder / "C.zip").read_bytes()).hexdigest()
-    monkeypatch.setitem(prepare_data.ARCHIVES, "cinic10", (f"{address}/C.zip", "0" * 32))
+    monkeypatch.setitem(prepare_data.FILES, "cinic10", (f"{address}/C.zip", "0" * 32))
     assert main(["cinic10", str(tmp_path / "bad"), "--download"]) == 1
     assert f"from {address}/C.zip (MD5 {'0' * 32}); fetch it another" in capsys.readouterr().err
-    monkeypatch.setitem(prepare_data.ARCHIVES, "cinic10", (f"{address}/C.zip", md5))
+    monkeypatch.setitem(prepare_data.FILES, "cinic10", (f"{address}/C.zip", md5))
     assert main(["cinic10", str(tmp_path / "new"), "--download"]) == 0
 
 

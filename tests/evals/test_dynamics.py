@@ -104,16 +104,16 @@ def test_measured_afterwards_is_what_was_measured_then(run: Path) -> None:
     assert [row.epoch for row in found] == [1, 2, 3]
     for row in found:
         expected = {n: v for n, v in logged[row.step].items() if n.startswith(("eval/", "rep/"))}
-        figures = {n: v for n, v in row.figures.items() if not n.startswith("perf/")}
+        metrics = {n: v for n, v in row.metrics.items() if not n.startswith("perf/")}
         # What adadim measures itself is not of the validation split.
         own = {"rep/alpha", "rep/beta", "rep/effective_rank_z_train"}
         expected = {n: v for n, v in expected.items() if n not in own}
         # LiDAR divides by the spread within an image, which lifts the rounding.
-        lidar = {name for name in figures if "lidar" in name}
-        assert {n: figures.pop(n) for n in lidar} == pytest.approx(
+        lidar = {name for name in metrics if "lidar" in name}
+        assert {n: metrics.pop(n) for n in lidar} == pytest.approx(
             {n: expected.pop(n) for n in lidar}, rel=1e-3
         )
-        assert figures == pytest.approx(expected, rel=1e-4)
+        assert metrics == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_table_and_the_json(run: Path) -> None:
@@ -135,7 +135,7 @@ def test_the_table_and_the_json(run: Path) -> None:
 
 def collective(world: World, folder: str, out: str) -> dict[str, dict[str, float]]:
     assert measure(world, folder, "measure.views=0", f"run.dir={out}") == 0
-    return {row.sha256: row.figures for row in dynamics.read(Path(out) / "dynamics.jsonl")}
+    return {row.sha256: row.metrics for row in dynamics.read(Path(out) / "dynamics.jsonl")}
 
 
 def test_processes_agree(ranks: Ranks, run: Path, tmp_path: Path) -> None:

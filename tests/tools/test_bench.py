@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "bench"))
-
 import compare
+import pytest
 import step
+import torch
 
 
 @pytest.mark.parametrize("count", [*range(6, 40), 100, 1023, 2000])

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch.distributed
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "bench"))
-
 from gpu_path import count
 
 NORMS = 53  # of a ResNet-50

@@ -107,7 +107,7 @@ def test_a_folder_without_figures_is_one_line(
     for folder in (tmp_path / "young", tmp_path / "nowhere"):
         assert plot_dynamics.main([str(folder)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"plot_dynamics: error: {folder}: no figures")
+        assert line.startswith(f"plot_dynamics: error: {folder}: no metrics")
 
 
 @pytest.mark.parametrize("tool", [plot_dynamics, plot_balance])

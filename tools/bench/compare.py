@@ -1,16 +1,46 @@
 """Shared by the benchmarks: contestants in turn within one process, and their tables."""
 
-from __future__ import annotations
-
+import argparse
 import gc
 import math
+import socket
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
+
+from ddp_ssl.comm import Comm
 
 Work = Callable[[], object]
+
+
+def parser_of(text: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is a module's docstring as it stands."""
+    return argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class OneOf(Comm):
+    """The shapes of one process of W; the others' rows are copies of its own."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x.repeat(1, self.world_size, *(1 for _ in x.shape[2:]))
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x * self.world_size
 
 
 def seconds(work: Work, device: torch.device) -> float:
@@ -67,7 +97,7 @@ def peak_mib(work: Work, device: torch.device) -> float:
 def spread(values: list[float], digits: int = 1) -> str:
     """`median (min to max)`."""
     middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
 ENOUGH = 6  # values below which no two of them hold the median in 95 % of cases

@@ -16,8 +16,6 @@ are then DALI's own `fn.readers.file` before the same graph, and the same images
 shards, read by offset and streamed.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import gc
@@ -37,6 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torchvision
+from compare import spread
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -66,18 +65,11 @@ INDEXED, STREAMED = "ddp_ssl, shards indexed", "ddp_ssl, shards streamed"
 
 
 class Run(NamedTuple):
-    """One contestant's turn."""
-
-    ms: float
-    """Processor time per image."""
-    rate: float
-    """Images per second of the wall clock."""
+    ms: float  # processor time per image
+    rate: float  # images per second of the wall clock
 
 
 Contestant = Callable[[int], Run]  # takes the number of images of a turn
-
-
-# --- pictures ------------------------------------------------------------------------------------
 
 
 def picture(rng: np.random.Generator, height: int, width: int) -> Pixels:
@@ -116,9 +108,6 @@ def small_pictures(count: int) -> Pixels:
     large = [picture(rng, 256, 256) for _ in range(16)]
     places = rng.integers(0, 224, (count, 2))
     return np.stack([large[i % 16][y : y + 32, x : x + 32] for i, (y, x) in enumerate(places)])
-
-
-# --- the package ---------------------------------------------------------------------------------
 
 
 def package(
@@ -194,9 +183,6 @@ def cpu_seconds() -> float:
     """Of this process and of its children that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-# --- torchvision ---------------------------------------------------------------------------------
 
 
 class PilBlur:
@@ -296,9 +282,6 @@ def data_loader(dataset: Views, batch: int, workers: int) -> Contestant:
     return turn
 
 
-# --- settings and tables -------------------------------------------------------------------------
-
-
 def settings(size: int | None, views: str | None) -> list[tuple[str, list[View]]]:
     """The settings asked for: a title and the views of each."""
     large = list(RECIPES["asym"])
@@ -317,7 +300,6 @@ def settings(size: int | None, views: str | None) -> list[tuple[str, list[View]]
 
 
 def measure(contestants: dict[str, Contestant], images: int, repeats: int) -> dict[str, list[Run]]:
-    """`repeats` turns of each, in turn."""
     runs: dict[str, list[Run]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, turn in contestants.items():
@@ -337,30 +319,24 @@ def table(title: str, runs: dict[str, list[Run]], views: int) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     first = next(iter(runs.values()))
-    cost, speed = middle([r.ms for r in first]), middle([r.rate for r in first])
+    cost, speed = (
+        statistics.median([r.ms for r in first]),
+        statistics.median([r.rate for r in first]),
+    )
     for name, turns in runs.items():
         ms, rate = [run.ms for run in turns], [run.rate for run in turns]
-        per_core = 1000 / middle(ms)
+        per_core = 1000 / statistics.median(ms)
         cells = [
             name,
-            spread(ms, 3 if middle(ms) < 2 else 2),
+            spread(ms, 3 if statistics.median(ms) < 2 else 2),
             f"{per_core:,.0f}",
             f"{views * per_core:,.0f}",
             spread(rate, 0),
-            f"{middle(ms) / cost:.2f}",
-            f"{speed / middle(rate):.2f}",
+            f"{statistics.median(ms) / cost:.2f}",
+            f"{speed / statistics.median(rate):.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def middle(values: list[float]) -> float:
-    return statistics.median(values)
-
-
-def spread(values: list[float], digits: int) -> str:
-    low, high = min(values), max(values)
-    return f"{middle(values):,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
 def augmentations(args: argparse.Namespace) -> Iterator[str]:
@@ -395,8 +371,6 @@ def split_of(folder: Path) -> Split:
     names = sorted(os.fsencode(path.name) for path in folder.iterdir())
     return Split.of_files(str(folder), names, np.zeros(len(names), np.int64))
 
-
-# --- slow opens ----------------------------------------------------------------------------------
 
 # fopen's own call of open stays inside the C library, so it is wrapped too.
 SLOW_OPEN = r"""

@@ -9,24 +9,18 @@ together. Bytes are what operators read and write; the least time is theirs at `
 `tools/gpu_report.sh` measures on a GPU.
 """
 
-from __future__ import annotations
-
-import argparse
 import contextlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import timm
 import torch
+from compare import parser_of
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ddp_ssl import distributed
 from ddp_ssl.distributed import ViewLayout, comm_stats
@@ -77,17 +71,8 @@ def stored(x: Tensor) -> int:
     return count * x.element_size()
 
 
-# --- a GPU's kernels without values --------------------------------------------------------------
-
-
 def _channels(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _backward_reduce(
-    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Any, *needed: bool
-) -> tuple[Tensor, ...]:
-    return tuple(_channels(x) for _ in range(4))
 
 
 SHAPES = {
@@ -97,7 +82,7 @@ SHAPES = {
     "batch_norm_gather_stats_with_counts": lambda x, mean, *rest: (
         mean.new_empty(mean.shape[1]), mean.new_empty(mean.shape[1]),
     ),
-    "batch_norm_backward_reduce": _backward_reduce,
+    "batch_norm_backward_reduce": lambda grad, x, *rest: tuple(_channels(x) for _ in range(4)),
     "batch_norm_backward_elemt": lambda grad, x, *rest: torch.empty_like(x),
 }  # fmt: skip
 
@@ -162,9 +147,7 @@ def count(name: str, norm: str, images: int, processes: int) -> tuple[Moved, int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--networks", nargs="+", default=["resnet50", "resnet18"])
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--processes", type=int, default=8)

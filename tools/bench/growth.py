@@ -8,9 +8,6 @@ the logarithms. W is by shapes: one process of W, with made-up rows of the other
 minutes on two cores.
 """
 
-from __future__ import annotations
-
-import argparse
 import math
 import os
 import sys
@@ -23,12 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from compare import OneOf, parser_of, peak_mib
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).parent))
-
-from compare import peak_mib
 
 from ddp_ssl.checkpoint import store
 from ddp_ssl.comm import ONE_PROCESS, Comm
@@ -37,6 +30,7 @@ from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.losses import barlow_twins, info_nce, mutual_information, vicreg
 from ddp_ssl.methods._registry import make_method
+from ddp_ssl.reproduction.figures import pyplot
 from ddp_ssl.run.configure import load
 
 CPU = torch.device("cpu")
@@ -54,8 +48,6 @@ TAKES_MANY_VIEWS = ("InfoNCE", "VICReg, gather", "VICReg, moments")
 
 @dataclass
 class Growth:
-    """A quantity at some sizes."""
-
     what: str
     over: str
     unit: str
@@ -78,19 +70,6 @@ class Growth:
         return math.log(y / x) / math.log(b / a)
 
 
-class OneOf(Comm):
-    """The shapes of one process of W; the others' rows are copies of its own."""
-
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x.repeat(1, self.world_size, *(1 for _ in x.shape[2:]))
-
-    def sum(self, x: Tensor) -> Tensor:
-        return x * self.world_size
-
-
 def cpu_ms(work: Callable[[], object], repeats: int) -> float:
     """Processor time of one call, the least of `repeats`; short ones are called several times."""
     begin = time.process_time()
@@ -106,7 +85,6 @@ def cpu_ms(work: Callable[[], object], repeats: int) -> float:
 
 
 def of_losses(repeats: int) -> Iterator[Growth]:
-    """Forward and backward of each loss over N, d, K and W."""
     shapes: list[tuple[str, list[int], Callable[[int], tuple[int, int, int, int]]]] = [
         ("N", [512, 1024, 2048, 4096], lambda n: (2, n, 256, 1)),
         ("d", [128, 256, 512, 1024, 2048], lambda d: (2, 512, d, 1)),
@@ -220,17 +198,12 @@ def table(grown: Sequence[Growth]) -> str:
 
 def draw(grown: Sequence[Growth]) -> Any:
     """A matplotlib figure: a panel for each range and unit of several lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels: dict[tuple[str, str], list[Growth]] = {}
     for g in grown:
         panels.setdefault((g.over, g.unit), []).append(g)
     columns = 4
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(
+    figure, axes = pyplot().subplots(
         rows, columns, figsize=(4.1 * columns, 3.5 * rows), layout="constrained", squeeze=False
     )
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(g.what for g in grown))}
@@ -255,10 +228,7 @@ def draw(grown: Sequence[Growth]) -> Any:
 
 
 def main() -> int:
-    """From the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there, too")
     parser.add_argument("--repeats", type=int, default=3)

@@ -9,9 +9,6 @@ Then the loader runs alone. A GPU can reach a ratio of 1 if the loader alone is 
 training and loading share the cores, so the best ratio is that of added times; it is printed.
 """
 
-from __future__ import annotations
-
-import argparse
 import statistics
 import sys
 import tempfile
@@ -20,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compare import device_line, parser_of, spread, where
+from data import write_pictures
+from shared import trained
 
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.training.job import Job
-
-sys.path.insert(0, str(Path(__file__).parent))
-from compare import device_line, spread, where
-from data import write_pictures
-from shared import trained
 
 
 class Alternating:
@@ -75,16 +70,13 @@ class Alternating:
 
 
 def measure(arguments: list[str], segment: int) -> Alternating:
-    """The run, to its end."""
     with trained(arguments, lambda job: Alternating(job, segment)) as turns:
         turns.time_alone()
         return turns
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--segment", type=int, default=8)

@@ -8,24 +8,18 @@ stalls a GPU's host. lightly's and solo-learn's take part where they are install
 with solo-learn's LARS is loaded, so `pip install --no-deps solo-learn==1.0.2` is enough.
 """
 
-from __future__ import annotations
-
-import argparse
 import contextlib
 import importlib.util
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
+from compare import device_line, in_turn, parser_of, spread, verdict
 from torch import nn
 
 from ddp_ssl.optim import LARS, is_one_dimensional
-
-sys.path.insert(0, str(Path(__file__).parent))
-from compare import device_line, in_turn, spread, verdict
 
 OURS = "ddp_ssl LARS"
 SYNCHRONISING = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero")
@@ -47,7 +41,6 @@ def groups(parameters: list[nn.Parameter]) -> list[dict[str, object]]:
 
 
 def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """All contestants, each with parameters of its own."""
 
     def sgd(**how: bool) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups(with_gradients(model)), 1e-4, momentum=0.9, **how)
@@ -88,19 +81,13 @@ def counted(work: Callable[[], object]) -> tuple[int, int]:
     assert profile.profiler is not None
     events = profile.events() or []
     names = Counter(event.name for event in events)
-    top = sum(e.name.startswith("aten::") and not _inside(e) for e in events)
+    launched = [e for e in events if e.name.startswith("aten::")]
+    top = sum(e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::") for e in launched)
     return top, sum(names[name] for name in SYNCHRONISING[1:])
 
 
-def _inside(event: torch.autograd.profiler_util.FunctionEvent) -> bool:
-    parent = event.cpu_parent
-    return parent is not None and parent.name.startswith("aten::")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")

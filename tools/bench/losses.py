@@ -7,22 +7,14 @@ way. `plain` is the formula written directly, differentiated by autograd. The la
 shapes of one process of eight at a global batch of 65,536 images, with made-up rows of the others.
 """
 
-from __future__ import annotations
-
-import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from compare import OneOf, device_line, in_turn, parser_of, peak_mib, table
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddp_ssl.comm import Comm
 from ddp_ssl.losses import barlow_twins, info_nce, mutual_information, vicreg
-
-sys.path.insert(0, str(Path(__file__).parent))
-from compare import device_line, in_turn, peak_mib, table
 
 Loss = Callable[[Tensor], Tensor]
 OURS = "ddp_ssl"
@@ -110,19 +102,10 @@ def step(loss: Loss, z: Tensor) -> Callable[[], None]:
     return work
 
 
-class OneOfEight(Comm):
-    """The shapes of one process of eight: the others' rows are copies of its own."""
-
-    world_size = 8
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x.repeat(1, self.world_size, *(1 for _ in x.shape[2:]))
-
-
 def large_batch(device: torch.device) -> str:
     """Peak memory of one process's InfoNCE at a global batch of 65,536."""
     z = torch.randn(2, 65536 // 8, 128, device=device).requires_grad_()
-    comm = OneOfEight()
+    comm = OneOf(8)
     used = peak_mib(step(lambda x: info_nce(x, 0.1, comm), z), device)
     return (
         "InfoNCE, 65,536 images of width 128 over 8 processes, one of them: peak "
@@ -131,9 +114,7 @@ def large_batch(device: torch.device) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--only", choices=[*CASES, "large"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)

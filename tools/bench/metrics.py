@@ -3,8 +3,6 @@
 R and Z are random, `rows` x `width` in float32; one process, one thread unless told otherwise.
 """
 
-from __future__ import annotations
-
 import argparse
 import resource
 import time
@@ -15,9 +13,13 @@ import torch
 
 from ddp_ssl import metrics
 
+OF_SPECTRUM: list[Callable[[metrics.Spectrum], object]] = [
+    metrics.effective_rank, metrics.rankme, metrics.alpha_req, metrics.von_neumann_entropy,
+    metrics.eigenvalue_count, metrics.cumulative_explained_variance,
+]  # fmt: skip
+
 
 def main() -> None:
-    """From the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--width", type=int, default=2048)
@@ -41,20 +43,10 @@ def main() -> None:
 
     timed("I(R;Z), entropies, uniformity: pairs", lambda: metrics.pair_means(r, z))
     spectrum = timed("one spectrum (four are taken)", lambda: metrics.Spectrum.of(r))
-    timed("all metrics of a spectrum", lambda: of_spectrum(spectrum))
+    timed("all metrics of a spectrum", lambda: [metric(spectrum) for metric in OF_SPECTRUM])
     timed("alignment, 10 views of 1000 images", lambda: metrics.alignment(views))
     timed("LiDAR, 10 views of 1000 images", lambda: metrics.lidar(views))
     print(f"memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
-
-
-def of_spectrum(spectrum: metrics.Spectrum) -> None:
-    """Everything that one eigendecomposition serves."""
-    metrics.effective_rank(spectrum)
-    metrics.rankme(spectrum)
-    metrics.alpha_req(spectrum)
-    metrics.von_neumann_entropy(spectrum)
-    metrics.eigenvalue_count(spectrum)
-    metrics.cumulative_explained_variance(spectrum)
 
 
 if __name__ == "__main__":

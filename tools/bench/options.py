@@ -10,25 +10,18 @@ time is the processor's with one process on a CPU, the wall clock's with several
 on a GPU.
 """
 
-from __future__ import annotations
-
-import argparse
 import functools
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from compare import device_line, free_port, in_turn, parser_of, spread, verdict
+from shared import join, learner_of, random_batch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-
-sys.path.insert(0, str(Path(__file__).parent))
-from compare import device_line, in_turn, spread, verdict
-from shared import join, learner_of, random_batch
 
 from ddp_ssl import distributed
 from ddp_ssl.data.batch import Batch
@@ -113,7 +106,6 @@ def measure(world: World, arguments: list[str], repeats: int) -> None:
 
 
 def one(rank: int, size: int, port: int, arguments: list[str], repeats: int) -> None:
-    """A process of several."""
     world = join(rank, size, port, "cuda" if torch.cuda.is_available() else "cpu", 120)
     measure(world, arguments, repeats)
     world.barrier()
@@ -121,16 +113,11 @@ def one(rank: int, size: int, port: int, arguments: list[str], repeats: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=11)
     options, arguments = parser.parse_known_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rest: tuple[Any, ...] = (options.processes, port, arguments, options.repeats)
+    rest: tuple[Any, ...] = (options.processes, free_port(), arguments, options.repeats)
     if options.processes == 1:
         one(0, *rest)
     else:

@@ -9,14 +9,10 @@ run's own next save does not come before the file is there, and a second core is
 `torch.save`, as other trainers call it, neither hashes nor waits for the disk.
 """
 
-from __future__ import annotations
-
-import argparse
 import contextlib
 import itertools
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,20 +21,17 @@ from typing import Any
 
 import timm
 import torch
+from compare import ENOUGH, device_line, interval, parser_of, spread, verdict, where
 
 from ddp_ssl.checkpoint import store
 from ddp_ssl.checkpoint.saver import Saver
 from ddp_ssl.models import projection_head
-
-sys.path.insert(0, str(Path(__file__).parent))
-from compare import ENOUGH, device_line, interval, spread, verdict, where
 
 OURS, NOTHING = "written beside training", "no checkpoint"
 PRODUCT = 768
 
 
 def made_state(device: torch.device) -> dict[str, Any]:
-    """Weights and momentum."""
     backbone = timm.create_model("resnet50", num_classes=0)
     projector = projection_head(2048, [2048, 2048, 2048], "batch", True, "none")
     weights = {**backbone.state_dict(), **{f"p.{k}": v for k, v in projector.state_dict().items()}}
@@ -80,9 +73,7 @@ class Ways:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--device", default="cpu")
@@ -138,10 +129,8 @@ def main() -> None:
         stall_ms = [1e3 * s for s in stalls[name]]
         print(f"| {name} | {spread(stall_ms, 0)} | {spread(values, 0)} | {ratio} |")
     steps = statistics.median(times[NOTHING])
-    print(
-        f"\n{options.steps} steps alone take {steps:.2f} s. What ours takes from them lies", end=" "
-    )
-    print(f"{where(taken[OURS], 0)} ms.")
+    lost = where(taken[OURS], 0)
+    print(f"\n{options.steps} steps alone take {steps:.2f} s. Ours takes {lost} ms from them.")
     unfinished = sum(late > 0.01 for late in ways.late)
     if unfinished:
         print(

@@ -13,13 +13,10 @@ latency + bytes / rate of each call and measured, and the bytes that left the in
 needs root, `ip` and `tc`, and says so where they are missing; it removes the namespaces at the end.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,6 +27,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -43,6 +41,7 @@ from ddp_ssl.distributed import StopFlag, World, comm_stats
 from ddp_ssl.methods.base import Progress
 from ddp_ssl.run.configure import load
 from ddp_ssl.training.build import on_device
+from tools.bench.compare import free_port, parser_of
 from tools.bench.shared import ALPHA, CLASSES, join, learner_of, random_batch
 from tools.scaling_model import SUMS, Cluster, elapsed, record
 
@@ -114,11 +113,8 @@ class Steps:
                 self.buckets.append(tensor.nbytes)
             return reduce(tensor, *args, **options)
 
-        torch.distributed.all_reduce = counting
-        try:
+        with patch.object(torch.distributed, "all_reduce", counting):
             yield
-        finally:
-            torch.distributed.all_reduce = reduce
 
 
 def counted(world: World, arguments: Sequence[str]) -> Counts:
@@ -130,9 +126,6 @@ def modelled(ranks: int, arguments: Sequence[str]) -> Counts:
     """The same as the model predicts it."""
     config = load(list(arguments)).config
     return record(config, ranks, Cluster(), classes=CLASSES, alpha=ALPHA).counts()
-
-
-# --- bytes -----------------------------------------------------------------------------------
 
 
 def _rank_main(rank: int, size: int, port: int, cases: dict[str, list[str]], out: Any) -> None:
@@ -148,9 +141,7 @@ def count_all(size: int, cases: dict[str, list[str]]) -> dict[str, Counts]:
     """The counts of rank 0 among `size` processes."""
     context = torch.multiprocessing.get_context("spawn")
     out = context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     workers = [
         context.Process(target=_rank_main, args=(rank, size, port, cases, out), daemon=True)
         for rank in range(size)
@@ -184,8 +175,6 @@ def compare_bytes(sizes: Sequence[int], cases: dict[str, list[str]]) -> bool:
                 print(f"| {name} | {size} | {kind} | {left} | {right} | {mark} |", flush=True)
     return same
 
-
-# --- time over a link ------------------------------------------------------------------------
 
 ENDS = ("sclA", "sclB")
 BURST = 16_000  # bytes that tbf lets pass at once; larger segments are cut to packets
@@ -304,10 +293,7 @@ def over_link(arguments: list[str], mbit: float, repeats: int) -> None:
 
 
 def main() -> int:
-    """From the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("arguments", nargs="*", metavar="key=value", help="with --link")
     parser.add_argument("--ranks", default="1,2,4,8", help="default: %(default)s")
     parser.add_argument("--only", choices=sorted(CASES), metavar="CASE", help=", ".join(CASES))

@@ -1,7 +1,5 @@
 """Shared by the benchmarks of the step: a run that they feed, processes with random images."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,10 +65,8 @@ class RandomLoader:
     def __init__(self, config: Config, comm: Comm, device: torch.device, views: Sequence[int],
                  steps_per_epoch: int) -> None:  # fmt: skip
         self.steps_per_epoch, self.step, self.failing = steps_per_epoch, 0, None
-        self.device, self.first = (
-            device,
-            comm.data_rank * config.data.batch_size // comm.data_shards,
-        )
+        self.device = device
+        self.first = comm.data_rank * config.data.batch_size // comm.data_shards
         every = views_of(config.data.views)
         self.view_ids, self.views = list(views), [every[k] for k in views]
         self.order = SimpleNamespace(local_batch=config.data.batch_size // comm.data_shards)

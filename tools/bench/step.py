@@ -4,7 +4,7 @@
 
 A real run of the embedded default (or of the config given) with one process and cached batches. A
 step of the run is timed from the moment it has its batch to the moment it asks for the next one:
-learning rate, forward, loss, backward, gradient norm, optimiser, hooks, figures, flags, and at
+learning rate, forward, loss, backward, gradient norm, optimiser, hooks, metrics, flags, and at
 logging steps the progress line and the metrics file. After each step (on a GPU after `--segment`
 steps, since waiting for each would hide what overlaps) the run waits inside its loader while as
 many bare steps are timed: forward, loss, backward, optimiser, with a copy of the same network. Both
@@ -12,27 +12,21 @@ are compared in segments of so many steps. The work between epochs is not counte
 is written beside the steps (tools/bench/saving.py).
 """
 
-from __future__ import annotations
-
-import argparse
 import copy
 import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from compare import device_line, parser_of, spread, where
+from shared import trained
 
 from ddp_ssl import optim
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.training.build import parameter_groups
 from ddp_ssl.training.job import Job
-
-sys.path.insert(0, str(Path(__file__).parent))
-from compare import device_line, spread, where
-from shared import trained
 
 
 class Turns:
@@ -93,15 +87,12 @@ class Turns:
 
 
 def measure(arguments: list[str], segment: int) -> Turns:
-    """The run, to its end."""
     with trained(arguments, lambda job: Turns(job, segment, cached=4)) as turns:
         return turns
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--segment", type=int, default=11)
     options, arguments = parser.parse_known_args()

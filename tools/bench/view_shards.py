@@ -7,15 +7,13 @@ its CPU time in a step of `--batch` images with `--views` views of 224 px. The l
 that trains. The different V take turns.
 """
 
-from __future__ import annotations
-
-import argparse
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from compare import parser_of
+from data import endless, split_of, write_pictures
 
 from ddp_ssl.config import ViewGroup
 from ddp_ssl.config.views import views_of
@@ -24,9 +22,6 @@ from ddp_ssl.data.loading.formats import PixelFormat
 from ddp_ssl.data.loading.loader import TrainLoader
 from ddp_ssl.data.loading.order import Order
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
-
-sys.path.insert(0, str(Path(__file__).parent))
-from data import endless, split_of, write_pictures
 
 STEPS = 8
 
@@ -47,9 +42,7 @@ def loader_of(split: Split, views: int, world: int, batch: int, shards: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--views", type=int, default=8)
     parser.add_argument("--world", type=int, default=8)
     parser.add_argument("--batch", type=int, default=16)

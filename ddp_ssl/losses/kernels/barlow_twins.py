@@ -1,7 +1,5 @@
 """Sums over images of the products of two views' standardised features, for all pairs of views."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import combinations
 from typing import Any, cast

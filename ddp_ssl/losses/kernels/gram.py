@@ -9,8 +9,6 @@ and gradient are those of the global batch.
 Backward computes the blocks again. Only a single block, and on a GPU the first few, are kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """InfoNCE's log-sums over all pairs of samples, in blocks."""
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch

@@ -1,7 +1,5 @@
 """Sums over the images of the global batch, from the rows that each process holds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,10 +25,6 @@ class Rows:
         """Sum over all images, from the sum over those held here."""
         # The members of a view group hold the same images, so each counts for its part.
         return self.comm.sum(x / self.comm.view_shards)
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Mean over all images of `x` `[n, ...]`, which belongs to these rows."""
-        return self.total(x.sum(0)) / self.images
 
     def squared_product(self, a: Tensor, b: Tensor) -> Tensor:
         """|A^T B|_F^2 over all images, for `a` `[n, p]`, `b` `[n, q]` that belong to these rows."""

@@ -1,7 +1,5 @@
 """Sums over images of each view: spread from the mean view, variances, squared covariances."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, cast
 
