@@ -369,8 +369,8 @@ def test_a_yaml_with_a_python_tag_is_refused(tmp_path: Path) -> None:
 def test_run_folders_stay_where_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("runs/../../etc", "/data/runs/../x", "../a/../b"):
         with pytest.raises(ConfigError, match=r"run\.dir: .*leads back up"):
-            folder.claim(config_of(f"run.dir={name}"))
-    assert folder.claim(config_of("run.dir=../elsewhere")).folder == Path("../elsewhere")
+            folder.choose(config_of(f"run.dir={name}"))
+    assert folder.choose(config_of("run.dir=../elsewhere")).folder == Path("../elsewhere")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "../../tmp/x")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     name = folder.default_name(config_of("model.backbone=hf-hub:timm/resnet18.a1_in1k"))

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from ddp_ssl.run.claims import Claim
 from ddp_ssl.utils.files import replace_text
 
 logger = logging.getLogger("ddp_ssl")
@@ -27,6 +28,8 @@ class RunStatus:
 
     def __init__(self) -> None:
         self.folder: Path | None = None
+        self.claim: Claim | None = None
+        """On rank 0, from before the folder is this run's until its end."""
 
     def record(self, state: State, **fields: Any) -> None:
         """Replace the status; one that cannot be written is a warning."""
@@ -45,3 +48,9 @@ class RunStatus:
             if json.loads((self.folder / "status.json").read_text())["state"] != "running":
                 return
         self.record("failed", error=reason, retry=True)
+
+    def release(self) -> None:
+        """Give the folder up: the last thing that a run does to it."""
+        if self.claim is not None:
+            self.claim.release()
+            self.claim = None
