@@ -16,7 +16,14 @@ from ddp_ssl.config import Config, ConfigError
 from ddp_ssl.run import claims, environment
 from ddp_ssl.run.identity import identity
 from ddp_ssl.run.status import write_status
+from ddp_ssl.utils.files import TEMPORARY, replace_text
 from ddp_ssl.utils.launcher import restarts
+
+# Files of a run that are written beside and renamed.
+WRITTEN = (
+    "config.yaml", "environment.json", "status.json", "views.png", "bad_images.txt",
+    "metrics.jsonl", "backbone.pt", "result.md",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -184,9 +191,12 @@ def create(folder: Path) -> None:
 
 def write_about(folder: Path, config: str, ranks: list[str], step: int) -> None:
     """Write the config (YAML) and the environment, and clean up after an earlier start."""
-    (folder / "config.yaml").write_text(config)
+    for name in WRITTEN:
+        for path in folder.glob(f"{name}.*{TEMPORARY}"):
+            path.unlink(missing_ok=True)
+    replace_text(folder / "config.yaml", config)
     about = environment.environment() | {"world_size": len(ranks), "ranks": ranks}
-    (folder / "environment.json").write_text(json.dumps(about, indent=1) + "\n")
+    replace_text(folder / "environment.json", json.dumps(about, indent=1) + "\n")
     _remove_old_stop(folder)
     write_status(folder, "running", step=step)
     store.clean_up(folder)

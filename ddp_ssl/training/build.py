@@ -91,7 +91,7 @@ def build(
     watch.next("building the run")
     # An error before leaves no trace: the claim and the folder made for it go with the run.
     on_all_ranks(world, lambda: folder.create(start.folder) if world.is_main else None)
-    status.folder = start.folder
+    status.begin(start.folder)
     console.setup_logging(start.folder, world.rank)
 
     validation = None
@@ -170,6 +170,7 @@ def open_folder(
         tensorboard=resolved.config.log.tensorboard,
         resumed_step=step,
         offset=0 if continued is None else continued["metrics_offset"],
+        crc=None if continued is None else continued.get("metrics_crc"),
     )
     writer.text("config", f"```yaml\n{resolved.to_yaml()}```", step or 0)
     return writer
