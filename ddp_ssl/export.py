@@ -31,10 +31,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddp_ssl import models
+from ddp_ssl.checkpoint import store
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, Model
 from ddp_ssl.evals.settings import config_of_run
-from ddp_ssl.evals.weights import checkpoint_of, fill, find_source, read_checkpoint
+from ddp_ssl.evals.weights import Source, fill, find_source
 from ddp_ssl.models import STEM_PADDING, architecture, build_backbone, loading_snippet
 from ddp_ssl.utils.text import one_line
 
@@ -67,6 +68,8 @@ class Trained:
     config: Config
     state: dict[str, Any]
     path: Path
+    sha256: str
+    """Of the checkpoint, as it was read: the run may have pruned it since."""
 
     @property
     def size(self) -> int:
@@ -96,13 +99,27 @@ def load_trained(source: str) -> Trained:
             "in its checkpoints/ would be accepted"
         )
     config = config_of_run(found.home)
-    path = checkpoint_of(found)
-    state = read_checkpoint(path)
+    path, sha256, state = _checkpoint(found)
     backbone, width = build_backbone(architecture(config.model), [config.data.central_crop.size])
     prefix = "method.backbone."
     own = {n.removeprefix(prefix): v for n, v in state["model"].items() if n.startswith(prefix)}
     fill(backbone, own, path)
-    return Trained(backbone.eval(), width, config, state, path)
+    return Trained(backbone.eval(), width, config, state, path, sha256)
+
+
+def _checkpoint(source: Source) -> tuple[Path, str, dict[str, Any]]:
+    """Path, SHA-256 and state of the file, or of the run's newest good checkpoint, read once."""
+    if source.file is not None:
+        path, (sha256, state) = source.file, store.load_file(source.file)
+    else:
+        assert source.home is not None
+        newest = store.load_newest(source.home)
+        if newest is None:
+            raise ValueError(f"no good checkpoint in {source.home / 'checkpoints'}")
+        path, sha256, state = newest[0].path, newest[0].sha256, newest[1]
+    if not {"model", "step", "identity"} <= state.keys():
+        raise ValueError(f"{path} is no checkpoint of a run: it has no model, step and identity")
+    return path, sha256, state
 
 
 # --- the formats ---------------------------------------------------------------------------------
@@ -280,7 +297,7 @@ def model_card(trained: Trained, form: Form, file: Path, off: float) -> str:
         f"{config.data.batch_size} images x {config.num_views} views on {len(state['ranks'])} "
         f"process{'es' if len(state['ranks']) != 1 else ''}",
         "config hash": f"`{trained.config_hash[:16]}` (SHA-256 of the settings below)",
-        "checkpoint": f"{trained.path.name}, SHA-256 `{_sha256(trained.path)[:16]}`",
+        "checkpoint": f"{trained.path.name}, SHA-256 `{trained.sha256[:16]}`",
         "code": ", ".join(f"{name} {version}" for name, version in code.items()),
         "file": f"{file.name}, {file.stat().st_size / 1e6:.1f} MB, SHA-256 `{_sha256(file)[:16]}`",
         "checked": f"read back, its features are {equal(off)} (images of noise, CPU)",

@@ -247,7 +247,7 @@ def _run_here(training: Training, name: str, per_node: int, options: argparse.Na
     import submitit
 
     os.environ["MASTER_PORT"] = str(_free_port())
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # of two in one second too
     training.folder = training.folder.replace("%A", stamp)
     executor = submitit.AutoExecutor(folder=_log_folder(options), cluster=options.cluster)
     if options.cluster == "local":

@@ -32,7 +32,9 @@ def main(
     arguments: Sequence[str] | None = None, on_step: Callable[[Any], None] | None = None
 ) -> int:
     """Run from the command line; returns the exit code. `on_step` is called before every step."""
-    # First of all, so that no signal is lost while torch and DALI are imported.
+    if not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)  # a crash in native code leaves a stack
+    # Before all imports, so that no signal is lost while torch and DALI are imported.
     stop = StopRequest().install()
     stop_with_parent()
     words = sys.argv[1:] if arguments is None else arguments

@@ -26,6 +26,17 @@ usage() {
   exit 2
 }
 
+# Array tasks are requeued by this name; the id of one of them is that of the whole array.
+job=${SLURM_JOB_ID:-}
+task=${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+[ -n "$task" ] && job=$SLURM_ARRAY_JOB_ID$task
+
+# Another run has the folder: its state and its STOP are not this job's.
+held_by_another() {
+  local claims=("$RUN_DIR"/claim-*.json)
+  [ -e "${claims[0]}" ] && ! grep -qs "\"job\": \"$job\"" "${claims[@]}"
+}
+
 # --- on every node: torchrun -----------------------------------------------------------------------
 
 # The agent is no child of slurmstepd, so that signals reach it only where Slurm signals whole
@@ -45,6 +56,7 @@ on_node() {
 # A STOP that a user made is empty and means the end; one with text in it came from Slurm, and the
 # job is to go on later.
 ask_to_stop() {
+  held_by_another && return
   [ -e "$RUN_DIR/STOP" ] || { mkdir -p "$RUN_DIR" && echo "launcher: $*" >"$RUN_DIR/STOP"; }
 }
 
@@ -139,10 +151,6 @@ shift 2
 case $config in /*) ;; *) config=$repo/$config ;; esac
 [ -n "${SLURM_JOB_ID:-}" ] || usage
 
-# Array tasks are requeued by this name; the id of one of them is that of the whole array.
-job=$SLURM_JOB_ID
-task=${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
-[ -n "$task" ] && job=$SLURM_ARRAY_JOB_ID$task
 restarts=${SLURM_RESTART_COUNT:-0}
 MAX_REQUEUES=${MAX_REQUEUES:-20}
 
@@ -241,6 +249,10 @@ step=$!
 # A trapped signal interrupts `wait`.
 until wait "$step"; rc=$?; ! kill -0 "$step" 2>/dev/null; do :; done
 [ -n "${asker:-}" ] && { kill -KILL "$asker" && wait "$asker"; } 2>/dev/null
+if held_by_another; then
+  say "another run has the folder (srun: $rc); not requeued. $resume"
+  exit "$rc"
+fi
 by_user=
 if [ -e "$RUN_DIR/STOP" ]; then
   if [ -s "$RUN_DIR/STOP" ]; then rm -f "$RUN_DIR/STOP"; else by_user=1; fi

@@ -98,7 +98,7 @@ def train(
         if on_step is not None:
             on_step(job)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
     handlers = {n: signal.getsignal(n) for n in numbers}
     try:
         return main(args, before)

@@ -369,8 +369,8 @@ def test_a_yaml_with_a_python_tag_is_refused(tmp_path: Path) -> None:
 def test_run_folders_stay_where_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("runs/../../etc", "/data/runs/../x", "../a/../b"):
         with pytest.raises(ConfigError, match=r"run\.dir: .*leads back up"):
-            folder.claim(config_of(f"run.dir={name}"))
-    assert folder.claim(config_of("run.dir=../elsewhere")).folder == Path("../elsewhere")
+            folder.choose(config_of(f"run.dir={name}"))
+    assert folder.choose(config_of("run.dir=../elsewhere")).folder == Path("../elsewhere")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "../../tmp/x")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     name = folder.default_name(config_of("model.backbone=hf-hub:timm/resnet18.a1_in1k"))
@@ -381,7 +381,7 @@ def test_run_folders_stay_where_they_are_named(monkeypatch: pytest.MonkeyPatch) 
 # --- stopping ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "STOP"])
+@pytest.mark.parametrize("what", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP", "STOP"])
 def test_every_request_to_stop_loses_no_step(
     ranks: Ranks, photos: Path, whole: Whole, tmp_path: Path, what: str
 ) -> None:
@@ -547,6 +547,50 @@ def test_a_second_ctrl_c_ends_a_process_that_is_blocked() -> None:
     time.sleep(1.3)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
+
+
+DIES = """
+import faulthandler, os, signal, sys, time
+from pathlib import Path
+from ddp_ssl.config import Run
+from ddp_ssl.run import claims, status
+run, folder = status.RunStatus(), Path(sys.argv[1])
+run.claim = claims.take(folder, Run())
+run.begin(folder)
+status.write_status(folder, "running", step=7)
+(folder / f"status.json.n1-{os.getpid()}.tmp").touch()
+if sys.argv[2] == "done":
+    run.record("done", step=9)
+    run.release()
+elif sys.argv[2] == "replaced":
+    run.claim.path.rename(folder / "claim-8.json")
+    os.kill(os.getpid(), signal.SIGKILL)
+else:
+    os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGSEGV", "SIGKILL", "done", "replaced"])
+def test_a_run_that_dies_leaves_a_truthful_status(tmp_path: Path, how: str) -> None:
+    """Not over the status of a run that has the folder by then."""
+    subprocess.run([sys.executable, "-c", DIES, str(tmp_path), how], check=how == "done")
+    if how == "done":
+        assert status(tmp_path)["state"] == "done"
+        assert not list(tmp_path.glob("claim-*"))
+        return
+    deadline = time.monotonic() + 30
+    while list(tmp_path.glob("*.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not list(tmp_path.glob("*.tmp"))
+    if how == "replaced":
+        time.sleep(0.2)
+        assert status(tmp_path)["state"] == "running"
+        return
+    while status(tmp_path)["state"] == "running" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    found = status(tmp_path)
+    assert (found["state"], found["retry"], found["step"]) == ("failed", True, 7)
+    assert "rank 0 died" in found["error"]
 
 
 # --- who it was --------------------------------------------------------------------------------

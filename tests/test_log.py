@@ -8,7 +8,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,71 @@ def test_a_full_disk_delays_rows_and_loses_none(
     assert text[:promised].count("\n") == 3
     assert text[promised - 1] == "\n"
     assert caplog.text.count("rows wait in memory: [Errno 28]") == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "said", "left"),
+    [
+        (lambda t: t, "", [1, 2, 3, 4, 5, 6]),
+        (lambda t: t.replace(b'{"step": 3,', b'{"step~ 3,'),
+         "a line after step 2 cannot be read; the rows of steps 3 are lost", [1, 2, 4, 5, 6]),
+        (lambda t: t.replace(b'"step": 3', b'"step": 1'),
+         "a line after step 2 cannot be read; the rows of steps 3 are lost", [1, 2, 4, 5, 6]),
+        (lambda t: t.replace(b'"train/loss": 4.0', b'"train/loss": 5.0'),
+         "every line can be read, but a figure is another", [1, 2, 3, 4, 5, 6]),
+        (lambda t: t[:80] + t[100:], "a line after step 1 cannot be read", None),
+        (lambda t: t[:130], "the rows of steps 3-6 are lost", [1, 2]),
+        (lambda t: b"", "the rows of steps 1-6 are lost", []),
+    ],
+)  # fmt: skip
+def test_rows_that_changed_since_the_checkpoint_are_named(
+    damage: Callable[[bytes], bytes], said: str, left: list[int] | None, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    before = writer_of(tmp_path)
+    write(before, range(1, 7))
+    offset, crc = before.offset(), before.crc
+    write(before, range(7, 9))
+    before.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(damage(path.read_bytes()))
+    changed = path.read_bytes()
+    after = writer_of(tmp_path, 6, offset, crc=crc)
+    assert said in caplog.text if said else not caplog.text
+    steps = [row["step"] for row in rows_of(tmp_path)]
+    assert steps == left if left is not None else set(steps) < set(range(1, 7))
+    assert after.crc == zlib.crc32(path.read_bytes())
+    after.close()
+    damaged = tmp_path / "metrics.jsonl.damaged"
+    assert not damaged.exists() or damaged.read_bytes() == changed
+
+
+def test_rows_that_cannot_be_written_at_the_end_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = writer_of(tmp_path)
+    rows._file = FullDisk(rows._file, 70)
+    write(rows, range(1, 4))
+    rows.close()
+    assert caplog.text.count("rows wait in memory") == 1
+    assert "the rows of steps 2-3 could not be written" in caplog.text
+
+
+def test_a_log_that_cannot_be_written_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a full disk, and where it cannot even be opened."""
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    (tmp_path / "other/train.log").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "other"):
+        console.setup_logging(folder, 0)
+        for number in range(3):
+            logging.getLogger("ddp_ssl").info("line %d", number)
+        console.setup_logging(None, 0)
+        text = capsys.readouterr().err
+        assert text.count("train.log: cannot be written, lines are on the console only") == 1
+        assert [f"line {n}" in text for n in range(3)] == [True] * 3
+        assert "Traceback" not in text
 
 
 # --- TensorBoard -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ tests/slurm runs the same scripts on a real Slurm.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from ddp_ssl.driver import CONSTRAINTS
+from ddp_ssl.run import claims
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "slurm/imagenet100_adadim.sh"
@@ -26,6 +28,7 @@ SRUN = """#!/bin/bash
 printf '%s\\n' "$@" >"$FAKE/srun"
 env >"$FAKE/env"
 [ -n "$FAKE_STOP" ] && { mkdir -p "$RUN_DIR"; printf '%s' "${FAKE_STOP#empty}" >"$RUN_DIR/STOP"; }
+[ -n "$FAKE_CLAIM" ] && { mkdir -p "$RUN_DIR"; cp "$FAKE_CLAIM" "$RUN_DIR/claim-2.json"; }
 [ -n "$FAKE_SIGNAL" ] && { kill -"$FAKE_SIGNAL" "$PPID"; /bin/sleep 0.5; }
 if [ -n "$FAKE_STATUS" ]; then
   mkdir -p "$RUN_DIR/checkpoints"
@@ -276,6 +279,26 @@ def test_crashes_are_counted_by_checkpoint(fake: Fake) -> None:
     folder = str(fake.place / "runs/try-123456")
     _, out, _ = fake.run(RUN_DIR=folder, FAKE_STATUS=status("running"), FAKE_RC="137")
     assert "requeued" in out
+
+
+@pytest.mark.parametrize("job", [None, "99", "123456", "123456_3"])
+def test_a_folder_that_another_run_has_is_no_crash(
+    fake: Fake, tmp_path: Path, job: str | None
+) -> None:
+    """Neither its state nor its STOP is this job's, which a signal must not stop either."""
+    holder = dataclasses.replace(claims.this_process(300), job=job)
+    claims._write(tmp_path / "claim", holder)
+    array = {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "3"}
+    given = {"FAKE_CLAIM": f"{tmp_path}/claim", "FAKE_RC": "2", "FAKE_SIGNAL": "USR2"}
+    own = job in ("123456", "123456_3")
+    code, out, _ = fake.run(
+        FAKE_STATUS=status("running", step=4), **given, **(array if job == "123456_3" else {})
+    )
+    assert ("another run has the folder (srun: 2); not requeued" in out) == (not own), out
+    assert bool(fake.requeued) == own
+    assert own or code == 2
+    assert list(fake.place.glob("runs/*/crashes.txt")) != [] or not own
+    assert list(fake.place.glob("runs/*/STOP")) == []
 
 
 def test_signals_to_the_batch_shell(fake: Fake) -> None:

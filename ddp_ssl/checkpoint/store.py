@@ -40,6 +40,7 @@ from ddp_ssl.utils.text import one_line
 logger = logging.getLogger("ddp_ssl")
 
 DAMAGED = ".damaged"
+EXCHANGE_S, EXCHANGE_TRIES = 0.05, 100  # how long a reader waits for an exchange of `best.pt`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,12 @@ class CheckpointInfo:
     @staticmethod
     def read(manifest: Path) -> CheckpointInfo:
         """Read a manifest. Raises `OSError` or `ValueError` if that cannot be done."""
-        fields = json.loads(manifest.read_text())
+        return CheckpointInfo.parse(manifest, manifest.read_text())
+
+    @staticmethod
+    def parse(manifest: Path, text: str) -> CheckpointInfo:
+        """The manifest of this path and text. Raises `ValueError`."""
+        fields = json.loads(text)
         try:
             return CheckpointInfo(path=manifest.with_name(fields.pop("file")), **fields)
         except (AttributeError, KeyError, TypeError) as error:
@@ -149,7 +155,7 @@ def save_best(folder: Path, newest_path: Path) -> Path:
         # The new manifest waits beside the old one until the file is there, so that `clean_up` can
         # finish the exchange if the process dies in the middle of it.
         manifest = best.with_suffix(".json")
-        waiting = manifest.with_name(manifest.name + TEMPORARY)
+        waiting = _waiting(manifest)
         write_synced(waiting, dataclasses.replace(source, path=best).to_json())
         os.replace(temporary, best)
         temporary.unlink(missing_ok=True)  # renaming onto a link to the same file does nothing
@@ -180,7 +186,7 @@ def clean_up(folder: Path) -> None:
         _set_aside(manifest)
     for found in readable:
         try:
-            problem = _mismatch(found)
+            problem = _problem(found)
         except OSError:  # a file system that fails for a moment is no reason to move anything
             break
         if problem is None:
@@ -188,13 +194,19 @@ def clean_up(folder: Path) -> None:
         _set_aside(found.manifest)
 
 
+def _waiting(manifest: Path) -> Path:
+    """The manifest of a file that is about to be exchanged."""
+    return manifest.with_name(manifest.name + TEMPORARY)
+
+
 def _finish_best(home: Path) -> None:
-    waiting = home / ("best.json" + TEMPORARY)
+    waiting = _waiting(home / "best.json")
     try:
         found = CheckpointInfo.read(waiting)
+        problem = _problem(found)
     except (OSError, ValueError):
         return
-    if _problem(found) is None:
+    if problem is None:
         os.replace(waiting, home / "best.json")
 
 
@@ -316,7 +328,7 @@ def newest_good(folder: Path) -> CheckpointInfo | None:
 
     Logs a warning naming each damaged one that it passes over.
     """
-    return next(_good(folder), None)
+    return next((found for found, _ in _good(folder)), None)
 
 
 def load_newest(
@@ -324,11 +336,12 @@ def load_newest(
 ) -> tuple[CheckpointInfo, dict[str, Any]] | None:
     """The newest checkpoint that is good and its state, or None.
 
-    Logs a warning naming each damaged one that it passes over.
+    The file that was checked is the one that is loaded, even if the run prunes it meanwhile. Logs a
+    warning naming each damaged one that it passes over.
     """
-    for found in _good(folder):
+    for found, file in _good(folder):
         try:
-            return found, _read(found.path, map_location)
+            return found, _read(file, found.path, map_location)
         except ValueError as error:
             logger.warning("%s; trying the one before", error)
     return None
@@ -347,22 +360,62 @@ def load(
         if newest is None:
             raise ValueError(f"no good checkpoint in {path / 'checkpoints'}")
         return newest[1]
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; expected a checkpoint (.pt) or a run folder")
+    return load_file(path, map_location, sha256=sha256)[1]
+
+
+def load_file(
+    path: Path, map_location: torch.device | str = "cpu", *, sha256: str | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The SHA-256 and the state of a checkpoint file; raises `ValueError` as `load` does.
+
+    What the run prunes or exchanges meanwhile is read as it was.
+    """
     manifest = path.with_suffix(".json")
-    if manifest.exists():
+    for tries_left in reversed(range(EXCHANGE_TRIES)):
+        before = _text(manifest)
         try:
-            found = CheckpointInfo.read(manifest)
-            problem = _problem(found)
-            if sha256 not in (None, found.sha256):
-                problem = f"its SHA-256 is {found.sha256[:12]}, rank 0 reads {(sha256 or '')[:12]}"
-        except (OSError, ValueError) as error:
-            problem = f"its manifest {manifest.name} cannot be read: {error}"
-        if problem is not None:
+            file = open(path, "rb")  # noqa: SIM115
+        except FileNotFoundError:
+            raise ValueError(
+                f"{path} does not exist; expected a checkpoint (.pt) or a run folder"
+            ) from None
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        with file:
+            digest, problem = _verify(file, manifest, before, sha256)
+            if problem is None:
+                file.seek(0)
+                return digest, _read(file, path, map_location)
+        # `save_best` exchanges the file and then its manifest.
+        exchanged = before != _text(manifest) or _waiting(manifest).exists()
+        if not (exchanged and tries_left):
             raise ValueError(f"checkpoint {path} is damaged: {problem}")
-    else:
-        logger.warning("%s has no manifest %s beside it: not verified", path, manifest.name)
-    return _read(path, map_location)
+        time.sleep(EXCHANGE_S)
+    raise AssertionError  # the last try has raised or returned
+
+
+def _verify(
+    file: io.BufferedReader, manifest: Path, text: str | None, sha256: str | None
+) -> tuple[str, str | None]:
+    """The SHA-256 of an open file, and how it differs from its manifest's text, or None."""
+    if text is None:
+        logger.warning("%s has no manifest %s beside it: not verified", file.name, manifest.name)
+        return _sha256(file), None
+    try:
+        found = CheckpointInfo.parse(manifest, text)
+    except ValueError as error:
+        return "", f"its manifest {manifest.name} cannot be read: {error}"
+    if sha256 not in (None, found.sha256):
+        return "", f"its SHA-256 is {found.sha256[:12]}, rank 0 reads {(sha256 or '')[:12]}"
+    return found.sha256, _mismatch(found, file)
+
+
+def _text(manifest: Path) -> str | None:
+    """A manifest's text; None if there is no manifest."""
+    try:
+        return manifest.read_text()
+    except FileNotFoundError:
+        return None
 
 
 def _scan(home: Path) -> tuple[list[CheckpointInfo], list[Path]]:
@@ -379,39 +432,52 @@ def _scan(home: Path) -> tuple[list[CheckpointInfo], list[Path]]:
     return sorted(found, key=lambda f: (f.serial, f.step), reverse=True), unreadable
 
 
-def _good(folder: Path) -> Iterator[CheckpointInfo]:
-    found, unreadable = _scan(folder / "checkpoints")
-    for manifest in unreadable:
-        logger.warning("checkpoint manifest %s cannot be read: passed over", manifest)
-    for candidate in found:
-        problem = _problem(candidate)
-        if problem is None:
-            yield candidate
+def _good(folder: Path) -> Iterator[tuple[CheckpointInfo, io.BufferedReader]]:
+    """The good checkpoints, the last saved first, each with its file, open at the beginning."""
+    passed: set[Path] = set()
+    while True:
+        found, unreadable = _scan(folder / "checkpoints")
+        for manifest in set(unreadable) - passed:
+            logger.warning("checkpoint manifest %s cannot be read: passed over", manifest)
+        passed |= set(unreadable)
+        for candidate in found:
+            if candidate.path in passed:
+                continue
+            try:
+                with open(candidate.path, "rb") as file:
+                    problem = _mismatch(candidate, file)
+                    if problem is None:
+                        file.seek(0)
+                        yield candidate, file
+            except OSError as error:
+                if not candidate.manifest.exists():
+                    break  # pruned meanwhile by the run that we look at: there are newer ones
+                missing = isinstance(error, FileNotFoundError)
+                problem = "its file is missing" if missing else error.strerror or str(error)
+            passed.add(candidate.path)
+            if problem is not None:
+                logger.warning(
+                    "checkpoint %s is damaged (%s); trying the one before", candidate.path, problem
+                )
         else:
-            logger.warning(
-                "checkpoint %s is damaged (%s); trying the one before", candidate.path, problem
-            )
+            return
 
 
 def _problem(found: CheckpointInfo) -> str | None:
-    """The problem of a checkpoint's file, or None."""
-    try:
-        return _mismatch(found)
-    except OSError as error:
-        return error.strerror or str(error)
-
-
-def _mismatch(found: CheckpointInfo) -> str | None:
     """How a checkpoint's file differs from its manifest, or None; raises `OSError`."""
     try:
-        size = found.path.stat().st_size
+        with open(found.path, "rb") as file:
+            return _mismatch(found, file)
     except FileNotFoundError:
         return "its file is missing"
+
+
+def _mismatch(found: CheckpointInfo, file: io.BufferedReader) -> str | None:
+    """How an open file differs from its manifest, or None."""
+    size = os.fstat(file.fileno()).st_size
     if size != found.bytes:
         return f"{size} bytes, its manifest says {found.bytes}"
-    with open(found.path, "rb") as file:
-        digest = _sha256(file)
-    return None if digest == found.sha256 else "its SHA-256 is not the manifest's"
+    return None if _sha256(file) == found.sha256 else "its SHA-256 is not the manifest's"
 
 
 def _sha256(file: io.BufferedReader) -> str:
@@ -421,9 +487,9 @@ def _sha256(file: io.BufferedReader) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, map_location: torch.device | str) -> dict[str, Any]:
+def _read(file: io.BufferedReader, path: Path, map_location: torch.device | str) -> dict[str, Any]:
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        state = torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise anything
         raise ValueError(f"{path} cannot be loaded as a checkpoint: {_reason(error)}") from error
     if not isinstance(state, dict):

@@ -33,7 +33,7 @@ LONG_S = 60.0  # for one checkpoint
 
 def choose_folder(ctx: Context, before: list[Any]) -> folder.Start | None:
     """Choose the run folder and the checkpoint to resume from; on rank 0."""
-    return folder.claim(ctx.config) if ctx.world.is_main else None
+    return folder.choose(ctx.config) if ctx.world.is_main else None
 
 
 def know_folder(ctx: Context, before: list[Any]) -> folder.Start | None:

@@ -7,6 +7,7 @@ a `ConfigError` of one line with the key, its place, and the value that would be
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     overrides: list[str] = []
     for argument in arguments:
         # A file's path may contain `=`: the folders of a sweep are called `seed=0`.
-        if "=" in argument and not Path(argument).is_file():
+        if "=" in argument and not os.path.isfile(
+            argument
+        ):  # False for what is too long for a name
             overrides.append(argument)
         elif argument.startswith("-"):
             raise ConfigError(

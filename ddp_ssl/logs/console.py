@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import statistics
 import sys
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ddp_ssl.logs.writer import Row
 
 logger = logging.getLogger("ddp_ssl")
+NOT_WRITTEN = "cannot be written, lines are on the console only: %s"
 
 
 def setup_logging(folder: Path | None, rank: int) -> None:
@@ -27,7 +29,10 @@ def setup_logging(folder: Path | None, rank: int) -> None:
     console = _Console(rank)
     root.addHandler(console)
     if folder is not None and rank == 0:
-        root.addHandler(_LogFile(folder / "train.log"))
+        try:
+            root.addHandler(_LogFile(folder / "train.log"))
+        except OSError as error:
+            logger.warning("%s: %s", error.filename, NOT_WRITTEN % error.strerror)
     root.setLevel(logging.WARNING)
     logger.setLevel(logging.INFO)
     logging.captureWarnings(True)  # so that W processes do not print the same warning W times
@@ -62,6 +67,10 @@ class _Console(_StreamHandler):
         except Exception:
             self.handleError(record)
 
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            super().flush()
+
     def close(self) -> None:
         if self._open_line:
             self.stream.write("\n")
@@ -75,6 +84,20 @@ class _LogFile(logging.FileHandler):
         super().__init__(path, encoding="utf-8")
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.setLevel(logging.INFO)
+        self._failing = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say once that lines cannot be written; others come when there is room again."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._failing:
+            self._failing = True
+            logger.warning("%s: %s", self.baseFilename, NOT_WRITTEN % error.strerror)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # lines that were kept back, which has been said
+            super().close()
 
 
 class ProgressLine:

@@ -10,12 +10,16 @@ import json
 import logging
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from ddp_ssl.utils.files import replaced
+from ddp_ssl.utils.launcher import ranges
 
 logger = logging.getLogger("ddp_ssl")
 
@@ -30,27 +34,38 @@ class MetricsWriter:
     all digits, so that two runs can be compared to the last bit. JSON has no NaN and no infinity:
     they are the strings "nan", "inf" and "-inf", which Python's `float` reads.
 
-    A full disk does not end the run: rows wait in memory until they can be written; TensorBoard,
-    which cannot recover, is given up with a warning.
+    A full disk does not end the run: rows wait in memory until they can be written, which is said
+    once. TensorBoard, which cannot recover, is given up with a warning.
     """
 
     def __init__(
-        self, folder: Path, *, tensorboard: bool, resumed_step: int | None, offset: int | None
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool,
+        resumed_step: int | None,
+        offset: int | None,
+        crc: int | None = None,
     ) -> None:
         """Continue the files of `folder` after `resumed_step`, or begin (None).
 
-        `offset` is the result of `offset()` at the checkpoint: later rows are cut off. Where it is
-        None, rows after `resumed_step` are cut off (all, if that is None). So is a half line.
+        `offset` and `crc` are those of this writer at the checkpoint: later rows are cut off. A
+        file that has changed since is mended, and a warning says which rows are lost. Where
+        `offset` is None, rows after `resumed_step` are cut off (all, if that is None). So is a half
+        line. Raises `OSError` with the path of a file that cannot be written.
         """
         self.path = folder / "metrics.jsonl"
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         self._pending = b""
         self._warned = False
-        size = _rows_to_keep(self.path, resumed_step, offset)
-        if offset is not None and size < offset:
-            logger.warning("%s is shorter than at the checkpoint: some rows are lost", self.path)
-        self._file.truncate(size)
-        self._file.seek(size)
+        try:
+            if offset:
+                mend(self.path, resumed_step or 0, offset, crc)
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            size, self.crc = _rows_to_keep(self.path, resumed_step, offset)
+            self._file.truncate(size)
+            self._file.seek(size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         self._events: Any = None
         if tensorboard:
             from tensorboard.compat.proto.summary_pb2 import Summary
@@ -65,7 +80,8 @@ class MetricsWriter:
         """Write one row: `step`, `epoch` and any metrics by name."""
         values = {name: _plain(value) for name, value in row.items()}
         text = {name: _as_json(value) for name, value in values.items()}
-        self._pending += json.dumps(text, allow_nan=False).encode() + b"\n"
+        line = json.dumps(text, allow_nan=False).encode() + b"\n"
+        self._pending, self.crc = self._pending + line, zlib.crc32(line, self.crc)
         self._drain()
         shown = {n: v for n, v in values.items() if n not in ("step", "epoch")}
         if self._events is not None and shown:
@@ -101,14 +117,25 @@ class MetricsWriter:
         return self._file.tell() + len(self._pending)
 
     def sync(self) -> None:
-        """Wait until the rows written so far are on disk; from any thread. Raises `OSError`."""
-        os.fsync(self._file.fileno())
+        """Wait until the rows written so far are on disk; from any thread."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._warn(error)
 
     def close(self) -> None:
-        """Write the pending rows and close the files."""
+        """Write the pending rows and close the files; an error says which rows are lost."""
         self.flush()
         self._send("close")
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            self._warn(error)
+        if self._pending:
+            steps = ranges(
+                {int(s) for s in map(_step_of, self._pending.split(b"\n")) if s < math.inf}
+            )
+            logger.error("%s: the rows of steps %s could not be written", self.path, steps)
 
     def _drain(self) -> None:
         try:
@@ -147,17 +174,54 @@ def read_metrics(path: Path) -> Iterator[dict[str, float | int]]:
             }
 
 
-def _rows_to_keep(path: Path, step: int | None, offset: int | None) -> int:
-    """Bytes of the whole rows before `offset`, or, without it, of those up to `step`."""
-    kept = 0
+def mend(path: Path, step: int, offset: int, crc: int | None) -> None:
+    """Compare the rows with those at a checkpoint of `step`, and drop those that cannot be read.
+
+    `offset` bytes with the checksum `crc` (None: unknown) were there. A changed file is kept as
+    `metrics.jsonl.damaged`. Raises `OSError`.
+    """
+    with open(path, "a+b") as file:
+        file.seek(0)
+        text = file.read(offset)
+    if crc == zlib.crc32(text) and len(text) == offset:
+        return
+    kept: list[bytes] = []
+    steps, unreadable = [0], set()
+    for line in text.splitlines(keepends=True):
+        whole, at = line.endswith(b"\n"), _step_of(line)
+        if whole and steps[-1] <= at <= step:
+            kept.append(line)
+            steps.append(int(at))
+        elif steps[-1] < step and not step < at < math.inf:
+            unreadable.add(steps[-1])
+    first = steps[1] if kept else 1  # a run that continued another's begins later
+    lost = set(range(first, step + 1)) - set(steps)
+    problems = [f"a line after step {at} cannot be read" for at in sorted(unreadable)]
+    if lost:
+        problems.append(f"the rows of steps {ranges(lost)} are lost")
+    elif len(text) < offset:
+        problems.append("it is shorter, some rows are lost")
+    if not problems and crc is not None:
+        problems.append("every line can be read, but a figure is another")
+    if problems:
+        logger.warning("%s has changed since the checkpoint: %s", path, "; ".join(problems))
+    if b"".join(kept) != text:
+        with replaced(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
+            os.replace(path, path.with_name(path.name + ".damaged"))
+
+
+def _rows_to_keep(path: Path, step: int | None, offset: int | None) -> tuple[int, int]:
+    """Bytes of the whole rows before `offset`, or, without it, of those up to `step`; their crc."""
+    kept = crc = 0
     with open(path, "rb") as file:
         for line in file:
             if not line.endswith(b"\n") or (offset is not None and kept + len(line) > offset):
                 break
             if offset is None and (step is None or _step_of(line) > step):
                 break
-            kept += len(line)
-    return kept
+            kept, crc = kept + len(line), zlib.crc32(line, crc)
+    return kept, crc
 
 
 def _step_of(line: bytes) -> float:

@@ -1,4 +1,4 @@
-"""The choice of the run folder, and of the checkpoint that a run continues from."""
+"""The run folder: its choice, its claim, and the checkpoint that a run continues from."""
 
 from __future__ import annotations
 
@@ -7,14 +7,23 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ddp_ssl.checkpoint import store
 from ddp_ssl.config import Config, ConfigError
-from ddp_ssl.run import environment
+from ddp_ssl.run import claims, environment
+from ddp_ssl.run.identity import identity
 from ddp_ssl.run.status import write_status
+from ddp_ssl.utils.files import TEMPORARY, replace_text
 from ddp_ssl.utils.launcher import restarts
+
+# Files of a run that are written beside and renamed.
+WRITTEN = (
+    "config.yaml", "environment.json", "status.json", "views.png", "bad_images.txt",
+    "metrics.jsonl", "backbone.pt", "result.md",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,14 +38,65 @@ class Start:
     """Of the checkpoint as rank 0 sees it, if its manifest has one; every rank must load it."""
 
 
-def claim(config: Config, restarted: bool | None = None) -> Start:
-    """Choose the folder and the starting point; creates nothing yet. For rank 0 alone.
+@dataclass(frozen=True)
+class _Plan:
+    """The folder of a run, and where it may continue from."""
+
+    folder: Path
+    resume: str
+    """`never`, `auto`, or the path of a checkpoint or run folder."""
+    same_folder: bool
+
+
+def choose(config: Config, restarted: bool | None = None) -> Start:
+    """Choose the folder and the starting point; creates nothing.
+
+    Another process may choose the same: a run takes them with `claim`. Raises `ConfigError` for a
+    folder in use and for a starting point that is not there.
+    """
+    plan = _plan(config, restarted)
+    _refuse(plan)
+    return _start(plan)
+
+
+def claim(
+    config: Config,
+    restarted: bool | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> tuple[Start, claims.Claim]:
+    """Take the folder for this run alone, and choose the starting point. For rank 0 alone.
 
     `restarted`: whether any process knows of a restart (default: this one); on several nodes
-    torchrun's agents count each for itself.
+    torchrun's agents count each for itself. With `run.resume=auto` the run that has the folder is
+    waited for, until it must be dead or `stopped`.
 
     Raises `ConfigError` for a folder in use and for a starting point that is not there.
     """
+    number = 1
+    while True:
+        plan = _plan(config, restarted, number)
+        chosen = config.run.dir is not None or plan.resume not in ("never", "auto")
+        try:
+            if not chosen and _another_experiment(plan.folder, config):
+                raise claims.FolderInUseError(f"{plan.folder} has another experiment")
+            _refuse(plan)  # before anything is made in it
+            wait = chosen and plan.resume == "auto"
+            taken = claims.take(plan.folder, config.run, wait, stopped)
+        except claims.FolderInUseError:
+            if chosen:
+                raise
+            number += 1  # a name of this project's own, which another run has taken
+            continue
+        try:
+            _refuse(plan)  # another run may have come and gone
+            return _start(plan), taken
+        except BaseException:
+            taken.release()
+            raise
+
+
+def _plan(config: Config, restarted: bool | None, number: int = 1) -> _Plan:
+    """`number`: which of the names a run without `run.dir` gets."""
     resume = config.run.resume
     restarted = bool(restarts()) if restarted is None else restarted
     if restarted and (resume == "never" or _has_own_checkpoint(config)):
@@ -47,50 +107,67 @@ def claim(config: Config, restarted: bool | None = None) -> Start:
             f"run.resume: {source} does not exist; never, auto, or the path of a checkpoint or run "
             "folder would be accepted"
         )
-    folder = _choose(config, source)
+    folder = _choose(config, source, number)
     home = None if source is None else _home(source)
     own = resume == "auto" or (home is not None and folder.resolve() == home.resolve())
-    _refuse(folder, must_be_empty=not own)
-    if resume == "never":
-        return Start(folder, None, False)
+    return _Plan(folder, resume, own)
+
+
+def _start(plan: _Plan) -> Start:
+    """The starting point in a folder, or the one that `run.resume` names."""
+    source = None if plan.resume in ("never", "auto") else Path(plan.resume)
+    if plan.resume == "never":
+        return Start(plan.folder, None, False)
     if source is not None and source.is_file():
-        return Start(folder, source, own)
-    found = _newest_checkpoint(folder if source is None else source, needed=source is not None)
+        return Start(plan.folder, source, plan.same_folder)
+    found = _newest_checkpoint(source or plan.folder, needed=source is not None)
     if found is None:
-        return Start(folder, None, own)
-    return Start(folder, found.path, own, found.sha256)
+        return Start(plan.folder, None, plan.same_folder)
+    return Start(plan.folder, found.path, plan.same_folder, found.sha256)
 
 
-def _choose(config: Config, source: Path | None) -> Path:
+def _choose(config: Config, source: Path | None, number: int) -> Path:
     """`run.dir`, the folder of the checkpoint, or a new one."""
     if config.run.dir is not None:
         return Path(config.run.dir)
     if source is None:
-        return Path("runs") / default_name(config)
+        again = f"-{number}" if number > 1 else ""
+        return Path("runs") / f"{default_name(config)}{again}"
     home = _home(source)
     if home is None:
         raise ConfigError(f"run.dir: needed, since {source} lies in no run folder's checkpoints/")
     return home
 
 
-def _refuse(folder: Path, must_be_empty: bool) -> None:
+def _refuse(plan: _Plan) -> None:
     """Raise `ConfigError` for a folder that cannot be this run's."""
-    parts = folder.parts
+    folder, parts = plan.folder, plan.folder.parts
     if ".." in parts[parts.count("..") :]:
         raise ConfigError(
             f"run.dir: {folder} leads back up by `..` in its middle; a path without is accepted"
         )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.dir: {folder} is a file; a new or empty folder would be accepted")
-    if not must_be_empty or not folder.exists():
+    if plan.same_folder or not folder.exists():
         return
     # Slurm's output may be there before the run.
-    taken = sorted(p.name for p in folder.iterdir() if not p.name.endswith((".out", ".err")))
+    taken = sorted(
+        p.name
+        for p in folder.iterdir()
+        if not (p.name.endswith((".out", ".err")) or claims.FILE.fullmatch(p.name))
+    )
     if taken:
-        raise ConfigError(
+        claims.refuse_if_held(folder)
+        raise claims.FolderInUseError(
             f"run.dir: {folder} is not empty ({', '.join(taken[:3])}); run.resume=auto "
             "continues it, or give another run.dir"
         )
+
+
+def _another_experiment(folder: Path, config: Config) -> bool:
+    """Whether a folder's checkpoints are of other settings."""
+    found, mine = store.find(folder), identity(config)
+    return bool(found) and any(found[0].identity.get(k, "null") != v for k, v in mine.items())
 
 
 def _newest_checkpoint(folder: Path, needed: bool) -> store.CheckpointInfo | None:
@@ -114,9 +191,12 @@ def create(folder: Path) -> None:
 
 def write_about(folder: Path, config: str, ranks: list[str], step: int) -> None:
     """Write the config (YAML) and the environment, and clean up after an earlier start."""
-    (folder / "config.yaml").write_text(config)
+    for name in WRITTEN:
+        for path in folder.glob(f"{name}.*{TEMPORARY}"):
+            path.unlink(missing_ok=True)
+    replace_text(folder / "config.yaml", config)
     about = environment.environment() | {"world_size": len(ranks), "ranks": ranks}
-    (folder / "environment.json").write_text(json.dumps(about, indent=1) + "\n")
+    replace_text(folder / "environment.json", json.dumps(about, indent=1) + "\n")
     _remove_old_stop(folder)
     write_status(folder, "running", step=step)
     store.clean_up(folder)
@@ -146,8 +226,10 @@ def default_name(config: Config) -> str:
     elif launch not in ("", "none") and int(env.get("GROUP_WORLD_SIZE", "1")) > 1:
         suffix = launch  # on several nodes rank 0 may move to another one
     elif "TORCHELASTIC_RESTART_COUNT" in env:
-        # A restart makes new workers; their parent, torchrun's agent, stays the same.
-        suffix = time.strftime("%Y%m%d-%H%M%S", time.localtime(_started(os.getppid())))
+        # A restart makes new workers; their parent, torchrun's agent, stays the same. Its pid tells
+        # agents apart that started in one second.
+        agent = os.getppid()
+        suffix = time.strftime("%Y%m%d-%H%M%S", time.localtime(_started(agent))) + f"-{agent}"
     else:
         suffix = time.strftime("%Y%m%d-%H%M%S")
     backbone = config.model.backbone.partition(".")[0]
@@ -158,11 +240,9 @@ def default_name(config: Config) -> str:
 
 def _started(pid: int) -> float:
     """When a process started, in seconds since the epoch."""
-    with open(f"/proc/{pid}/stat") as file:
-        ticks = int(file.read().rpartition(")")[2].split()[19])
     with open("/proc/stat") as file:
         boot = next(int(line.split()[1]) for line in file if line.startswith("btime"))
-    return boot + ticks / os.sysconf("SC_CLK_TCK")
+    return boot + claims.start_of(pid) / os.sysconf("SC_CLK_TCK")
 
 
 def _home(source: Path) -> Path | None:

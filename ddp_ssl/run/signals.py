@@ -30,9 +30,14 @@ class StopRequest:
         self._last_look = 0.0
 
     def install(self) -> StopRequest:
-        """Catch SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C; a second Ctrl-C ends at once."""
+        """Catch SIGTERM, SIGUSR1, SIGUSR2, SIGHUP and Ctrl-C; a second Ctrl-C ends at once.
+
+        Under `nohup` SIGHUP stays ignored.
+        """
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
             signal.signal(number, self._handle)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._handle)
         keyboard.listen()
         return self
 

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from ddp_ssl.run.claims import Claim
+from ddp_ssl.run.witness import DIED, Witness
 from ddp_ssl.utils.files import replace_text
 
 logger = logging.getLogger("ddp_ssl")
@@ -27,6 +29,15 @@ class RunStatus:
 
     def __init__(self) -> None:
         self.folder: Path | None = None
+        self.claim: Claim | None = None
+        """On rank 0, from before the folder is this run's until its end."""
+        self._witness: Witness | None = None
+
+    def begin(self, folder: Path) -> None:
+        """The folder is this run's from now on."""
+        self.folder = folder
+        if self.claim is not None:
+            self._witness = Witness(folder, self.claim.path)
 
     def record(self, state: State, **fields: Any) -> None:
         """Replace the status; one that cannot be written is a warning."""
@@ -42,6 +53,16 @@ class RunStatus:
         if self.folder is None:
             return
         with contextlib.suppress(OSError, ValueError, KeyError):
-            if json.loads((self.folder / "status.json").read_text())["state"] != "running":
+            status = json.loads((self.folder / "status.json").read_text())
+            if status["state"] != "running" and status.get("error") != DIED:
                 return
         self.record("failed", error=reason, retry=True)
+
+    def release(self) -> None:
+        """Give the folder up: the last thing that a run does to it."""
+        if self._witness is not None:
+            self._witness.dismiss()
+            self._witness = None
+        if self.claim is not None:
+            self.claim.release()
+            self.claim = None

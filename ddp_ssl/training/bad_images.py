@@ -9,6 +9,7 @@ from typing import Literal, cast
 from ddp_ssl.data.loading.bad_images import BadImages, write_list
 from ddp_ssl.distributed import World
 from ddp_ssl.errors import BadDataError
+from ddp_ssl.utils.files import replaced
 
 logger = logging.getLogger("ddp_ssl")
 
@@ -28,6 +29,7 @@ class BadImageList:
         )  # fmt: skip
         self._listed: dict[str, str] = {}  # on rank 0: path and reason, of all processes
         self._new: set[str] = set()  # those found since this process started
+        self._whole = True  # whether the file has all that are listed
 
     def check(self) -> None:
         """Share; raises `BadDataError` on all processes together if there are too many."""
@@ -56,10 +58,7 @@ class BadImageList:
     def restore(self, listed: dict[str, str]) -> None:
         """Put back the list of a checkpoint, on rank 0; later ones will be found again."""
         self._listed, self.count = dict(listed), len(listed)
-        if listed:
-            self._write(listed, "w")
-        else:
-            self._path.unlink(missing_ok=True)
+        self._write(listed, "w")
 
     def _too_many(self) -> str | None:
         """Images found by an earlier process do not count: they may be mended."""
@@ -86,10 +85,24 @@ class BadImageList:
             )
 
     def _write(self, new: dict[str, str], mode: Literal["w", "a"]) -> None:
+        """Write these to the file; after a failure, which is said once, the whole list."""
+        before = self._whole
         try:
-            write_list(self._path, new, mode)
+            if mode == "a" and before:
+                write_list(self._path, new, mode)
+            elif self._listed:
+                with replaced(self._path) as temporary:
+                    write_list(temporary, self._listed, "w")
+            else:
+                self._path.unlink(missing_ok=True)
+            self._whole = True
         except OSError as error:
-            logger.warning("%s cannot be written: %s", self._path, error.strerror)
+            self._whole = False
+            if before:
+                logger.warning(
+                    "%s cannot be written, the list waits in memory and in the checkpoints: %s",
+                    self._path, error.strerror,
+                )  # fmt: skip
 
 
 def printable(path: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,10 +44,17 @@ from ddp_ssl.utils.launcher import cpu_share, restarts
 from ddp_ssl.utils.seeds import derive
 
 
-def build(resolved: Resolved, world: World, watch: Watchdog, status: RunStatus) -> Job:
+def build(
+    resolved: Resolved,
+    world: World,
+    watch: Watchdog,
+    status: RunStatus,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Job:
     """Make all parts of a run, and begin it or continue from its checkpoint.
 
-    `status` gets the run's folder as soon as it is this run's. Raises `ConfigError` on all ranks.
+    `status` gets the claim of the folder at once, and the folder when the parts have been made.
+    `stopped`: whether the run was asked to stop. Raises `ConfigError` on all ranks.
     """
     config, device = resolved.config, world.device
     threads = config.run.threads or cpu_share()
@@ -56,7 +64,8 @@ def build(resolved: Resolved, world: World, watch: Watchdog, status: RunStatus) 
         on_all_ranks(world, require_bf16)
     watch.next("finding the data")
     on_all_ranks(world, lambda: registry.find(config.data))
-    start = claim_folder(config, world)
+    watch.next("waiting for the run folder")
+    start = claim_folder(config, world, status, stopped)
     comm = distributed.comm_of(world, config.data.view_shards)
     torch.manual_seed(config.run.seed)  # the same weights on every rank
     method = on_all_ranks(world, lambda: make_method(config, comm))
@@ -80,9 +89,9 @@ def build(resolved: Resolved, world: World, watch: Watchdog, status: RunStatus) 
     watch.next("loading the checkpoint")
     saved = on_all_ranks(world, lambda: load(identity, start))
     watch.next("building the run")
-    # The folder is created last: an error before leaves no trace.
+    # An error before leaves no trace: the claim and the folder made for it go with the run.
     on_all_ranks(world, lambda: folder.create(start.folder) if world.is_main else None)
-    status.folder = start.folder
+    status.begin(start.folder)
     console.setup_logging(start.folder, world.rank)
 
     validation = None
@@ -134,13 +143,18 @@ def require_bf16() -> None:
         raise ValueError("optim.precision: this GPU has no bf16; fp16 or fp32 would be accepted")
 
 
-def claim_folder(config: Config, world: World) -> folder.Start:
-    """The run folder and the starting point that rank 0 chose."""
+def claim_folder(
+    config: Config, world: World, status: RunStatus, stopped: Callable[[], bool]
+) -> folder.Start:
+    """The run folder, which rank 0 claims, and the starting point that it chose."""
     # On several nodes each of torchrun's agents counts its own restarts.
     restarted = max(count for (count,) in world.gather_numbers([restarts()])) > 0
-    start = world.broadcast_object(
-        on_all_ranks(world, lambda: folder.claim(config, restarted) if world.is_main else None)
-    )
+
+    def claim() -> folder.Start:
+        start, status.claim = folder.claim(config, restarted, stopped)
+        return start
+
+    start = world.broadcast_object(on_all_ranks(world, lambda: claim() if world.is_main else None))
     assert isinstance(start, folder.Start)
     return start
 
@@ -156,6 +170,7 @@ def open_folder(
         tensorboard=resolved.config.log.tensorboard,
         resumed_step=step,
         offset=0 if continued is None else continued["metrics_offset"],
+        crc=None if continued is None else continued.get("metrics_crc"),
     )
     writer.text("config", f"```yaml\n{resolved.to_yaml()}```", step or 0)
     return writer

@@ -16,7 +16,7 @@ from ddp_ssl.checkpoint import store
 from ddp_ssl.checkpoint.saver import Saver
 from ddp_ssl.config import Checkpoint
 from ddp_ssl.distributed import World
-from ddp_ssl.errors import CheckpointError, SaveError
+from ddp_ssl.errors import SaveError
 from ddp_ssl.run.status import RunStatus
 from ddp_ssl.run.watchdog import Watchdog
 
@@ -56,7 +56,7 @@ class Checkpointer:
     ) -> None:
         """`origin` is a part of every checkpoint: the run's `identity` and its `code`.
 
-        `sync_metrics` waits until the rows so far are on disk; it may raise `OSError`.
+        `sync_metrics` waits until the rows so far are on disk.
         """
         self.origin = origin
         self._folder, self._settings, self._status = folder, settings, status
@@ -152,10 +152,7 @@ class Checkpointer:
 
     def _write(self, permanent: bool, best: bool, state: dict[str, Any]) -> None:
         """Write the files of a checkpoint, in the saver's thread."""
-        try:
-            self._sync_metrics()  # the rows up to the checkpoint's step
-        except OSError as error:
-            raise CheckpointError(f"metrics.jsonl: {error.strerror}") from error
+        self._sync_metrics()  # the rows up to the checkpoint's step
         path = store.save(
             self._folder,
             state,

@@ -48,7 +48,7 @@ def run(resolved: Resolved, stop: StopRequest, on_step: loop.OnStep | None = Non
     watch.on_end = status.record_failure
     code, job = 0, None
     try:
-        job = build(resolved, world, watch, status)
+        job = build(resolved, world, watch, status, lambda: stop.reason is not None)
         train_to_the_end(job, stop, status, on_step)
     except ConfigError as error:  # raised by all ranks together
         close(job)
@@ -71,6 +71,8 @@ def run(resolved: Resolved, stop: StopRequest, on_step: loop.OnStep | None = Non
         if not isinstance(error, Exception):
             raise
         raise SystemExit(1) from None
+    finally:
+        status.release()
     watch.close()
     distributed.stop()
     return code

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from ddp_ssl.config import Config
 from ddp_ssl.distributed import World
+from ddp_ssl.utils.files import replace_text
 from ddp_ssl.utils.text import one_line
 
 logger = logging.getLogger("ddp_ssl")
@@ -97,7 +98,7 @@ class Profiler:
         if self._rank == 0:
             order = "self_cuda_time_total" if self._cuda else "self_cpu_time_total"
             table = trace.key_averages().table(sort_by=order, row_limit=ROWS)
-            (self._folder / "rank0.txt").write_text(table)
+            replace_text(self._folder / "rank0.txt", table)
             logger.info("trace of %s; chrome://tracing or ui.perfetto.dev opens it", path)
 
     def _give_up(self, error: Exception) -> None:

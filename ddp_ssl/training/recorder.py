@@ -8,7 +8,6 @@ import resource
 import time
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -201,11 +200,8 @@ class Recorder:
         if self.writer is not None:
             self.progress.tell(text)
 
-    def image(self, name: str, image: Any, path: Path) -> None:
-        """A picture `[H, W, 3]` in the folder and in TensorBoard."""
-        from PIL import Image
-
-        Image.fromarray(image).save(path)
+    def image(self, name: str, image: Any) -> None:
+        """A picture `[H, W, 3]` in TensorBoard."""
         if self.writer is not None:
             self.writer.image(name, image, 0)
 
@@ -215,12 +211,12 @@ class Recorder:
             powers = shares.clamp(min=1e-12).log10().cpu().numpy()
             self.writer.histogram(f"rep/spectrum_{space}", powers, step)
 
-    def offset(self) -> int:
-        """Bytes of `metrics.jsonl` so far."""
-        return self.writer.offset() if self.writer is not None else 0
+    def offset(self) -> tuple[int, int]:
+        """Bytes of `metrics.jsonl` so far, and their checksum."""
+        return (0, 0) if self.writer is None else (self.writer.offset(), self.writer.crc)
 
     def sync(self) -> None:
-        """Wait until `metrics.jsonl` is on disk; from any thread. Raises `OSError`."""
+        """Wait until `metrics.jsonl` is on disk; from any thread."""
         if self.writer is not None:
             self.writer.sync()
 

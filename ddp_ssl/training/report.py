@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from ddp_ssl.data.build import train_loader
 from ddp_ssl.logs.picture import view_grid
 from ddp_ssl.models import export, loading_snippet
 from ddp_ssl.training.job import Job
+from ddp_ssl.utils.files import replace_text, replaced, sync
 from ddp_ssl.utils.launcher import cpu_share, layout_lines
 from ddp_ssl.utils.text import markdown_table, one_line
 
@@ -54,7 +56,10 @@ def picture(job: Job) -> None:
     loader = train_loader(job.config, comm, job.data, job.world.device, views, bad)
     image = view_grid(next(loader).views, *job.config.data.normalisation)
     loader.close()
-    job.recorder.image("data/views", image, job.setting.folder / "views.png")
+    path = job.setting.folder / "views.png"
+    with warned(path), replaced(path) as temporary:
+        Image.fromarray(image).save(temporary, "PNG")
+    job.recorder.image("data/views", image)
 
 
 def finish(job: Job) -> None:
@@ -63,8 +68,9 @@ def finish(job: Job) -> None:
         return
     config, state, folder = job.config, job.state, job.setting.folder
     weights = folder / "backbone.pt"
-    with warned(weights):
-        torch.save(export(job.network.method.backbone), weights)
+    with warned(weights), replaced(weights) as temporary:
+        torch.save(export(job.network.method.backbone), temporary)
+        sync(temporary)
     names = {
         "eval/knn_raw_pixels": "k-NN top-1, raw pixels",
         "eval/knn_top1": "k-NN top-1",
@@ -85,7 +91,7 @@ def finish(job: Job) -> None:
     table = markdown_table(rows)
     snippet = loading_snippet(config.model, str(weights))
     with warned(folder / "result.md"):
-        (folder / "result.md").write_text(f"{table}\n\n```python\n{snippet}\n```\n")
+        replace_text(folder / "result.md", f"{table}\n\n```python\n{snippet}\n```\n")
     job.recorder.tell(f"\n{table}\n\nThe backbone, without ddp_ssl:\n\n{snippet}\n")
     if config.data.name == "digits":
         job.recorder.tell(
@@ -97,7 +103,7 @@ def finish(job: Job) -> None:
 
 @contextlib.contextmanager
 def warned(path: Path) -> Iterator[None]:
-    """A file that cannot be written is a warning, since the run's result is in its checkpoints."""
+    """A file that cannot be written is a warning: the run needs none of them to go on."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter

@@ -52,6 +52,7 @@ def whole_state(job: Job) -> dict[str, Any]:
     state, network = job.state, job.network
     if not job.world.is_main:
         return {"step": state.step, "epoch": state.epoch}
+    offset, crc = job.recorder.offset()
     return {
         "model": network.learner.state_dict(),
         "optimizer": optim.state_by_name(network.optimizer),
@@ -61,7 +62,8 @@ def whole_state(job: Job) -> dict[str, Any]:
         "best": state.best,
         "first": state.first,
         "latest": state.latest,
-        "metrics_offset": job.recorder.offset(),
+        "metrics_offset": offset,
+        "metrics_crc": crc,
         "of_steps": sorted(job.recorder.step_metrics),
         "bad_images": job.recorder.bad_images.state(),
     }
