@@ -187,7 +187,8 @@ def test_a_full_disk_delays_rows_and_loses_none(
         (lambda t: t.replace(b'"train/loss": 4.0', b'"train/loss": 5.0'),
          "every line can be read, but a figure is another", [1, 2, 3, 4, 5, 6]),
         (lambda t: t[:80] + t[100:], "a line after step 1 cannot be read", None),
-        (lambda t: t[:130], "the rows of steps 3-6 are lost", [1, 2]),
+        (lambda t: t[:130],
+         "after step 3 cannot be read; the rows of steps 4-6 are lost", [1, 2, 3]),
         (lambda t: b"", "the rows of steps 1-6 are lost", []),
     ],
 )  # fmt: skip
@@ -221,7 +222,7 @@ def test_rows_that_cannot_be_written_at_the_end_are_named(
     write(rows, range(1, 4))
     rows.close()
     assert caplog.text.count("rows wait in memory") == 1
-    assert "the rows of steps 2-3 could not be written" in caplog.text
+    assert "the last 2 rows could not be written" in caplog.text
 
 
 def test_a_log_that_cannot_be_written_is_said_once(

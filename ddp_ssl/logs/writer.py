@@ -131,11 +131,8 @@ class MetricsWriter:
             self._file.close()
         except OSError as error:
             self._warn(error)
-        if self._pending:
-            steps = ranges(
-                {int(s) for s in map(_step_of, self._pending.split(b"\n")) if s < math.inf}
-            )
-            logger.error("%s: the rows of steps %s could not be written", self.path, steps)
+        if rows := self._pending.count(b"\n"):
+            logger.error("%s: the last %d rows could not be written", self.path, rows)
 
     def _drain(self) -> None:
         try:

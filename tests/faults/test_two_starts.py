@@ -18,13 +18,13 @@ from tests.runs import BARE, arguments, rows, status
 
 pytestmark = pytest.mark.faults
 
-STEPS = 60
+STEPS = 24
 
 
 def short(photos: Path, folder: Path, **changes: object) -> list[str]:
-    """20 epochs of 3 steps."""
-    base = arguments(photos, folder, *BARE)
-    return arguments_of(base, optim__epochs=STEPS // 3, checkpoint__every_steps=5, **changes)
+    """8 epochs of 3 steps."""
+    few = {"optim__epochs": STEPS // 3, "checkpoint__every_steps": 5}
+    return arguments_of(arguments(photos, folder, *BARE), **{**few, **changes})
 
 
 def start(words: list[str], output: Path, **environment: str) -> Launched:
@@ -73,12 +73,10 @@ def test_two_seeds_into_one_new_folder(photos: Path, tmp_path: Path) -> None:
     refused = runs[codes.index(2)].text()
     assert "is in use by process" in refused or "is not empty" in refused
     assert_once(folder)
-    assert f"seed: {1 + codes.index(0)}\n" in (folder / "config.yaml").read_text()
+    assert f"  seed: {1 + codes.index(0)} " in (folder / "config.yaml").read_text()
 
 
-def test_starts_of_one_second_without_a_folder(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_starts_of_one_second_without_a_folder(photos: Path, tmp_path: Path) -> None:
     words = [w for w in short(photos, tmp_path) if not w.startswith("run.dir=")]
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     # In one Slurm job the names are the same, whenever they start.
@@ -86,22 +84,22 @@ def test_starts_of_one_second_without_a_folder(
     (tmp_path / "place").mkdir()
     runs = []
     try:
-        for seed in (1, 2, 3):
+        for seed in (1, 2):
             run = ["-c", f"import os, sys; os.chdir('{tmp_path}/place');"
                    "from ddp_ssl.train import main; sys.exit(main(sys.argv[1:]))"]  # fmt: skip
             command = [sys.executable, *run, *words, f"run.seed={seed}"]
             runs.append(Launched(command, tmp_path / f"{seed}.out", **job))
-        assert [run.wait() for run in runs] == [0, 0, 0], [run.text() for run in runs]
+        assert [run.wait() for run in runs] == [0, 0], [run.text() for run in runs]
     finally:
         for run in runs:
             run.process.kill()
     folders = sorted((tmp_path / "place/runs").iterdir())
-    assert len(folders) == 3
+    assert len(folders) == 2
     seeds = set()
     for folder in folders:
         assert_once(folder)
         seeds |= {x for x in (folder / "config.yaml").read_text().split("\n") if " seed:" in x}
-    assert len(seeds) == 3
+    assert len(seeds) == 2
 
 
 def test_a_requeue_takes_over_from_a_killed_run_at_once(photos: Path, tmp_path: Path) -> None:
@@ -109,7 +107,7 @@ def test_a_requeue_takes_over_from_a_killed_run_at_once(photos: Path, tmp_path: 
     folder = tmp_path / "run"
     words = short(photos, folder, run__resume="auto")
     first = start(words, tmp_path / "0", SLURM_JOB_ID="5")
-    until(lambda: last_step(folder) >= 10 and first.process.poll() is None)
+    until(lambda: last_step(folder) >= 6 and first.process.poll() is None)
     os.kill(first.process.pid, signal.SIGKILL)
     first.process.wait()
     (claim,) = folder.glob("claim-*.json")
