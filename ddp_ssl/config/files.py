@@ -6,6 +6,7 @@ An installed package holds them inside, a checkout beside `ddp_ssl`.
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 import ddp_ssl
@@ -21,10 +22,11 @@ def find_config(given: str) -> Path | None:
     A path ending in `.yaml` or `.yml` is returned whether the file exists or not.
     """
     path = Path(given)
-    if path.suffix in (".yaml", ".yml") or (path.exists() and not path.is_dir()):
+    # A name that no file system takes is an error for `Path.exists`, none for `os.path.exists`.
+    if path.suffix in (".yaml", ".yml") or (os.path.exists(path) and not path.is_dir()):
         return path
     named = FOLDER / f"{given}.yaml"
-    return named if named.is_file() else None
+    return named if os.path.isfile(named) else None
 
 
 def config_names() -> list[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator
 
-from ddp_ssl.config.section import Below1, Channels, Positive, Section, Size
+from ddp_ssl.config.section import Below1, Channels, PathText, Positive, Section, Size
 from ddp_ssl.config.views import CentralCrop, ViewGroup
 
 NORMALISATION: dict[str, tuple[Channels, Channels]] = {
@@ -32,14 +32,14 @@ WHOLE = ("digits", "cifar10", "cifar100", "stl10", "tiny_imagenet", "cinic10",
 class Run(Section):
     """Folder, start, device and time limits of the run."""
 
-    dir: str | None = None
+    dir: PathText | None = None
     """Run folder. Unset: `runs/DATA-METHOD-BACKBONE-ID`, ID from the job or the start time."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of weights, sample order and augmentations."""
-    resume: str = "never"
+    resume: PathText = "never"
     """`never`; `auto` (continue from the folder's newest good checkpoint, or start); or the path of
     a checkpoint or run folder. A restart by torchrun or Slurm implies `auto`."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Checkpoint or run folder to take the weights from, and nothing else."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto`: the GPUs (NCCL); or the CPU (gloo) if there is no device file, no driver, no GPU in
@@ -106,18 +106,18 @@ class Data(Section):
     """`imagenet`, `imagenet100`, `inat21`, `inat21_mini`, `cifar10`, `cifar100`, `stl10`,
     `tiny_imagenet`, `cinic10`, `blood`, `organa`, `organc`, `organs`, `digits`, `folder` or `list`;
     docs/data.md has the layout of each."""
-    root: str | None = None
+    root: PathText | None = None
     """Folder of the data, or of shards that `ddp-ssl pack-shards` made of them. `folder`: class
     folders under `train/` and `val/`, class folders, or a flat folder of unlabelled images."""
-    files: str | None = None
+    files: PathText | None = None
     """`name: list`: a text or CSV file with a path and, if there are labels, a class per line;
     paths are relative to `root`, or to the file where that is unset."""
-    val_files: str | None = None
+    val_files: PathText | None = None
     """`name: list`: the same for validation. Unset: a `val_fraction` of `files`."""
     fraction: float = Field(1.0, gt=0, le=1)
     """Seeded share of the training images used for pretraining; the probe and k-NN of
     `ddp_ssl.evaluate` keep all labels."""
-    skip: str | None = None
+    skip: PathText | None = None
     """File of images to leave out, one path a line, as `ddp-ssl check-data` writes it."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Images that cannot be decoded are replaced and listed. A larger share of them stops the
@@ -128,7 +128,7 @@ class Data(Section):
     url: str | None = None
     """Streamed shards: place of the training tar files, such as `s3://bucket/folder`. Unset:
     `root`, where the index is in any case."""
-    stage: str | None = None
+    stage: PathText | None = None
     """Node-local folder that shards are copied to first, once per node."""
     batch_size: int = Field(256, ge=1)
     """Images per step over all processes; must be divisible by the number of data shards."""

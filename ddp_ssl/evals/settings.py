@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from ddp_ssl.config import Config, ConfigError, Data, Eval, Measure, Positive, Section, load_as
+from ddp_ssl.config.section import PathText
 from ddp_ssl.evals.weights import Source
 from ddp_ssl.run.configure import load
 
@@ -25,7 +26,7 @@ COMMANDS = ("linear", "knn", "finetune", "dynamics")
 class EvaluateRun(Section):
     """The folder of the results, and the machine."""
 
-    dir: str | None = None
+    dir: PathText | None = None
     """The results go into `evaluate/` of this folder. Unset: the run's own, or
     `runs/evaluate-SOURCE` for weights without a run."""
     name: str | None = None

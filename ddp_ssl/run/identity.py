@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddp_ssl.config import Config, ConfigError
-from ddp_ssl.config.reader import flow
+from ddp_ssl.config.text import flow
 
 if TYPE_CHECKING:
     from ddp_ssl.data.datasets.base import Dataset
