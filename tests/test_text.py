@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ddp_ssl.config import ConfigError, read_yaml
+from ddp_ssl.config import ConfigError, read_yaml, reference
 from ddp_ssl.config.schema import Config
 from ddp_ssl.config.text import flow, parse
 from ddp_ssl.evals.settings import EvaluateConfig, load_as
@@ -228,3 +228,41 @@ def test_an_argument_of_any_length(length: int) -> None:
     for word in ("x" * length, "data.root=/x/" + "y" * length, "data.name=" + "z" * length):
         assert refusal([word]).isprintable()
     assert bool(refusal(["data.root=/x/" + "y" * length])) is (length > 255)
+
+
+EXTREMES = ("1e300", "-1e300", "1e-300", "1e31", "1e-31", "9" * 50, "-" + "9" * 40, "1e999",
+            ".nan", "0x" + "f" * 40)  # fmt: skip
+
+
+def numeric_keys() -> list[str]:
+    """The keys of one number, and items of ranges."""
+    rows = reference()
+    words = ("int", "float", "Side", "Positive")
+    keys = [key for key, kind, _, _ in rows if kind.split(" | ")[0] in words]
+    keys = [key.replace("data.views.N", "data.views.0") for key in keys]
+    return [key for key in keys if not key.startswith("method.")] + ["method.temperature"]
+
+
+def test_no_number_is_too_large_or_too_small_without_a_word() -> None:
+    keys = numeric_keys()
+    assert len(keys) > 50
+    assert refusal(["eval.knn_bank=2147483648"]).startswith("eval.knn_bank: ")
+    assert {"run.timeout_s", "data.views.0.hue", "data.val_resize", "optim.lr"} <= set(keys)
+    for key in keys:
+        for value in EXTREMES:
+            assert refusal([f"{key}={value}"]).startswith(f"{key}: "), (key, value)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["run.timeout_s=1e10", "data.val_resize=100000", "data.views.0.size=5000", "run.max_hours=1e9",
+     "data.views.0.blur_sigma=[1e6, 1e6]", "data.std=[1e-40, 1, 1]", "optim.betas=[1e-300, 0.9]",
+     "model.projector=[2147483648]", "method.temperature=0.001", "data.preallocate=[1e10, 1]"],
+)  # fmt: skip
+def test_a_bound_is_named(argument: str) -> None:
+    assert refusal([argument]).startswith(argument.partition("=")[0])
+
+
+def test_a_range_may_be_one_number() -> None:
+    (views,) = load(["data.views.0.blur_sigma=[.5, .5]"]).config.data.views
+    assert views.blur_sigma == (0.5, 0.5)

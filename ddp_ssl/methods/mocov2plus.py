@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import Config
+from ddp_ssl.config import Config, Temperature
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import moco
 from ddp_ssl.methods._momentum import MomentumConfig, MomentumMethod
@@ -23,7 +23,7 @@ class MoCoV2PlusConfig(MomentumConfig):
 
     name: str = "mocov2plus"
     final_momentum: float = Field(0.999, ge=0, le=1)
-    temperature: float = Field(0.2, gt=0)
+    temperature: Temperature = 0.2
     """Temperature of the cosine similarities."""
     queue_size: int = Field(65536, ge=1)
     """Earlier keys per view, at least a batch; need not be a multiple of it."""

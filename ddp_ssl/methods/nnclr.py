@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import Config, MethodConfig
+from ddp_ssl.config import Config, MethodConfig, Temperature
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import nearest_rows, nnclr
 from ddp_ssl.losses.common import at_least_float32
@@ -20,7 +20,7 @@ class NNCLRConfig(MethodConfig):
     """InfoNCE whose anchors are the views' nearest neighbours among earlier embeddings."""
 
     name: str = "nnclr"
-    temperature: float = Field(0.2, gt=0)
+    temperature: Temperature = 0.2
     """Temperature of the cosine similarities."""
     predictor_hidden: int = Field(4096, ge=1)
     """Width of the predictor's hidden layer."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, root_of
 from ddp_ssl.data.datasets.scan import looks_like_image
@@ -105,7 +106,9 @@ def listed(
     return Split.of_files(str(base), names, ids), classes
 
 
-def tell(key: str, file: Path, form: Form, classes: int, labels: np.ndarray, repeated: int) -> None:
+def tell(
+    key: str, file: Path, form: Form, classes: int, labels: NDArray[np.int64], repeated: int
+) -> None:
     """Say in one line how a list was understood."""
     unlabelled = int(np.count_nonzero(labels < 0))
     parts = [f"{classes} classes" if classes else "no classes", f"{len(labels)} images"]
