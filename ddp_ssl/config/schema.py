@@ -131,6 +131,9 @@ class Data(Section):
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Images that cannot be decoded are replaced and listed. A larger share of them stops the
     run."""
+    max_pixels: int = Field(150_000_000, ge=1)
+    """Width times height of the largest image that is decoded; a larger one is a bad image.
+    Decoding takes about 6 bytes a pixel. Not for `reader: streamed`."""
     reader: Literal["indexed", "streamed"] = "indexed"
     """Shards: `indexed` reads each image by its offset, in the run's own order; `streamed` reads
     them in sequence through DALI, for object storage, with the limits that docs/data.md lists."""

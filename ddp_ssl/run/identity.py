@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
     "data.hw_decoder_load",
     "data.preallocate",
     "data.max_bad_fraction",
+    "data.max_pixels",
 )
 NOT_FREE = ("run.seed",)
 
