@@ -1,8 +1,16 @@
 """The errors that end a run. Each message is one line for people."""
 
 
+def printable(text: str) -> str:
+    """Text as one line: line breaks, escape codes and the like are written as in Python."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class ConfigError(ValueError):
     """The user asked for something that cannot be run; the message is one line for the user."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class BuildError(ConfigError):

@@ -1,7 +1,11 @@
 """Encoder and projection head."""
 
-from collections.abc import Sequence
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import torch
 from torch import nn
@@ -11,6 +15,20 @@ from ddp_ssl.utils.text import one_line, suggest
 
 # Padding of the first convolution, by `model.stem`.
 STEM_PADDING = {"small": 1, "small_pad2": 2}
+
+# Arguments of `timm.create_model` that are no part of an architecture.
+_FILE = "it names weights; run.init_from takes those of a run, `pretrained: true` those of timm"
+_MAPS = "it gives several maps of features; one vector for an image is needed"
+REFUSED = {
+    "checkpoint_path": _FILE,
+    "pretrained_cfg": _FILE,
+    "pretrained_cfg_overlay": _FILE,
+    "cache_dir": _FILE,
+    "features_only": _MAPS,
+    "out_indices": _MAPS,
+    "model_name": "model.backbone is the name",
+}
+HUBS = ("hf_hub:", "hf-hub:", "local-dir:", "local_dir:")
 
 
 def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]:
@@ -25,20 +43,27 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
     from timm.models.resnet import ResNet
 
     name = config.backbone
+    if name.startswith(HUBS):
+        raise ValueError(
+            f"model.backbone: {name} is a place of weights, not a model; the name of one of timm's "
+            "models is accepted, and model.backbone_args={pretrained: true} fetches its weights"
+        )
     if not timm.is_model(name):
         hint = suggest(name, timm.list_models())
         raise ValueError(f"model.backbone: timm has no model {name!r}{hint}")
+    for key in REFUSED.keys() & config.backbone_args.keys():
+        raise ValueError(f"model.backbone_args: {key} is not accepted: {REFUSED[key]}")
     arguments: dict[str, Any] = {"num_classes": 0, **config.backbone_args}
     try:
-        try:
-            model = timm.create_model(name, **{"zero_init_last": False, **arguments})
-        except TypeError:  # not a ResNet
-            model = timm.create_model(name, **arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        reason = one_line(error)
-        raise ValueError(
-            f"model.backbone_args: {config.backbone_args} refused by {name}: {reason}"
-        ) from None
+        with _no_waiting() if arguments.get("pretrained") else contextlib.nullcontext():
+            try:
+                model = timm.create_model(name, **{"zero_init_last": False, **arguments})
+            except TypeError:  # not a ResNet
+                model = timm.create_model(name, **arguments)
+    except Exception as error:  # any argument reaches any of timm's code, and its downloads
+        reason = one_line(f"{type(error).__name__}: {error}")[:200]
+        what = "weights cannot be fetched" if arguments.get("pretrained") else f"refused by {name}"
+        raise ValueError(f"model.backbone_args: {config.backbone_args} {what}: {reason}") from None
     if config.stem != "standard":
         if not isinstance(model, ResNet) or not isinstance(model.conv1, nn.Conv2d):
             raise ValueError(
@@ -54,22 +79,56 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
     return model, _width(model, config, sizes)
 
 
+@contextlib.contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Where the name of the hub's host is unknown, take weights from its cache alone, at once.
+
+    The hub's client would try again for a minute.
+    """
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    before = constants.HF_HUB_OFFLINE
+    if not any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        try:
+            socket.getaddrinfo(host, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 @torch.no_grad()
 def _width(model: nn.Module, config: Model, sizes: Sequence[int]) -> int:
     """d_R, measured on the output (timm's `num_features` is another number for some models)."""
     model.eval()
-    width = 0
+    widths: dict[int, int] = {}
     for size in sizes:
         try:
-            width = model(torch.zeros(1, 3, size, size)).flatten(1).shape[1]
-        except (AssertionError, RuntimeError, ValueError) as error:
+            made = model(torch.zeros(1, 3, size, size))
+        except Exception as error:  # whatever arguments make of timm's code
             hint = "; model.backbone_args={dynamic_img_size: true} lets timm's ViTs take any size"
             raise ValueError(
                 f"model.backbone: {config.backbone} cannot take images of {size} pixels: "
-                f"{one_line(error)}{hint if 'vit' in config.backbone else ''}"
+                f"{one_line(error)[:300]}{hint if 'vit' in config.backbone else ''}"
             ) from None
+        shape = list(made.shape[1:]) if isinstance(made, torch.Tensor) else [type(made).__name__]
+        if len([n for n in shape if n != 1]) > 1 or not isinstance(made, torch.Tensor):
+            raise ValueError(
+                f"model.backbone_args: {config.backbone_args} makes {config.backbone} give "
+                f"{shape} for an image of {size} pixels; a vector is needed, as with "
+                "`global_pool: avg`"
+            )
+        widths[size] = made.flatten(1).shape[1]
+    if len(set(widths.values())) > 1:
+        raise ValueError(
+            f"model.backbone: {config.backbone} gives vectors of different lengths for images of "
+            f"different sizes: {widths}; a model that pools is accepted"
+        )
     model.train()
-    return width
+    return next(iter(widths.values()), 0)
 
 
 def projection_head(
@@ -126,10 +185,11 @@ def loading_snippet(
         ]
     else:
         config = architecture(config)
-        arguments = "".join(f", {key}={value!r}" for key, value in config.backbone_args.items())
+        every = {"num_classes": 0, **config.backbone_args}
+        arguments = "".join(f", {key}={value!r}" for key, value in every.items())
         lines = [
             "import timm, torch",
-            f"model = timm.create_model({config.backbone!r}, num_classes=0{arguments})",
+            f"model = timm.create_model({config.backbone!r}{arguments})",
         ]
     if config.stem != "standard":
         lines += [

@@ -178,7 +178,8 @@ def _split(text: str) -> list[str]:
             parts.append("")
             continue
         parts[-1] += character
-    return parts
+    # Quotes around a value with a comma are for this split alone: a text is taken as it is.
+    return [p[1:-1] if "," in p and p[0] == p[-1] and p[0] in "'\"" else p for p in parts]
 
 
 def run_name(arguments: Sequence[str]) -> str:

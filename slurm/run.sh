@@ -162,12 +162,17 @@ resuming=run.resume=auto
 arguments=()
 for argument in "$@"; do
   case $argument in
+    run.dir= | run.dir=null) ;;
     run.dir=*) RUN_DIR=${argument#run.dir=} ;;
     run.resume=*) resuming=$argument ;; # a restart implies auto
     *) arguments+=("$argument") ;;
   esac
 done
-case $RUN_DIR in /*) ;; *) RUN_DIR=$PWD/$RUN_DIR ;; esac
+case $RUN_DIR in
+  /*) ;;
+  '~' | '~/'*) RUN_DIR=$HOME${RUN_DIR#?} ;;
+  *) RUN_DIR=$PWD/$RUN_DIR ;;
+esac
 again="RUN_DIR=$RUN_DIR sbatch ... slurm/$name.sh with the same arguments"
 resume="To go on: $again"
 export RUN_DIR=$RUN_DIR$own

@@ -59,3 +59,17 @@ class OwnBYOL(BYOL):
     """BYOL with other settings on the digits."""
 
     config_class = OwnBYOLConfig
+
+
+class WithTextConfig(MethodConfig):
+    """A key of its own that takes text."""
+
+    name: str = "with_text"
+    tag: str | None = None
+    """Any text."""
+
+
+class WithText(Outside):
+    """Nothing but invariance."""
+
+    config_class = WithTextConfig  # type: ignore[assignment]

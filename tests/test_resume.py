@@ -275,6 +275,12 @@ def test_a_used_folder_and_another_experiment_are_refused(
         ],
         (fresh, vit, "model.backbone_args={}"): ["cannot take images of 16 pixels", "dynamic_img"],
         (fresh, f"run.init_from={whole(1)}", "model.projector=[9]"): ["does not fit this model"],
+        (fresh, f"run.init_from={whole(1)}/backbone.pt"): [
+            "run.init_from: ",
+            "is no checkpoint of a run",
+            "backbone.pt is the backbone alone",
+        ],
+        (fresh, f"run.init_from={photos}/class0/00.jpg"): ["run.init_from: ", "cannot be loaded"],
     }.items():
         (code, first), (other_code, other) = ranks.launch(complaint, 2, [*args, *more])
         assert code == other_code == 2

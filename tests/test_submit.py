@@ -38,7 +38,7 @@ def test_a_sweep_is_the_product_of_its_lists() -> None:
     assert swept[0] == ["c.yaml", "optim.lr=0.1", "model.projector=[8, 4]", "a.b=x"]
     assert swept[-1] == ["c.yaml", "optim.lr=0.2", "model.projector=[8, 4]", "a.b=z"]
     assert submit.sweep(["data.root='a,b'", "data.views=[{count: 2, size: 9}]", "run.seed=1"]) == [
-        ["data.root='a,b'", "data.views=[{count: 2, size: 9}]", "run.seed=1"]
+        ["data.root=a,b", "data.views=[{count: 2, size: 9}]", "run.seed=1"]
     ]
     assert submit.sweep([]) == [[]]
 

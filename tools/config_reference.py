@@ -13,6 +13,10 @@ or on the command line as `section.key=value` (items of a list by index: `data.v
 Later wins: the defaults below, the method's own recipe, the embedded default's overrides (only
 where no YAML is given), the YAML file, the command line. `--print-config` shows the resolved tree
 and where each value came from; the run folder keeps it as `config.yaml`.
+
+A key of type `str` takes its text as given, from both: `run.dir=007` is the folder `007`. On the
+command line quotes are a part of the text; a bare `null` unsets the key. `~` is expanded in every
+path. All other values are YAML; `010` is ten.
 """
 
 

@@ -25,32 +25,37 @@ import numpy as np
 
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.split import Split
-from ddp_ssl.data.loading.decodable import Bytes, Decoder, first_line, looks_whole
+from ddp_ssl.data.loading.decodable import Bytes, Decoder, first_line, looks_whole, too_large
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.progress import Progress, tell
 
 PART = 256  # images a worker is given at a time
 READERS = 16  # threads of a worker: they wait for the file system
-HEAD, TAIL = 8, 12  # bytes that `looks_whole` looks at
+HEAD, TAIL = 4096, 12  # bytes that are looked at: most headers say the size there
+SHORTEST = 20  # bytes of an image
 
 
 class Checker:
     """Looks at images; one in each worker process."""
 
-    def __init__(self, splits: dict[str, Split], full: bool) -> None:
-        self.splits, self.full = splits, full
+    def __init__(self, splits: dict[str, Split], full: bool, max_pixels: int) -> None:
+        self.splits, self.full, self.max_pixels = splits, full, max_pixels
         self.decoder = Decoder()
         self.pool = ThreadPoolExecutor(READERS)
 
     def check(self, name: str, first: int, end: int) -> list[tuple[int, str]]:
         """Ids of bad images among `first` to `end`, with reasons."""
         split, bad = self.splits[name], []
-        look = read if self.full else suspicious
-        looked = self.pool.map(lambda i: look(split, i), range(first, end))
+        looked = self.pool.map(
+            lambda i: read(split, i) if self.full else suspicious(split, i, self.max_pixels),
+            range(first, end),
+        )
         for i, encoded in zip(range(first, end), looked, strict=True):
             if encoded is None:
                 continue
-            reason = encoded if isinstance(encoded, str) else self.decoder.problem(encoded)
+            reason = encoded if isinstance(encoded, str) else too_large(encoded, self.max_pixels)
+            if reason is None and not isinstance(encoded, str):
+                reason = self.decoder.problem(encoded)
             if reason is not None:
                 bad.append((i, reason))
         return bad
@@ -64,14 +69,17 @@ def read(split: Split, i: int) -> Bytes | str:
         return first_line(error)
 
 
-def suspicious(split: Split, i: int) -> Bytes | str | None:
-    """An image if it does not begin and end as it should; only then is all of it read."""
+def suspicious(split: Split, i: int, max_pixels: int) -> Bytes | str | None:
+    """An image if it does not begin and end as it should; only then is all of it read.
+
+    A reason if its header says that it is too large.
+    """
     try:
         if split.shards is not None:
             size = int(split.shards.size[i])
-            if size < HEAD + TAIL:
+            if size < SHORTEST:
                 return split.read(i)
-            ends = split.shards.part(i, 0, HEAD), split.shards.part(i, size - TAIL, TAIL)
+            ends = split.shards.part(i, 0, min(HEAD, size)), split.shards.part(i, size - TAIL, TAIL)
         else:
             file = os.open(split.path(i), os.O_RDONLY)
             try:
@@ -79,10 +87,12 @@ def suspicious(split: Split, i: int) -> Bytes | str | None:
                 parts = os.pread(file, HEAD, 0), os.pread(file, TAIL, max(0, size - TAIL))
             finally:
                 os.close(file)
-            if size < HEAD + TAIL:
+            if size < SHORTEST:
                 return split.read(i)
             ends = np.frombuffer(parts[0], np.uint8), np.frombuffer(parts[1], np.uint8)
-        return None if looks_whole(np.concatenate(ends)) else split.read(i)
+        if not looks_whole(np.concatenate(ends)):
+            return split.read(i)
+        return too_large(ends[0], max_pixels)
     except OSError as error:
         return first_line(error)
 
@@ -90,9 +100,9 @@ def suspicious(split: Split, i: int) -> Bytes | str | None:
 _checker: Checker | None = None
 
 
-def _start(splits: dict[str, Split], full: bool) -> None:
+def _start(splits: dict[str, Split], full: bool, max_pixels: int) -> None:
     global _checker
-    _checker = Checker(splits, full)
+    _checker = Checker(splits, full, max_pixels)
 
 
 def _work(name: str, first: int, end: int) -> tuple[str, int, list[tuple[int, str]]]:
@@ -100,7 +110,9 @@ def _work(name: str, first: int, end: int) -> tuple[str, int, list[tuple[int, st
     return name, end - first, _checker.check(name, first, end)
 
 
-def check(splits: dict[str, Split], *, full: bool, workers: int) -> dict[str, dict[int, str]]:
+def check(
+    splits: dict[str, Split], *, full: bool, workers: int, max_pixels: int
+) -> dict[str, dict[int, str]]:
     """The bad images of each split, by id, with reasons."""
     encoded = {name: split for name, split in splits.items() if split.images is None}
     total = sum(map(len, encoded.values()))
@@ -108,7 +120,10 @@ def check(splits: dict[str, Split], *, full: bool, workers: int) -> dict[str, di
     progress = Progress("", total)
     # Forked before anything here has threads, so that workers share the arrays of names.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _start, (encoded, full)) as pool, _ended_on_error():
+    with (
+        ProcessPoolExecutor(workers, context, _start, (encoded, full, max_pixels)) as pool,
+        _ended_on_error(),
+    ):
         # Ctrl-C is for this process: workers are forked here, and keep it blocked.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -160,21 +175,16 @@ def try_out(out: Path) -> None:
         part_of(out).open("ab").close()
 
 
-def write(out: Path, splits: dict[str, Split], bad: dict[str, dict[int, str]]) -> int:
-    """The list that `data.skip` takes; returns how many names do not fit into lines."""
-    lines, unfit = [], 0
-    for name, split in splits.items():
-        for i, reason in sorted(bad[name].items()):
-            path = os.path.join(os.fsencode(split.root), split.name(i))
-            if b"\n" in path or b"\t" in path:
-                unfit += 1
-                tell(f"cannot be listed: {os.fsdecode(path)!r} ({reason})")
-            else:
-                lines.append(path + b"\t" + reason.encode("utf-8", "replace") + b"\n")
+def write(out: Path, splits: dict[str, Split], bad: dict[str, dict[int, str]]) -> None:
+    """The list that `data.skip` takes."""
+    lines = [
+        os.fsencode(split.where(i)) + b"\t" + reason.encode("utf-8", "replace") + b"\n"
+        for name, split in splits.items()
+        for i, reason in sorted(bad[name].items())
+    ]
     if lines:
         part_of(out).write_bytes(b"".join(lines))
         part_of(out).rename(out)
-    return unfit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -198,9 +208,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dataset = registry.definition_of(data).load(data)
             splits = {"train": dataset.train} | ({"val": dataset.val} if dataset.val else {})
             start = time.monotonic()
-            bad = check(splits, full=options.full, workers=options.workers)
+            bad = check(
+                splits, full=options.full, workers=options.workers, max_pixels=data.max_pixels
+            )
             with writing(options.out):
-                unfit = write(options.out, splits, bad)
+                write(options.out, splits, bad)
         finally:
             with contextlib.suppress(OSError):
                 part_of(options.out).unlink()
@@ -226,7 +238,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not reasons:
         tell(f"{seconds:.1f} s; all good")
         return 0
-    if sum(reasons.values()) > unfit:
-        tell(f"{seconds:.1f} s; listed in {options.out}")
-        tell(f"data.skip={shlex.quote(str(options.out))} leaves them out")
+    tell(f"{seconds:.1f} s; listed in {options.out}")
+    tell(f"data.skip={shlex.quote(str(options.out))} leaves them out")
     return 1

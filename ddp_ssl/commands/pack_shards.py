@@ -43,6 +43,7 @@ from ddp_ssl.commands.shard_writer import (
 )
 from ddp_ssl.data.datasets import registry, selection, shards
 from ddp_ssl.data.datasets.base import absolute
+from ddp_ssl.data.datasets.sealed import sealed
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.progress import Progress, tell
@@ -140,8 +141,9 @@ def _pack(data: Any, out: Path, shard_size: int, seed: int, workers: int) -> tup
         written = write_shards(splits, plan, out, stamp.hexdigest(), workers)
         for name, split in splits.items():
             about["splits"][name]["tars"] = [written[shard.tar]["tar"] for shard in plan[name]]
-            write_arrays(name, split, plan[name], out)
-        write_file(out / shards.ABOUT, (json.dumps(about, indent=1) + "\n").encode())
+            sums = write_arrays(name, split, plan[name], written, out)
+            about["splits"][name]["checksums"] = sums
+        write_file(out / shards.ABOUT, sealed(about).encode())
         (out / UNREADABLE).unlink(missing_ok=True)
     except OSError as error:
         if error.errno in HOPELESS:

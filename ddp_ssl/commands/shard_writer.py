@@ -16,6 +16,7 @@ import shutil
 import tarfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from ddp_ssl.data.datasets import shards
 from ddp_ssl.data.datasets.scan import EXTENSIONS
+from ddp_ssl.data.datasets.sealed import checksum
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.utils.files import sync_folder
 from ddp_ssl.utils.progress import Progress, tell
@@ -75,7 +77,7 @@ class Unreadable:
 
 def path_of(split: Split, i: int) -> str:
     """An image's path as `data.skip` takes it."""
-    return os.path.join(split.root, os.fsdecode(split.name(i)))
+    return split.where(i)
 
 
 def extension(split: Split, i: int) -> str:
@@ -92,11 +94,10 @@ def refuse(bad: Unreadable, out: Path, remedy: str = "") -> None:
     if not bad.found:
         return
     listed = sorted(bad.found.items())
-    text = "".join(f"{path}\t{why}\n" for path, why in listed if "\n" not in path)
+    text = "".join(f"{path}\t{why}\n" for path, why in listed)
     write_file(out / UNREADABLE, os.fsencode(text))
-    first = listed[0][0].replace("\n", "?")
     raise ValueError(
-        f"data.root: {len(listed)} images cannot be read, such as {first} ({listed[0][1]}); "
+        f"data.root: {len(listed)} images cannot be read, such as {listed[0][0]} ({listed[0][1]}); "
         f"{out / UNREADABLE} lists them, and data.skip={shlex.quote(str(out / UNREADABLE))} leaves "
         f"them out{remedy}"
     )
@@ -121,7 +122,7 @@ def write_shards(
         if stop.is_set():
             return
         known = done.get(shard.tar)
-        if known is not None and _is_whole(out, known):
+        if known is not None and "crc" in known and _is_whole(out, known):
             progress.keep(len(shard.ids))
             return
         with _part_of(out / shard.tar) as part:
@@ -226,7 +227,7 @@ def _write_shard(
     part: Path,
 ) -> dict[str, Any] | None:
     """Write, read back and name one shard; None if an image of it cannot be read."""
-    written, at, lines = hashlib.sha256(), 0, []
+    written, at, lines, sums = hashlib.sha256(), 0, [], []
     members: list[tuple[str, int, bytes]] = []  # name, offset, checksum
     complete = True
     with part.open("wb", buffering=1 << 20) as file:
@@ -251,6 +252,7 @@ def _write_shard(
             if content is None:
                 complete = False
             if complete:
+                sums.append(zlib.crc32(content))
                 key = f"{shard.first + place:09d}"
                 lines.append(
                     " ".join(
@@ -291,6 +293,7 @@ def _write_shard(
             "bytes": len(index),
             "sha256": hashlib.sha256(index).hexdigest(),
         },
+        "crc": sums,
     }
 
 
@@ -338,15 +341,22 @@ def _checksum(path: Path) -> Any:
     return content
 
 
-def write_arrays(name: str, split: Split, plan: list[Shard], out: Path) -> None:
-    """Write place, name and label of each image, in the order of the ids, from the index files."""
+def write_arrays(
+    name: str, split: Split, plan: list[Shard], written: dict[str, Any], out: Path
+) -> dict[str, int]:
+    """Write place, name and label of each image, in the order of the ids, from the index files.
+
+    `written` is the journal's entry of each shard. Returns the checksums of arrays and indices.
+    """
     shard = np.zeros(len(split), np.int32)
     offset, size = np.zeros(len(split), np.int64), np.zeros(len(split), np.int64)
+    crc = np.zeros(len(split), np.uint32)  # 0 for an image that was left out: no bytes
     for part in plan:
         lines = (out / part.index).read_text().splitlines()[1:]
         rows = np.array([line.split(" ")[1:3] for line in lines], np.int64)
         shard[part.ids] = part.number
         offset[part.ids], size[part.ids] = rows[:, 0], rows[:, 1]
+        crc[part.ids] = written[part.tar]["crc"]
     names, spans = split.names, split.spans
     if names is None or spans is None:
         made = Split.of_files("", [b"%08d.png" % i for i in range(len(split))], split.labels)
@@ -358,12 +368,15 @@ def write_arrays(name: str, split: Split, plan: list[Shard], out: Path) -> None:
         "shard": shard,
         "offset": offset,
         "size": size,
+        "crc": crc,
     }
     assert arrays.keys() == shards.ARRAYS.keys()
     for key, content in arrays.items():
         buffer = io.BytesIO()
         np.save(buffer, np.asarray(content))
         write_file(out / f"{name}-{key}.npy", buffer.getbuffer())
+    files = [f"{name}-{key}.npy" for key in arrays] + [part.index for part in plan]
+    return {file: checksum(out / file) for file in files}
 
 
 @contextlib.contextmanager

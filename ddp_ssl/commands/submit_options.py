@@ -1,6 +1,7 @@
 """The options of `python -m ddp_ssl.submit`, and those of them that an evaluation's job takes."""
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from ddp_ssl.commands import common
@@ -24,7 +25,8 @@ def parser() -> argparse.ArgumentParser:
     add("--partition")
     add("--account")
     add("--time", type=_minutes, default=24 * 60, help="as sbatch's (default 24:00:00)")
-    add("--run-dir", help="run folder (default runs/NAME-JOB); an older one is continued")
+    add("--run-dir", type=os.path.expanduser,
+        help="run folder (default runs/NAME-JOB); an older one is continued")  # fmt: skip
     add("--max-requeues", type=int, default=20, help="starts after the first (default 20)")
     add("--parallel", type=common.count, help="runs of a sweep at the same time")
     add("--sbatch", type=_pair, action="append", default=[], metavar="KEY=VALUE",

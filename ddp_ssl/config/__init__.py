@@ -16,7 +16,16 @@ from ddp_ssl.config.schema import (
     Optim,
     Run,
 )
-from ddp_ssl.config.section import Below1, Channels, Positive, Probability, Section, Size, Strength
+from ddp_ssl.config.section import (
+    Below1,
+    Channels,
+    Positive,
+    Probability,
+    Section,
+    Size,
+    Strength,
+    Temperature,
+)
 from ddp_ssl.config.views import ViewGroup
 from ddp_ssl.errors import ConfigError
 
@@ -41,6 +50,7 @@ __all__ = [
     "Section",
     "Size",
     "Strength",
+    "Temperature",
     "ViewGroup",
     "check_world_size",
     "describe_fields",

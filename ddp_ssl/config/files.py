@@ -22,6 +22,7 @@ def find_config(given: str) -> Path | None:
     A path ending in `.yaml` or `.yml` is returned whether the file exists or not.
     """
     path = Path(given)
+    # A name that no file system takes is an error for `Path.exists`, none for `os.path.exists`.
     if path.suffix in (".yaml", ".yml") or (os.path.exists(path) and not path.is_dir()):
         return path
     named = FOLDER / f"{given}.yaml"

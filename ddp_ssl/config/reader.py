@@ -1,7 +1,8 @@
 """Reads YAML files and `key=value` into one frozen and validated tree of sections.
 
-Values come in layers, the lowest first; a layer replaces single keys of those below it. An error is
-a `ConfigError` of one line with the key, its place, and the value that would be accepted.
+Values come in layers, the lowest first; a layer replaces single keys of those below it. A key of
+type `str` takes its text as given: `run.dir=007` is the folder `007`. An error is a `ConfigError`
+of one line with the key, its place, and the value that would be accepted.
 """
 
 from __future__ import annotations
@@ -12,20 +13,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import ValidationError
 
 from ddp_ssl.config.files import find_config, unknown_config
 from ddp_ssl.config.schema import Config
 from ddp_ssl.config.section import S, Section
+from ddp_ssl.config.text import flow, parse, takes_text
 from ddp_ssl.config.views import ViewGroup
 from ddp_ssl.errors import ConfigError
-from ddp_ssl.utils.text import one_line, suggest
+from ddp_ssl.utils.text import suggest
 
 Layer = tuple[str, dict[str, Any]]
 """An origin, such as a file's path, and a tree of values."""
+
+LARGEST = 1_000_000  # bytes of a YAML file
 
 
 @dataclass(frozen=True)
@@ -47,56 +50,25 @@ class Resolved:
         return "\n".join(lines) + "\n"
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML. `1e-4` is a number, `off` and `20:23` are words, a repeated key is an error."""
+def read_yaml(path: Path, schema: type[Section] | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file; a `ConfigError` of one line if there is none.
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 (declared by the base class)
-        first: [
-            (tag, pattern)
-            for tag, pattern in pairs
-            if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int")
-        ]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-# YAML 1.1's integers without those to base 60: `20:23` is a range of steps.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int",
-    re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"),
-    list("-+0123456789"),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; a `ConfigError` of one line if there is none."""
+    A key that has the type `str` in the schema keeps its text.
+    """
     try:
-        text = path.read_text()
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        text = content.decode()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a text file; a YAML file would be accepted") from None
+    if len(content) > LARGEST:
+        raise ConfigError(f"{path}: longer than {LARGEST} bytes; a config would be accepted")
     try:
-        tree = yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
+        tree = parse(text, schema)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -113,7 +85,7 @@ def load_as(
     default. Raises `ConfigError`.
     """
     path, overrides = split_arguments(arguments)
-    file = [] if path is None else [(str(path), read_yaml(path))]
+    file = [] if path is None else [(str(path), read_yaml(path, schema))]
     merged, origins = merge(with_overrides([*below, *file], overrides, schema))
     check_sections(merged, schema, origins)
     return validate(merged, schema, origins), origins
@@ -125,9 +97,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     overrides: list[str] = []
     for argument in arguments:
         # A file's path may contain `=`: the folders of a sweep are called `seed=0`.
-        if "=" in argument and not os.path.isfile(
-            argument
-        ):  # False for what is too long for a name
+        if "=" in argument and not os.path.isfile(argument):
             overrides.append(argument)
         elif argument.startswith("-"):
             raise ConfigError(
@@ -160,17 +130,21 @@ def _tree_of(
     tree: dict[str, Any] = {}
     for override in overrides:
         dotted, _, text = override.partition("=")
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{dotted}: not a YAML value: {one_line(error)}") from None
         parts = dotted.split(".")
+        kind = _kind_of(parts, schema)
+        try:
+            if takes_text(kind):
+                value = None if text in ("", "null") else text
+            else:
+                value = parse(text, kind)
+        except ValueError as error:
+            raise ConfigError(f"{dotted}: not a YAML value: {error}") from None
         if len(parts) < 2 or not all(parts):
             same = [k for k in _known_keys(schema) if k.rpartition(".")[2] == dotted]
             sections = ", ".join(schema.model_fields)
             hint = f"did you mean {' or '.join(same)}?" if same else f"sections are {sections}"
             raise ConfigError(f"{dotted}: expected section.key=value; {hint}")
-        if len(parts) > 2 and parts[2].isdigit():
+        if len(parts) > 2 and re.fullmatch("[0-9]{1,4}", parts[2]):
             value = _set_item(tree, below, parts, value, schema)
             parts = parts[:2]
         node = tree
@@ -180,6 +154,17 @@ def _tree_of(
                 raise ConfigError(f"{dotted}: {part} is not a section")
         node[parts[-1]] = value
     return tree
+
+
+def _kind_of(parts: Sequence[str], kind: Any) -> Any:
+    """The type of the key at a dotted place below the type `kind`; None if there is no such key."""
+    for part in parts:
+        if isinstance(kind, type) and issubclass(kind, Section):
+            field = kind.model_fields.get(part)
+            kind = None if field is None else field.annotation
+        else:
+            kind = get_args(kind)[0] if get_origin(kind) is list and part.isdigit() else None
+    return kind
 
 
 def _set_item(
@@ -197,7 +182,8 @@ def _set_item(
         assert isinstance(kind, type)
         if key in kind.model_fields:
             default = kind().model_dump(mode="json", exclude_none=True).get(key)
-    current = tree.get(section, {}).get(key) or below.get(section, {}).get(key) or default
+    layers = (x[section] for x in (tree, below) if isinstance(x.get(section), dict))
+    current = next((values[key] for values in layers if values.get(key)), default)
     if not isinstance(current, list) or int(index) >= len(current) or len(rest) > 1:
         length = len(current) if isinstance(current, list) else 0
         raise ConfigError(f"{'.'.join(parts)}: {section}.{key} has {length} items to set")
@@ -287,9 +273,3 @@ def _where(key: str, origins: Mapping[str, str]) -> str:
         if origin:
             return ""
     return ""
-
-
-def flow(value: Any) -> str:
-    """A value as one line of YAML."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
-    return text.strip().removesuffix("...").strip()

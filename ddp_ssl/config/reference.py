@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from ddp_ssl.config.reader import flow
 from ddp_ssl.config.schema import Config, MethodConfig, with_method
 from ddp_ssl.config.section import Section
+from ddp_ssl.config.text import flow
 from ddp_ssl.config.views import ViewGroup
 from ddp_ssl.utils.text import one_line
 

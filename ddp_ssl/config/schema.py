@@ -9,7 +9,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator
 
-from ddp_ssl.config.section import Below1, Channels, Positive, Section, Size
+from ddp_ssl.config.section import (
+    Below1,
+    Channels,
+    PathText,
+    Positive,
+    Seconds,
+    Section,
+    Side,
+    Size,
+)
 from ddp_ssl.config.views import CentralCrop, ViewGroup
 
 NORMALISATION: dict[str, tuple[Channels, Channels]] = {
@@ -32,29 +41,29 @@ WHOLE = ("digits", "cifar10", "cifar100", "stl10", "tiny_imagenet", "cinic10",
 class Run(Section):
     """Folder, start, device and time limits of the run."""
 
-    dir: str | None = None
+    dir: PathText | None = None
     """Run folder. Unset: `runs/DATA-METHOD-BACKBONE-ID`, ID from the job or the start time."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of weights, sample order and augmentations."""
-    resume: str = "never"
+    resume: PathText = "never"
     """`never`; `auto` (continue from the folder's newest good checkpoint, or start); or the path of
     a checkpoint or run folder. A restart by torchrun or Slurm implies `auto`."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Checkpoint or run folder to take the weights from, and nothing else."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto`: the GPUs (NCCL); or the CPU (gloo) if there is no device file, no driver, no GPU in
     the job, or if CUDA_VISIBLE_DEVICES is empty."""
-    threads: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, le=4096)
     """CPU threads per process for torch; 0 shares the machine's cores among its processes."""
-    start_timeout_s: float = Field(1800, gt=0)
+    start_timeout_s: Seconds = 1800
     """Seconds without progress after which the run ends, before the first step is done and during
     validation, a checkpoint or a measurement."""
-    timeout_s: float = Field(300, gt=0)
+    timeout_s: Seconds = 300
     """Seconds without progress after which a step, or a process that gives no sign of life, ends
     the run on all processes."""
-    max_hours: float | None = Field(None, gt=0)
+    max_hours: float | None = Field(None, gt=0, le=1e5)
     """Stop, with a checkpoint, this many hours after the start of the process."""
-    end_margin_s: float = Field(120, ge=0)
+    end_margin_s: float = Field(120, ge=0, le=1e7)
     """Stop this many seconds before a Slurm job's end, or a tenth of the time left at the start if
     that is less."""
     profile: str | None = None
@@ -82,7 +91,7 @@ class Model(Section):
     """`small`, for ResNets on small images: first convolution 3x3 with stride 1, no max-pool.
     `small_pad2`: the same with a padding of 2 and PyTorch's initial weights, as solo-learn's for
     CIFAR: 34x34 of 32x32 pixels."""
-    projector: list[Annotated[int, Field(ge=1)]] = Field([2048, 2048, 2048], min_length=1)
+    projector: list[Annotated[int, Field(ge=1, le=2**17)]] = Field([2048, 2048, 2048], min_length=1)
     """Widths of the projection head's linear layers; the last one is the embedding's."""
     projector_norm: Literal["batch", "none"] = "batch"
     """Normalisation between the head's layers."""
@@ -106,35 +115,38 @@ class Data(Section):
     """`imagenet`, `imagenet100`, `inat21`, `inat21_mini`, `cifar10`, `cifar100`, `stl10`,
     `tiny_imagenet`, `cinic10`, `blood`, `organa`, `organc`, `organs`, `digits`, `folder` or `list`;
     docs/data.md has the layout of each."""
-    root: str | None = None
+    root: PathText | None = None
     """Folder of the data, or of shards that `ddp-ssl pack-shards` made of them. `folder`: class
     folders under `train/` and `val/`, class folders, or a flat folder of unlabelled images."""
-    files: str | None = None
+    files: PathText | None = None
     """`name: list`: a text or CSV file with a path and, if there are labels, a class per line;
     paths are relative to `root`, or to the file where that is unset."""
-    val_files: str | None = None
+    val_files: PathText | None = None
     """`name: list`: the same for validation. Unset: a `val_fraction` of `files`."""
     fraction: float = Field(1.0, gt=0, le=1)
     """Seeded share of the training images used for pretraining; the probe and k-NN of
     `ddp_ssl.evaluate` keep all labels."""
-    skip: str | None = None
+    skip: PathText | None = None
     """File of images to leave out, one path a line, as `ddp-ssl check-data` writes it."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Images that cannot be decoded are replaced and listed. A larger share of them stops the
     run."""
+    max_pixels: int = Field(150_000_000, ge=1)
+    """Width times height of the largest image that is decoded; a larger one is a bad image.
+    Decoding takes about 6 bytes a pixel. Not for `reader: streamed`."""
     reader: Literal["indexed", "streamed"] = "indexed"
     """Shards: `indexed` reads each image by its offset, in the run's own order; `streamed` reads
     them in sequence through DALI, for object storage, with the limits that docs/data.md lists."""
     url: str | None = None
     """Streamed shards: place of the training tar files, such as `s3://bucket/folder`. Unset:
     `root`, where the index is in any case."""
-    stage: str | None = None
+    stage: PathText | None = None
     """Node-local folder that shards are copied to first, once per node."""
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(256, ge=1, le=2**20)
     """Images per step over all processes; must be divisible by the number of data shards."""
     views: list[ViewGroup] = Field([ViewGroup()], min_length=1)
     """View groups, such as `[{count: 2, size: 224, recipe: asym}, {count: 6, size: 96}]`."""
-    view_shards: int = Field(1, ge=1)
+    view_shards: int = Field(1, ge=1, le=2**16)
     """Processes that share the views of an image: each decodes it and makes its part of the views.
     Divides the number of processes and the count of each resolution's views."""
     color_jitter: Literal["fast", "seq", "exact"] = "seq"
@@ -146,19 +158,19 @@ class Data(Section):
     """Normalisation standard deviation per channel. Unset: the data set's or ImageNet's."""
     val_fraction: float = Field(0.1, gt=0, lt=1)
     """Seeded share of the images kept for validation where there is no validation split."""
-    val_resize: int | None = Field(None, ge=8)
+    val_resize: Side | None = None
     """Shorter side after resizing for evaluation. Unset: 8/7 of `val_size` from 64 px on, but
     `val_size` for data sets of small square images, which are seen whole."""
-    val_size: int | None = Field(None, ge=8)
+    val_size: Side | None = None
     """Side of the central crop for evaluation. Unset: the size of the largest view."""
     val_interpolation: Literal["bilinear"] | None = None
     """Kernel of that resizing, antialiased: bilinear, torchvision's default; null: bicubic, as for
     training."""
-    threads: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, le=4096)
     """DALI threads per process; 0 shares the machine's cores among its processes."""
-    prefetch: int = Field(2, ge=1)
+    prefetch: int = Field(2, ge=1, le=256)
     """Batches that DALI prepares ahead."""
-    read_threads: int = Field(16, ge=1)
+    read_threads: int = Field(16, ge=1, le=1024)
     """Threads per process that read files ahead; more hide a file system's latency."""
     dtype: Literal["float32", "float16"] = "float32"
     """Type of the views that DALI hands over; float16 halves their memory."""
@@ -188,11 +200,11 @@ class Optim(Section):
 
     name: Literal["lars", "sgd", "adam", "adamw"] = "lars"
     """`adam` couples weight decay to the gradient (L2), `adamw` decouples it."""
-    epochs: int = Field(100, ge=1)
+    epochs: int = Field(100, ge=1, le=10**7)
     """Passes over the training images."""
     lr: float = Field(0.4, gt=0)
     """Base learning rate per 256 images: the peak is `lr * data.batch_size / 256`."""
-    warmup_epochs: float = Field(10, ge=0)
+    warmup_epochs: float = Field(10, ge=0, le=1e7)
     """Epochs of linear warm-up, at most all of the run."""
     warmup_lr: float = Field(3e-5, ge=0)
     """Learning rate (not scaled) where the warm-up starts."""
@@ -232,7 +244,7 @@ class Eval(Section):
 
     every: int = Field(10, ge=0)
     """Epochs between evaluations; 0 evaluates only at the start and at the end."""
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(256, ge=1, le=2**16)
     """Images per process and step."""
     knn: bool = True
     """Weighted k-NN on the representation, with the training images as bank."""

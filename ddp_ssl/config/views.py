@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, field_validator
 
-from ddp_ssl.config.section import Probability, Section, Strength
+from ddp_ssl.config.section import Probability, Section, Side, Strength
 from ddp_ssl.utils.text import suggest
 
 
@@ -75,9 +75,9 @@ SMALL: dict[str, dict[str, Any]] = {"multiview": {"scale": (0.05, 0.14)}}
 class ViewGroup(Section):
     """`count` views of one size from a recipe. Unset augmentations are the recipe's."""
 
-    count: int = Field(2, ge=1)
+    count: int = Field(2, ge=1, le=1000)
     """Number of views."""
-    size: int = Field(224, ge=8)
+    size: Side = 224
     """Side of the crops, in pixels."""
     recipe: str = "asym"
     """Named augmentations: asym, sym, weak, vic, ressl, multiview, crop."""

@@ -151,13 +151,7 @@ def _of_timm(name: str, model: Backbone, sizes: Sequence[int], seed: int) -> Pre
     arguments = model.backbone_args | ({"pretrained": True} if pretrained else {})
     settings = Model(backbone=name, backbone_args=arguments, stem=model.stem)
     with seeded(seed):
-        try:
-            backbone, width = build_backbone(settings, sizes)
-        except ValueError:
-            raise
-        except Exception as error:  # the hub's client raises its own, and requests', and more
-            reason = one_line(error)[:160]
-            raise ValueError(f"timm:{name}: its weights cannot be fetched: {reason}") from None
+        backbone, width = build_backbone(settings, sizes)
     what = "weights as timm gives them" if pretrained else f"random weights of seed {seed}"
     trained = pretrained or bool(model.backbone_args.get("pretrained"))
     return Pretrained(
@@ -207,6 +201,13 @@ def _of_file(
     misfits = [name for name in needed if name in part and part[name].shape != own[name].shape]
     if missing or misfits:
         raise ValueError(_incomplete(path, model, prefix, own, part, missing, misfits, needed))
+    larger = _left_over(backbone, part)
+    if larger:
+        raise ValueError(
+            f"{path} holds a larger network than {model.backbone}: {len(larger)} tensors inside "
+            f"of its modules are left over, the first {larger[0]}; model.backbone must name the "
+            "network of the weights"
+        )
     used = {name: part[name] for name in own if name in part}
     backbone.load_state_dict({**own, **used})
     others = [p for p in fits if p != prefix]
@@ -265,6 +266,27 @@ def _prefixes(own: State, theirs: State) -> list[str]:
     most = max(counts.values(), default=0)
     best = [prefix for prefix, count in counts.items() if count == most]
     return sorted(best, key=lambda prefix: bool(FOLLOWERS.search(prefix)))
+
+
+def _left_over(backbone: nn.Module, part: State) -> list[str]:
+    """Tensors of a file that belong inside of the backbone's modules, where it has none.
+
+    The classifier's are not among them, nor buffers that torch does not save.
+    """
+    modules, own = dict(backbone.named_modules()), backbone.state_dict()
+    tops = {name.partition(".")[0] for name in own if "." in name}
+    said = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or ()
+    classifiers = tuple(f"{name}." for name in ([said] if isinstance(said, str) else said))
+    found = []
+    for name in part:
+        *path, leaf = name.split(".")
+        if name in own or not path or path[0] not in tops or name.startswith(classifiers):
+            continue
+        while ".".join(path) not in modules:
+            path.pop()
+        if leaf != "num_batches_tracked" and leaf not in modules[".".join(path)]._buffers:
+            found.append(name)
+    return found
 
 
 def _incomplete(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ddp_ssl.config import Config, ConfigError, Data, Eval, Measure, Positive, Section, load_as
+from ddp_ssl.config.section import PathText, Seconds
 from ddp_ssl.evals.weights import Source
 from ddp_ssl.run.configure import load
 
@@ -28,7 +29,7 @@ SECTIONS = {
 class EvaluateRun(Section):
     """The folder of the results, and the machine."""
 
-    dir: str | None = None
+    dir: PathText | None = None
     """The results go into `evaluate/` of this folder. Unset: the run's own, or
     `runs/evaluate-SOURCE` for weights without a run."""
     name: str | None = None
@@ -40,7 +41,7 @@ class EvaluateRun(Section):
     driver, none given to the job, or CUDA_VISIBLE_DEVICES empty."""
     threads: int = Field(0, ge=0)
     """CPU threads per process for torch; 0 shares the machine's cores among its processes."""
-    timeout_s: float = Field(1800, gt=0)
+    timeout_s: Seconds = 1800
     """Seconds that a process waits for another one."""
     cache_mb: float = Field(64, ge=0)
     """Features larger than this, in MiB over all images of a split, are kept on disk. The next

@@ -1,6 +1,7 @@
 """Weights that a command is given: their place, and a run's checkpoint in its modules."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ def find_source(text: str) -> Source:
     accepted = "a run folder, RUN:best, RUN:last, a file of weights or timm:NAME would be accepted"
     if text.startswith("timm:"):
         return Source(text, timm=text.removeprefix("timm:"))
+    text = os.path.expanduser(text)
     place, _, which = text.rpartition(":")
     if place and which in ("best", "last") and not Path(text).exists():
         path = Path(place)
@@ -86,8 +88,11 @@ def checkpoint_of(source: Source) -> Path:
 def read_checkpoint(path: Path, sha256: str | None = None) -> dict[str, Any]:
     """The state in a run's checkpoint. Raises `ValueError`, one line."""
     state = store.load(path, sha256=sha256)
-    if not {"model", "step", "identity"} <= state.keys():
-        raise ValueError(f"{path} is no checkpoint of a run: it has no model, step and identity")
+    if not {"model", "step", "identity"} <= state.keys() or not isinstance(state["model"], dict):
+        raise ValueError(
+            f"{path} is no checkpoint of a run: it has no model, step and identity; a run folder "
+            "or a file in its checkpoints/ is accepted (backbone.pt is the backbone alone)"
+        )
     return state
 
 

@@ -9,11 +9,10 @@ fills its space is made uniform.
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import Config
+from ddp_ssl.config import Config, Temperature
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import info_nce, mutual_information
 from ddp_ssl.losses.common import at_least_float32, gather_unit_rows, unit_rows
@@ -26,7 +25,7 @@ class AdaDimConfig(AlphaConfig, VICRegConfig):
     """The balance of decorrelation and uniformity."""
 
     name: str = "adadim"
-    temperature: float = Field(0.1, gt=0)
+    temperature: Temperature = 0.1
     """Temperature of InfoNCE's cosine similarities."""
     beta: Literal["off", "fixed", "adaptive"] = "adaptive"
     """Weight of the mutual information term: none, `beta_scale`, or `beta_scale` times alpha."""

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import Config
+from ddp_ssl.config import Config, Temperature
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import moco
 from ddp_ssl.methods._momentum import MomentumConfig, MomentumMethod
@@ -20,7 +20,7 @@ class MoCoV2PlusConfig(MomentumConfig, QueueConfig):
 
     name: str = "mocov2plus"
     final_momentum: float = Field(0.999, ge=0, le=1)
-    temperature: float = Field(0.2, gt=0)
+    temperature: Temperature = 0.2
     """Temperature of the cosine similarities."""
     queue_size: int = Field(65536, ge=1)
     """Earlier keys per view, at least a batch; need not be a multiple of it."""

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import nn
 
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import Config
+from ddp_ssl.config import Config, Temperature
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import mocov3
 from ddp_ssl.methods._momentum import MomentumConfig, MomentumMethod
@@ -19,7 +19,7 @@ class MoCoV3Config(MomentumConfig):
     """InfoNCE between predictions and a momentum network's embeddings of the batch; no queue."""
 
     name: str = "mocov3"
-    temperature: float = Field(0.2, gt=0)
+    temperature: Temperature = 0.2
     """Temperature of the cosine similarities."""
     predictor_hidden: int = Field(4096, ge=1)
     """Width of the predictor's hidden layer."""

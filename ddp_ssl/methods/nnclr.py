@@ -4,7 +4,7 @@ import torch
 from pydantic import Field
 
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import Config
+from ddp_ssl.config import Config, Temperature
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import nearest_rows, nnclr
 from ddp_ssl.losses.common import at_least_float32
@@ -17,7 +17,7 @@ class NNCLRConfig(QueueConfig):
     """InfoNCE whose anchors are the views' nearest neighbours among earlier embeddings."""
 
     name: str = "nnclr"
-    temperature: float = Field(0.2, gt=0)
+    temperature: Temperature = 0.2
     """Temperature of the cosine similarities."""
     predictor_hidden: int = Field(4096, ge=1)
     """Width of the predictor's hidden layer."""

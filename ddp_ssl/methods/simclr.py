@@ -1,8 +1,6 @@
 """SimCLR: A Simple Framework for Contrastive Learning (Chen et al. 2020)."""
 
-from pydantic import Field
-
-from ddp_ssl.config import MethodConfig
+from ddp_ssl.config import MethodConfig, Temperature
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import info_nce
 from ddp_ssl.methods.base import Method, Output
@@ -12,7 +10,7 @@ class SimCLRConfig(MethodConfig):
     """InfoNCE between views; every other image of the global batch is a negative."""
 
     name: str = "simclr"
-    temperature: float = Field(0.2, gt=0)
+    temperature: Temperature = 0.2
     """Temperature of the cosine similarities."""
 
     recipe = {  # noqa: RUF012 (pydantic reads the annotation from the base)

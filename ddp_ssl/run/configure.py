@@ -15,7 +15,6 @@ from ddp_ssl.config.reader import (
     Layer,
     Resolved,
     check_sections,
-    flow,
     merge,
     read_yaml,
     split_arguments,
@@ -24,6 +23,7 @@ from ddp_ssl.config.reader import (
 )
 from ddp_ssl.config.rules import check
 from ddp_ssl.config.schema import Config, MethodConfig, with_method
+from ddp_ssl.config.text import flow
 from ddp_ssl.errors import ConfigError
 from ddp_ssl.methods._registry import load_method
 from ddp_ssl.utils.text import one_line
@@ -43,16 +43,19 @@ def load(arguments: Sequence[str]) -> Resolved:
     if path is None:
         layers: list[Layer] = [(EMBEDDED, _embedded_default(overrides))]
     else:
-        layers = [(str(path), read_yaml(path))]
+        layers = [(str(path), read_yaml(path, Config))]
     name = _method_name(*merge(with_overrides(layers, overrides, Config)))
 
     method = load_method(name).config_class
+    typed = with_method(method)
     if path is None:
         layers = _for_method(layers[0][1], method)
+    else:  # again, now that the types of the method's own keys are known
+        layers = [(str(path), read_yaml(path, typed))]
     recipe = (f"recipe of {name}", method.recipe)
-    merged, origins = merge([recipe, *with_overrides(layers, overrides, Config)])
+    merged, origins = merge([recipe, *with_overrides(layers, overrides, typed)])
     merged["method"] = {**merged.get("method", {}), "name": name}
-    config = validate(merged, with_method(method), origins)
+    config = validate(merged, typed, origins)
     try:
         check(config)
         config.method.check(config)

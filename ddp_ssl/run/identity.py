@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddp_ssl.config import Config, ConfigError
-from ddp_ssl.config.reader import flow
+from ddp_ssl.config.text import flow
 
 if TYPE_CHECKING:
     from ddp_ssl.data.datasets.base import Dataset
@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
     "data.hw_decoder_load",
     "data.preallocate",
     "data.max_bad_fraction",
+    "data.max_pixels",
 )
 NOT_FREE = ("run.seed",)
 

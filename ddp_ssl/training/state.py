@@ -15,6 +15,7 @@ from torch import Tensor
 from ddp_ssl import optim
 from ddp_ssl.checkpoint import store
 from ddp_ssl.config import Config
+from ddp_ssl.evals.weights import read_checkpoint
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.run import folder
 from ddp_ssl.run.identity import check_identity, compare_identity
@@ -140,9 +141,12 @@ def initial_weights(learner: Learner, config: Config) -> None:
     if config.run.init_from is None:
         return
     path = Path(config.run.init_from)
-    theirs, own = store.load(path)["model"], learner.state_dict()
+    try:
+        theirs, own = read_checkpoint(path)["model"], learner.state_dict()
+    except ValueError as error:
+        raise ValueError(f"run.init_from: {error}") from None
     ours = [n for n, v in own.items() if n.startswith("method.") and isinstance(v, Tensor)]
-    wrong = [n for n in ours if n not in theirs or theirs[n].shape != own[n].shape]
+    wrong = [n for n in ours if getattr(theirs.get(n), "shape", None) != own[n].shape]
     if wrong:
         raise ValueError(
             f"run.init_from: {path} does not fit this model: {len(wrong)} tensors are missing or "

@@ -26,7 +26,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of kept scans, also of small folders."""
     monkeypatch.setenv("DDP_SSL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(scan, "WORTH_KEEPING", 1)
-    scan._warn.cache_clear()
+    scan.warn_once.cache_clear()
     return tmp_path / "cache" / "manifests"
 
 
@@ -365,7 +365,7 @@ def test_images_beside_class_folders_are_told_of(
     assert caplog.messages == [
         f"{root}: 3 images lie beside the class folders and are left out, having no class"
     ]
-    scan._warn.cache_clear()
+    scan.warn_once.cache_clear()
     images_below(root)
     assert len(caplog.messages) == 2
 

@@ -394,7 +394,7 @@ def test_a_csv_of_paths_and_classes(tmp_path: Path, header: str) -> None:
 
 
 def test_numbers_as_classes_are_in_their_order(tmp_path: Path) -> None:
-    data = listed(tmp_path, "a,10\nb,9\nc,100\n")
+    data = listed(tmp_path, "a.jpg,10\nb.jpg,9\nc.jpg,100\n")
     assert data.class_names == ("9", "10", "100")
 
 

@@ -190,7 +190,7 @@ def test_the_list_is_what_data_skip_takes(
     assert made.val is not None
     assert (len(made.train), len(made.val)) == (15 if full else 16, 14)
     splits = {"train": made.train, "val": made.val}
-    checker = check_data.Checker(splits, full)
+    checker = check_data.Checker(splits, full, 10**6)
     assert [checker.check(name, 0, len(split)) for name, split in splits.items()] == [[], []]
 
 
@@ -206,7 +206,7 @@ def test_shards_are_checked_by_the_names_of_the_files(tmp_path: Path, full: bool
     found = shards.open_shards(out)
     assert found.val is not None
     splits = {"train": found.train, "val": found.val}
-    checker = check_data.Checker(splits, full)
+    checker = check_data.Checker(splits, full, 10**6)
     bad = {name: dict(checker.check(name, 0, len(split))) for name, split in splits.items()}
     assert list(bad["train"]) == [1, 3]
     assert check_data.write(tmp_path / "bad.txt", splits, bad) == 0
@@ -218,7 +218,9 @@ def test_shards_are_checked_by_the_names_of_the_files(tmp_path: Path, full: bool
 def test_missing_files_and_names_that_fit_no_line(tmp_path: Path) -> None:
     names = [b"gone.jpg", b"new\nline.jpg", b"\xff.jpg"]
     split = Split.of_files(str(tmp_path), names, np.zeros(3, np.int64))
-    bad = dict(check_data.Checker({"train": split}, full=False).check("train", 0, 3))
+    bad = dict(
+        check_data.Checker({"train": split}, full=False, max_pixels=10**6).check("train", 0, 3)
+    )
     assert bad == dict.fromkeys(range(3), "No such file or directory")
     assert check_data.write(tmp_path / "bad.txt", {"train": split}, {"train": bad}) == 1
     lines = (tmp_path / "bad.txt").read_bytes().splitlines()
@@ -239,7 +241,7 @@ def test_a_look_reads_a_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return content
 
     monkeypatch.setattr(os, "pread", counted)
-    assert check_data.suspicious(split, 0) is None
+    assert check_data.suspicious(split, 0, 10**6) is None
     assert sum(read) == check_data.HEAD + check_data.TAIL
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from ddp_ssl.config import Model
 from ddp_ssl.evals.pretrained import Pretrained, _normalisation_of, load_pretrained, normalised
 from ddp_ssl.evals.settings import Backbone, EvaluateConfig
+from ddp_ssl.models import build_backbone, loading_snippet
 from tests.evals.runs import make_run
 
 IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(3))
@@ -209,3 +212,97 @@ def test_timms_pretrained_weights_see_pixels_as_in_their_training() -> None:
     weights.normalisation = None
     assert normalised(digits, weights) is digits
     assert load_pretrained("timm:resnet18", Backbone(), [48]).normalisation is None  # random ones
+
+
+SMALL = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
+VIT = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "theirs", "first"),
+    [
+        ("resnet18", SMALL, {**SMALL, "layers": [2, 1, 1, 1]}, "layer1.1.conv1.weight"),
+        ("resnet18", SMALL, {**SMALL, "layers": [1, 1, 1, 3]}, "layer4.1.conv1.weight"),
+        ("vit_tiny_patch16_224", VIT, {**VIT, "depth": 3}, "blocks.2.norm1.weight"),
+        ("vit_tiny_patch16_224", VIT, {**VIT, "init_values": 1e-5}, "blocks.0.ls1.gamma"),
+    ],
+)
+def test_weights_of_a_larger_network_are_refused(
+    name: str, own: dict[str, object], theirs: dict[str, object], first: str, tmp_path: Path
+) -> None:
+    larger = timm.create_model(name, num_classes=3, **theirs).state_dict()
+    file = tmp_path / "w.pt"
+    torch.save({"state_dict": under("module.", larger)}, file)
+    with pytest.raises(ValueError, match=r"holds a larger network than .* the first " + first):
+        load_pretrained(file, Backbone(backbone=name, backbone_args=own), [32])
+    larger |= {"projector.0.weight": torch.ones(2), "queue": torch.ones(3, 4)}
+    torch.save(larger, file)
+    loaded = load_pretrained(file, Backbone(backbone=name, backbone_args=theirs), [32])
+    assert "ignored: 4 others" in loaded.description  # the classifier and what is no backbone's
+
+
+def test_a_classifier_inside_of_a_module_is_no_larger_network(tmp_path: Path) -> None:
+    arguments = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
+    model = timm.create_model("convnext_atto", num_classes=3, **arguments)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    loaded = load_pretrained(
+        tmp_path / "w.pt", Backbone(backbone="convnext_atto", backbone_args=arguments), [64]
+    )
+    assert "ignored: 2 others (head.fc.bias, head.fc.weight)" in loaded.description
+
+
+def test_a_bias_that_the_backbone_does_not_have_is_refused(tmp_path: Path) -> None:
+    state = timm.create_model("resnet18", **SMALL).state_dict()
+    torch.save({**state, "layer2.0.conv1.bias": torch.zeros(8)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"1 tensors inside of its modules .* layer2.0.conv1.bias"):
+        load_pretrained(tmp_path / "w.pt", Backbone(backbone="resnet18", backbone_args=SMALL), [32])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"features_only": True}, "features_only is not accepted: it gives several maps"),
+        ({"out_indices": [1]}, "out_indices is not accepted"),
+        ({"checkpoint_path": "/etc/passwd"}, "checkpoint_path is not accepted: it names weights"),
+        ({"pretrained_cfg": {"file": "x"}}, "pretrained_cfg is not accepted"),
+        ({"pretrained_cfg_overlay": {}}, "pretrained_cfg_overlay is not accepted"),
+        ({"global_pool": ""}, r"give \[512, 2, 2\] for an image of 64 pixels; a vector is needed"),
+        ({"layers": [1, 1]}, "cannot take images of 64 pixels"),
+        ({"block": 3}, "refused by resnet18: AttributeError"),
+        ({"act_layer": "nope"}, "refused by resnet18: KeyError"),
+        ({"output_stride": 7}, "refused by resnet18: AssertionError"),
+        ({"nonsense": 1}, "refused by resnet18: TypeError"),
+    ],
+)
+def test_backbone_arguments_are_refused_in_one_line(
+    arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=r"^model.backbone(_args)?: .*" + message) as caught:
+        build_backbone(Model(backbone="resnet18", backbone_args=arguments), [64])
+    assert "\n" not in str(caught.value)
+
+
+def test_places_of_weights_are_no_models() -> None:
+    for name in ("hf_hub:timm/resnet18.a1_in1k", "hf-hub:x/y", "local-dir:/tmp"):
+        with pytest.raises(ValueError, match=r"^model.backbone: .* is a place of weights, not a"):
+            build_backbone(Model(backbone=name), [64])
+
+
+def test_weights_that_cannot_be_fetched_are_one_line_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"^model.backbone_args: .* weights cannot be fetched: "):
+        build_backbone(Model(backbone="resnet10t", backbone_args={"pretrained": True}), [64])
+    assert time.monotonic() - start < 20
+
+
+def test_num_classes_stands_once_in_the_snippet() -> None:
+    text = loading_snippet(Model(backbone_args={"num_classes": 0, **SMALL}), "w.pt")
+    assert text.count("num_classes") == 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +13,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ddp_ssl.data.datasets.base import Dataset, Definition, prepare, root_of
-from ddp_ssl.data.datasets.scan import EXTENSIONS, images_below, scan
+from ddp_ssl.data.datasets.scan import (
+    EXTENSIONS,
+    NO_FOLDERS,
+    entries,
+    images_below,
+    looks_like_image,
+    scan,
+    warn_once,
+)
 from ddp_ssl.data.datasets.split import Names, Split
 
 if TYPE_CHECKING:
@@ -22,12 +32,44 @@ logger = logging.getLogger("ddp_ssl")
 # --- any folder ----------------------------------------------------------------------------------
 
 LAYOUTS = "class folders under train/ and val/, class folders, or a flat folder of images"
+# Names of the splits, the usual one first; upper and lower case are the same.
+TRAIN = ("train", "training")
+VAL = ("val", "valid", "validation")
+LIKE_A_SPLIT = re.compile(
+    r"(?:^|[^a-z])(?:train|training|trn|val|valid|validation|dev|eval|test|testing|holdout)"
+    r"(?:[^a-z]|$)"
+)
+FEW = 1000  # files of a folder that are looked at
+
+
+class Splits(NamedTuple):
+    """The folders of a root: of the training images, of the validation images, and all others."""
+
+    train: Path | None
+    val: Path | None
+    others: list[str]
+
+
+def splits_of(root: Path) -> Splits:
+    """The splits of a folder, by the usual names of their folders."""
+    there = [e for e in entries(os.fsencode(root)) if e.name.lower() not in NO_FOLDERS]
+    names = [os.fsdecode(entry.name) for entry in there if os.path.isdir(entry.path)]
+
+    def first(accepted: tuple[str, ...]) -> str | None:
+        for wanted in accepted:
+            same = [name for name in names if name.lower() == wanted]
+            if same:
+                return wanted if wanted in same else same[0]
+        return None
+
+    train, val = first(TRAIN), first(VAL)
+    others = [name for name in names if name not in (train, val)]
+    return Splits(root / train if train else None, root / val if val else None, others)
 
 
 def find_folder(data: Data) -> None:
     root = root_of(data, f"data.name={data.name} looks for {LAYOUTS}")
-    train = root / "train"
-    where = train if train.is_dir() else root
+    where = splits_of(root).train or root
     if next(scan(os.fsencode(where)), None) is None:
         kinds = " ".join(sorted(e.decode() for e in EXTENSIONS))
         raise ValueError(
@@ -37,11 +79,41 @@ def find_folder(data: Data) -> None:
 
 def load_folder(data: Data) -> Dataset:
     root = root_of(data, LAYOUTS)
-    train = root / "train"
-    if train.is_dir() and (root / "val").is_dir():
-        return train_and_val("folder", train, root / "val")
-    images, classes = images_below(train if train.is_dir() else root)
+    train, val, others = splits_of(root)
+    if train is None:
+        images, classes = images_below(root)
+        splits = [name for name in classes if LIKE_A_SPLIT.search(name.lower())]
+        if splits:
+            warn_once(
+                f"data.root: {root}: classes are called {', '.join(splits[:3])}, like splits; "
+                f"accepted for splits: {' or '.join(TRAIN)} and {' or '.join(VAL)}"
+            )
+        return Dataset("folder", images, None, classes)
+    unused = [name for name in others if LIKE_A_SPLIT.search(name.lower())]
+    unused += [name for name in others if name not in unused and holds_images(root / name)]
+    if unused:
+        used = f"{train.name}/ and {val.name}/ are" if val else f"{train.name}/ alone is"
+        warn_once(
+            f"data.root: {root}: {used} used; not used: {', '.join(f'{n}/' for n in unused[:3])}"
+            + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
+        )
+    if val is not None:
+        return train_and_val("folder", train, val)
+    images, classes = images_below(train)
     return Dataset("folder", images, None, classes)
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether there is an image among the first entries of a folder, or of a folder in it."""
+    with os.scandir(folder) as found:
+        some = list(itertools.islice(found, FEW))
+    inside = next((entry for entry in some if entry.is_dir()), None)
+    if any(looks_like_image(entry.name) for entry in some if not entry.name.startswith(".")):
+        return True
+    if inside is None:
+        return False
+    with os.scandir(inside) as found:
+        return any(looks_like_image(entry.name) for entry in itertools.islice(found, FEW))
 
 
 def train_and_val(

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import logging
 import os
+import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, root_of
+from ddp_ssl.data.datasets.scan import looks_like_image
 from ddp_ssl.data.datasets.split import Names, Split
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
 
+logger = logging.getLogger("ddp_ssl")
+
 ACCEPTED = "accepted: a path per line, or path,label (CSV: quote what has a comma in it)"
+SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", " ": "space"}
+SAMPLE = 50  # lines by which the form of a list is recognised
+UNLABELLED = ("", "-1")
+
+
+class Form(NamedTuple):
+    """The character between the columns of a list, and whether its first line is a header."""
+
+    separator: str = ","
+    header: bool = False
 
 
 def find(data: Data) -> None:
@@ -48,72 +65,173 @@ def listed(
     """The images of a list and the names of its classes.
 
     Given `classes` are kept. Otherwise the classes are sorted: by number if all names are whole
-    numbers, else as text. An image with an empty label is unlabelled.
+    numbers, else as text. An image with an empty label or -1 is unlabelled.
     """
     base = absolute(data.root) if data.root else file.parent
-    names, labels, outside = Names(), array("q"), False
-    number: dict[str, int] = {"": -1}
+    form = recognised(key, file, base)
+    names, labels, hashes, outside = Names(), array("q"), array("q"), False
+    number = dict.fromkeys(UNLABELLED, -1)
     for name in () if classes is None else classes:
-        number[name] = len(number) - 1
-    for at, path, label in rows(key, file):
+        number[name] = len(number) - len(UNLABELLED)
+    for at, path, label in rows(key, file, form):
         if label not in number:
             if classes is not None:
                 raise ValueError(
                     f"{key}: {file}, line {at}: {label!r} is a class that data.files does not "
                     f"have; accepted: its {len(classes)} classes"
                 )
-            number[label] = len(number) - 1
-        names.append(os.fsencode(path))
+            number[label] = len(number) - len(UNLABELLED)
+        names.append(path.encode("utf-8", "surrogateescape"))
         labels.append(number[label])
+        hashes.append(hash(path))
         outside |= path.startswith("/")
     if not len(names):
         raise ValueError(f"{key}: {file} lists no images; {ACCEPTED}")
+    repeated = int(np.count_nonzero(np.diff(np.sort(np.frombuffer(hashes, np.int64))) == 0))
+    if repeated:
+        check_repeated(key, file, form)
     if outside:
         base, names = Path("/"), below_root(names, base)
     ids = np.frombuffer(labels, np.int64).copy()
     if classes is None:
-        del number[""]
-        whole = all(name.isascii() and name.isdigit() for name in number)
-        classes = tuple(sorted(number, key=lambda name: (int(name) if whole else 0, name)))
+        found = number.keys() - set(UNLABELLED)
+        whole = all(name.isascii() and name.isdigit() for name in found)
+        classes = tuple(sorted(found, key=lambda name: (int(name) if whole else 0, name)))
         # The last entry is for the label -1.
         rank = np.full(len(classes) + 1, -1)
         for place, name in enumerate(classes):
             rank[number[name]] = place
         ids = rank[ids]
+    tell(key, file, form, len(classes), ids, repeated)
     return Split.of_files(str(base), names, ids), classes
 
 
-def rows(key: str, file: Path) -> Iterator[tuple[int, str, str]]:
-    """Line number, path and label (empty if there is none) of every line."""
+def tell(
+    key: str, file: Path, form: Form, classes: int, labels: NDArray[np.int64], repeated: int
+) -> None:
+    """Say in one line how a list was understood."""
+    unlabelled = int(np.count_nonzero(labels < 0))
+    parts = [f"{classes} classes" if classes else "no classes", f"{len(labels)} images"]
+    parts += [f"{unlabelled} of them unlabelled"] if classes and unlabelled else []
+    parts += ["header skipped"] if form.header else []
+    parts += [f"separated by {SEPARATORS[form.separator]}"] if form.separator != "," else []
+    parts += [f"{repeated} of the images listed more than once"] if repeated else []
+    level = logging.WARNING if repeated else logging.INFO
+    logger.log(level, "%s: %s: %s", key, file, ", ".join(parts))
+
+
+def check_repeated(key: str, file: Path, form: Form) -> None:
+    """Raise `ValueError` for an image that is listed with two classes."""
+    seen: dict[str, tuple[str, int]] = {}
+    for at, path, label in rows(key, file, form):
+        known, line = seen.setdefault(path, (label, at))
+        if known != label:
+            raise ValueError(
+                f"{key}: {file}, line {at}: {path!r} has the class {label!r} here and {known!r} in "
+                f"line {line}; accepted: one class for each image"
+            )
+
+
+# --- the form of a list --------------------------------------------------------------------------
+
+
+def recognised(key: str, file: Path, base: Path) -> Form:
+    """The form of a list, from its first lines and the images that exist.
+
+    Raises `ValueError` for a list whose first column is no images.
+    """
+    separator = next((s for s in SEPARATORS if _fits(_sample(file, s))), ",")
+    sample = [cells for cells in _sample(file, separator) if cells[0]]
+    if not sample:
+        return Form(separator)
+
+    def is_image(cells: Sequence[str]) -> bool:
+        return looks_like_image(cells[0]) or os.path.exists(base / cells[0])
+
+    images = [is_image(cells) for cells in sample]
+    most = sum(images) * 2 >= len(images) - 1
+    # Names in a header are free, but it names no image.
+    words = re.split(r"[\s,;|]+", " ".join(sample[0]))
+    header = most and not images[0] and not any(map(looks_like_image, words))
+    if not (header or (most and images[0])):
+        at = images.index(False, 0 if most else min(1, len(images) - 1))
+        path, *more = sample[at]
+        swapped = more and looks_like_image(more[0])
+        what = "the images are in the second column" if swapped else f"{path!r} is no image"
+        raise ValueError(
+            f"{key}: {file}, line {at + 1}: {what}; {ACCEPTED}; tabs, semicolons or single spaces "
+            "may separate the columns too"
+        )
+    return Form(separator, header)
+
+
+def _fits(sample: list[list[str]]) -> bool:
+    """Whether all lines are an image and a class; the first one may be a header."""
+    body = sample[1:] or sample
+    return all(len(cells) == 2 for cells in sample) and all(
+        looks_like_image(cells[0]) and not looks_like_image(cells[1]) for cells in body
+    ) and bool(sample)  # fmt: skip
+
+
+def _sample(file: Path, separator: str) -> list[list[str]]:
+    """The first lines; those before the first one that is not CSV."""
+    found: list[list[str]] = []
+    with opened(file) as lines:
+        try:
+            for _, cells in itertools.islice(_cells(lines, separator), SAMPLE):
+                found.append(cells)
+        except csv.Error:
+            pass  # `rows` says so
+    return found
+
+
+def opened(file: Path) -> TextIO:
     # File names are bytes; `surrogateescape` keeps those that are not UTF-8.
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
-        reader = csv.reader(opened, skipinitialspace=True, strict=True)
+    return open(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _cells(lines: TextIO, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of every line that is not empty; raises `csv.Error`."""
+    if separator == " ":  # a path may have spaces in it, a class may not
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                path, _, label = line.rstrip().rpartition(" ")
+                yield number, [path.rstrip(), label]
+        return
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    try:
+        for row in reader:
+            if row:
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise csv.Error(f"{reader.line_num}: not CSV ({error})") from None
+
+
+def rows(key: str, file: Path, form: Form) -> Iterator[tuple[int, str, str]]:
+    """Line number, path and label (empty if there is none) of every image."""
+    with opened(file) as lines:
         columns = 0
         try:
-            for row in reader:
-                if not row:
-                    continue
+            for at, row in _cells(lines, form.separator):
                 if columns == 0:
                     columns = len(row)
-                    if [cell.strip().lower() for cell in row] in (["path"], ["path", "label"]):
+                    if form.header:
                         continue
                 if len(row) != columns or columns > 2 or not row[0]:
                     what = f"{len(row)} columns" if row[0] else "an empty path"
                     raise ValueError(
-                        f"{key}: {file}, line {reader.line_num}: {what}"
+                        f"{key}: {file}, line {at}: {what}"
                         + (f", expected {columns}" if columns < 3 and row[0] else "")
                         + f"; {ACCEPTED}"
                     )
                 if "\n" in row[0] or "\0" in row[0]:
                     raise ValueError(
-                        f"{key}: {file}, line {reader.line_num}: a path with a line break or a "
-                        f"zero byte in it, perhaps from a quote that is not closed; {ACCEPTED}"
+                        f"{key}: {file}, line {at}: a path with a line break or a zero byte in "
+                        f"it, perhaps from a quote that is not closed; {ACCEPTED}"
                     )
-                yield reader.line_num, row[0], row[1].strip() if columns == 2 else ""
+                yield at, row[0], row[1].strip() if columns == 2 else ""
         except csv.Error as error:
-            raise ValueError(
-                f"{key}: {file}, line {reader.line_num}: not CSV ({error}); {ACCEPTED}"
-            ) from None
+            raise ValueError(f"{key}: {file}, line {error}; {ACCEPTED}") from None
 
 
 def below_root(names: Names, base: Path) -> Names:

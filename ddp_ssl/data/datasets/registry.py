@@ -17,6 +17,7 @@ import numpy as np
 
 from ddp_ssl.data.datasets import selection, shards, staging
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part
+from ddp_ssl.data.datasets.scan import warn_once
 from ddp_ssl.utils.text import suggest
 
 if TYPE_CHECKING:
@@ -117,6 +118,16 @@ def load(data: Data, seed: int) -> Dataset:
             if not left:
                 raise ValueError(f"data.skip: {data.skip} leaves no {kind} images")
     train = every if chosen.all() else every.subset(np.flatnonzero(chosen))
+    if made.num_classes == 1:
+        warn_once(
+            f"data.root: one class only ({made.class_names[0]}): the accuracy of k-NN and of the "
+            "probe is 1 from the start and says nothing"
+        )
+    if val is not None and len(val) == 1:
+        warn_once(
+            "data: one validation image only: an accuracy is 0 or 1, and measures that compare "
+            "images are nan; data.val_fraction holds out more"
+        )
     return replace(made, train=train, val=val, labelled=labelled)
 
 
@@ -137,6 +148,11 @@ def _with_held_out(made: Dataset, data: Data) -> Dataset:
     held = selection.held_out(made.train.labels, data.val_fraction)
     if not held.any():
         return made
+    warn_once(
+        f"data: no validation split is there: {held.sum()} of the {len(held)} images are held out "
+        f"for validation (data.val_fraction={data.val_fraction:g})",
+        logging.INFO,
+    )
     train, val = (made.train.subset(np.flatnonzero(mask)) for mask in (~held, held))
     return replace(made, train=train, val=val, labelled=labelled_part(train))
 

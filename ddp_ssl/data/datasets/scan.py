@@ -11,11 +11,11 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
-import json
 import logging
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddp_ssl.data.datasets.cache import cache_folder, write_atomically
+from ddp_ssl.data.datasets.sealed import checksum, sealed, unsealed
 from ddp_ssl.data.datasets.split import Names, Split
+from ddp_ssl.errors import printable
 from ddp_ssl.utils.progress import EVERY_S
 from ddp_ssl.utils.seeds import generator
 
@@ -34,8 +36,16 @@ logger = logging.getLogger("ddp_ssl")
 
 # The formats that DALI decodes on every machine, so without GIF and AVIF.
 EXTENSIONS = frozenset(
-    (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".tif", b".tiff", b".ppm", b".pgm", b".jp2")
-)
+    (b".jpg", b".jpeg", b".jpe", b".jfif", b".png", b".bmp", b".webp", b".tif", b".tiff", b".ppm",
+     b".pgm", b".jp2")
+)  # fmt: skip
+# Of other formats: an image by its name, though not one that is read.
+OTHER_EXTENSIONS = frozenset((b".gif", b".avif", b".heic", b".heif", b".jxl", b".svg", b".dcm"))
+# Folders that file servers and systems make, with thumbnails or removed files in them.
+NO_FOLDERS = frozenset(
+    (b"@eadir", b"@recycle", b"#recycle", b"#snapshot", b"$recycle.bin", b"__macosx", b"thumbnails",
+     b"thumbs", b"lost+found", b"system volume information")
+)  # fmt: skip
 
 THREADS = 32  # they mostly wait
 WORTH_SAYING = 2.0  # seconds of a scan
@@ -45,6 +55,7 @@ SAMPLE = 1_000  # files whose size and time are kept
 # system's clock, and its time would not show it. git calls that racy.
 RACY = 2_000_000_000  # nanoseconds
 VERSION = 1
+SHOWN = 3  # names in a message
 
 Array = NDArray[np.int64]
 
@@ -63,19 +74,49 @@ def images_below(folder: Path, only: Sequence[str] | None = None) -> tuple[Split
     place = cache_folder() / "manifests" / key  # the name is that of earlier versions
     found, stale = _restore(place, top), None
     if isinstance(found, _Stale):
-        logger.info("%s has changed since it was last scanned: %s", top, found.reason)
+        if found.reason:
+            logger.info("%s has changed since it was last scanned: %s", top, found.reason)
         stale, found = found, None
     if found is None:
         found = _scan_all(top, wanted)
         if len(found.labels) >= WORTH_KEEPING:
             found = _keep(place, top, found, stale) or found
     if found.loose:
-        _warn(
+        warn_once(
             f"{top}: {found.loose} images lie beside the class folders and are left out, "
             "having no class"
         )
+    if said := _passed_over(found):
+        odd = found.empty or any(looks_like_image(f"x{name}") for name in found.passed)
+        warn_once(f"{top}: {said}", logging.WARNING if odd else logging.INFO)
     split = Split(found.labels, top, found.names, found.spans)
     return (split.known_by(found.digest) if found.digest else split), found.classes
+
+
+def looks_like_image(name: str) -> bool:
+    """Whether a name has the extension of an image, read here or not."""
+    extension = os.fsencode(os.path.splitext(name)[1].lower())
+    return extension in EXTENSIONS or extension in OTHER_EXTENSIONS
+
+
+def _passed_over(found: _Scan) -> str:
+    """The files and folders that a scan left out, in one line; empty if there are none."""
+    parts = []
+    files = {name: count for name, count in found.passed.items() if not name.endswith("/")}
+    folders = [name for name in found.passed if name.endswith("/")]
+    if files:
+        most = sorted(files.items(), key=lambda item: -item[1])[:SHOWN]
+        kinds = ", ".join(f"{count} {name or 'without one'}" for name, count in most)
+        parts.append(f"{sum(files.values())} files passed over by their extension ({kinds})")
+    if folders:
+        count = sum(found.passed[name] for name in folders)
+        names = ", ".join(sorted(folders)[:SHOWN])
+        parts.append(f"{count} folders of thumbnails or of the system passed over ({names})")
+    if found.empty:
+        names = ", ".join(f"{name}/" for name in found.empty[:SHOWN])
+        more = ", ..." if len(found.empty) > SHOWN else ""
+        parts.append(f"{len(found.empty)} class folders without images ({names}{more})")
+    return printable("; ".join(parts))
 
 
 def scan(folder: bytes, at: bytes = b"") -> Iterator[bytes]:
@@ -103,15 +144,25 @@ def entries(folder: bytes) -> list[os.DirEntry[bytes]]:
         raise _unreadable(folder, error) from None
 
 
-def _items(folder: bytes) -> list[bytes]:
-    """The images and, with a slash at the end, the folders in a folder, by name."""
+def _items(folder: bytes, passed: Counter[bytes] | None = None) -> list[bytes]:
+    """The images and, with a slash at the end, the folders in a folder, by name.
+
+    `passed` counts all others, by their extension or as folders.
+    """
     items = []
+    passed = Counter() if passed is None else passed
     try:
         for entry in entries(folder):
             if _there(entry.is_dir):
-                if not _leads_up(entry):
+                if entry.name.lower() in NO_FOLDERS:
+                    passed[entry.name + b"/"] += 1
+                elif not _leads_up(entry):
                     items.append(entry.name + b"/")
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and _there(entry.is_file):
+                continue
+            extension = os.path.splitext(entry.name)[1].lower()
+            if extension not in EXTENSIONS:
+                passed[extension] += 1
+            elif _there(entry.is_file):
                 items.append(entry.name)
     except OSError as error:
         raise _unreadable(folder, error) from None
@@ -167,11 +218,15 @@ class _Scan:
     """Paths of all folders listed, relative to the top, each with a zero byte after it."""
     times: Array
     """When each was modified, in ns; -1 if that cannot be trusted."""
+    passed: dict[str, int]
+    """Numbers of files left out, by extension, and of folders, by name with a slash."""
+    empty: tuple[str, ...]
+    """Class folders without images."""
     digest: str = ""
 
 
 class _Stale(NamedTuple):
-    """Why a kept scan is no longer valid, and the token of that scan."""
+    """Why a kept scan is no longer valid (empty: it is damaged), and the token of that scan."""
 
     reason: str
     token: str
@@ -183,6 +238,7 @@ class _Listing(NamedTuple):
     files: bytes  # with a zero byte after each
     folders: list[bytes]
     mixed: list[bytes] | None  # all of them by name, where there are both
+    passed: Counter[bytes]  # numbers of others
 
 
 def _list(top: bytes, at: bytes) -> _Listing:
@@ -192,13 +248,14 @@ def _list(top: bytes, at: bytes) -> _Listing:
         modified = os.stat(path).st_mtime_ns
     except OSError as error:
         raise _unreadable(path, error) from None
-    items = _items(path)
+    passed: Counter[bytes] = Counter()
+    items = _items(path, passed)
     folders = [item for item in items if item.endswith(b"/")]
     files = items if not folders else [item for item in items if not item.endswith(b"/")]
     joined = b"\0".join([*files, b""]) if files else b""
     trusted = modified < now - RACY
     mixed = items if files and folders else None
-    return _Listing(at, modified if trusted else -1, joined, folders, mixed)
+    return _Listing(at, modified if trusted else -1, joined, folders, mixed, passed)
 
 
 def _scan_all(top: str, only: Sequence[str] | None) -> _Scan:
@@ -237,7 +294,7 @@ def _scan_all(top: str, only: Sequence[str] | None) -> _Scan:
 
 def _assemble(listings: dict[bytes, _Listing], flat: bool) -> _Scan:
     """All listings as one scan; `flat` accepts images without a class."""
-    names, classes, counts = Names(), [], []
+    names, classes, counts, empty = Names(), [], [], []
     top = listings[b""]
     for folder in top.folders:
         before = len(names)
@@ -245,6 +302,12 @@ def _assemble(listings: dict[bytes, _Listing], flat: bool) -> _Scan:
         if len(names) > before:
             classes.append(os.fsdecode(folder[:-1]))
             counts.append(len(names) - before)
+        else:
+            empty.append(os.fsdecode(folder[:-1]))
+    passed: Counter[bytes] = Counter()
+    for listing in listings.values():
+        if listing.passed:
+            passed += listing.passed
     loose = top.files.count(0) if classes else 0
     labels: Array = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
     if not classes and flat:
@@ -262,6 +325,8 @@ def _assemble(listings: dict[bytes, _Listing], flat: bool) -> _Scan:
         loose,
         np.frombuffer(folders, np.uint8),
         np.array([listing.time for listing in listings.values()], np.int64),
+        {os.fsdecode(name): count for name, count in passed.items()},
+        tuple(empty),
     )
 
 
@@ -287,7 +352,7 @@ def _append(names: Names, listings: dict[bytes, _Listing], at: bytes) -> None:
 
 # --- kept scans ----------------------------------------------------------------------------------
 
-ARRAYS = {"labels": 1, "names": 1, "spans": 2, "folders": 1, "times": 1, "sample": 2}
+ARRAYS = ("labels", "names", "spans", "folders", "times", "sample")
 
 
 def _keep(place: Path, top: str, found: _Scan, stale: _Stale | None) -> _Scan | None:
@@ -304,13 +369,16 @@ def _keep(place: Path, top: str, found: _Scan, stale: _Stale | None) -> _Scan | 
                 file.flush()
                 os.fsync(file.fileno())
         about = {
+            "checksums": {name: checksum(to / f"{name}.npy") for name in arrays},
             "folder": os.fsdecode(top),
             "token": uuid.uuid4().hex,
             "digest": split.digest,
             "classes": found.classes,
             "loose": found.loose,
+            "passed": found.passed,
+            "empty": found.empty,
         }
-        (to / "manifest.json").write_text(json.dumps(about, indent=1) + "\n")
+        (to / "manifest.json").write_text(sealed(about))
 
     def outdated() -> bool:
         """Whether no other process has written a newer scan meanwhile."""
@@ -320,7 +388,7 @@ def _keep(place: Path, top: str, found: _Scan, stale: _Stale | None) -> _Scan | 
     try:
         write_atomically(place, write, outdated)
     except OSError as error:
-        _warn(
+        warn_once(
             f"DDP_SSL_CACHE: {cache_folder()} cannot be written ({error.strerror}): folders of "
             "images are scanned again at every start; accepted: a folder to keep what was found in"
         )
@@ -332,23 +400,23 @@ def _keep(place: Path, top: str, found: _Scan, stale: _Stale | None) -> _Scan | 
 
 def _restore(place: Path, top: str) -> _Scan | _Stale | None:
     """The scan kept at `place`, or why it is no longer valid; None if there is none."""
-    about = _about(place)
-    if about is None:
+    if not place.is_dir():
         return None
-    opened = _open(place, about)
-    if opened is None:
-        return _Stale(f"{place} is damaged", about["token"])
+    about = _about(place)
+    opened = None if about is None else _open(place, about)
+    if about is None or opened is None:
+        logger.warning("%s is damaged or of an earlier version: %s is scanned again", place, top)
+        return None if about is None else _Stale("", about["token"])
     kept, sample = opened
     reason = _change(top, kept, sample)
     return kept if reason is None else _Stale(reason, about["token"])
 
 
 def _about(place: Path) -> dict[str, Any] | None:
+    """What a kept scan says of itself; None if it is damaged or of an earlier version."""
     try:
-        about = json.loads((place / "manifest.json").read_text())
-        kinds = {"token": str, "digest": str, "classes": list, "loose": int}
-        return about if all(type(about[key]) is kind for key, kind in kinds.items()) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return unsealed((place / "manifest.json").read_text())
+    except (OSError, ValueError):
         return None
 
 
@@ -356,24 +424,24 @@ def _open(place: Path, about: dict[str, Any]) -> tuple[_Scan, Array] | None:
     """A kept scan mapped into memory, and its sample of files; None if it is damaged."""
     arrays: dict[str, Any] = {}
     try:
-        for name, ndim in ARRAYS.items():
-            mapped = np.load(place / f"{name}.npy", mmap_mode="r")
-            arrays[name] = np.asarray(mapped)  # `memmap` itself makes every index slower
-            dtype = np.uint8 if name in ("names", "folders") else np.int64
-            if mapped.ndim != ndim or mapped.dtype != dtype:
+        for name in ARRAYS:
+            file = place / f"{name}.npy"
+            if checksum(file) != about["checksums"][name]:
                 return None
-    except (OSError, ValueError, EOFError):
+            # `memmap` itself makes every index slower.
+            arrays[name] = np.asarray(np.load(file, mmap_mode="r"))
+    except OSError:
         return None
     sample = arrays.pop("sample")
     kept = _Scan(
-        **arrays, classes=tuple(about["classes"]), loose=about["loose"], digest=about["digest"]
+        **arrays,
+        classes=tuple(about["classes"]),
+        loose=about["loose"],
+        passed=about["passed"],
+        empty=tuple(about["empty"]),
+        digest=about["digest"],
     )
-    fits = (
-        len(kept.labels) == len(kept.spans) > 0
-        and kept.spans[-1, 1] == len(kept.names)
-        and np.count_nonzero(kept.folders == 0) == len(kept.times)
-    )
-    return (kept, sample) if fits else None
+    return kept, sample
 
 
 def _change(top: str, kept: _Scan, sample: Array) -> str | None:
@@ -428,6 +496,6 @@ def _in_threads(look: Callable[[int], Any], count: int) -> Array:
 
 
 @functools.cache
-def _warn(message: str) -> None:
+def warn_once(message: str, level: int = logging.WARNING) -> None:
     """A warning, once per process."""
-    logger.warning("%s", message)
+    logger.log(level, "%s", message)

@@ -6,6 +6,7 @@ Everything works on whole arrays: 2.7 million images take a second or two.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.utils.seeds import generator
 
+ESCAPE = re.compile(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U000[0-9a-f]{5}|U0010[0-9a-f]{4}|[nrt])")
 Ids = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
@@ -105,8 +107,20 @@ class Skip:
     def _names_in(self, split: Split, line: bytes) -> list[bytes]:
         """The names that an image of the split would have, if this line means one of it."""
         prefix = os.path.join(os.fsencode(split.root), b"")
-        path = os.path.normpath(os.path.join(self.root, line))
-        names = [] if line.startswith(b"/") else [line]
-        if path.startswith(prefix) and path[len(prefix) :] not in names:
-            names.append(path[len(prefix) :])
+        names: list[bytes] = []
+        for written in dict.fromkeys((line, unescaped(line))):
+            path = os.path.normpath(os.path.join(self.root, written))
+            names += [] if written.startswith(b"/") else [written]
+            if path.startswith(prefix) and path[len(prefix) :] not in names:
+                names.append(path[len(prefix) :])
         return names
+
+
+def unescaped(line: bytes) -> bytes:
+    """A name as it is on disk, from one that `Split.where` has written."""
+    return os.fsencode(ESCAPE.sub(_character, os.fsdecode(line))) if b"\\" in line else line
+
+
+def _character(found: re.Match[str]) -> str:
+    code = found[1]
+    return {"n": "\n", "r": "\r", "t": "\t"}.get(code) or chr(int(code[1:], 16))

@@ -8,7 +8,9 @@ numbers. Their names are in an array and are never used as paths.
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -18,16 +20,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute
+from ddp_ssl.data.datasets.sealed import CHECKSUM, checksum, unsealed
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.datasets.tar import Shards
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
 
-FORMAT = 1
+logger = logging.getLogger("ddp_ssl")
+
+FORMAT = 2
+UNCHECKED = 1  # the format of earlier versions, without checksums
 ABOUT = "shards.json"
 ORIGIN = ".origin"  # in a copy: the path of the original folder
-ARRAYS = {"labels": 1, "names": 1, "spans": 2, "shard": 1, "offset": 1, "size": 1}
+# Of each array its dimensions and type.
+ARRAYS = {
+    "labels": (1, np.int64),
+    "names": (1, np.uint8),
+    "spans": (2, np.int64),
+    "shard": (1, np.int32),
+    "offset": (1, np.int64),
+    "size": (1, np.int64),
+    "crc": (1, np.uint32),
+}
+AGAIN = "copy it again, or pack it again with ddp-ssl pack-shards"
 THREADS = 16
 
 
@@ -52,24 +68,31 @@ def describe(root: Path, remote: bool = False) -> dict[str, Any]:
 
     With `remote` the tar files of the training images are elsewhere and are not looked for.
     """
-    again = "copy it again, or pack it again with ddp-ssl pack-shards"
     try:
-        about = json.loads((root / ABOUT).read_text())
-        if about["format"] != FORMAT:
-            raise ValueError(
-                f"data.root: {root} holds shards of format {about['format']}; accepted: {FORMAT}, "
-                "as this version's ddp-ssl pack-shards writes it"
-            )
+        text = (root / ABOUT).read_text()
+        about = json.loads(text)
+        if about["format"] == FORMAT:
+            about = unsealed(text)
+        elif about["format"] == UNCHECKED and CHECKSUM in about:
+            raise ValueError("its format was changed")
+        elif about["format"] == UNCHECKED:
+            _say_unchecked(root)
         tars = [(tar["file"], tar["bytes"]) for s in about["splits"].values() for tar in s["tars"]]
         damaged = "train" not in about["splits"] or not {"name", "class_names", "extensions"} <= {
             *about
         }
         # A name from a file must not lead out of the folder.
         damaged = damaged or any(not re.fullmatch(r"(train|val)-\d+\.tar", t[0]) for t in tars)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        damaged |= any(not {"count", "digest"} <= {*split} for split in about["splits"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         damaged = True
+    if not damaged and about["format"] not in (UNCHECKED, FORMAT):
+        raise ValueError(
+            f"data.root: {root} holds shards of format {about['format']}; accepted: {UNCHECKED} "
+            f"and {FORMAT}, as this version's ddp-ssl pack-shards writes it"
+        )
     if damaged:
-        raise ValueError(f"data.root: {root / ABOUT} is damaged or cannot be read; {again}")
+        raise ValueError(f"data.root: {root / ABOUT} is damaged or cannot be read; {AGAIN}")
 
     if remote:
         tars = [tar for tar in tars if not tar[0].startswith("train-")]
@@ -79,27 +102,48 @@ def describe(root: Path, remote: bool = False) -> dict[str, Any]:
         ):
             if there != expected:
                 what = "is missing" if there < 0 else f"has {there} bytes instead of {expected}"
-                raise ValueError(f"data.root: {root / file} {what}; {again}")
+                raise ValueError(f"data.root: {root / file} {what}; {AGAIN}")
     return about  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _say_unchecked(root: Path) -> None:
+    logger.warning(
+        "data.root: %s was packed by an earlier version, without checksums: it is read unchecked; "
+        "ddp-ssl pack-shards into another folder adds them", root,
+    )  # fmt: skip
+
+
+def checked_files(kept: dict[str, Any], name: str) -> dict[str, int | None]:
+    """The arrays and indices of a split by file name, with the checksum of each if it is known."""
+    sums = kept.get("checksums")
+    arrays = [f"{name}-{key}.npy" for key in ARRAYS if sums is not None or key != "crc"]
+    indices = [tar["file"].removesuffix(".tar") + ".idx" for tar in kept["tars"]]
+    return {file: None if sums is None else sums[file] for file in [*arrays, *indices]}
 
 
 def _open_split(root: Path, name: str, kept: dict[str, Any]) -> Split:
     arrays: dict[str, Any] = {}
-    for key, ndim in ARRAYS.items():
-        path = root / f"{name}-{key}.npy"
+    indices: list[int | None] = []
+    for file, known in checked_files(kept, name).items():
+        if not file.endswith(".npy"):  # read by a stream alone, and checked there
+            indices.append(known)
+            continue
+        path, key = root / file, file.removesuffix(".npy").rpartition("-")[2]
+        ndim, dtype = ARRAYS[key]
         try:
+            fits = known is None or checksum(path) == known
             mapped = np.load(path, mmap_mode="r")
-            fits = mapped.ndim == ndim and (key == "names" or len(mapped) == kept["count"])
+            fits = fits and (mapped.ndim, mapped.dtype) == (ndim, dtype)
+            fits = fits and (key == "names" or len(mapped) == kept["count"])
         except (OSError, ValueError, EOFError):
             fits = False
         if not fits:
-            raise ValueError(
-                f"data.root: {path} is missing or damaged; copy it again, or pack the data again "
-                "with ddp-ssl pack-shards"
-            )
+            raise ValueError(f"data.root: {path} is missing or damaged; {AGAIN}")
         arrays[key] = np.asarray(mapped)  # `memmap` itself makes every index slower
     paths = tuple(str(root / tar["file"]) for tar in kept["tars"])
-    where = Shards(paths, arrays.pop("shard"), arrays.pop("offset"), arrays.pop("size"))
+    places = {key: arrays.pop(key) for key in ("shard", "offset", "size", "crc") if key in arrays}
+    where = Shards(paths, **places, index_crc=tuple(i for i in indices if i is not None) or None)
     # The split is part of a name, as with files. A copy has the names of the original folder, so
     # that `data.skip` means the same images on every node.
     try:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddp_ssl.data.datasets.tar import Shards
+from ddp_ssl.errors import printable
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,10 +102,15 @@ class Split:
         return self._prefix + self.name(i)
 
     def where(self, i: int) -> str:
-        """The name of image `i` in lists of bad images: a path, also for a member of a shard."""
+        """The name of image `i` in lists of bad images: a path, also for a member of a shard.
+
+        Line breaks, escape codes and the like are written as in Python. Bytes that are not UTF-8
+        stay as they are.
+        """
         if self.images is not None:
             return f"image {i}"
-        return os.fsdecode(self._prefix + self.name(i))
+        path = os.fsdecode(self._prefix + self.name(i))
+        return "".join(c if "\udc80" <= c <= "\udcff" else printable(c) for c in path)
 
     def read(self, i: int) -> NDArray[np.uint8]:
         """The encoded image `i`, uint8 `[length]`; raises `OSError`."""

@@ -14,11 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ddp_ssl.data.datasets.sealed import checksum
 from ddp_ssl.data.datasets.shards import (
     ABOUT,
-    ARRAYS,
     ORIGIN,
     THREADS,
+    checked_files,
     describe,
     file_size,
     open_shards,
@@ -83,14 +84,20 @@ def _wait_for(lock: int, target: Path, tell: Callable[[str], None]) -> None:
 
 def _copy_all(root: Path, target: Path, about: dict[str, Any], tell: Callable[[str], None]) -> None:
     sums: dict[str, str | None] = {}
+    known: dict[str, int | None] = {}  # CRC-32 of small files
     for name, split in about["splits"].items():
-        sums |= {f"{name}-{key}.npy": None for key in ARRAYS}
-        for tar in split["tars"]:
-            sums |= {tar["file"]: tar["sha256"], tar["file"][:-4] + ".idx": None}
+        known |= checked_files(split, name)
+        sums |= {tar["file"]: tar["sha256"] for tar in split["tars"]}
+    sums |= dict.fromkeys(known)
     sizes = {file: (root / file).stat().st_size for file in sums}
     for left in target.glob(".part-*"):  # of a process that was killed
         left.unlink()
-    missing = [file for file in sums if file_size(target / file) != sizes[file]]
+    missing = [
+        file
+        for file in sums
+        if file_size(target / file) != sizes[file]
+        or (known.get(file) is not None and checksum(target / file) != known[file])
+    ]
     needed, free = sum(sizes[file] for file in missing), shutil.disk_usage(target).free
     if needed > free:
         raise ValueError(

@@ -8,11 +8,15 @@ import functools
 import os
 import resource
 import threading
+import zlib
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ddp_ssl.data.datasets.sealed import checksum
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,13 +24,17 @@ class Shards:
     """The places of encoded images: image i is `size[i]` bytes at `offset[i]` of a tar file.
 
     `paths` are the tar files, and `shard`, int32 `[M]`, is the index of each image's file. `offset`
-    and `size` are int64 `[M]`.
+    and `size` are int64 `[M]`. `crc`, uint32 `[M]`, is the CRC-32 of each image; None where earlier
+    versions packed.
     """
 
     paths: tuple[str, ...]
     shard: NDArray[np.int32]
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
+    crc: NDArray[np.uint32] | None = None
+    index_crc: tuple[int, ...] | None = None
+    """CRC-32 of DALI's index of each tar file."""
     _files: dict[str, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -36,7 +44,10 @@ class Shards:
 
     def read(self, i: int) -> NDArray[np.uint8]:
         """The encoded image `i`, uint8 `[length]`, in any thread; raises `OSError`."""
-        return self.part(i, 0, int(self.size[i]))
+        content = self.part(i, 0, int(self.size[i]))
+        if self.crc is not None and zlib.crc32(content) != int(self.crc[i]):
+            raise OSError(errno.EIO, "its checksum is not that of the image that was packed")
+        return content
 
     def part(self, i: int, first: int, count: int) -> NDArray[np.uint8]:
         """Bytes `first` to `first + count` of image `i`; raises `OSError`."""
@@ -67,6 +78,12 @@ class Shards:
                 f"data.root: {missing} is missing, which data.reader=streamed needs; copy it "
                 "again, or pack it again with ddp-ssl pack-shards"
             )
+        for path, known in zip(indices, self.index_crc or (), strict=False):
+            if checksum(Path(path)) != known:
+                raise ValueError(
+                    f"data.root: {path} is damaged; copy it again, or pack it again with ddp-ssl "
+                    "pack-shards"
+                )
         if url is None:
             return {"paths": list(self.paths), "indices": indices}
         names = [os.path.basename(path) for path in self.paths]
@@ -74,7 +91,10 @@ class Shards:
 
     def subset(self, ids: NDArray[np.int64]) -> Shards:
         """The images `ids`; open files are shared."""
-        return replace(self, shard=self.shard[ids], offset=self.offset[ids], size=self.size[ids])
+        crc = None if self.crc is None else self.crc[ids]
+        return replace(
+            self, shard=self.shard[ids], offset=self.offset[ids], size=self.size[ids], crc=crc
+        )
 
     def _open(self, path: str) -> tuple[int, bool]:
         """A descriptor, and whether it stays open: it does until there are too many."""

@@ -267,6 +267,8 @@ def coin(probability: float, seed: int) -> Node:
 
 
 def uniform(low: float, high: float, seed: int) -> Node:
+    if low == high:  # DALI refuses an empty range
+        high = float(np.nextafter(np.float32(low), np.float32(np.inf)))
     return fn.random.uniform(range=[float(low), float(high)], seed=seed)
 
 

@@ -37,6 +37,55 @@ def worth_trying(encoded: Bytes) -> bool:
     return looks_whole(encoded) or encoded[:8].tobytes().startswith(STARTS)
 
 
+def too_large(encoded: Bytes, max_pixels: int) -> str | None:
+    """The reason, in a few words, if an image's header says that it has more pixels."""
+    found = pixels(encoded)
+    return f"{found:,} pixels, more than data.max_pixels" if found > max_pixels else None
+
+
+def pixels(encoded: Bytes) -> int:
+    """Width times height as the header says; 0 if it does not say."""
+    head = encoded[:32].tobytes()
+    if head[:2] == b"\xff\xd8":
+        return _pixels_of_jpeg(encoded.data)
+    if head[:4] == b"\x89PNG" and len(head) > 23:
+        return int.from_bytes(head[16:20], "big") * int.from_bytes(head[20:24], "big")
+    if head.startswith(STARTS):
+        return _pixels_by_pil(encoded)
+    return 0
+
+
+def _pixels_by_pil(encoded: Bytes) -> int:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(encoded.tobytes())) as image:
+            return image.width * image.height
+    except Image.DecompressionBombError:  # more than twice `MAX_IMAGE_PIXELS`
+        return 2 * (Image.MAX_IMAGE_PIXELS or 0) + 1
+    except Exception:  # damaged in any way: the decoder says how
+        return 0
+
+
+def _pixels_of_jpeg(content: memoryview) -> int:
+    """From the first frame header, which stands behind segments of known lengths."""
+    at, end = 2, len(content) - 9
+    while at <= end and content[at] == 0xFF:
+        marker = content[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height = content[at + 5] << 8 | content[at + 6]
+            return height * (content[at + 7] << 8 | content[at + 8])
+        if marker in (0xD9, 0xDA):
+            return 0
+        if marker == 0xFF:  # fill bytes before a marker
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
+            at += 2
+        else:
+            at += 2 + (content[at + 2] << 8 | content[at + 3])
+    return 0
+
+
 class Decoder:
     """Decodes single images as the training pipeline does. Not for several threads at once."""
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.bad_images import BadImages
-from ddp_ssl.data.loading.decodable import Bytes, Decoder, first_line, worth_trying
+from ddp_ssl.data.loading.decodable import Bytes, Decoder, first_line, too_large, worth_trying
 from ddp_ssl.data.loading.order import Ids, Order
 from ddp_ssl.data.loading.settings import LoaderSettings
 from ddp_ssl.utils.seeds import hashed
@@ -56,7 +56,7 @@ class Reader:
         self.split, self.ids_of, self.bad = split, ids_of, bad
         self.problems = bad.of(split) if split.images is None else {}
         self._sound: set[int] = set()  # their markers are odd, but they decode
-        self._threads = settings.read_threads
+        self._threads, self._max_pixels = settings.read_threads, settings.max_pixels
         self._pool = ThreadPoolExecutor(self._threads, "ddp_ssl-read")
         self._asked: dict[int, list[Future[list[Loaded]]]] = {}
         self._decoder = Decoder(settings.device_id, settings.decoding)
@@ -92,6 +92,8 @@ class Reader:
                 time.sleep(pause)
             else:
                 break
+        if (large := too_large(encoded, self._max_pixels)) is not None:
+            return large
         if worth_trying(encoded) or i in self._sound:
             return encoded
         return self.problem(encoded, i) or encoded

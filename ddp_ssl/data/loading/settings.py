@@ -28,6 +28,8 @@ class LoaderSettings:
     """Batches that DALI makes ahead."""
     decoding: Decoding = Decoding()  # noqa: RUF009 (a tuple)
     read_threads: int = 16
+    max_pixels: int = 150_000_000
+    """Of an image; a larger one is bad."""
 
     @staticmethod
     def of(data: Data, device: torch.device, half: bool = False) -> LoaderSettings:
@@ -39,6 +41,7 @@ class LoaderSettings:
             data.prefetch,
             Decoding(data.hw_decoder_load, data.preallocate),
             data.read_threads,
+            data.max_pixels,
         )
 
     @property

@@ -1,0 +1,37 @@
+"""Checksums of files that are read back: CRC-32, for damage, not against a forger."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+CHUNK = 8 << 20
+CHECKSUM = "checksum"
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file; raises `OSError`."""
+    value = 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """The content as JSON with a checksum of itself."""
+    return json.dumps({**content, CHECKSUM: _of(content)}, indent=1) + "\n"
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """The content of what `sealed` wrote; raises `ValueError` if it is something else."""
+    content = json.loads(text)
+    if not isinstance(content, dict) or content.pop(CHECKSUM, None) != _of(content):
+        raise ValueError("its checksum differs")
+    return content
+
+
+def _of(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
