@@ -71,13 +71,13 @@ def test_logging_costs_what_a_row_costs(made: Any) -> None:
 
 def test_keeping_figures_costs_too(made: Any) -> None:
     recorder, writer = made
-    double = torch.Tensor.double
+    detach = torch.Tensor.detach
 
     def slow(x: torch.Tensor) -> torch.Tensor:
         writer.now += 1e-3
-        return double(x)
+        return detach(x)
 
-    with patch.object(torch.Tensor, "double", slow):
+    with patch.object(torch.Tensor, "detach", slow):
         for step in range(1, 6):
             recorder.add(step, {"train/loss": torch.tensor(1.0), "train/more": torch.tensor(1.0)})
     recorder.flush()
@@ -98,6 +98,7 @@ def test_a_gpu_that_waits_for_a_batch_is_seen(made: Any) -> None:
     recorder, writer = made
     recorder.world = Waiting(0, 1, 0, 1, torch.device("cuda"))
     object.__setattr__(recorder.world, "writer", writer)
+    recorder.restart_clock()
     with (
         patch.object(device_timer, "now", lambda device: "an event"),
         patch.object(device_timer, "seconds_between", lambda before, after: 0.03),

@@ -1,5 +1,6 @@
 """Bytes, operators and collectives of a step on a GPU, counted without one.
 
+    python tools/bench/gpu_path.py                     both, below
     python tools/bench/gpu_path.py methods [--network resnet50] [--images 128] [--processes 8 512]
     python tools/bench/gpu_path.py norms [--networks resnet50 resnet18] [--processes 8]
 
@@ -17,7 +18,7 @@ import argparse
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,8 +31,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ddp_ssl import distributed, optim
 from ddp_ssl.config import Config
@@ -48,6 +48,7 @@ from ddp_ssl.training.build import parameter_groups
 from ddp_ssl.training.loop import gradient_norm
 from ddp_ssl.training.recorder import Recorder
 
+ROOT = Path(__file__).resolve().parents[2]
 NORMS = ("global", "sync", "local")
 SIZE = 224
 
@@ -360,17 +361,15 @@ def methods(options: argparse.Namespace) -> None:
     print(f"| method | GB | operators | {' | '.join(PARTS)} | waits | {' | '.join(columns)} |")
     print(f"| --- |{' ---: |' * (len(PARTS) + 3 + len(columns))}")
     for name in options.methods or builtin_methods():
-        made = [
-            whole_step(
-                method_config(
-                    name,
-                    f"model.backbone={options.network}",
-                    f"data.batch_size={options.images * n}",
-                ),
-                n,
-            )
-            for n in options.processes
-        ]
+        made = []
+        for processes in options.processes:
+            images = options.images * processes
+            settings = [f"model.backbone={options.network}"]
+            queue = getattr(method_config(name, *settings).method, "queue_size", 0)
+            if 0 < queue < images:
+                settings.append(f"method.queue_size={images}")
+            settings.append(f"data.batch_size={images}")
+            made.append(whole_step(method_config(name, *settings), processes))
         seen = made[0]
         parts = " | ".join(str(seen.parts[part]) for part in PARTS)
         sent = " | ".join(f"{one.calls}, {one.sent / 1e6:.0f}" for one in made)
@@ -397,7 +396,7 @@ def norms(options: argparse.Namespace) -> None:
             )
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -413,9 +412,13 @@ def main() -> None:
     of_norms.add_argument("--copy", type=float, default=4260.0, help="GB/s; an H200's, measured")
     for kind in (of_methods, of_norms):
         kind.add_argument("--images", type=int, default=128)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.run(options)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        main(sys.argv[1:])
+    else:
+        for kind in ("norms", "methods"):
+            main([kind])
