@@ -23,7 +23,7 @@ class ViewLayout:
     held: slice = field(default_factory=lambda: slice(None))
     statistics: dict[GlobalBatchNorm, _Statistics] | None = None
     """Statistics of the norm layers on a GPU within `stacked_views`, for their running averages."""
-    constants: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    constants: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """Those that the layers share."""
 
     @property

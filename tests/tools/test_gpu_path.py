@@ -59,9 +59,9 @@ SMALL = (
 )  # fmt: skip
 
 
-def step_of(name: str, processes: int = 4, blocks: int = 1) -> Counted:
+def step_of(name: str, processes: int = 4, blocks: int = 1, more: tuple[str, ...] = ()) -> Counted:
     settings = [s for s in SETTINGS.get(name, ()) if "teacher" not in s]
-    settings += ["model.backbone=resnet18", LAYERS % blocks, *SMALL]
+    settings += ["model.backbone=resnet18", LAYERS % blocks, *SMALL, *more]
     return whole_step(method_config(name, *settings), processes, classes=7, values=True)
 
 
@@ -91,3 +91,12 @@ def test_more_processes_launch_no_more() -> None:
     few, many = step_of("adadim", 2), step_of("adadim", 6)
     assert many.operators == few.operators
     assert many.calls == few.calls
+
+
+def test_a_batch_is_copied_once_on_its_way_to_the_network() -> None:
+    """Two views of half precision, channels-last as DALI gives them, are joined; that is all."""
+    seen = step_of("simclr", more=("data.dtype=float16", "optim.precision=fp16"))
+    names = list(seen.names["forward"])  # in the order of their first use
+    # `_to_copy` is the cast of the first convolution's weight.
+    assert names[: names.index("convolution")] == ["cat", "_to_copy"]
+    assert seen.names["forward"]["cat"] == 1 + seen.collectives["norm"][0] // 2
