@@ -12,9 +12,11 @@ import torch
 
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.distributed import World
+from ddp_ssl.training import recorder as recorder_module
 from ddp_ssl.training.bad_images import BadImageList
 from ddp_ssl.training.rank_skew import RankSkew
 from ddp_ssl.training.recorder import Recorder
+from ddp_ssl.utils import device_timer
 from tests.helpers import config_of
 
 
@@ -69,13 +71,13 @@ def test_logging_costs_what_a_row_costs(made: Any) -> None:
 
 def test_keeping_figures_costs_too(made: Any) -> None:
     recorder, writer = made
-    double = torch.Tensor.double
+    detach = torch.Tensor.detach
 
     def slow(x: torch.Tensor) -> torch.Tensor:
         writer.now += 1e-3
-        return double(x)
+        return detach(x)
 
-    with patch.object(torch.Tensor, "double", slow):
+    with patch.object(torch.Tensor, "detach", slow):
         for step in range(1, 6):
             recorder.add(step, {"train/loss": torch.tensor(1.0), "train/more": torch.tensor(1.0)})
     recorder.flush()
@@ -89,3 +91,26 @@ def test_waiting_for_figures_of_other_names_is_not_logging(made: Any) -> None:
     recorder.add(3, {"train/loss": torch.tensor(1.0), "train/more": torch.tensor(1.0)})
     recorder.flush()
     assert costs(writer) == pytest.approx({1: 0, 3: 1})
+
+
+def test_a_gpu_that_waits_for_a_batch_is_seen(made: Any) -> None:
+    """`next` returns at once, and the GPU's queue stands still for 30 ms in every step."""
+    recorder, writer = made
+    recorder.world = Waiting(0, 1, 0, 1, torch.device("cuda"))
+    object.__setattr__(recorder.world, "writer", writer)
+    recorder.restart_clock()
+    with (
+        patch.object(device_timer, "now", lambda device: "an event"),
+        patch.object(device_timer, "seconds_between", lambda before, after: 0.03),
+        patch.object(recorder_module, "_memory", lambda device: {"perf/memory_gib": 1.0}),
+    ):
+        for step in range(1, 6):
+            recorder.begin_step(step)
+            with recorder.waiting():
+                writer.now += 0.01
+            writer.now += 0.09
+            recorder.add(step, {"train/loss": torch.tensor(1.0)})
+        recorder.flush()
+    (share,) = [row["perf/data_wait"] for row in writer.rows if "perf/data_wait" in row]
+    # 10 ms are the host's own wait; 20 more pass on the GPU. Half a second is the reduction.
+    assert share == pytest.approx(5 * 0.03 / (5 * 0.1 + 0.5), abs=1e-6)

@@ -5,9 +5,10 @@
 The step itself is run, forward and backward, on tensors without values (torch's FakeTensorMode), as
 one rank of W. Its collectives are recorded where the losses and norm layers call them, so bytes and
 calls are those of the code and not of a formula. Times are a model: the networks at a
-stated number of images a second, the loss's operations at the device's arithmetic or memory rate,
-each collective at latency + bytes / rate over two levels (within a node, between nodes), and DDP's
-buckets in the background of backward. docs/scaling.md has the assumptions and the results.
+stated number of images a second, the operations of loss and optimiser at the device's arithmetic or
+memory rate, each collective at latency + bytes / rate over two levels (within a node, between
+nodes), DDP's buckets in the background of backward, and a host that launches every operator and
+collective. docs/scaling.md has the assumptions and the results.
 
 Efficiency is the time of one GPU alone with the same number of images, divided by the step's time.
 Exit code 2, with one line, for a config that cannot be run or a backbone without a known rate.
@@ -18,26 +19,28 @@ import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ddp_ssl import optim
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError, check_world_size
 from ddp_ssl.config.views import views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import GlobalBatchNorm
-from ddp_ssl.losses.kernels import gram as pairs
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import make_method
 from ddp_ssl.methods.base import Progress
@@ -45,11 +48,12 @@ from ddp_ssl.metrics.effective_rank import GATHERED
 from ddp_ssl.models import build_backbone
 from ddp_ssl.reproduction.figures import pyplot
 from ddp_ssl.run.configure import load
+from ddp_ssl.training.build import parameter_groups
 from ddp_ssl.training.measurement import AHEAD
+from tools.bench.gpu_path import as_on_a_gpu, without_values
 
-# Crops of 224 px a second, forward and backward, bf16, on one H100 SXM: assumed, not measured here.
-# docs/scaling.md says where they come from and how another value would change the results.
-IMAGES_PER_SECOND = {"resnet50": 3000.0, "resnet18": 9000.0}
+# Crops of 224 px in a second of an H200's own time for a step in bf16 (docs/benchmarks.md).
+IMAGES_PER_SECOND = {"resnet50": 4650.0, "resnet18": 11300.0}
 TRAINING_IMAGES = {
     "imagenet": 1_281_167, "imagenet100": 126_689, "cifar10": 50_000, "cifar100": 50_000,
     "tiny_imagenet": 100_000, "digits": 1_438,
@@ -81,11 +85,11 @@ class Cluster:
         0.005, "standard deviation of a rank's own time, a fraction (%(default)g)", 0
     )
     images_per_second: float = rate(
-        0.0, f"224-pixel crops trained on one GPU; else assumed for {', '.join(IMAGES_PER_SECOND)}",
+        0.0, f"224-pixel crops of one GPU; else an H200's for {', '.join(IMAGES_PER_SECOND)}",
         -math.inf,
     )  # fmt: skip
-    fp32: float = rate(40e12, "the losses' products, FLOP/s (%(default)g)")
-    memory: float = rate(2.5e12, "device memory, bytes/s (%(default)g)")
+    fp32: float = rate(51e12, "the losses' products, FLOP/s (%(default)g)")
+    memory: float = rate(4.29e12, "device memory, bytes/s (%(default)g)")
     kernel: float = rate(4e-6, "s of the shortest operation (%(default)g)", 0)
     fp64: float = rate(10e12, "float64 products for alpha, FLOP/s (%(default)g)")
     # Eigenvalues and singular values in float64, as measured on one CPU core.
@@ -94,6 +98,8 @@ class Cluster:
     pipeline: float = rate(PIPELINE_S, "s until alpha's first batch (%(default)g)", 0)
     # Messages go around a ring of the processes' hosts between epochs.
     hop: float = rate(25e-6, "s of a message between hosts (%(default)g)", 0)
+    operator: float = rate(35e-6, "s of the host to launch an operator, an H200's (%(default)g)", 0)
+    collective: float = rate(130e-6, "s of the host to launch a collective (%(default)g)", 0)
     host_copy: float = rate(20e9, "bytes/s from a GPU to its host, for a checkpoint (%(default)g)")
     # In the background: of a local disk, on one CPU core.
     disk: float = rate(250e6, "bytes/s of a checkpoint (%(default)g)")
@@ -128,6 +134,7 @@ class Event:
     flops: float = 0.0
     seconds: float = 0.0
     waits: bool = True
+    operators: int = 0
 
 
 @dataclass
@@ -147,7 +154,13 @@ class Step:
 
     @property
     def loss_seconds(self) -> float:
+        """Time of the losses' own operations, and of the optimiser's."""
         return sum(event.seconds for event in self.events)
+
+    @property
+    def operators(self) -> int:
+        """Operators that the host launches, without collectives."""
+        return sum(event.operators for event in self.events)
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Calls and bytes by kind, as `distributed.comm_stats` counts them."""
@@ -166,7 +179,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.cluster, self.events = cluster, list[Event]()
         self.network = False
-        self._flops, self._seconds = 0.0, 0.0
+        self._flops, self._seconds, self._operators = 0.0, 0.0, 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -175,9 +188,11 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         name = func.overloadpacket
         flops = flop_registry[name](*args, **kwargs, out_val=out) if name in flop_registry else 0
+        works = not func.is_view and not any(word in str(name) for word in NO_WORK)
+        self._operators += works
         if self.network:
             self._flops += flops
-        elif not func.is_view and not any(word in str(name) for word in NO_WORK):
+        elif works:
             moved = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
             nbytes = sum(x.numel() * x.element_size() for x in moved)
             c = self.cluster
@@ -185,8 +200,9 @@ class Recorder(TorchDispatchMode):
         return out
 
     def event(self, kind: str, nbytes: int, waits: bool = True) -> None:
-        self.events.append(Event(kind, nbytes, self._flops, self._seconds, waits))
-        self._flops = self._seconds = 0.0
+        work = self._flops, self._seconds, waits, self._operators
+        self.events.append(Event(kind, nbytes, *work))
+        self._flops, self._seconds, self._operators = 0.0, 0.0, 0
 
     @contextmanager
     def of_network(self) -> Iterator[None]:
@@ -234,25 +250,22 @@ def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def of_shapes(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace all values by shapes."""
-    made: dict[int, Any] = {}
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, value in tensors.items():
-                if value is None:
-                    continue
-                if id(value) not in made:
-                    shape = mode.from_tensor(value.detach())
-                    trained = isinstance(value, nn.Parameter)
-                    made[id(value)] = nn.Parameter(shape, value.requires_grad) if trained else shape
-                tensors[name] = made[id(value)]
+def build(config: Config, classes: int) -> Learner:
+    """The run's method and probe, as a run makes them; values do not matter."""
+    return Learner(make_method(config, Comm()), classes, some_unlabelled=False)
 
 
 def record(
-    config: Config, ranks: int, cluster: Cluster, *, classes: int = 0, alpha: float = 0.5
+    config: Config,
+    ranks: int,
+    cluster: Cluster,
+    *,
+    classes: int = 0,
+    alpha: float = 0.5,
+    learner: Learner | None = None,
+    gpu: bool = True,
 ) -> Step:
-    """One training step of rank 0 of `ranks`, with all that it communicates.
+    """One training step of rank 0 of `ranks`, and what it communicates, on a GPU or a CPU.
 
     `alpha`: AdaDim's, once measured (before, terms of weight zero have no backward). `classes`: of
     the probe, 0 for none. Raises `ConfigError` where the batch does not split.
@@ -260,7 +273,7 @@ def record(
     check_world_size(config, ranks)
     shards = config.data.view_shards
     images = config.data.batch_size // (ranks // shards)
-    learner = Learner(make_method(config, Comm()), classes, some_unlabelled=False)
+    learner = learner or build(config, classes)
     method = learner.method
     recorder = Recorder(cluster)
     comm = RankOf(ranks, shards, recorder)
@@ -270,7 +283,8 @@ def record(
     norms = [m for m in learner.modules() if isinstance(m, GlobalBatchNorm) and m.reduce]
     removed: list[Any] = []
     if ranks > 1:
-        removed += [norm.register_forward_hook(_norm_hook(recorder)) for norm in norms]
+        hook = _norm_hook(recorder, ranks if gpu else 0)
+        removed += [norm.register_forward_hook(hook) for norm in norms]
     outside: list[tuple[Tensor, Tensor]] = []
     encode = method.encode
 
@@ -283,21 +297,28 @@ def record(
 
     learner.train()
     with FakeTensorMode(allow_non_fake_inputs=True) as shapes:
-        of_shapes(learner, shapes)
+        without_values(learner, shapes)
         for parameter in learner.parameters():
             if ranks > 1 and parameter.requires_grad:
-                hook = parameter.register_post_accumulate_grad_hook
-                removed.append(hook(lambda p: recorder.event("gradient", _bytes(p), False)))
+                register = parameter.register_post_accumulate_grad_hook
+                removed.append(register(lambda p: recorder.event("gradient", _bytes(p), False)))
         held = views_of(config.data.views)[comm.views]
         views = [torch.empty(images, 3, view.size, view.size) for view in held]
         batch = Batch(views, torch.arange(images), torch.zeros(images, dtype=torch.long))
         method.encode = encode_apart  # type: ignore[method-assign]
-        with recorder, blocks_of_a_gpu():
+        optimizer = optim.build(config.optim, parameter_groups(learner, config))
+        for parameter in learner.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        optimizer.step()  # makes its state
+        optimizer.zero_grad(set_to_none=True)
+        with recorder, as_on_a_gpu() if gpu else nullcontext():
             total, _ = learner(batch)
             total.backward()
             reached = [(x, leaf.grad) for x, leaf in outside if leaf.grad is not None]
             with recorder.of_network():
                 torch.autograd.backward([x for x, _ in reached], [g for _, g in reached])
+            optimizer.step()
             method.after_step(Progress(0, 100, 0, 10))
         if ranks > 1:
             recorder.event("flag", 4, waits=False)
@@ -313,28 +334,18 @@ def record(
     return Step(_bucketed(recorder.events, itemsize / 4), ranks, shards, len(norms), count, widths)
 
 
-@contextmanager
-def blocks_of_a_gpu() -> Iterator[None]:
-    """Within: the pair losses work as on a GPU, not in what fits a CPU's caches."""
-    kept = {name: getattr(pairs, name) for name in ("BLOCK", "KEPT", "CACHED", "MIRRORED")}
-    pairs.BLOCK *= pairs.ON_GPU
-    pairs.KEPT = pairs.KEPT_ON_GPU
-    pairs.CACHED, pairs.MIRRORED = pairs.AT_ONCE, sys.maxsize
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(pairs, name, value)
+def _norm_hook(recorder: Recorder, gathering: int) -> Callable[..., None]:
+    """`gathering`: the processes of a norm on a GPU; 0 for a CPU's, which sums in float64."""
 
-
-def _norm_hook(recorder: Recorder) -> Callable[..., None]:
     def hook(module: GlobalBatchNorm, inputs: Any, out: Tensor) -> None:
         if not module.training:
             return
         rows, channels = module.layout.total, module.num_features
-        recorder.event("norm", rows * (2 * channels + 1) * 8)
+        forward = 8 * channels * gathering if gathering else 8 * (2 * channels + 1)
+        backward = channels * (8 if gathering else 16)
+        recorder.event("norm", rows * forward)
         if out.requires_grad:
-            out.register_hook(lambda grad: recorder.event("norm", rows * 2 * channels * 8))
+            out.register_hook(lambda grad: recorder.event("norm", rows * backward))
 
     return hook
 
@@ -342,21 +353,22 @@ def _norm_hook(recorder: Recorder) -> Callable[..., None]:
 def _bucketed(events: Sequence[Event], sent: float = 1.0) -> list[Event]:
     """Gradients in DDP's buckets, which close at a size; the share `sent` of the bytes is sent."""
     done: list[Event] = []
-    size, limit, flops, seconds = 0, FIRST_BUCKET, 0.0, 0.0
+    size, limit, flops, seconds, operators = 0, FIRST_BUCKET, 0.0, 0.0, 0
     for event in events:
         flops, seconds = flops + event.flops, seconds + event.seconds
+        operators += event.operators
         if event.kind == "gradient":
             size += event.nbytes
             if size < limit:
                 continue
-            done.append(Event("gradients", int(sent * size), flops, seconds, False))
+            done.append(Event("gradients", int(sent * size), flops, seconds, False, operators))
             size, limit = 0, BUCKET
         else:
             if event.kind == "end" and size:
-                done.append(Event("gradients", int(sent * size), flops, seconds, False))
-                flops = seconds = 0.0
-            done.append(Event(event.kind, event.nbytes, flops, seconds, event.waits))
-        flops = seconds = 0.0
+                done.append(Event("gradients", int(sent * size), flops, seconds, False, operators))
+                flops, seconds, operators = 0.0, 0.0, 0
+            done.append(Event(event.kind, event.nbytes, flops, seconds, event.waits, operators))
+        flops, seconds, operators = 0.0, 0.0, 0
     return done
 
 
@@ -386,14 +398,18 @@ TERMS = {
 def elapsed(step: Step, cluster: Cluster, flops_rate: float) -> float:
     """Seconds of a step: collectives one at a time in order, the rank waits for all but gradients.
 
-    NCCL runs those of one group on one stream, so that a norm layer's sums wait for a bucket.
+    NCCL runs those of one group on one stream, so that a norm layer's sums wait for a bucket. The
+    host launches everything one after the other, and nothing runs before it is launched.
     """
-    now = link = 0.0
+    now = link = host = 0.0
     for event in step.events:
-        now += event.flops / flops_rate + event.seconds
+        host += event.operators * cluster.operator
+        now = max(now + event.flops / flops_rate + event.seconds, host)
         if event.kind in ("end", "flag"):  # the flag goes from host to host
             continue
         group = step.view_shards if event.kind == "view sum" else step.ranks
+        host += cluster.collective
+        now = max(now, host)
         link = max(link, now) + cluster.seconds(event.kind, event.nbytes, group)
         now = link if event.waits else now
     return max(now, link)
@@ -412,7 +428,9 @@ def predict(
             if event.kind == kind
         )
     total = elapsed(step, cluster, flops_rate)
-    terms["gradients, not hidden"] = total - sum(terms.values())
+    quick = elapsed(step, replace(cluster, operator=0.0, collective=0.0), flops_rate)
+    terms["gradients, not hidden"] = quick - sum(terms.values())
+    terms["the host"] = total - quick
     alone = sum(
         cluster.seconds("gradients", event.nbytes, step.ranks)
         for event in step.events
@@ -511,7 +529,7 @@ def network_rate(config: Config, cluster: Cluster) -> float:
     plain = config.model.model_copy(update={"backbone_args": {}, "stem": "standard"})
     backbone, _ = build_backbone(plain, [224])
     with FakeTensorMode(allow_non_fake_inputs=True) as shapes:
-        of_shapes(backbone, shapes)
+        without_values(backbone, shapes)
         recorder = Recorder(cluster)
         with recorder, recorder.of_network():
             backbone(torch.empty(2, 3, 224, 224)).sum().backward()

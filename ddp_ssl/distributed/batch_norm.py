@@ -1,7 +1,6 @@
 """Batch normalisation over the global batch."""
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -22,6 +21,8 @@ class ViewLayout:
     held: slice = field(default_factory=lambda: slice(None))
     statistics: "dict[GlobalBatchNorm, _Statistics] | None" = None
     """Statistics of the norm layers on a GPU within `stacked_views`, for their running averages."""
+    constants: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """Those that the layers share."""
 
     @property
     def local(self) -> int:
@@ -227,8 +228,9 @@ class _NormalizeOnGPU(torch.autograd.Function):
         parts = [
             torch.batch_norm_backward_reduce(*one, weight, True, affine, affine) for one in held
         ]
-        kinds = list(zip(*parts, strict=True))
-        sums = torch.cat([part for kind in kinds[:2] for part in kind]).view(2, local, channels)
+        kinds = [kind for kind in zip(*parts, strict=True) if kind[0] is not None]
+        packed = torch.cat([part for kind in kinds for part in kind]).view(-1, local, channels)
+        sums = packed[:2]
         if ctx.reduce:
             gathered = sums
             if total > local:  # the others hold other views
@@ -248,7 +250,7 @@ class _NormalizeOnGPU(torch.autograd.Function):
                 else:
                     part.copy_(own_dx)
         # DDP averages the ranks' parts to the affine parameters.
-        own = [functools.reduce(torch.add, kind) for kind in kinds[2:]] if affine else [None, None]
+        own = packed[2:].sum(1).unbind() if affine else (None, None)
         return dx, *own, None, None, None
 
 
@@ -308,7 +310,6 @@ class GlobalBatchNorm(_BatchNorm):
         for own, theirs in zip(self.parameters(), like.parameters(), strict=True):
             own.requires_grad_(theirs.requires_grad)
         self.layout, self.reduce = layout, reduce
-        self._constants: dict[Any, Tensor] = {}
         # timm's fused norm layers apply an activation after the norm.
         self.after = nn.Sequential(
             *(m for m in (getattr(like, "drop", None), getattr(like, "act", None)) if m is not None)
@@ -371,10 +372,11 @@ class GlobalBatchNorm(_BatchNorm):
     ) -> Tensor:
         """A tensor of `count` times `value`, cached: to make it in every step costs host time."""
         key = (value, count, dtype or like.dtype, like.device)
-        if key not in self._constants:
+        constants = self.layout.constants
+        if key not in constants:
             with torch.inference_mode(False):
-                self._constants[key] = torch.full((count,), value, dtype=key[2], device=key[3])
-        return self._constants[key]
+                constants[key] = torch.full((count,), value, dtype=key[2], device=key[3])
+        return constants[key]
 
     def _local(self, input: Tensor) -> Tensor:
         """Normalise each view held here by this process's own statistics, with torch's kernels."""

@@ -55,10 +55,12 @@ class Recorder:
         # Seconds since the last flush: waiting for data, keeping metrics, waiting for saves.
         self._waited = self._adding = self._saving = 0.0
         self._writing = 0.0  # seconds for each row that the last flush wrote
+        self._timing = False  # whether this step's wait for data is timed on the GPU too
+        self._queued: tuple[Any, Any, float] | None = None  # before, after, seconds of the host
 
     def begin_step(self, step: int) -> bool:
         """Before step `step` (from 1): measure waiting times, and return true, at logging steps."""
-        logging_step = self.logs(step)
+        self._timing = logging_step = self.logs(step)
         if logging_step:
             self.skew.begin()
         return logging_step
@@ -70,12 +72,21 @@ class Recorder:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time within as waiting for data."""
+        """Count the time within as waiting for data.
+
+        `next` returns before a GPU has made the batch. So at logging steps two events show how long
+        the GPU's queue stands still.
+        """
+        timed = self._timing and self.world.device.type == "cuda"
+        before = device_timer.now(self.world.device) if timed else None
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._waited += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self._waited += seconds
+            if timed:
+                self._queued = before, device_timer.now(self.world.device), seconds
 
     def saw(self, ids: Tensor) -> None:
         """Note the images of a step; `flush` checks that a view group sees the same ones."""
@@ -86,7 +97,7 @@ class Recorder:
         """Add the metrics of one step; tensors stay on the device."""
         start = time.perf_counter()
         self.step_metrics = set(metrics)
-        tensors = {n: v.detach().double() for n, v in metrics.items() if isinstance(v, Tensor)}
+        tensors = {n: v.detach() for n, v in metrics.items() if isinstance(v, Tensor)}
         if list(tensors) != self._names:
             paused = time.perf_counter()
             self.flush()
@@ -123,7 +134,7 @@ class Recorder:
     def _reduce(self) -> tuple[list[list[float]], bool, bool]:
         """The mean rows over all processes; whether any has new bad images; whether any view group
         saw different images."""
-        stacked = torch.stack(self._rows)
+        stacked = torch.stack(self._rows).double()
         fresh = torch.full_like(stacked[:1], len(self.bad_images.found.unreported))
         # The sum over a view group is exactly zero if all its traces are equal.
         shares = self.config.data.view_shards
@@ -136,6 +147,10 @@ class Recorder:
         """The rows by name, the last one with the performance since the last flush."""
         now, steps = time.perf_counter(), len(rows)
         seconds, waited = max(now - self._since, 1e-9), self._waited
+        if self._queued is not None:  # the logging step stands for all steps since the last flush
+            before, after, by_host = self._queued
+            waited += steps * max(device_timer.seconds_between(before, after) - by_host, 0.0)
+            self._queued = None
         table: Table = [
             {
                 "step": step,
@@ -151,7 +166,7 @@ class Recorder:
             "perf/images_per_s": self.config.data.batch_size * steps / seconds,
             "perf/step_ms": 1000 * seconds / steps,
             "perf/data_wait": min(waited / seconds, 1.0),
-            "perf/memory_gib": _memory(self.world.device),
+            **_memory(self.world.device),
             "perf/log_ms": 1000 * (self._adding / steps + self._writing),
         }
         if self._saving:
@@ -234,8 +249,18 @@ class Recorder:
             self.writer.close()
 
 
-def _memory(device: torch.device) -> float:
-    """Peak memory of this process in GiB: the GPU's, or resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def _memory(device: torch.device) -> dict[str, float]:
+    """Memory of this process in GiB: the peak of its tensors on the GPU, or resident on a CPU.
+
+    On a GPU also the peak that torch reserved for tensors, and what the GPU's other users hold now:
+    DALI, NCCL, CUDA itself, other processes.
+    """
+    if device.type != "cuda":
+        return {"perf/memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    return {
+        "perf/memory_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+        "perf/memory_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+        "perf/memory_others_gib": others / 2**30,
+    }

@@ -1,10 +1,16 @@
-"""What the norm costs on a GPU: bytes, operators and collectives of a network's step, counted."""
+"""What a step costs on a GPU: bytes, operators and collectives, counted on tensors without values.
+
+Two depths of a network tell how many operators each layer adds, in each part of the step.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch.distributed
-from gpu_path import count
+from gpu_path import Counted, count, method_config, whole_step
+
+from ddp_ssl.methods._registry import builtin_methods
+from tests.methods.settings import SETTINGS
 
 NORMS = 53  # of a ResNet-50
 
@@ -37,3 +43,54 @@ def test_against_torchs_synchronised_norm() -> None:
     theirs, _ = count("resnet18", "sync", 128, 8)
     assert ours.nbytes < 1.06 * theirs.nbytes
     assert ours.operators < 1.3 * theirs.operators
+
+
+LAYERS = "model.backbone_args={channels: [8, 8, 16, 16], layers: [%d, 1, 1, 1]}"
+ADDED = 4  # convolutions and as many norms of two more blocks
+SMALL = (
+    "model.projector=[24, 12]", "data.views=[{count: 2, size: 32, recipe: sym}]",
+    "data.batch_size=12", "optim.epochs=100",
+)  # fmt: skip
+
+
+def step_of(name: str, processes: int = 4, blocks: int = 1, more: tuple[str, ...] = ()) -> Counted:
+    settings = [s for s in SETTINGS.get(name, ()) if "teacher" not in s]
+    settings += ["model.backbone=resnet18", LAYERS % blocks, *SMALL, *more]
+    return whole_step(method_config(name, *settings), processes, classes=7, values=True)
+
+
+@pytest.mark.parametrize("name", builtin_methods())
+def test_a_step_is_few_operators_outside_the_network(name: str) -> None:
+    """Thirty tensors or more are trained, so a loop over them would pass the bound."""
+    seen = step_of(name)
+    assert seen.parts["update"] <= 100
+    assert seen.parts["record"] == 1
+    assert seen.waits == (1 if name == "mmcr" else 0)
+    assert seen.collectives["norm"][0] >= 2 * 12
+
+
+@pytest.mark.parametrize(("name", "networks"), [("adadim", 1), ("byol", 2)])
+def test_a_layer_is_few_operators(name: str, networks: int) -> None:
+    shallow, deep = step_of(name), step_of(name, blocks=3)
+    assert deep.parts["update"] == shallow.parts["update"]
+    # Convolution, cast of its weight, norm of two views, activation; half a residual sum.
+    assert deep.parts["forward"] - shallow.parts["forward"] <= 9.5 * ADDED * networks
+    assert deep.parts["backward"] - shallow.parts["backward"] <= 11.5 * ADDED
+    # Two collectives a norm, one in a network that is not trained.
+    assert deep.calls - shallow.calls == (networks + 1) * ADDED
+
+
+def test_more_processes_launch_no_more() -> None:
+    """Where the pairs of the global batch fit in one block."""
+    few, many = step_of("adadim", 2), step_of("adadim", 6)
+    assert many.operators == few.operators
+    assert many.calls == few.calls
+
+
+def test_a_batch_is_copied_once_on_its_way_to_the_network() -> None:
+    """Two views of half precision, channels-last as DALI gives them, are joined; that is all."""
+    seen = step_of("simclr", more=("data.dtype=float16", "optim.precision=fp16"))
+    names = list(seen.names["forward"])  # in the order of their first use
+    # `_to_copy` is the cast of the first convolution's weight.
+    assert names[: names.index("convolution")] == ["cat", "_to_copy"]
+    assert seen.names["forward"]["cat"] == 1 + seen.collectives["norm"][0] // 2

@@ -1,30 +1,52 @@
-"""Bytes, operators and collectives of a network's step on a GPU, counted without one.
+"""Bytes, operators and collectives of a step on a GPU, counted without one.
 
-    python tools/bench/gpu_path.py [--networks resnet50 resnet18] [--images 128] [--processes 8]
+    python tools/bench/gpu_path.py                     both, below
+    python tools/bench/gpu_path.py methods [--network resnet50] [--images 128] [--processes 8 512]
+    python tools/bench/gpu_path.py norms [--networks resnet50 resnet18] [--processes 8]
 
-Tensors have no values (torch's `meta` device), so nothing is computed. Counted are forward and
-backward of two views in bf16, channels-last, as one process of `--processes`. `global` and `local`
-are this package's norm. `sync` is `nn.SyncBatchNorm`, whose statistics are those of both views
-together. Bytes are what operators read and write; the least time is theirs at `--copy` GB/s.
-`tools/gpu_report.sh` measures on a GPU.
+Tensors have no values, so nothing is computed. `methods` counts a whole step of every method as the
+loop takes it: network, loss, backward, gradient norm, optimiser, hooks, probe and the recorder's
+row, two views of 224 px in bf16. DDP's own work is not counted. `norms` counts forward and backward
+of the backbone alone: `global` and `local` are this package's norm, `sync` is `nn.SyncBatchNorm`,
+whose statistics are those of both views together. Bytes are what operators read and write; the
+least time is theirs at `--copy` GB/s. `tools/gpu_report.sh` measures on a GPU.
 """
 
+import argparse
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import timm
 import torch
-from compare import parser_of
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ddp_ssl import distributed
-from ddp_ssl.distributed import ViewLayout, comm_stats
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from ddp_ssl import distributed, optim
+from ddp_ssl.config import Config
+from ddp_ssl.config.views import views_of
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.distributed import ViewLayout, World, comm_stats
+from ddp_ssl.losses.kernels import gram
+from ddp_ssl.methods._learner import Learner
+from ddp_ssl.methods._registry import builtin_methods, make_method
+from ddp_ssl.methods.base import Method, Progress
+from ddp_ssl.methods.deepclusterv2 import DeepClusterV2, Memory
+from ddp_ssl.run.configure import load
+from ddp_ssl.training.build import parameter_groups
+from ddp_ssl.training.loop import gradient_norm
+from ddp_ssl.training.recorder import Recorder
+
+ROOT = Path(__file__).resolve().parents[2]
 NORMS = ("global", "sync", "local")
 SIZE = 224
 
@@ -35,7 +57,10 @@ class Moved(TorchDispatchMode):
     Views move nothing. An expanded dimension is read once. Overwritten tensors are not read.
     """
 
-    FREE = ("empty", "detach", "alias", "lift_fresh", "_unsafe_view", "record_stream", "set_")
+    FREE = (
+        "empty", "detach", "alias", "lift_fresh", "_unsafe_view", "record_stream", "set_",
+        "prim.", "profiler.", "promote_types", "c10d",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +70,7 @@ class Moved(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = str(func.overloadpacket)
-        if not (func.is_view or "c10d" in name or any(n in name for n in self.FREE)):
+        if not (func.is_view or any(n in name for n in self.FREE)):
             self.operators += 1
             nbytes = moved(name, args, kwargs, out)
             self.nbytes += nbytes
@@ -72,38 +97,202 @@ def stored(x: Tensor) -> int:
 
 
 def _channels(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 SHAPES = {
     "batch_norm_stats": lambda x, eps: (_channels(x), _channels(x)),
-    "batch_norm_elemt": lambda x, *rest: torch.empty_like(x),
-    "batch_norm_elemt.out": lambda x, *rest, out: out,
+    "batch_norm_elemt": lambda x, *rest: torch.zeros_like(x),
+    "batch_norm_elemt.out": lambda x, *rest, out: out.zero_(),
     "batch_norm_gather_stats_with_counts": lambda x, mean, *rest: (
-        mean.new_empty(mean.shape[1]), mean.new_empty(mean.shape[1]),
+        mean.new_zeros(mean.shape[1]), mean.new_zeros(mean.shape[1]),
     ),
     "batch_norm_backward_reduce": lambda grad, x, *rest: tuple(_channels(x) for _ in range(4)),
-    "batch_norm_backward_elemt": lambda grad, x, *rest: torch.empty_like(x),
+    "batch_norm_backward_elemt": lambda grad, x, *rest: torch.zeros_like(x),
 }  # fmt: skip
 
 
 @contextlib.contextmanager
-def as_on_a_gpu(processes: int) -> Iterator[None]:
-    """Within: tensors without values take the way of a GPU's, as rank 0 of so many processes."""
-    library = torch.library.Library("aten", "IMPL", "Meta")
+def as_one_of(processes: int) -> Iterator[None]:
+    """Within: this process is rank 0 of so many, whose collectives do nothing."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(key: str = "Meta") -> Iterator[None]:
+    """Within: tensors without values (with `CPU` those of a CPU) take the way of a GPU's."""
+    library = torch.library.Library("aten", "IMPL", key)
     for name, shape in SHAPES.items():
         library.impl(name, shape)
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    optim._blocks.cache_clear()
     try:
         with (
             patch.object(distributed.batch_norm, "_has_kernels", lambda x: True),
+            patch.object(optim, "_alike", optim._expanded),
+            patch.dict(optim.AT_ONCE, cpu=optim.AT_ONCE["cuda"]),
+            patch.multiple(
+                gram,
+                BLOCK=gram.BLOCK * gram.ON_GPU,
+                KEPT=gram.KEPT_ON_GPU,
+                CACHED=gram.AT_ONCE,
+                MIRRORED=sys.maxsize,
+            ),
             # `nn.SyncBatchNorm` picks the processes with images, for which a GPU's host waits.
             patch.object(torch.fx.experimental._config, "meta_nonzero_assume_all_nonzero", True),
         ):
             yield
     finally:
-        torch.distributed.destroy_process_group()
+        optim._blocks.cache_clear()  # they have no values
         library._destroy()
+
+
+# --- a whole step --------------------------------------------------------------------------------
+
+
+PARTS = ("forward", "backward", "update", "record")
+
+
+class Counted(Moved):
+    """The same by part of the step (`PARTS`), with the operators for which a host would wait."""
+
+    WAITING = (
+        "_linalg_svd", "_linalg_eigh", "linalg_qr", "_linalg_check_errors", "_local_scalar_dense",
+        "nonzero", "masked_select", "bincount", "_unique2", "equal", "is_nonzero",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = PARTS[0]
+        self.parts: Counter[str] = Counter()
+        self.names: dict[str, Counter[str]] = {part: Counter() for part in PARTS}
+        self.waits = 0
+        self.collectives: dict[str, tuple[int, int]] = {}
+
+    def saw(self, func: Any, args: Any, kwargs: Any, out: Any, nbytes: int) -> None:
+        name = str(func.overloadpacket).removeprefix("aten.")
+        self.parts[self.part] += 1
+        self.names[self.part][name] += 1
+        self.waits += name in self.WAITING
+
+    @property
+    def calls(self) -> int:
+        """Collectives, without DDP's."""
+        return sum(calls for calls, _ in self.collectives.values())
+
+    @property
+    def sent(self) -> int:
+        """Bytes of the tensors that collectives reduce or gather, gradients included."""
+        return sum(nbytes for _, nbytes in self.collectives.values())
+
+
+def without_values(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace all parameters and buffers by their shapes."""
+    made: dict[int, Any] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, value in tensors.items():
+                if value is None:
+                    continue
+                if id(value) not in made:
+                    shape = mode.from_tensor(value.detach())
+                    trained = isinstance(value, nn.Parameter)
+                    made[id(value)] = nn.Parameter(shape, value.requires_grad) if trained else shape
+                tensors[name] = made[id(value)]
+
+
+def under_way(method: Method[Any], images: int) -> None:
+    """The state of a run that has measured alpha and filled its queues and its memory."""
+    if hasattr(method, "alpha"):
+        method.alpha.value = 0.5
+    if hasattr(method, "queued"):
+        method.queued, method.epoch = sys.maxsize, EPOCH
+    if isinstance(method, DeepClusterV2):
+        one = method.centroids(0).new_empty(1, 1, 1)
+        shape = method.remembered, images, method.centroids(0).shape[1]
+        method.memory = Memory(one.expand(shape), method.comm)
+        heads = len(method.settings.prototypes)
+        method.assignments = torch.zeros(heads, images, dtype=torch.long)
+
+
+EPOCH, EPOCHS = 60, 100
+
+
+def whole_step(
+    config: Config, processes: int, classes: int = 1000, values: bool = False
+) -> Counted:
+    """A step of the loop, once the optimiser has its state, as rank 0 of so many processes.
+
+    With `values` a small network really runs on the CPU, which is faster than without.
+    """
+    world = World(0, processes, 0, min(processes, 8), torch.device("cpu"))
+    with as_one_of(processes), as_on_a_gpu("CPU" if values else "Meta"):
+        comm = distributed.comm_of(world, config.data.view_shards)
+        learner = Learner(make_method(config, comm), classes, some_unlabelled=False).train()
+        if config.model.channels_last:
+            learner.to(memory_format=torch.channels_last)
+        shapes = contextlib.nullcontext() if values else FakeTensorMode(allow_non_fake_inputs=True)
+        with shapes as mode:
+            if mode is not None:
+                without_values(learner, mode)
+            under_way(learner.method, 10 * config.data.batch_size)
+            return _Step(config, world, learner).counted()
+
+
+class _Step:
+    """The loop's step (`training/loop.py`) on tensors without values."""
+
+    def __init__(self, config: Config, world: World, learner: Learner) -> None:
+        self.config, self.learner = config, learner
+        self.optimizer = optim.build(config.optim, parameter_groups(learner, config))
+        self.recorder = Recorder(config, world, 100, None, None, None)  # type: ignore[arg-type]
+        self.trained = [p for p in learner.parameters() if p.requires_grad]
+        comm = learner.method.comm
+        n = config.data.batch_size // comm.data_shards
+        kind = torch.float16 if config.data.dtype == "float16" else torch.float32
+        views = [
+            torch.zeros(n, view.size, view.size, 3, dtype=kind).permute(0, 3, 1, 2)
+            for view in views_of(config.data.views)[comm.views]
+        ]
+        self.batch = Batch(views, torch.arange(n), torch.zeros(n, dtype=torch.long))
+
+        for p in self.trained:
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()  # makes its state
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def counted(self) -> Counted:
+        method, seen = self.learner.method, Counted()
+        before = dict(comm_stats.counts)
+        optim.set_learning_rates(self.optimizer, self.config.optim, 256, EPOCH * 10, 10)
+        progress = Progress(EPOCH * 10, EPOCHS * 10, EPOCH, EPOCHS)
+        with seen:
+            loss, metrics = self.learner(self.batch)
+            seen.part = "backward"
+            loss.backward()
+            seen.part = "update"
+            method.before_optimizer(progress)
+            norm = gradient_norm(
+                [p for p in method.parameters() if p.requires_grad], self.config.optim.grad_clip
+            )
+            self.optimizer.step()
+            sent = sum(p.grad.nbytes for p in self.trained if p.grad is not None)
+            self.optimizer.zero_grad(set_to_none=True)
+            method.after_step(progress)
+            seen.part = "record"
+            self.recorder.add(1, metrics | {"optim/lr": 0.1, "optim/grad_norm": norm})
+        for kind, (calls, nbytes) in comm_stats.counts.items():
+            old = before.get(kind, (0, 0))
+            if calls > old[0]:
+                seen.collectives[kind] = calls - old[0], nbytes - old[1]
+        seen.collectives["gradients"] = 0, sent
+        return seen
+
+
+# --- the norm ------------------------------------------------------------------------------------
 
 
 class _Synchronised(nn.BatchNorm2d):
@@ -137,7 +326,7 @@ def count(name: str, norm: str, images: int, processes: int) -> tuple[Moved, int
     """Bytes and operators of forward and backward, and the number of collectives."""
     layout = ViewLayout()
     made = network(name, norm, layout, processes)
-    with as_on_a_gpu(processes), Moved() as seen:
+    with as_one_of(processes), as_on_a_gpu(), Moved() as seen:
         x = torch.empty(2 * images, SIZE, SIZE, 3, device="meta", dtype=torch.bfloat16)
         before = comm_stats.calls
         with distributed.stacked_views(layout, 2, slice(None)):
@@ -146,19 +335,48 @@ def count(name: str, norm: str, images: int, processes: int) -> tuple[Moved, int
         return seen, comm_stats.calls - before
 
 
-def main() -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("--networks", nargs="+", default=["resnet50", "resnet18"])
-    parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--processes", type=int, default=8)
-    parser.add_argument("--copy", type=float, default=4260.0, help="GB/s; an H200's, measured")
-    options = parser.parse_args()
-    print(f"two views of {options.images} images, {options.processes} processes\n")
+def method_config(name: str, *more: str) -> Config:
+    """The method's recipe with two views of 224 px in bf16, and more `key=value`."""
+    return load([
+        str(ROOT / f"configs/imagenet100/{name}.yaml"), "data.name=imagenet", "data.root=.",
+        f"data.views=[{{count: 2, size: {SIZE}, recipe: sym}}]", "optim.precision=bf16", *more,
+    ]).config  # fmt: skip
+
+
+def methods(options: argparse.Namespace) -> None:
+    """A line for each method."""
+    print(f"{options.network}, two views of {options.images} images, bf16\n")
+    columns = [f"calls, MB sent, {n} processes" for n in options.processes]
+    print(f"| method | GB | operators | {' | '.join(PARTS)} | waits | {' | '.join(columns)} |")
+    print(f"| --- |{' ---: |' * (len(PARTS) + 3 + len(columns))}")
+    for name in options.methods or builtin_methods():
+        made = []
+        for processes in options.processes:
+            images = options.images * processes
+            settings = [f"model.backbone={options.network}"]
+            queue = getattr(method_config(name, *settings).method, "queue_size", 0)
+            if 0 < queue < images:
+                settings.append(f"method.queue_size={images}")
+            settings.append(f"data.batch_size={images}")
+            made.append(whole_step(method_config(name, *settings), processes))
+        seen = made[0]
+        parts = " | ".join(str(seen.parts[part]) for part in PARTS)
+        sent = " | ".join(f"{one.calls}, {one.sent / 1e6:.0f}" for one in made)
+        print(
+            f"| {name} | {seen.nbytes / 1e9:.1f} | {seen.operators} | {parts} | {seen.waits} "
+            f"| {sent} |", flush=True,
+        )  # fmt: skip
+
+
+def norms(options: argparse.Namespace) -> None:
+    """A line for each network and norm."""
+    (processes,) = options.processes
+    print(f"two views of {options.images} images, {processes} processes\n")
     print("| network | norm | GB | operators | collectives | least ms to move it |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for name in options.networks:
         for norm in NORMS:
-            seen, calls = count(name, norm, options.images, options.processes)
+            seen, calls = count(name, norm, options.images, processes)
             calls = "2 a layer" if norm == "sync" else calls
             least = seen.nbytes / options.copy / 1e6
             print(
@@ -167,5 +385,29 @@ def main() -> None:
             )
 
 
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = parser.add_subparsers(required=True, metavar="methods | norms")
+    of_methods, of_norms = kinds.add_parser("methods"), kinds.add_parser("norms")
+    of_methods.set_defaults(run=methods)
+    of_methods.add_argument("--network", default="resnet50")
+    of_methods.add_argument("--methods", nargs="+", default=[])
+    of_methods.add_argument("--processes", type=int, nargs="+", default=[8, 512])
+    of_norms.set_defaults(run=norms)
+    of_norms.add_argument("--networks", nargs="+", default=["resnet50", "resnet18"])
+    of_norms.add_argument("--processes", type=int, nargs=1, default=[8])
+    of_norms.add_argument("--copy", type=float, default=4260.0, help="GB/s; an H200's, measured")
+    for kind in (of_methods, of_norms):
+        kind.add_argument("--images", type=int, default=128)
+    options = parser.parse_args(arguments)
+    options.run(options)
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        main(sys.argv[1:])
+    else:
+        for kind in ("norms", "methods"):
+            main([kind])

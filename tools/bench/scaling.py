@@ -125,7 +125,7 @@ def counted(world: World, arguments: Sequence[str]) -> Counts:
 def modelled(ranks: int, arguments: Sequence[str]) -> Counts:
     """The same as the model predicts it."""
     config = load(list(arguments)).config
-    return record(config, ranks, Cluster(), classes=CLASSES, alpha=ALPHA).counts()
+    return record(config, ranks, Cluster(), classes=CLASSES, alpha=ALPHA, gpu=False).counts()
 
 
 def _rank_main(rank: int, size: int, port: int, cases: dict[str, list[str]], out: Any) -> None:

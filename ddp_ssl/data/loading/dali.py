@@ -124,8 +124,15 @@ def decoder(device_id: int | None, decoding: Decoding) -> Any:
     return pipe
 
 
+def release() -> None:
+    """Give GPU memory that no pipeline uses any more back to the device."""
+    dali.backend.ReleaseUnusedMemory()
+
+
 def _iterator(pipe: Any, views: int) -> Any:
     # With the dynamic executor the tensors are DALI's own buffers, a new set for each batch.
+    # Another executor would write over the buffers of a batch that is still in use.
+    assert pipe.exec_dynamic
     names = [*(f"view{i}" for i in range(views)), "ids"]
     return dali_torch.DALIGenericIterator([pipe], names, prepare_first_batch=False)
 

@@ -118,9 +118,11 @@ class TrainLoader:
         return None if self._source.failed is None else self._source.failed[1]
 
     def close(self) -> None:
-        """Free DALI's pipeline and the threads."""
+        """Free DALI's pipeline, its memory on a GPU, and the threads."""
         self._batches = None
         self._source.reader.close()
+        if self.settings.device.type == "cuda":
+            self._dali.release()
 
     def state(self) -> dict[str, Any]:
         """The state for `load_state`; it can be loaded with `weights_only`."""
@@ -317,7 +319,10 @@ class _OnePass:
     def __iter__(self) -> Iterator[Batch]:
         reader = Reader(self.split, self._at, self.settings, self.bad)
         source, batches = EvalBatches(reader), None
-        with contextlib.closing(reader):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(reader))
+            if self.settings.device.type == "cuda":
+                stack.callback(self._dali.release)
             for step in range(self._batches):
                 while True:
                     if batches is None:
@@ -331,6 +336,7 @@ class _OnePass:
                         if self.split.images is not None or not reader.examine(ids):
                             raise RuntimeError(dali_message(error)) from None
                 yield _batch(out, self.views, self.split, self.settings.device)
+            batches = None
 
     def _iterator(self, reading: Any) -> Any:
         """DALI's iterator over `reading`."""
