@@ -73,10 +73,15 @@ def full(name: str, row: str, dataset: str, group: str | None = None) -> Config:
 
 @pytest.fixture(scope="module", autouse=True)
 def _read_once() -> Iterator[None]:
-    """Each YAML is parsed once and each method's schema built once, for a thousand configs."""
-    read = cache(configure.read_yaml)
+    """Each of the project's YAMLs is parsed once and each method's schema built once."""
+    real = configure.read_yaml
+    ours = cache(real)
+
+    def read(path: Path) -> dict[str, Any]:
+        return deepcopy(ours(path)) if path.is_relative_to(FOLDER) else real(path)
+
     with (
-        patch.object(configure, "read_yaml", lambda path: deepcopy(read(path))),
+        patch.object(configure, "read_yaml", read),
         patch.object(configure, "with_method", cache(configure.with_method)),
     ):
         yield
