@@ -230,7 +230,7 @@ def test_a_large_header_is_a_bad_image_before_anything_is_decoded(
     capsys.readouterr()
 
 
-NAMES = ["a\nb.jpg", "a\tb.jpg", "\x1b[31m.jpg", "a\\nb.jpg", "\u2028.jpg", "\udcff\x07.jpg", 
+NAMES = ["a\nb.jpg", "a\tb.jpg", "\x1b[31m.jpg", "a\\nb.jpg", "\u2028.jpg", "\udcff\x07.jpg",
          "\u00e9 b.jpg", "a\\x41.jpg", "\r.jpg", "\u202e.jpg"]  # fmt: skip
 
 
