@@ -45,7 +45,7 @@ class Shards:
     def read(self, i: int) -> NDArray[np.uint8]:
         """The encoded image `i`, uint8 `[length]`, in any thread; raises `OSError`."""
         content = self.part(i, 0, int(self.size[i]))
-        if self.crc is not None and zlib.crc32(content) != int(self.crc[i]):
+        if self.crc is not None and zlib.crc32(content.data) != int(self.crc[i]):
             raise OSError(errno.EIO, "its checksum is not that of the image that was packed")
         return content
 
