@@ -7,6 +7,8 @@ import logging
 import os
 import random
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -444,3 +446,57 @@ def test_states_that_an_earlier_version_did_not_pack() -> None:
     ]
     for states in (packed, [{"n": 0}, {"n": 1}]):
         assert [state_of_rank(states, rank)["n"] for rank in (0, 1, 2)] == [0, 1, 0]
+
+
+# --- readers beside a run that saves -------------------------------------------------------------
+
+
+def test_a_reader_beside_a_run_that_prunes_gets_one_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The newest is pruned while it is read, and before it is opened."""
+    save(tmp_path, 1)
+    original, saved = store._mismatch, [1]
+
+    def busy(found: store.CheckpointInfo, file: Any) -> str | None:
+        for _ in range(3):
+            saved.append(saved[-1] + 1)
+            save(tmp_path, saved[-1])
+        return original(found, file)
+
+    monkeypatch.setattr(store, "_mismatch", busy)
+    newest = store.load_newest(tmp_path)
+    assert newest is not None
+    assert not newest[0].path.exists()  # it was read all the same
+    assert newest[1]["step"] == newest[0].step == 1
+
+    monkeypatch.setattr(store, "_mismatch", original)
+    scan = store._scan
+    stale = [scan(tmp_path / "checkpoints")]
+    for step in range(10, 13):
+        save(tmp_path, step)
+    monkeypatch.setattr(store, "_scan", lambda home: stale.pop() if stale else scan(home))
+    assert step_of_newest(tmp_path) == 12
+    assert "damaged" not in caplog.text
+
+
+def test_the_best_one_is_read_whole_while_it_is_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save_best(tmp_path, save(tmp_path, 1))
+    newer, replace = save(tmp_path, 2), os.replace
+    read: list[int] = []
+    monkeypatch.setattr(store, "EXCHANGE_S", 0.01)
+
+    def watched(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(target).name == "best.pt":  # its manifest comes next
+            thread.start()
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=lambda: read.append(store.load(best)["step"]))
+    best = tmp_path / "checkpoints/best.pt"
+    monkeypatch.setattr(os, "replace", watched)
+    store.save_best(tmp_path, newer)
+    thread.join()
+    assert read == [2]

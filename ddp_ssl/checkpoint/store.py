@@ -371,6 +371,10 @@ def load_file(
     What the run prunes or exchanges meanwhile is read as it was.
     """
     manifest = path.with_suffix(".json")
+    if path == manifest:
+        raise ValueError(
+            f"{path} cannot be loaded as a checkpoint; {path.stem}.pt beside it would be accepted"
+        )
     for tries_left in reversed(range(EXCHANGE_TRIES)):
         before = _text(manifest)
         try:

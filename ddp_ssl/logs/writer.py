@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -177,11 +178,15 @@ def mend(path: Path, step: int, offset: int, crc: int | None) -> None:
     `offset` bytes with the checksum `crc` (None: unknown) were there. A changed file is kept as
     `metrics.jsonl.damaged`. Raises `OSError`.
     """
+    now = left = 0
     with open(path, "a+b") as file:
         file.seek(0)
+        while block := file.read(min(1 << 20, offset - left)):
+            now, left = zlib.crc32(block, now), left + len(block)
+        if (now, left) == (crc, offset):
+            return
+        file.seek(0)
         text = file.read(offset)
-    if crc == zlib.crc32(text) and len(text) == offset:
-        return
     kept: list[bytes] = []
     steps, unreadable = [0], set()
     for line in text.splitlines(keepends=True):
@@ -189,7 +194,7 @@ def mend(path: Path, step: int, offset: int, crc: int | None) -> None:
         if whole and steps[-1] <= at <= step:
             kept.append(line)
             steps.append(int(at))
-        elif steps[-1] < step and not step < at < math.inf:
+        elif at < steps[-1] or (at == math.inf and (whole or steps[-1] < step)):
             unreadable.add(steps[-1])
     first = steps[1] if kept else 1  # a run that continued another's begins later
     lost = set(range(first, step + 1)) - set(steps)
@@ -205,7 +210,7 @@ def mend(path: Path, step: int, offset: int, crc: int | None) -> None:
     if b"".join(kept) != text:
         with replaced(path) as temporary:
             temporary.write_bytes(b"".join(kept))
-            os.replace(path, path.with_name(path.name + ".damaged"))
+            shutil.copyfile(path, path.with_name(path.name + ".damaged"))
 
 
 def _rows_to_keep(path: Path, step: int | None, offset: int | None) -> tuple[int, int]:

@@ -128,7 +128,7 @@ def augmented(world: World) -> tuple[list[Tensor], list[Tensor]]:
     protocol, held = replace(SGD, batch_size=12), torch.arange(48) % 7 == 0
     steps = AugmentedSteps(extractor, split, protocol, 5)
     through, _ = train_heads(steps, protocol, 5, 6, 5, held)
-    steps.close()
+    steps.loader.close()
     ready = CachedSteps(extractor.features(split), 12, 5, comm, CPU)
     cached, _ = train_heads(ready, protocol, 5, 6, 5, held)
     return weights(through), weights(cached)
