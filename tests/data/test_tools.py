@@ -225,7 +225,7 @@ def test_missing_files_and_odd_names(tmp_path: Path) -> None:
     check_data.write(tmp_path / "bad.txt", {"train": split}, {"train": bad})
     lines = (tmp_path / "bad.txt").read_bytes().splitlines()
     assert [line.split(b"\t")[0] for line in lines] == [
-        os.fsencode(tmp_path) + name for name in (b"/gone.jpg", b"/new\\nline.jpg", b"/\\xff.jpg")
+        os.fsencode(tmp_path) + name for name in (b"/gone.jpg", b"/new\\nline.jpg", b"/\xff.jpg")
     ]  # fmt: skip
 
 
