@@ -132,14 +132,15 @@ def _open_split(root: Path, name: str, kept: dict[str, Any]) -> Split:
         path, key = root / file, file.removesuffix(".npy").rpartition("-")[2]
         ndim, dtype = ARRAYS[key]
         try:
-            fits = known is None or checksum(path) == known
+            if known is not None and checksum(path) != known:
+                raise ValueError("its checksum differs")
             mapped = np.load(path, mmap_mode="r")
-            fits = fits and (mapped.ndim, mapped.dtype) == (ndim, dtype)
-            fits = fits and (key == "names" or len(mapped) == kept["count"])
-        except (OSError, ValueError, EOFError):
-            fits = False
-        if not fits:
-            raise ValueError(f"data.root: {path} is missing or damaged; {AGAIN}")
+            if (mapped.ndim, mapped.dtype) != (ndim, dtype):
+                raise ValueError("it is another array")
+            if key != "names" and len(mapped) != kept["count"]:
+                raise ValueError("it has another length")
+        except Exception:  # without a checksum a damaged header makes numpy raise anything
+            raise ValueError(f"data.root: {path} is missing or damaged; {AGAIN}") from None
         arrays[key] = np.asarray(mapped)  # `memmap` itself makes every index slower
     paths = tuple(str(root / tar["file"]) for tar in kept["tars"])
     places = {key: arrays.pop(key) for key in ("shard", "offset", "size", "crc") if key in arrays}
