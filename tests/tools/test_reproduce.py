@@ -28,6 +28,7 @@ from ddp_ssl import submit
 from ddp_ssl.commands import reproduce, submit_options
 from ddp_ssl.config import Config
 from ddp_ssl.config.files import FOLDER
+from ddp_ssl.config.section import Section
 from ddp_ssl.reproduction import (
     adadim,
     configs,
@@ -77,8 +78,9 @@ def _read_once() -> Iterator[None]:
     real = configure.read_yaml
     ours = cache(real)
 
-    def read(path: Path) -> dict[str, Any]:
-        return deepcopy(ours(path)) if path.is_relative_to(FOLDER) else real(path)
+    def read(path: Path, schema: type[Section] | None = None) -> dict[str, Any]:
+        named = path.is_relative_to(FOLDER)
+        return deepcopy(ours(path, schema)) if named else real(path, schema)
 
     with (
         patch.object(configure, "read_yaml", read),
