@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from ddp_ssl.config.files import find_config, unknown_config
 from ddp_ssl.config.schema import Config
 from ddp_ssl.config.section import S, Section
-from ddp_ssl.config.text import flow, parse, takes_text
+from ddp_ssl.config.text import flow, is_section, parse, takes_text
 from ddp_ssl.config.views import ViewGroup
 from ddp_ssl.errors import ConfigError
 from ddp_ssl.utils.text import suggest
@@ -159,7 +159,7 @@ def _tree_of(
 def _kind_of(parts: Sequence[str], kind: Any) -> Any:
     """The type of the key at a dotted place below the type `kind`; None if there is no such key."""
     for part in parts:
-        if isinstance(kind, type) and issubclass(kind, Section):
+        if is_section(kind):
             field = kind.model_fields.get(part)
             kind = None if field is None else field.annotation
         else:

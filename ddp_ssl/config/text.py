@@ -53,9 +53,14 @@ def takes_text(kind: Any) -> bool:
     return kind is str
 
 
+def is_section(kind: Any) -> bool:
+    """Whether a type is a class of `Section`. For Python 3.10 `list[str]` is a class too."""
+    return get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, Section)
+
+
 def _keep_text(node: yaml.Node, kind: Any) -> None:
     if isinstance(node, yaml.MappingNode):
-        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, Section) else {}
+        fields = kind.model_fields if is_section(kind) else {}
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in fields:
                 _keep_text(value, fields[key.value].annotation)
