@@ -33,7 +33,7 @@ def main(
 ) -> int:
     """Run from the command line; returns the exit code. `on_step` is called before every step."""
     if not faulthandler.is_enabled():
-        faulthandler.enable(sys.__stderr__)  # a crash in native code leaves a stack
+        faulthandler.enable(2)  # stderr: a crash in native code leaves a stack
     # Before all imports, so that no signal is lost while torch and DALI are imported.
     stop = StopRequest().install()
     stop_with_parent()
