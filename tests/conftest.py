@@ -25,9 +25,11 @@ from tests.runs import Whole
 if not torch.cuda.is_available():
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-# A job in a shell's background ignores Ctrl-C, and so would the processes that tests interrupt.
+# A job in a shell's background ignores Ctrl-C, one under nohup SIGHUP too, and so would the
+# processes that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _end(number: int, frame: object) -> None:
