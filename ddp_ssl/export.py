@@ -117,7 +117,7 @@ def _checkpoint(source: Source) -> tuple[Path, str, dict[str, Any]]:
         if newest is None:
             raise ValueError(f"no good checkpoint in {source.home / 'checkpoints'}")
         path, sha256, state = newest[0].path, newest[0].sha256, newest[1]
-    if not {"model", "step", "identity"} <= state.keys():
+    if not store.is_of_a_run(state):
         raise ValueError(f"{path} is no checkpoint of a run: it has no model, step and identity")
     return path, sha256, state
 

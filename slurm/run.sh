@@ -170,7 +170,7 @@ for argument in "$@"; do
 done
 case $RUN_DIR in
   /*) ;;
-  '~' | '~/'*) RUN_DIR=$HOME${RUN_DIR#?} ;;
+  \~ | \~/*) RUN_DIR=$HOME${RUN_DIR#?} ;;
   *) RUN_DIR=$PWD/$RUN_DIR ;;
 esac
 again="RUN_DIR=$RUN_DIR sbatch ... slurm/$name.sh with the same arguments"

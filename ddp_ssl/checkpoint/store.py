@@ -389,7 +389,10 @@ def load_file(
             digest, problem = _verify(file, manifest, before, sha256)
             if problem is None:
                 file.seek(0)
-                return digest, _read(file, path, map_location)
+                state = _read(file, path, map_location)
+                if before is None and "step" in state:  # not weights alone
+                    logger.warning("%s has no manifest beside it: not verified", path)
+                return digest, state
         # `save_best` exchanges the file and then its manifest.
         exchanged = before != _text(manifest) or _waiting(manifest).exists()
         if not (exchanged and tries_left):
@@ -398,12 +401,16 @@ def load_file(
     raise AssertionError  # the last try has raised or returned
 
 
+def is_of_a_run(state: dict[str, Any]) -> bool:
+    """Whether a state has the parts of a run's checkpoint that weights are taken from."""
+    return {"model", "step", "identity"} <= state.keys() and isinstance(state["model"], dict)
+
+
 def _verify(
     file: io.BufferedReader, manifest: Path, text: str | None, sha256: str | None
 ) -> tuple[str, str | None]:
     """The SHA-256 of an open file, and how it differs from its manifest's text, or None."""
     if text is None:
-        logger.warning("%s has no manifest %s beside it: not verified", file.name, manifest.name)
         return _sha256(file), None
     try:
         found = CheckpointInfo.parse(manifest, text)

@@ -88,7 +88,7 @@ def checkpoint_of(source: Source) -> Path:
 def read_checkpoint(path: Path, sha256: str | None = None) -> dict[str, Any]:
     """The state in a run's checkpoint. Raises `ValueError`, one line."""
     state = store.load(path, sha256=sha256)
-    if not {"model", "step", "identity"} <= state.keys() or not isinstance(state["model"], dict):
+    if not store.is_of_a_run(state):
         raise ValueError(
             f"{path} is no checkpoint of a run: it has no model, step and identity; a run folder "
             "or a file in its checkpoints/ is accepted (backbone.pt is the backbone alone)"
