@@ -26,7 +26,7 @@ setup(
         "torch>=2.8",
         "torchvision>=0.23",
         "timm>=1.0.15",
-        "pydantic>=2.9,<3",
+        "pydantic>=2.10,<3",
         "pyyaml>=6.0.1",
         "numpy>=1.26",
         "pillow>=10",

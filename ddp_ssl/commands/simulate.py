@@ -114,7 +114,9 @@ def run_treatments(seeds: Sequence[int]) -> None:
         rows: dict[str, list[float]] = {}
         for n, s in cells:
             data = [gaussian.blobs(n, s, seed) for seed in seeds]
-            found = [gaussian.treatments(r, PCA(2).fit_transform(r)) for r in data]
+            found = [
+                gaussian.treatments(r, PCA(2, svd_solver="full").fit_transform(r)) for r in data
+            ]
             for name in found[0]:
                 rows.setdefault(name, []).append(float(np.mean([f[name] for f in found])))
         for name, means in rows.items():
