@@ -31,11 +31,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddp_ssl import models
-from ddp_ssl.checkpoint import store
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, Model
 from ddp_ssl.evals.settings import config_of_run
-from ddp_ssl.evals.weights import Source, fill, find_source
+from ddp_ssl.evals.weights import fill, find_source, read_source
 from ddp_ssl.models import STEM_PADDING, architecture, build_backbone, loading_snippet
 from ddp_ssl.utils.text import one_line
 
@@ -99,27 +98,12 @@ def load_trained(source: str) -> Trained:
             "in its checkpoints/ would be accepted"
         )
     config = config_of_run(found.home)
-    path, sha256, state = _checkpoint(found)
+    path, sha256, state = read_source(found)
     backbone, width = build_backbone(architecture(config.model), [config.data.central_crop.size])
     prefix = "method.backbone."
     own = {n.removeprefix(prefix): v for n, v in state["model"].items() if n.startswith(prefix)}
     fill(backbone, own, path)
     return Trained(backbone.eval(), width, config, state, path, sha256)
-
-
-def _checkpoint(source: Source) -> tuple[Path, str, dict[str, Any]]:
-    """Path, SHA-256 and state of the file, or of the run's newest good checkpoint, read once."""
-    if source.file is not None:
-        path, (sha256, state) = source.file, store.load_file(source.file)
-    else:
-        assert source.home is not None
-        newest = store.load_newest(source.home)
-        if newest is None:
-            raise ValueError(f"no good checkpoint in {source.home / 'checkpoints'}")
-        path, sha256, state = newest[0].path, newest[0].sha256, newest[1]
-    if not store.is_of_a_run(state):
-        raise ValueError(f"{path} is no checkpoint of a run: it has no model, step and identity")
-    return path, sha256, state
 
 
 # --- the formats ---------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """Encoder and projection head."""
 
 import contextlib
-import os
 import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import nn
@@ -51,7 +51,7 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
     if not timm.is_model(name):
         hint = suggest(name, timm.list_models())
         raise ValueError(f"model.backbone: timm has no model {name!r}{hint}")
-    for key in REFUSED.keys() & config.backbone_args.keys():
+    for key in sorted(REFUSED.keys() & config.backbone_args.keys()):
         raise ValueError(f"model.backbone_args: {key} is not accepted: {REFUSED[key]}")
     arguments: dict[str, Any] = {"num_classes": 0, **config.backbone_args}
     try:
@@ -62,7 +62,8 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
                 model = timm.create_model(name, **arguments)
     except Exception as error:  # any argument reaches any of timm's code, and its downloads
         reason = one_line(f"{type(error).__name__}: {error}")[:200]
-        what = "weights cannot be fetched" if arguments.get("pretrained") else f"refused by {name}"
+        fetched = arguments.get("pretrained") and not isinstance(error, TypeError | AssertionError)
+        what = "weights cannot be fetched" if fetched else f"refused by {name}"
         raise ValueError(f"model.backbone_args: {config.backbone_args} {what}: {reason}") from None
     if config.stem != "standard":
         if not isinstance(model, ResNet) or not isinstance(model.conv1, nn.Conv2d):
@@ -89,7 +90,7 @@ def _no_waiting() -> Iterator[None]:
 
     host = urlsplit(constants.ENDPOINT).hostname or ""
     before = constants.HF_HUB_OFFLINE
-    if not any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+    if not getproxies():
         try:
             socket.getaddrinfo(host, 443)
         except OSError:

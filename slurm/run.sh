@@ -33,8 +33,9 @@ task=${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 
 # Another run has the folder: its state and its STOP are not this job's.
 held_by_another() {
-  local claims=("$RUN_DIR"/claim-*.json)
-  [ -e "${claims[0]}" ] && ! grep -qs "\"job\": \"$job\"" "${claims[@]}"
+  local fresh # a dead run's claim stays until another run takes the folder
+  fresh=$(find "$RUN_DIR" -maxdepth 1 -name 'claim-*.json' -mmin -6 2>/dev/null)
+  [ -n "$fresh" ] && ! grep -qs "\"job\": \"$job\"" "$RUN_DIR"/claim-*.json
 }
 
 # --- on every node: torchrun -----------------------------------------------------------------------
@@ -244,7 +245,7 @@ INFO
   "only $cpus CPU(s) for $processes GPU(s) on a node: sbatch --cpus-per-gpu=8 (or --exclusive) gives more"
 
 # A job that is submitted anew counts crashes anew. Files of an earlier start are no result of this one.
-[ "$restarts" = 0 ] && rm -f "$RUN_DIR/crashes.txt"
+[ "$restarts" = 0 ] && ! held_by_another && rm -f "$RUN_DIR/crashes.txt"
 before=$(cat "$RUN_DIR/status.json" 2>/dev/null)
 
 trap 'on_signal USR2' USR2

@@ -486,7 +486,6 @@ def test_the_best_one_is_read_whole_while_it_is_exchanged(
     store.save_best(tmp_path, save(tmp_path, 1))
     newer, replace = save(tmp_path, 2), os.replace
     read: list[int] = []
-    monkeypatch.setattr(store, "EXCHANGE_S", 0.01)
 
     def watched(source: Path, target: Path) -> None:
         replace(source, target)

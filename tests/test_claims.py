@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -224,7 +226,8 @@ time.sleep(60)
 """
 
 
-def test_a_holder_that_was_replaced_ends_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["next", "same name", "gone"])
+def test_a_holder_that_was_replaced_ends_at_once(tmp_path: Path, place: str) -> None:
     """As after a suspension that was longer than its limit; a claim alone that goes comes back."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],
@@ -241,11 +244,20 @@ def test_a_holder_that_was_replaced_ends_at_once(tmp_path: Path) -> None:
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert path.exists()
-    write(tmp_path, ELSEWHERE, number=2)
+    process.send_signal(signal.SIGSTOP)
     path.unlink()
+    if place == "gone":  # the other run has ended meanwhile
+        time.sleep(0.3)
+    else:
+        write(tmp_path, ELSEWHERE, number=2 if place == "next" else int(path.stem[6:]))
+    process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert f"{tmp_path} was taken over by process {os.getpid()} on n7" in errors
+    by = "" if place == "gone" else f" by process {os.getpid()} on n7"
+    assert f"{tmp_path} was taken over{by}, which" in errors
+    assert [p.name for p in tmp_path.iterdir()] == {
+        "next": ["claim-2.json"], "same name": [path.name], "gone": [],
+    }[place]  # fmt: skip
 
 
 # --- the choice of a folder ----------------------------------------------------------------------
@@ -286,3 +298,15 @@ def test_torchruns_of_one_second_have_different_names(monkeypatch: pytest.Monkey
     first, second, again = (folder.default_name(config_of()) for _ in range(3))
     assert first == again
     assert first != second
+
+
+@pytest.mark.parametrize(
+    ("state", "kept"), [("running", True), ("failed", True), ("preempted", False), ("done", False)]
+)
+def test_a_stop_that_no_start_obeyed_counts(tmp_path: Path, state: str, kept: bool) -> None:
+    """A run that dies after it was asked to stop has a status that is newer than the STOP."""
+    (tmp_path / "STOP").touch()
+    os.utime(tmp_path / "STOP", (1, 1))
+    (tmp_path / "status.json").write_text(json.dumps({"state": state}))
+    folder._remove_old_stop(tmp_path)
+    assert (tmp_path / "STOP").exists() == kept

@@ -550,7 +550,7 @@ def test_a_second_ctrl_c_ends_a_process_that_is_blocked() -> None:
 
 
 DIES = """
-import faulthandler, os, signal, sys, time
+import faulthandler, os, signal, socket, sys, time
 from pathlib import Path
 from ddp_ssl.config import Run
 from ddp_ssl.run import claims, status
@@ -558,7 +558,7 @@ run, folder = status.RunStatus(), Path(sys.argv[1])
 run.claim = claims.take(folder, Run())
 run.begin(folder)
 status.write_status(folder, "running", step=7)
-(folder / f"status.json.n1-{os.getpid()}.tmp").touch()
+(folder / f"status.json.{socket.gethostname()}-{os.getpid()}.tmp").touch()
 if sys.argv[2] == "done":
     run.record("done", step=9)
     run.release()

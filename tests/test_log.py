@@ -184,6 +184,8 @@ def test_a_full_disk_delays_rows_and_loses_none(
          "a line after step 2 cannot be read; the rows of steps 3 are lost", [1, 2, 4, 5, 6]),
         (lambda t: t.replace(b'"step": 3', b'"step": 1'),
          "a line after step 2 cannot be read; the rows of steps 3 are lost", [1, 2, 4, 5, 6]),
+        (lambda t: t.replace(b'"step": 3', b'"step": 6'),
+         "a line after step 2 cannot be read; the rows of steps 3 are lost", [1, 2, 4, 5, 6]),
         (lambda t: t.replace(b'"train/loss": 4.0', b'"train/loss": 5.0'),
          "every line can be read, but a figure is another", [1, 2, 3, 4, 5, 6]),
         (lambda t: t[:80] + t[100:], "a line after step 1 cannot be read", None),
@@ -210,6 +212,7 @@ def test_rows_that_changed_since_the_checkpoint_are_named(
     assert steps == left if left is not None else set(steps) < set(range(1, 7))
     assert after.crc == zlib.crc32(path.read_bytes())
     after.close()
+    writer_of(tmp_path, 6, offset, crc=crc).close()  # again, before the next checkpoint
     damaged = tmp_path / "metrics.jsonl.damaged"
     assert not damaged.exists() or damaged.read_bytes() == changed
 

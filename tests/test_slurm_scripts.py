@@ -28,7 +28,7 @@ SRUN = """#!/bin/bash
 printf '%s\\n' "$@" >"$FAKE/srun"
 env >"$FAKE/env"
 [ -n "$FAKE_STOP" ] && { mkdir -p "$RUN_DIR"; printf '%s' "${FAKE_STOP#empty}" >"$RUN_DIR/STOP"; }
-[ -n "$FAKE_CLAIM" ] && { mkdir -p "$RUN_DIR"; cp "$FAKE_CLAIM" "$RUN_DIR/claim-2.json"; }
+[ -n "$FAKE_CLAIM" ] && { mkdir -p "$RUN_DIR"; cp -p "$FAKE_CLAIM" "$RUN_DIR/claim-2.json"; }
 [ -n "$FAKE_SIGNAL" ] && { kill -"$FAKE_SIGNAL" "$PPID"; /bin/sleep 0.5; }
 if [ -n "$FAKE_STATUS" ]; then
   mkdir -p "$RUN_DIR/checkpoints"
@@ -281,16 +281,19 @@ def test_crashes_are_counted_by_checkpoint(fake: Fake) -> None:
     assert "requeued" in out
 
 
-@pytest.mark.parametrize("job", [None, "99", "123456", "123456_3"])
+@pytest.mark.parametrize(
+    ("job", "silent_s"), [(None, 0), ("99", 0), ("123456", 0), ("123456_3", 0), ("99", 1000)]
+)
 def test_a_folder_that_another_run_has_is_no_crash(
-    fake: Fake, tmp_path: Path, job: str | None
+    fake: Fake, tmp_path: Path, job: str | None, silent_s: float
 ) -> None:
     """Neither its state nor its STOP is this job's, which a signal must not stop either."""
     holder = dataclasses.replace(claims.this_process(300), job=job)
     claims._write(tmp_path / "claim", holder)
+    os.utime(tmp_path / "claim", (time.time() - silent_s,) * 2)
     array = {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "3"}
     given = {"FAKE_CLAIM": f"{tmp_path}/claim", "FAKE_RC": "2", "FAKE_SIGNAL": "USR2"}
-    own = job in ("123456", "123456_3")
+    own = job in ("123456", "123456_3") or silent_s > 0  # it has died
     code, out, _ = fake.run(
         FAKE_STATUS=status("running", step=4), **given, **(array if job == "123456_3" else {})
     )

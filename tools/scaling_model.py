@@ -150,6 +150,7 @@ class Step:
 
     @property
     def flops(self) -> float:
+        """Operations of the networks, forward and backward."""
         return sum(event.flops for event in self.events)
 
     @property

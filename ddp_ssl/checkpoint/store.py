@@ -40,7 +40,6 @@ from ddp_ssl.utils.text import one_line
 logger = logging.getLogger("ddp_ssl")
 
 DAMAGED = ".damaged"
-EXCHANGE_S, EXCHANGE_TRIES = 0.05, 100  # how long a reader waits for an exchange of `best.pt`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,30 +374,33 @@ def load_file(
         raise ValueError(
             f"{path} cannot be loaded as a checkpoint; {path.stem}.pt beside it would be accepted"
         )
-    for tries_left in reversed(range(EXCHANGE_TRIES)):
-        before = _text(manifest)
-        try:
-            file = open(path, "rb")  # noqa: SIM115
-        except FileNotFoundError:
-            raise ValueError(
-                f"{path} does not exist; expected a checkpoint (.pt) or a run folder"
-            ) from None
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-        with file:
-            digest, problem = _verify(file, manifest, before, sha256)
-            if problem is None:
-                file.seek(0)
-                state = _read(file, path, map_location)
-                if before is None and "step" in state:  # not weights alone
-                    logger.warning("%s has no manifest beside it: not verified", path)
-                return digest, state
-        # `save_best` exchanges the file and then its manifest.
-        exchanged = before != _text(manifest) or _waiting(manifest).exists()
-        if not (exchanged and tries_left):
-            raise ValueError(f"checkpoint {path} is damaged: {problem}")
-        time.sleep(EXCHANGE_S)
-    raise AssertionError  # the last try has raised or returned
+
+    def manifests() -> tuple[str | None, str | None]:
+        """`save_best` exchanges the file and then its manifest, which waits until then."""
+        return _text(manifest), _text(_waiting(manifest))
+
+    try:
+        while True:
+            before, waiting = manifests()
+            with open(path, "rb") as file:
+                digest, problem = _verify(file, manifest, before, sha256)
+                if problem is not None and waiting is not None:
+                    digest, other = _verify(file, manifest, waiting, sha256)
+                    problem = problem if other else None
+                if problem is None:
+                    file.seek(0)
+                    state = _read(file, path, map_location)
+                    if before is None and "step" in state:  # not weights alone
+                        logger.warning("%s has no manifest beside it: not verified", path)
+                    return digest, state
+            if (before, waiting) == manifests():
+                raise ValueError(f"checkpoint {path} is damaged: {problem}")
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist; expected a checkpoint (.pt) or a run folder"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def is_of_a_run(state: dict[str, Any]) -> bool:
@@ -410,8 +412,11 @@ def _verify(
     file: io.BufferedReader, manifest: Path, text: str | None, sha256: str | None
 ) -> tuple[str, str | None]:
     """The SHA-256 of an open file, and how it differs from its manifest's text, or None."""
+    file.seek(0)
     if text is None:
-        return _sha256(file), None
+        digest = _sha256(file)
+        other = sha256 not in (None, digest)
+        return digest, f"its SHA-256 is not {(sha256 or '')[:12]}, rank 0's" if other else None
     try:
         found = CheckpointInfo.parse(manifest, text)
     except ValueError as error:
@@ -424,7 +429,7 @@ def _verify(
 def _text(manifest: Path) -> str | None:
     """A manifest's text; None if there is no manifest."""
     try:
-        return manifest.read_text()
+        return manifest.read_text(errors="replace")
     except FileNotFoundError:
         return None
 

@@ -5,7 +5,6 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -32,9 +31,20 @@ class Finding(NamedTuple):
 
 Findings = Iterator[Finding]
 
-ok = partial(Finding, "ok")
-warn = partial(Finding, "warn")  # a run would start, and be slow, or be lost at some event
-fail = partial(Finding, "fail")  # a run would not start, or end badly
+
+def ok(text: str) -> Finding:
+    """Nothing to do."""
+    return Finding("ok", text)
+
+
+def warn(text: str, remedy: str) -> Finding:
+    """A run would start, and be slow, or be lost at some event."""
+    return Finding("warn", text, remedy)
+
+
+def fail(text: str, remedy: str) -> Finding:
+    """A run would not start, or end badly."""
+    return Finding("fail", text, remedy)
 
 
 @dataclass

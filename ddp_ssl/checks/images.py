@@ -99,6 +99,8 @@ def _where(split: Split) -> str:
 
 
 class Reading(NamedTuple):
+    """Times of reading some files."""
+
     files: int
     nbytes: int
     seconds: float
@@ -170,6 +172,8 @@ def judge_read(ctx: Context, facts: list[Reading | None]) -> Findings:
 
 
 class Decoded(NamedTuple):
+    """Result of decoding images on this process."""
+
     tried: int
     bad: tuple[str, ...]
     rate: float  # images per second, of which all views are made

@@ -200,6 +200,7 @@ def judge_cores(ctx: Context, facts: list[dict[str, Any]]) -> Findings:
 
 
 def look_at_limits(ctx: Context, before: list[Any]) -> dict[str, Any]:
+    """Shared memory and open files."""
     shm = os.statvfs(SHM)
     return {
         "shm": shm.f_blocks * shm.f_frsize,

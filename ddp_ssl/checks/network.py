@@ -110,6 +110,7 @@ def file_clock(ctx: Context, before: list[Any]) -> tuple[float, float | None]:
 
 
 def modified(path: Any) -> float:
+    """A file's modification time, in seconds since 1970."""
     return float(os.stat(path).st_mtime)
 
 

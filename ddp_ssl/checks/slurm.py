@@ -38,6 +38,7 @@ def look_at_slurm(ctx: Context, before: list[Any]) -> dict[str, Any] | None:
 
 
 def ask(*words: str) -> str:
+    """The output of scontrol."""
     told = subprocess.run(
         ["scontrol", *words], capture_output=True, text=True, timeout=20, check=True
     )

@@ -25,7 +25,14 @@ import numpy as np
 
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.split import Split
-from ddp_ssl.data.loading.decodable import Bytes, Decoder, first_line, looks_whole, too_large
+from ddp_ssl.data.loading.decodable import (
+    Bytes,
+    Decoder,
+    first_line,
+    looks_whole,
+    pixels,
+    too_large,
+)
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.progress import Progress, tell
 
@@ -92,7 +99,8 @@ def suspicious(split: Split, i: int, max_pixels: int) -> Bytes | str | None:
             ends = np.frombuffer(parts[0], np.uint8), np.frombuffer(parts[1], np.uint8)
         if not looks_whole(np.concatenate(ends)):
             return split.read(i)
-        return too_large(ends[0], max_pixels)
+        # The size may stand behind long EXIF data.
+        return too_large(ends[0] if pixels(ends[0]) else split.read(i), max_pixels)
     except OSError as error:
         return first_line(error)
 

@@ -79,7 +79,7 @@ def written(tool: str, make: Callable[[], Iterable[Path]]) -> int:
         print("\n".join(map(str, make())))
     except (OSError, ValueError) as error:
         text = str(error)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.filename and error.strerror:
             text = f"{error.filename}: {error.strerror}"
         print(f"{tool}: error: {text}", file=sys.stderr)
         return UNUSABLE
@@ -90,6 +90,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises `ConfigError`, one line, for what it cannot parse."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise `ConfigError`."""
         raise ConfigError(f"{message}; --help says what is accepted")
 
 

@@ -35,7 +35,6 @@ from ddp_ssl.commands.shard_writer import (
     Shard,
     Unreadable,
     extension,
-    path_of,
     refuse,
     write_arrays,
     write_file,
@@ -195,10 +194,10 @@ def _sizes_of(split: Split, ids: Ids, bad: Unreadable, progress: Progress) -> Id
                 finally:
                     os.close(file)
             except OSError as error:
-                bad.add(path_of(split, i), error.strerror or str(error))
+                bad.add(split.where(i), error.strerror or str(error))
                 continue
         if sizes[place] == 0:
-            bad.add(path_of(split, i), "empty")
+            bad.add(split.where(i), "empty")
     progress.add(len(ids))
     return sizes
 

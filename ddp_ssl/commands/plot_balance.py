@@ -140,6 +140,7 @@ def _varies(values: Any) -> bool:
 
 
 def table(groups: dict[str, list[Model]]) -> str:
+    """Markdown: a line per group."""
     lines = [
         "| models | number | accuracy, % | \\|r\\| ER | \\|r\\| I(R;Z) | \\|r\\| I(R;Z)/ER |",
         "| --- | --: | --: | --: | --: | --: |",

@@ -94,6 +94,7 @@ def _costs(table: Table) -> str:
 
 
 def simulate(found: Simulation, options: argparse.Namespace) -> int:
+    """Run a simulation; returns its exit code."""
     out = (options.out / found.name).absolute()
     command = [sys.executable, *(part.format(out=out) for part in found.command)]
     print(shlex.join(command), flush=True)

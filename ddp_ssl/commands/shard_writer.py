@@ -75,11 +75,6 @@ class Unreadable:
             self.found[path] = reason
 
 
-def path_of(split: Split, i: int) -> str:
-    """An image's path as `data.skip` takes it."""
-    return split.where(i)
-
-
 def extension(split: Split, i: int) -> str:
     """The extension in the tar file: a known one, or `jpg`."""
     if split.images is not None:
@@ -310,12 +305,12 @@ def _read(split: Split, i: int, bad: Unreadable) -> Any:
             content = split.read(i)
         except OSError as error:
             if pause is None:
-                bad.add(path_of(split, i), error.strerror or str(error))
+                bad.add(split.where(i), error.strerror or str(error))
                 return None
             time.sleep(pause)
         else:
             if not len(content):
-                bad.add(path_of(split, i), "empty")
+                bad.add(split.where(i), "empty")
                 return None
             return content.data
     return None

@@ -32,6 +32,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73")  # told apart without red and green
 
 
 def draw_pca(results: dict[str, Any], out: Path) -> None:
+    """Fig. 2's four panels and the terms of Fig. 10."""
     figure, axes = _figure(2, 3, (12.5, 6.6))
     panels: list[tuple[Any, str, int, Sequence[float], str]] = [
         (axes[0, 0], "features", 10, FEATURES, "(a) more features, k = 10"),

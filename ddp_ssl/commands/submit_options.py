@@ -9,6 +9,7 @@ from ddp_ssl.config import ConfigError
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
     made = argparse.ArgumentParser(
         prog="python -m ddp_ssl.submit",
         description="Submit a run, or a sweep, through submitit.",

@@ -1,6 +1,6 @@
 """The config: its schema and its reader. No torch here."""
 
-from ddp_ssl.config.reader import Resolved, load_as, read_yaml
+from ddp_ssl.config.reader import Resolved, load_as, read_text, read_yaml, tree_of
 from ddp_ssl.config.reference import describe_fields, reference, reference_of
 from ddp_ssl.config.rules import check_world_size
 from ddp_ssl.config.schema import (
@@ -55,7 +55,9 @@ __all__ = [
     "check_world_size",
     "describe_fields",
     "load_as",
+    "read_text",
     "read_yaml",
     "reference",
     "reference_of",
+    "tree_of",
 ]

@@ -51,10 +51,12 @@ class Resolved:
 
 
 def read_yaml(path: Path, schema: type[Section] | None = None) -> dict[str, Any]:
-    """The mapping in a YAML file; a `ConfigError` of one line if there is none.
+    """The mapping in a YAML file; a `ConfigError` of one line if there is none."""
+    return tree_of(path, read_text(path), schema)
 
-    A key that has the type `str` in the schema keeps its text.
-    """
+
+def read_text(path: Path) -> str:
+    """The text of a YAML file; raises `ConfigError`."""
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
@@ -65,6 +67,14 @@ def read_yaml(path: Path, schema: type[Section] | None = None) -> dict[str, Any]
         raise ConfigError(f"{path}: not a text file; a YAML file would be accepted") from None
     if len(content) > LARGEST:
         raise ConfigError(f"{path}: longer than {LARGEST} bytes; a config would be accepted")
+    return text
+
+
+def tree_of(path: Path, text: str, schema: type[Section] | None = None) -> dict[str, Any]:
+    """The mapping in the text of a YAML file; raises `ConfigError`.
+
+    A key that has the type `str` in the schema keeps its text.
+    """
     try:
         tree = parse(text, schema)
     except ValueError as error:

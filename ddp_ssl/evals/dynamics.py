@@ -91,7 +91,8 @@ def read(path: Path) -> list[Row]:
 def latest(path: Path) -> list[Row]:
     """The rows of the settings that were measured last, in order of steps."""
     lines = _lines(path)
-    return [row for row in read(path) if row.settings == lines[-1].settings]
+    newest = [row for row in lines if row.settings == lines[-1].settings]
+    return sorted(newest, key=lambda row: row.step)
 
 
 def _lines(path: Path) -> list[Row]:

@@ -33,6 +33,7 @@ class Classifier(nn.Module):
         self.backbone, self.head = backbone, nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
         logits: Tensor = self.head(self.backbone(x).flatten(1))
         return logits
 

@@ -23,10 +23,9 @@ from ddp_ssl.evals.features import teller
 from ddp_ssl.evals.settings import Backbone, EvaluateConfig, config_of_run
 from ddp_ssl.evals.weights import (
     Source,
-    checkpoint_of,
     find_source,
     make_learner,
-    read_checkpoint,
+    read_source,
     seeded,
 )
 from ddp_ssl.methods._learner import Learner
@@ -97,11 +96,11 @@ def load_pretrained(
             backbone=model.backbone or "", backbone_args=model.backbone_args, stem=model.stem
         )
         return _of_file(source.file, settings, sizes or [224], model.prefix, None)
-    config, path = config_of_run(source.home), checkpoint_of(source)
+    config = config_of_run(source.home)
     sizes = sizes or [config.data.central_crop.size]
-    if path.parent.name != "checkpoints":  # exported weights in the run's folder
-        return _of_file(path, config.model, sizes, model.prefix, config)
-    state = read_checkpoint(path)
+    if source.file is not None and source.file.parent.name != "checkpoints":  # exported weights
+        return _of_file(source.file, config.model, sizes, model.prefix, config)
+    path, _, state = read_source(source)
     learner = make_learner(config, state["model"], path, ONE_PROCESS, sizes)
     method, step, epoch = learner.method, int(state["step"]), int(state["epoch"])
     return Pretrained(

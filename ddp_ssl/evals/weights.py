@@ -74,20 +74,28 @@ def find_source(text: str) -> Source:
     return Source(text, file=path)
 
 
-def checkpoint_of(source: Source) -> Path:
-    """The file of weights, or the newest good checkpoint of the run."""
+def read_source(source: Source) -> tuple[Path, str, dict[str, Any]]:
+    """Path, SHA-256 and state of the file, or of the run's newest good checkpoint, read once.
+
+    Raises `ValueError`, one line.
+    """
     if source.file is not None:
-        return source.file
-    assert source.home is not None
-    good = store.newest_good(source.home)
-    if good is None:
-        raise ValueError(f"no good checkpoint in {source.home / 'checkpoints'}")
-    return good.path
+        path, (sha256, state) = source.file, store.load_file(source.file)
+    else:
+        assert source.home is not None
+        newest = store.load_newest(source.home)
+        if newest is None:
+            raise ValueError(f"no good checkpoint in {source.home / 'checkpoints'}")
+        path, sha256, state = newest[0].path, newest[0].sha256, newest[1]
+    return path, sha256, _of_a_run(path, state)
 
 
 def read_checkpoint(path: Path, sha256: str | None = None) -> dict[str, Any]:
     """The state in a run's checkpoint. Raises `ValueError`, one line."""
-    state = store.load(path, sha256=sha256)
+    return _of_a_run(path, store.load(path, sha256=sha256))
+
+
+def _of_a_run(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     if not store.is_of_a_run(state):
         raise ValueError(
             f"{path} is no checkpoint of a run: it has no model, step and identity; a run folder "

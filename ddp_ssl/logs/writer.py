@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ddp_ssl.utils.files import replaced
+from ddp_ssl.utils.files import replaced, sync
 from ddp_ssl.utils.launcher import ranges
 
 logger = logging.getLogger("ddp_ssl")
@@ -122,7 +122,7 @@ class MetricsWriter:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            self._warn(error)
+            logger.warning("%s: its newest rows may not be on disk: %s", self.path, error)
 
     def close(self) -> None:
         """Write the pending rows and close the files; an error says which rows are lost."""
@@ -178,23 +178,27 @@ def mend(path: Path, step: int, offset: int, crc: int | None) -> None:
     `offset` bytes with the checksum `crc` (None: unknown) were there. A changed file is kept as
     `metrics.jsonl.damaged`. Raises `OSError`.
     """
-    now = left = 0
+    now = size = 0
     with open(path, "a+b") as file:
         file.seek(0)
-        while block := file.read(min(1 << 20, offset - left)):
-            now, left = zlib.crc32(block, now), left + len(block)
-        if (now, left) == (crc, offset):
+        while block := file.read(min(1 << 20, offset - size)):
+            now, size = zlib.crc32(block, now), size + len(block)
+        if (now, size) == (crc, offset):
             return
         file.seek(0)
         text = file.read(offset)
     kept: list[bytes] = []
     steps, unreadable = [0], set()
-    for line in text.splitlines(keepends=True):
-        whole, at = line.endswith(b"\n"), _step_of(line)
-        if whole and steps[-1] <= at <= step:
+    lines = text.splitlines(keepends=True)
+    ats = [_step_of(line) for line in lines]
+    for i, (line, at) in enumerate(zip(lines, ats, strict=True)):
+        whole = line.endswith(b"\n")
+        # Where the next two rows are earlier, this one's step is wrong, not theirs.
+        too_late = at > max(ats[i + 1 : i + 3], default=math.inf)
+        if whole and steps[-1] <= at <= step and not too_late:
             kept.append(line)
             steps.append(int(at))
-        elif at < steps[-1] or (at == math.inf and (whole or steps[-1] < step)):
+        elif at < steps[-1] or too_late or (at == math.inf and (whole or steps[-1] < step)):
             unreadable.add(steps[-1])
     first = steps[1] if kept else 1  # a run that continued another's begins later
     lost = set(range(first, step + 1)) - set(steps)
@@ -210,7 +214,11 @@ def mend(path: Path, step: int, offset: int, crc: int | None) -> None:
     if b"".join(kept) != text:
         with replaced(path) as temporary:
             temporary.write_bytes(b"".join(kept))
-            shutil.copyfile(path, path.with_name(path.name + ".damaged"))
+            sync(temporary)
+            damaged = path.with_name(path.name + ".damaged")
+            if not damaged.exists():  # of an earlier start from the same checkpoint
+                shutil.copyfile(path, damaged)
+                sync(damaged)
 
 
 def _rows_to_keep(path: Path, step: int | None, offset: int | None) -> tuple[int, int]:

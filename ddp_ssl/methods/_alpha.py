@@ -197,4 +197,5 @@ class PendingAlpha:
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> "PendingAlpha":
+        """The inverse of `state`."""
         return PendingAlpha(**state | {"matrices": [Matrix(**m) for m in state["matrices"]]})

@@ -45,6 +45,7 @@ class MomentumMethod(Method[M], Generic[M]):
     momentum: nn.ModuleDict
 
     def finish(self) -> None:
+        """Copy the networks, then do what every method does."""
         parts = {"backbone": self.backbone, "projector": self.projector}
         self.momentum = nn.ModuleDict({name: copy.deepcopy(part) for name, part in parts.items()})
         super().finish()

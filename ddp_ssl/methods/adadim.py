@@ -96,6 +96,7 @@ class AdaDim(Method[AdaDimConfig]):
         return z if s.alpha_space == "z" else r
 
     def after_epoch(self, context: Context) -> None:
+        """Set alpha for the next epoch."""
         metrics = self.alpha.after_epoch(context, self.measured_rows)
         if metrics:
             context.report(metrics | {"rep/alpha": self.alpha.value, "rep/beta": self.beta})
@@ -105,7 +106,9 @@ class AdaDim(Method[AdaDimConfig]):
         return "alpha" if self.alpha.measures_after(epoch) else None
 
     def get_extra_state(self) -> dict[str, Any]:
+        """Alpha's state, for the checkpoint."""
         return self.alpha.state()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take alpha's state from a checkpoint."""
         self.alpha.load_state(state)

@@ -118,6 +118,7 @@ class DeepClusterV2(Method[DeepClusterV2Config]):
         self._cluster(context, 0)
 
     def after_epoch(self, context: Context) -> None:
+        """Cluster for the next epoch."""
         if context.epoch + 1 < context.epochs:
             self._cluster(context, context.epoch + 1)
 
@@ -149,6 +150,7 @@ class DeepClusterV2(Method[DeepClusterV2Config]):
         context.report({"rep/clusters_used": used / sum(self.settings.prototypes)})
 
     def get_extra_state(self) -> dict[str, Any]:
+        """Memory and assignments."""
         if self.memory is None:
             return {}
         return {**self.memory.state(), "assignments": self.assignments}

@@ -79,6 +79,7 @@ class DINO(MomentumMethod[DINOConfig]):
         self._newest: Tensor | None = None
 
     def finish(self) -> None:
+        """Copy the prototypes too."""
         super().finish()
         self.momentum["prototypes"] = copy.deepcopy(self.prototypes).requires_grad_(False)
 
@@ -99,12 +100,14 @@ class DINO(MomentumMethod[DINOConfig]):
         return Output(loss, {"teacher_temperature": self.teacher_temperature}, r, z)
 
     def before_optimizer(self, progress: Progress) -> None:
+        """Freeze the last layer during the first epochs."""
         if progress.epoch < self.settings.freeze_epochs:
             for parameter in self.prototypes.parameters():
                 parameter.grad = None
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
+        """Move the momentum networks and the centre."""
         super().after_step(progress)
         s = self.settings
         keep = momentum_at(s.momentum, s.final_momentum, progress.step, progress.total_steps)
@@ -114,6 +117,7 @@ class DINO(MomentumMethod[DINOConfig]):
         self._newest = None
 
     def after_epoch(self, context: Context) -> None:
+        """Set the teacher's temperature of the next epoch."""
         self.teacher_temperature = self._temperature(context.epoch + 1)
 
     def _temperature(self, epoch: int) -> float:
@@ -125,9 +129,11 @@ class DINO(MomentumMethod[DINOConfig]):
         return first + done * (s.teacher_temperature - first)
 
     def get_extra_state(self) -> dict[str, Any]:
+        """The teacher's temperature of this epoch."""
         return {"teacher_temperature": self.teacher_temperature}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Load the temperature from a checkpoint."""
         self.teacher_temperature = float(state["teacher_temperature"])
 
 

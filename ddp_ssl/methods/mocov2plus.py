@@ -58,5 +58,6 @@ class MoCoV2Plus(MomentumMethod[MoCoV2PlusConfig]):
         return Output(loss, {"nce": loss}, r, z)
 
     def after_step(self, progress: Progress) -> None:
+        """Move the momentum network and append the keys to their queues."""
         super().after_step(progress)
         self.queue.append_newest()

@@ -64,4 +64,5 @@ class NNCLR(Method[NNCLRConfig]):
         return Output(loss, {"nce": loss}, r, z)
 
     def after_step(self, progress: Progress) -> None:
+        """Append the embeddings of view 0 to the queue."""
         self.queue.append_newest()

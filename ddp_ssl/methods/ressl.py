@@ -71,5 +71,6 @@ class ReSSL(MomentumMethod[ReSSLConfig]):
         return Output(loss, {"relation": loss}, r, z)
 
     def after_step(self, progress: Progress) -> None:
+        """Move the momentum network and append view 1's embeddings to the queue."""
         super().after_step(progress)
         self.queue.append_newest()

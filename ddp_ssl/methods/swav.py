@@ -107,11 +107,13 @@ class SwAV(Method[SwAVConfig]):
         return sinkhorn(scores, s.epsilon, s.iterations, self.comm)[:, :images]
 
     def before_optimizer(self, progress: Progress) -> None:
+        """Freeze the prototypes during the first epochs."""
         if progress.epoch < self.settings.freeze_epochs:
             self.prototypes.grad = None
 
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
+        """Scale the prototypes to length one and append the batch to the queue."""
         solo = self.settings.variant == "solo"
         if not solo:
             self.prototypes.copy_(unit_rows(self.prototypes))
@@ -119,11 +121,14 @@ class SwAV(Method[SwAVConfig]):
             self.queued += self.queue.append_newest()
 
     def after_epoch(self, context: Context) -> None:
+        """Note the epoch that begins."""
         self.epoch = context.epoch + 1
 
     def get_extra_state(self) -> dict[str, Any]:
+        """The number of images queued, and the epoch."""
         return {"queued": self.queued, "epoch": self.epoch}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Load both from a checkpoint."""
         self.queued = int(state["queued"])
         self.epoch = int(state.get("epoch", 0))  # older checkpoints do not need it

@@ -50,7 +50,11 @@ def configured_vicreg(s: VICRegConfig, z: Tensor, comm: Comm) -> Terms:
 
 def logged(out: Terms) -> dict[str, Tensor | float]:
     """The three terms under their names in the log."""
-    return {f"vicreg_{name}": getattr(out, name) for name in out._fields[1:]}
+    return {
+        "vicreg_invariance": out.invariance,
+        "vicreg_variance": out.variance,
+        "vicreg_covariance": out.covariance,
+    }
 
 
 class VICReg(Method[VICRegConfig]):

@@ -91,7 +91,7 @@ def renyi_entropy(x: Tensor, comm: Comm = ONE_PROCESS) -> float:
 
 
 def pair_means(r: Tensor, z: Tensor, comm: Comm = ONE_PROCESS, chunk: int = CHUNK) -> PairMeans:
-    """Means over all pairs of rows of `r` `[M, d_R]` and `z` `[M, d]`, in float64.
+    """The metrics of all pairs of rows of `r` `[M, d_R]` and `z` `[M, d]`, in float64.
 
     Every process holds both whole; they share the pairs, each of which is taken once. No M x M
     matrix is kept. Not centred. Raises `ValueError` unless both are matrices of equal length.

@@ -64,6 +64,7 @@ def on(dataset: str) -> tuple[str, ...]:
 
 
 def tuned(method: str, dataset: str) -> Made:
+    """Name, base and overrides of a method's own recipe."""
     return f"tuned-{method}", f"cifar/{method}.yaml", on(dataset)
 
 
@@ -89,6 +90,7 @@ def alpha(value: float, dataset: str, *overrides: str) -> Made:
 
 
 def standard(method: str, dataset: str, *overrides: str) -> Made:
+    """A baseline in the standardised setting, Table 17."""
     run = "-".join(["standard", method, *(_short(o) for o in overrides)])
     rest = (*on(dataset), *WEAK, *TABLE_17.get(method, ()), *overrides)
     return run, f"cifar/{method}.yaml", rest
@@ -105,6 +107,7 @@ def _cell(table: str, dataset: str, row: str, made: Made) -> Cell:
 
 
 def table6(dataset: str) -> list[Cell]:
+    """Ten combinations of alpha and beta, tuned setting."""
     rows = {
         "alpha 0": "alpha_0",
         "alpha 1": "alpha_1",
@@ -128,6 +131,7 @@ def _tuned_name(ablation: str) -> str:
 
 
 def table9(dataset: str) -> list[Cell]:
+    """The ablation over data sets, standardised setting."""
     rows = {
         "SimCLR": balanced("simclr", dataset),
         "VICReg": balanced("vicreg", dataset),
@@ -143,12 +147,14 @@ def table9(dataset: str) -> list[Cell]:
 
 
 def table12(dataset: str) -> list[Cell]:
+    """Thirteen methods on ImageNet-100, ResNet-18."""
     names = {**METHODS, "AdaDim": "adadim"}
     rows = {row: (f"tuned-{m}", f"imagenet100/{m}.yaml", ()) for row, m in sorted(names.items())}
     return [_cell("table12", dataset, row, made) for row, made in rows.items()]
 
 
 def table15(dataset: str) -> list[Cell]:
+    """Eleven rows with each method's own recipe."""
     rows = {row: tuned(METHODS[row], dataset) for row in list(METHODS)[:9]}
     rows["AdaDim, alpha"] = (_tuned_name("beta_off"), "cifar/ablation/beta_off.yaml", on(dataset))
     rows["AdaDim"] = tuned("adadim", dataset)
@@ -156,6 +162,7 @@ def table15(dataset: str) -> list[Cell]:
 
 
 def table19(dataset: str) -> list[Cell]:
+    """Alpha by hand, beta off."""
     rows = {"SimCLR": balanced("simclr", dataset), "VICReg": balanced("vicreg", dataset)}
     rows |= {f"alpha {value:g}": alpha(value, dataset) for value in (0.2, 0.4, 0.5, 0.6, 0.8)}
     rows["alpha adaptive"] = balanced("beta_off", dataset)
@@ -163,6 +170,7 @@ def table19(dataset: str) -> list[Cell]:
 
 
 def table22(dataset: str) -> list[Cell]:
+    """Other methods in the standardised setting."""
     rows = {"SimCLR": balanced("simclr", dataset), "VICReg": balanced("vicreg", dataset)}
     for row in ("MoCo v2+", "BYOL", "Barlow Twins", "NNCLR", "SimSiam"):
         rows[row] = standard(METHODS[row], dataset)
@@ -201,6 +209,7 @@ def _random_models(method: str, dataset: str, epochs: int, count: int) -> list[C
 
 
 def table18(dataset: str) -> list[Cell]:
+    """The 45 models, each beside what was published of it."""
     cells = []
     for method in ("simclr", "vicreg", "nnclr"):
         made = _random_models(method, dataset, 100, 15)
@@ -222,6 +231,7 @@ def _models() -> list[dict[str, str]]:
 
 
 def table3(dataset: str) -> list[Cell]:
+    """Models with other hyperparameters: accuracy against rank and information."""
     cells = []
     if dataset == "cifar100":
         for method in ("simclr", "vicreg", "nnclr"):
@@ -259,6 +269,7 @@ figure13 = partial(_alphas, (0, 0.2, 0.4, 0.5, 0.6, 0.8, 1), False)
 
 
 def figure1b(dataset: str) -> list[Cell]:
+    """SimCLR, ResNet-18, 1000 epochs."""
     keys = ("model.backbone=resnet18", "optim.epochs=1000")
     return _rows(dataset, {"SimCLR": balanced("simclr", dataset, *keys)})
 
@@ -280,6 +291,7 @@ figure15 = partial(_long, 1000, ("simclr", "vicreg", "adadim"))
 
 
 def figure7(dataset: str) -> list[Cell]:
+    """Adaptive beta of several sizes and both signs, and the two losses alone."""
     values = ("1e-5", "1e-4", "1e-3", "1e-2", "1e-1", "-1e-4", "-1e-2", "-1e-1")
     rows = {f"beta {b}": balanced("adadim", dataset, f"method.beta_scale={b}") for b in values}
     rows["beta 1e-4"] = balanced("adadim", dataset)
@@ -288,6 +300,7 @@ def figure7(dataset: str) -> list[Cell]:
 
 
 def figure14(dataset: str) -> list[Cell]:
+    """Adam against LARS."""
     adam = ("optim.name=adam", "optim.lr=1e-3", "optim.weight_decay=1e-6")
     cells = []
     for row, name in {"SimCLR": "simclr", "VICReg": "vicreg", "AdaDim": "adadim"}.items():
@@ -297,6 +310,7 @@ def figure14(dataset: str) -> list[Cell]:
 
 
 def figure17(dataset: str) -> list[Cell]:
+    """Training time: alpha by hand and adaptive."""
     cells = []
     for epochs in (100, 200, 400, 800):
         keys = () if epochs == 400 else (f"optim.epochs={epochs}",)
@@ -307,6 +321,7 @@ def figure17(dataset: str) -> list[Cell]:
 
 
 def figure18(dataset: str) -> list[Cell]:
+    """Width of the projector, temperature, and nu."""
     cells = []
     for width in (512, 1024, 2048, 4096, 8192):
         keys = () if width == 2048 else (f"model.projector=[2048, 2048, {width}]",)

@@ -174,6 +174,7 @@ def sweep(seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def tolerance(accepted: float, sd: float, repetitions: int) -> float:
+    """Three standard errors and 1 % of the value."""
     return float(3 * sd / np.sqrt(repetitions) + 0.01 * accepted)
 
 

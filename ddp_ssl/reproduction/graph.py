@@ -106,6 +106,7 @@ class Found:
 
 
 def measure(draws: int) -> Found:
+    """The numbers for the picture and the text."""
     rows: list[tuple[float, float, float, float]] = []
     for views in VIEWS:
         p = draw_augmentations(views, draws)
@@ -132,6 +133,7 @@ def _along(a: Tensor, direction: Tensor) -> Tensor:
 
 
 def checks(found: Found) -> list[tuple[str, str, bool]]:
+    """The paper's claims, what was found, and whether they agree."""
     a = adjacency(probabilities())
     worst = max(float((a @ v - value * v).abs().max()) for value, v in closed_form())
     order = [value for value, _ in closed_form()]

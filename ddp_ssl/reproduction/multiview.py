@@ -154,6 +154,7 @@ def _row(views: int, width: int) -> str:
 
 
 def views(dataset: str) -> list[Cell]:
+    """Two, four and eight views, and the time to an accuracy."""
     cells = []
     for loss in LOSSES:
         for shape in (*SHAPES, (4, 8192), (8, 8192)) if loss == "barlow_twins" else SHAPES:
@@ -171,6 +172,7 @@ FEWER = (((4, 256), 0.5), ((8, 256), 0.25))
 
 
 def samples(dataset: str) -> list[Cell]:
+    """Fewer images, more views, their product being constant."""
     cells = []
     for loss in LOSSES:
         for shape, share in [((2, 8192), 1), ((2, 256), 1), *FEWER]:
@@ -182,6 +184,7 @@ def samples(dataset: str) -> list[Cell]:
 
 
 def pareto(dataset: str) -> list[Cell]:
+    """Every number of views with every share of the images."""
     return [
         Cell(loss, f"{k} views, {SHARES[share]}", *run_of(loss, dataset, k, 256, share))
         for loss in LOSSES
@@ -204,6 +207,7 @@ def transfer(dataset: str) -> list[Cell]:
 
 
 def swav(dataset: str) -> list[Cell]:
+    """Two large crops and small ones."""
     large, small = SETS[dataset]
     cells = []
     for total in (2, 4, 8):
@@ -227,6 +231,7 @@ def swav(dataset: str) -> list[Cell]:
 
 
 def longer(dataset: str) -> list[Cell]:
+    """400 epochs, and the best epoch."""
     cells = []
     for k in (2, 4, 8):
         paper = {}

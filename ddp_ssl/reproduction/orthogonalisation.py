@@ -97,6 +97,7 @@ def learned_at(path: Tensor, matrix: Tensor) -> tuple[float, float]:
 
 
 def measure(seeds: int) -> dict[str, Any]:
+    """Everything the picture and the text need."""
     matrix = gamma()
     narrow = {beta: train(matrix, 2, beta, seeds) for beta in STRENGTHS}
     wide = {
@@ -123,6 +124,7 @@ def measure(seeds: int) -> dict[str, Any]:
 
 
 def checks(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    """The paper's claims, what was found, and whether they agree."""
     rank, share = found["rank"], found["share"]
     wide, large = found["width"], found["width_large_start"]
     gap, (first, second) = found["gap"], found["steps"]

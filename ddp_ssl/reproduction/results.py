@@ -112,6 +112,7 @@ class Row:
         return [v[measure] for v in self.values if measure in v]
 
     def ended(self) -> int:
+        """Number of seeds with metrics."""
         return sum(map(bool, self.values))
 
     def sample(self, measure: str) -> list[float]:
@@ -164,6 +165,7 @@ def _add_minutes(rows: list[Row]) -> None:
 def markdown(
     table: Table, dataset: str, scale: str, groups: dict[str, list[Row]], rule: str
 ) -> str:
+    """The table beside the published one."""
     where = "the embedded digits, small scale" if scale == "small" else dataset
     lines = [f"## {table.name} ({table.paper}): {table.what}; {where}", ""]
     if scale == "small":

@@ -133,6 +133,7 @@ def _list(words: set[str]) -> str:
 
 
 def train_command(run: Run, processes: int, extra: Sequence[str] = ()) -> list[str]:
+    """Train, or go on where an interrupted run stopped."""
     start = [sys.executable, "-m"]
     if processes > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]

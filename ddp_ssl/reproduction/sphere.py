@@ -89,6 +89,7 @@ class Found:
 
 
 def measure(repetitions: int) -> Found:
+    """The numbers for the picture and the text."""
     phases = {
         name: torch.tensor([
             [describe(*make(step, torch.Generator().manual_seed(seed))) for step in STEPS]
@@ -111,6 +112,7 @@ def measure(repetitions: int) -> Found:
 
 
 def checks(found: Found) -> list[Claim]:
+    """The paper's claims, what was found, and whether they agree."""
     first, second = (found.phases[name].T.tolist() for name in PHASES)
     rank, _, gained, *_ = first
     _, entropy, information, of_r, of_z = second

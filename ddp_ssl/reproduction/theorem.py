@@ -257,6 +257,7 @@ def lopsided() -> Tensor:
 
 
 def checks(found: Found) -> list[Claim]:
+    """The paper's claims, what was found, and whether they agree."""
     told: list[Claim] = [
         ("Lemma B.2: the kernel's operator is that of the means, T_k = T_M* T_M",
          f"largest difference {found.factorised:.0e}", found.factorised < 1e-12),

@@ -20,6 +20,7 @@ import os
 import random
 import re
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -160,7 +161,8 @@ def find(folder: Path) -> list[Found]:
             if FILE.fullmatch(name):
                 path = folder / name
                 with contextlib.suppress(FileNotFoundError):  # released meanwhile
-                    found.append(Found(path, path.read_text(), path.stat().st_mtime))
+                    text = path.read_text(errors="replace")
+                    found.append(Found(path, text, path.stat().st_mtime))
     return found
 
 
@@ -197,7 +199,12 @@ def take(
     while True:
         made = _make(folder) or made
         found = find(folder)
-        now = _clock(folder) if found else 0.0
+        try:
+            now = _clock(folder) if found else 0.0
+        except FileNotFoundError:  # its holder has ended and removed it
+            continue
+        except OSError as error:
+            raise ConfigError(f"run.dir: {folder} cannot be written: {error.strerror}") from None
         holding = [claim for claim in found if not _is_over(claim, me, now)]
         if not holding:
             path = _place(folder, me, found)
@@ -275,8 +282,17 @@ def _write(path: Path, me: Holder) -> bool:
     except FileExistsError:
         return False
     with removed_on_error(path), file:
-        json.dump(dataclasses.asdict(me), file, indent=1)
+        file.write(_text(me))
     return True
+
+
+def _text(holder: Holder) -> str:
+    return json.dumps(dataclasses.asdict(holder), indent=1)
+
+
+def _since_boot() -> float:
+    """Seconds that a suspension of the machine counts in."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Claim:
@@ -294,27 +310,38 @@ class Claim:
         self._released.set()
         self._thread.join(PERIOD_S)
         with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
+            if self._is_mine():
+                self.path.unlink()
             for folder in self._made:
                 folder.rmdir()
 
+    def _is_mine(self) -> bool:
+        """Whether the file is there; another process may have one of the same name by now."""
+        try:
+            return self.path.read_text(errors="replace") == _text(self._holder)
+        except FileNotFoundError:
+            return False
+
     def _beat(self) -> None:
+        heard = _since_boot()
         while not self._released.wait(PERIOD_S):
             with contextlib.suppress(OSError):  # a file system that fails for a moment
-                try:
+                if self._is_mine():
                     os.utime(self.path)
-                except FileNotFoundError:
-                    self._look_again()
+                    heard = _since_boot()
+                    continue
+                others = find(self.path.parent)
+                if others or _since_boot() - heard > QUIET * PERIOD_S:
+                    self._end(others)
+                _write(self.path, self._holder)
 
-    def _look_again(self) -> None:
-        """The claim is gone: end this process if another has the folder, else write it again."""
-        others = [claim for claim in find(self.path.parent) if claim.path != self.path]
-        if others:
-            logger.error(
-                "run.dir: %s was taken over by %s, which this process was too silent for; it ends",
-                self.path.parent, others[-1].holder or others[-1].path.name,
-            )  # fmt: skip
-            for handler in logging.getLogger().handlers:
-                handler.flush()
-            os._exit(1)
-        _write(self.path, self._holder)
+    def _end(self, others: list[Found]) -> None:
+        """End this process: another had the folder, and may have given it up again."""
+        by = f" by {others[-1].holder or others[-1].path.name}" if others else ""
+        # Not to the log, which is the other run's now.
+        sys.stderr.write(
+            f"error: run.dir: {self.path.parent} was taken over{by}, which this process was too "
+            "silent for; it ends\n"
+        )
+        sys.stderr.flush()
+        os._exit(1)

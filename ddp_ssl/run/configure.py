@@ -16,8 +16,10 @@ from ddp_ssl.config.reader import (
     Resolved,
     check_sections,
     merge,
+    read_text,
     read_yaml,
     split_arguments,
+    tree_of,
     validate,
     with_overrides,
 )
@@ -43,7 +45,8 @@ def load(arguments: Sequence[str]) -> Resolved:
     if path is None:
         layers: list[Layer] = [(EMBEDDED, _embedded_default(overrides))]
     else:
-        layers = [(str(path), read_yaml(path, Config))]
+        text = read_text(path)
+        layers = [(str(path), tree_of(path, text, Config))]
     name = _method_name(*merge(with_overrides(layers, overrides, Config)))
 
     method = load_method(name).config_class
@@ -51,7 +54,7 @@ def load(arguments: Sequence[str]) -> Resolved:
     if path is None:
         layers = _for_method(layers[0][1], method)
     else:  # again, now that the types of the method's own keys are known
-        layers = [(str(path), read_yaml(path, typed))]
+        layers = [(str(path), tree_of(path, text, typed))]
     recipe = (f"recipe of {name}", method.recipe)
     merged, origins = merge([recipe, *with_overrides(layers, overrides, typed)])
     merged["method"] = {**merged.get("method", {}), "name": name}

@@ -48,14 +48,15 @@ class _Plan:
     same_folder: bool
 
 
-def choose(config: Config, restarted: bool | None = None) -> Start:
+def choose(config: Config) -> Start:
     """Choose the folder and the starting point; creates nothing.
 
     Another process may choose the same: a run takes them with `claim`. Raises `ConfigError` for a
     folder in use and for a starting point that is not there.
     """
-    plan = _plan(config, restarted)
+    plan = _plan(config, None)
     _refuse(plan)
+    claims.refuse_if_held(plan.folder)
     return _start(plan)
 
 
@@ -77,22 +78,21 @@ def claim(
         plan = _plan(config, restarted, number)
         chosen = config.run.dir is not None or plan.resume not in ("never", "auto")
         try:
-            if not chosen and _another_experiment(plan.folder, config):
-                raise claims.FolderInUseError(f"{plan.folder} has another experiment")
-            _refuse(plan)  # before anything is made in it
-            wait = chosen and plan.resume == "auto"
-            taken = claims.take(plan.folder, config.run, wait, stopped)
+            if chosen or not _another_experiment(plan.folder, config):
+                _refuse(plan)  # before anything is made in it
+                wait = chosen and plan.resume == "auto"
+                taken = claims.take(plan.folder, config.run, wait, stopped)
+                try:
+                    plan = _plan(config, restarted, number)  # another run may have come and gone
+                    _refuse(plan)
+                    return _start(plan), taken
+                except BaseException:
+                    taken.release()
+                    raise
         except claims.FolderInUseError:
             if chosen:
                 raise
-            number += 1  # a name of this project's own, which another run has taken
-            continue
-        try:
-            _refuse(plan)  # another run may have come and gone
-            return _start(plan), taken
-        except BaseException:
-            taken.release()
-            raise
+        number += 1  # a name of this project's own, which another run has taken
 
 
 def _plan(config: Config, restarted: bool | None, number: int = 1) -> _Plan:
@@ -203,10 +203,11 @@ def write_about(folder: Path, config: str, ranks: list[str], step: int) -> None:
 
 
 def _remove_old_stop(folder: Path) -> None:
-    """Remove the STOP file that an earlier start obeyed; a newer one is for this start."""
+    """Remove the STOP file that an earlier start obeyed; another one is for this start."""
     stop, status = folder / "STOP", folder / "status.json"
-    with contextlib.suppress(FileNotFoundError):
-        if stop.stat().st_mtime <= status.stat().st_mtime:
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        obeyed = json.loads(status.read_text())["state"] in ("preempted", "done")
+        if obeyed and stop.stat().st_mtime <= status.stat().st_mtime:
             stop.unlink()
 
 

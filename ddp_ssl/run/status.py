@@ -37,7 +37,10 @@ class RunStatus:
         """The folder is this run's from now on."""
         self.folder = folder
         if self.claim is not None:
-            self._witness = Witness(folder, self.claim.path)
+            try:
+                self._witness = Witness(folder, self.claim.path)
+            except OSError as error:
+                logger.warning("status.json will not tell of a sudden death: %s", error)
 
     def record(self, state: State, **fields: Any) -> None:
         """Replace the status; one that cannot be written is a warning."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,13 +37,19 @@ def main(folder: Path, claim: Path, pid: int) -> None:
     """Wait for the end of the process; record a death unless another run has the folder by then."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    if sys.stdin.buffer.read():
+    held = claim.read_bytes()
+    if sys.stdin.buffer.read(1):
         return
-    for unfinished in folder.glob(f"*-{pid}.tmp"):
+    try:
+        if claim.read_bytes() != held:
+            return
+    except FileNotFoundError:
+        return
+    for unfinished in folder.glob(f"*.{socket.gethostname()}-{pid}.tmp"):
         unfinished.unlink(missing_ok=True)
     path = folder / "status.json"
     status = json.loads(path.read_text())
-    if status["state"] != "running" or not claim.exists():
+    if status["state"] != "running":
         return
     status |= {"state": "failed", "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     status |= {"error": DIED, "retry": True}

@@ -11,6 +11,7 @@ logger = logging.getLogger("ddp_ssl")
 
 
 def tell(line: str) -> None:
+    """Print a line on stderr, at once."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -2,6 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
+import pytest
 from nvidia.dali._utils import dali_trace
 
+from tests.data.images import pack
+
 dali_trace.set_tracing(enabled=False)  # of each operator to its line of code: a fifth of the time
+
+
+@pytest.fixture(scope="module")
+def packed(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a module's `files`."""
+    out = tmp_path_factory.mktemp("packed") / "out"
+    assert pack(files, out) == 0
+    return out
+
+
+@pytest.fixture
+def copy(packed: Path, tmp_path: Path) -> Path:
+    """Shards that a test may damage."""
+    return shutil.copytree(packed, tmp_path / "copy")

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from ddp_ssl.commands import pack_shards
 from ddp_ssl.config.views import CentralCrop, View
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.datasets.split import Split
@@ -37,6 +38,12 @@ def write(path: Path, index: int = 0, **shape: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture(index, **shape)).save(path)
     return path
+
+
+def pack(root: Path, out: Path, *changes: str, size: int = 20_000, seed: int = 0) -> int:
+    """Pack a folder into shards of `size` bytes, a few pictures each; the command's exit code."""
+    options = ["--out", str(out), "--shard-size", str(size), "--seed", str(seed), "--workers", "3"]
+    return pack_shards.main([*options, "data.name=folder", f"data.root={root}", *changes])
 
 
 def folder_of(root: Path, count: int) -> Split:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddp_ssl.commands import check_data, pack_shards
+from ddp_ssl.commands import check_data
 from ddp_ssl.config import Data
 from ddp_ssl.data.datasets import registry, scan, shards
 from ddp_ssl.data.datasets.scan import images_below
@@ -25,7 +25,7 @@ from ddp_ssl.data.datasets.selection import Skip
 from ddp_ssl.data.datasets.shards import open_shards
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.decodable import pixels, too_large
-from tests.data.images import write
+from tests.data.images import pack, write
 
 OLD = 1_600_000_000
 
@@ -81,23 +81,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(14):
         write(root / ("train" if i < 10 else "val") / f"c{i % 2}" / f"{i:02d}.jpg", i)
     return root
-
-
-def pack(files: Path, out: Path) -> int:
-    options = ["--out", str(out), "--shard-size", "9000", "--workers", "2"]
-    return pack_shards.main([*options, "data.name=folder", f"data.root={files}"])
-
-
-@pytest.fixture(scope="module")
-def packed(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "out"
-    assert pack(files, out) == 0
-    return out
-
-
-@pytest.fixture
-def copy(packed: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(packed, tmp_path / "copy")
 
 
 def everything(root: Path) -> list[object]:
@@ -205,6 +188,21 @@ def test_a_header_says_how_many_pixels_there_are(form: str, options: dict[str, o
         assert pixels(image[:end]) in (0, 37 * 21)
 
 
+def test_a_size_beyond_what_pil_opens_is_known() -> None:
+    image = encoded("BMP").copy()
+    image[18:26] = np.frombuffer(struct.pack("<ii", 20_000, 30_000), np.uint8)
+    assert pixels(image) == 600_000_000
+    assert too_large(image, 500_000_000) == "600,000,000 pixels, more than data.max_pixels"
+
+
+def test_a_size_behind_long_exif_data_is_seen_without_full(tmp_path: Path) -> None:
+    exif = encoded("JPEG", 40, 30, exif=b"Exif\0\0" + b"x" * 9000)
+    (tmp_path / "1.jpg").write_bytes(exif.tobytes())
+    split = Split.of_files(str(tmp_path), [b"1.jpg"], np.zeros(1))
+    for most, found in ((1199, {0: "1,200 pixels, more than data.max_pixels"}), (1200, {})):
+        assert dict(check_data.Checker({"train": split}, False, most).check("train", 0, 1)) == found
+
+
 def test_a_large_header_is_a_bad_image_before_anything_is_decoded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +244,13 @@ def test_odd_names_are_written_in_one_line_and_found_again(tmp_path: Path) -> No
         assert left[i], name
         # A line that stands for two names, with a backslash and with a line break, means both.
         assert left.sum() == (2 if name in ("a\nb.jpg", "a\\nb.jpg") else 1)
+
+
+@pytest.mark.parametrize("line", [rb"a\ud83d.jpg", rb"a\udcff.jpg", rb"a\xzz.jpg"])
+def test_an_escape_that_no_list_has_is_a_name_as_it_stands(tmp_path: Path, line: bytes) -> None:
+    split = Split.of_files(str(tmp_path), [line, b"a\xff.jpg"], np.zeros(2))
+    (tmp_path / "skip.txt").write_bytes(line + b"\n")
+    assert Skip.of_file(tmp_path / "skip.txt", str(tmp_path)).keep(split).tolist() == [False, True]
 
 
 def test_check_data_lists_odd_names_and_data_skip_leaves_them_out(

@@ -24,9 +24,7 @@ from ddp_ssl.data.datasets import registry, shards, staging
 from ddp_ssl.data.datasets.base import Dataset, Definition
 from ddp_ssl.data.datasets.shards import open_shards
 from ddp_ssl.data.datasets.split import Split
-from tests.data.images import picture, write
-
-SIZE = 20_000  # bytes of a shard: a few pictures
+from tests.data.images import pack, picture, write
 
 
 @pytest.fixture(autouse=True)
@@ -43,25 +41,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         kind = ".png" if i % 9 == 0 else ".jpg"
         write(root / ("train" if i < 30 else "val") / f"c{i % 3}" / f"{i:02d}{kind}", i)
     return root
-
-
-def pack(root: Path, out: Path, *changes: str, size: int = SIZE, seed: int = 0) -> int:
-    name = "data.name=folder"
-    options = ["--out", str(out), "--shard-size", str(size), "--seed", str(seed), "--workers", "3"]
-    return pack_shards.main([*options, name, f"data.root={root}", *changes])
-
-
-@pytest.fixture(scope="module")
-def packed(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "out"
-    assert pack(files, out) == 0
-    return out
-
-
-@pytest.fixture
-def copy(packed: Path, tmp_path: Path) -> Path:
-    """Shards that a test may damage."""
-    return shutil.copytree(packed, tmp_path / "copy")
 
 
 def source(root: Path) -> Dataset:
@@ -324,7 +303,7 @@ def test_other_shards_are_not_mixed_in(
     if change == "data":
         root = shutil.copytree(files, tmp_path / "files")
         next((root / "train" / "c1").iterdir()).unlink()
-    size, seed = SIZE + (change == "size"), int(change == "seed")
+    size, seed = 20_000 + (change == "size"), int(change == "seed")
     assert pack(root, copy, size=size, seed=seed) == 2
     assert "was begun with other data, another seed or another shard size" in refused(capsys)
     assert contents(copy) == before

@@ -65,6 +65,8 @@ INDEXED, STREAMED = "ddp_ssl, shards indexed", "ddp_ssl, shards streamed"
 
 
 class Run(NamedTuple):
+    """One contestant's turn."""
+
     ms: float  # processor time per image
     rate: float  # images per second of the wall clock
 
@@ -300,6 +302,7 @@ def settings(size: int | None, views: str | None) -> list[tuple[str, list[View]]
 
 
 def measure(contestants: dict[str, Contestant], images: int, repeats: int) -> dict[str, list[Run]]:
+    """`repeats` turns of each, in turn."""
     runs: dict[str, list[Run]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, turn in contestants.items():

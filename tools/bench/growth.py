@@ -48,6 +48,8 @@ TAKES_MANY_VIEWS = ("InfoNCE", "VICReg, gather", "VICReg, moments")
 
 @dataclass
 class Growth:
+    """A quantity at some sizes."""
+
     what: str
     over: str
     unit: str
@@ -85,6 +87,7 @@ def cpu_ms(work: Callable[[], object], repeats: int) -> float:
 
 
 def of_losses(repeats: int) -> Iterator[Growth]:
+    """Forward and backward of each loss over N, d, K and W."""
     shapes: list[tuple[str, list[int], Callable[[int], tuple[int, int, int, int]]]] = [
         ("N", [512, 1024, 2048, 4096], lambda n: (2, n, 256, 1)),
         ("d", [128, 256, 512, 1024, 2048], lambda d: (2, 512, d, 1)),

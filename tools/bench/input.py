@@ -70,6 +70,7 @@ class Alternating:
 
 
 def measure(arguments: list[str], segment: int) -> Alternating:
+    """The run, to its end."""
     with trained(arguments, lambda job: Alternating(job, segment)) as turns:
         turns.time_alone()
         return turns

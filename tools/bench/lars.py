@@ -41,6 +41,7 @@ def groups(parameters: list[nn.Parameter]) -> list[dict[str, object]]:
 
 
 def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """All contestants, each with parameters of its own."""
 
     def sgd(**how: bool) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups(with_gradients(model)), 1e-4, momentum=0.9, **how)

@@ -106,6 +106,7 @@ def measure(world: World, arguments: list[str], repeats: int) -> None:
 
 
 def one(rank: int, size: int, port: int, arguments: list[str], repeats: int) -> None:
+    """A process of several."""
     world = join(rank, size, port, "cuda" if torch.cuda.is_available() else "cpu", 120)
     measure(world, arguments, repeats)
     world.barrier()

@@ -32,6 +32,7 @@ PRODUCT = 768
 
 
 def made_state(device: torch.device) -> dict[str, Any]:
+    """Weights and momentum."""
     backbone = timm.create_model("resnet50", num_classes=0)
     projector = projection_head(2048, [2048, 2048, 2048], "batch", True, "none")
     weights = {**backbone.state_dict(), **{f"p.{k}": v for k, v in projector.state_dict().items()}}

@@ -45,7 +45,8 @@ def trained(
     world = lifecycle.join(resolved.config)
     console.setup_logging(None, world.rank)
     watch = Watchdog(world, resolved.config.run)
-    job = build.build(resolved, world, watch, RunStatus())
+    status = RunStatus()
+    job = build.build(resolved, world, watch, status)
     feeder = feed(job)
     job.loader = feeder  # type: ignore[assignment]
     try:
@@ -54,6 +55,7 @@ def trained(
     finally:
         job.recorder.close()
         watch.close()
+        status.release()
 
 
 class RandomLoader:

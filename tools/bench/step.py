@@ -87,6 +87,7 @@ class Turns:
 
 
 def measure(arguments: list[str], segment: int) -> Turns:
+    """The run, to its end."""
     with trained(arguments, lambda job: Turns(job, segment, cached=4)) as turns:
         return turns
 

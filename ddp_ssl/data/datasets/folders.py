@@ -20,9 +20,9 @@ from ddp_ssl.data.datasets.scan import (
     images_below,
     looks_like_image,
     scan,
-    warn_once,
 )
 from ddp_ssl.data.datasets.split import Names, Split
+from ddp_ssl.utils.once import warn_once
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
@@ -105,15 +105,18 @@ def load_folder(data: Data) -> Dataset:
 
 def holds_images(folder: Path) -> bool:
     """Whether there is an image among the first entries of a folder, or of a folder in it."""
-    with os.scandir(folder) as found:
-        some = list(itertools.islice(found, FEW))
-    inside = next((entry for entry in some if entry.is_dir()), None)
-    if any(looks_like_image(entry.name) for entry in some if not entry.name.startswith(".")):
-        return True
-    if inside is None:
+    try:
+        with os.scandir(folder) as found:
+            some = list(itertools.islice(found, FEW))
+        if any(looks_like_image(entry.name) for entry in some if not entry.name.startswith(".")):
+            return True
+        inside = next((entry for entry in some if entry.is_dir()), None)
+        if inside is None:
+            return False
+        with os.scandir(inside) as found:
+            return any(looks_like_image(entry.name) for entry in itertools.islice(found, FEW))
+    except OSError:  # another user's folder beside the splits: the run does not need it
         return False
-    with os.scandir(inside) as found:
-        return any(looks_like_image(entry.name) for entry in itertools.islice(found, FEW))
 
 
 def train_and_val(

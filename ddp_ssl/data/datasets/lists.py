@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import logging
@@ -140,13 +141,14 @@ def recognised(key: str, file: Path, base: Path) -> Form:
 
     Raises `ValueError` for a list whose first column is no images.
     """
-    separator = next((s for s in SEPARATORS if _fits(_sample(file, s))), ",")
-    sample = [cells for cells in _sample(file, separator) if cells[0]]
-    if not sample:
+    separator = next((s for s in SEPARATORS if _fits([c for _, c in _sample(file, s)])), ",")
+    lines = [(number, cells) for number, cells in _sample(file, separator) if cells[0]]
+    if not lines:
         return Form(separator)
+    sample = [cells for _, cells in lines]
 
     def is_image(cells: Sequence[str]) -> bool:
-        return looks_like_image(cells[0]) or os.path.exists(base / cells[0])
+        return looks_like_image(cells[0]) or os.path.isfile(base / cells[0])
 
     images = [is_image(cells) for cells in sample]
     most = sum(images) * 2 >= len(images) - 1
@@ -155,11 +157,11 @@ def recognised(key: str, file: Path, base: Path) -> Form:
     header = most and not images[0] and not any(map(looks_like_image, words))
     if not (header or (most and images[0])):
         at = images.index(False, 0 if most else min(1, len(images) - 1))
-        path, *more = sample[at]
+        number, (path, *more) = lines[at]
         swapped = more and looks_like_image(more[0])
         what = "the images are in the second column" if swapped else f"{path!r} is no image"
         raise ValueError(
-            f"{key}: {file}, line {at + 1}: {what}; {ACCEPTED}; tabs, semicolons or single spaces "
+            f"{key}: {file}, line {number}: {what}; {ACCEPTED}; tabs, semicolons or single spaces "
             "may separate the columns too"
         )
     return Form(separator, header)
@@ -173,15 +175,11 @@ def _fits(sample: list[list[str]]) -> bool:
     ) and bool(sample)  # fmt: skip
 
 
-def _sample(file: Path, separator: str) -> list[list[str]]:
-    """The first lines; those before the first one that is not CSV."""
-    found: list[list[str]] = []
-    with opened(file) as lines:
-        try:
-            for _, cells in itertools.islice(_cells(lines, separator), SAMPLE):
-                found.append(cells)
-        except csv.Error:
-            pass  # `rows` says so
+def _sample(file: Path, separator: str) -> list[tuple[int, list[str]]]:
+    """Number and cells of the first lines; those before the first one that is not CSV."""
+    found: list[tuple[int, list[str]]] = []
+    with opened(file) as lines, contextlib.suppress(csv.Error):  # `rows` says so
+        found.extend(itertools.islice(_cells(lines, separator), SAMPLE))
     return found
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ddp_ssl.data.datasets import selection, shards, staging
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part
-from ddp_ssl.data.datasets.scan import warn_once
+from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.text import suggest
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def load(data: Data, seed: int) -> Dataset:
     train = every if chosen.all() else every.subset(np.flatnonzero(chosen))
     if made.num_classes == 1:
         warn_once(
-            f"data.root: one class only ({made.class_names[0]}): the accuracy of k-NN and of the "
+            f"data: one class only ({made.class_names[0]}): the accuracy of k-NN and of the "
             "probe is 1 from the start and says nothing"
         )
     if val is not None and len(val) == 1:

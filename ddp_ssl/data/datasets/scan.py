@@ -29,6 +29,7 @@ from ddp_ssl.data.datasets.cache import cache_folder, write_atomically
 from ddp_ssl.data.datasets.sealed import checksum, sealed, unsealed
 from ddp_ssl.data.datasets.split import Names, Split
 from ddp_ssl.errors import printable
+from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.progress import EVERY_S
 from ddp_ssl.utils.seeds import generator
 
@@ -493,9 +494,3 @@ def _in_threads(look: Callable[[int], Any], count: int) -> Array:
             np.array_split(np.arange(count), min(count, THREADS) or 1),
         )
         return np.array([seen for part in parts for seen in part], np.int64)
-
-
-@functools.cache
-def warn_once(message: str, level: int = logging.WARNING) -> None:
-    """A warning, once per process."""
-    logger.log(level, "%s", message)

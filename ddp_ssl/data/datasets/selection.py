@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.utils.seeds import generator
 
-ESCAPE = re.compile(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U000[0-9a-f]{5}|U0010[0-9a-f]{4}|[nrt])")
+ESCAPE = re.compile(
+    r"\\(x[0-9a-f]{2}|u(?!d[89a-f])[0-9a-f]{4}|U000[0-9a-f]{5}|U0010[0-9a-f]{4}|[nrt])"
+)
 Ids = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 

@@ -8,7 +8,6 @@ numbers. Their names are in an array and are never used as paths.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ from ddp_ssl.data.datasets.base import Dataset, Definition, absolute
 from ddp_ssl.data.datasets.sealed import CHECKSUM, checksum, unsealed
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.datasets.tar import Shards
+from ddp_ssl.utils.once import warn_once
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
@@ -75,8 +75,6 @@ def describe(root: Path, remote: bool = False) -> dict[str, Any]:
             about = unsealed(text)
         elif about["format"] == UNCHECKED and CHECKSUM in about:
             raise ValueError("its format was changed")
-        elif about["format"] == UNCHECKED:
-            _say_unchecked(root)
         tars = [(tar["file"], tar["bytes"]) for s in about["splits"].values() for tar in s["tars"]]
         damaged = "train" not in about["splits"] or not {"name", "class_names", "extensions"} <= {
             *about
@@ -93,6 +91,11 @@ def describe(root: Path, remote: bool = False) -> dict[str, Any]:
         )
     if damaged:
         raise ValueError(f"data.root: {root / ABOUT} is damaged or cannot be read; {AGAIN}")
+    if about["format"] == UNCHECKED:
+        warn_once(
+            f"data.root: {root} was packed by an earlier version, without checksums: it is read "
+            "unchecked; ddp-ssl pack-shards into another folder adds them"
+        )
 
     if remote:
         tars = [tar for tar in tars if not tar[0].startswith("train-")]
@@ -106,14 +109,6 @@ def describe(root: Path, remote: bool = False) -> dict[str, Any]:
     return about  # type: ignore[no-any-return]
 
 
-@functools.cache
-def _say_unchecked(root: Path) -> None:
-    logger.warning(
-        "data.root: %s was packed by an earlier version, without checksums: it is read unchecked; "
-        "ddp-ssl pack-shards into another folder adds them", root,
-    )  # fmt: skip
-
-
 def checked_files(kept: dict[str, Any], name: str) -> dict[str, int | None]:
     """The arrays and indices of a split by file name, with the checksum of each if it is known."""
     sums = kept.get("checksums")
@@ -123,27 +118,16 @@ def checked_files(kept: dict[str, Any], name: str) -> dict[str, int | None]:
 
 
 def _open_split(root: Path, name: str, kept: dict[str, Any]) -> Split:
-    arrays: dict[str, Any] = {}
-    indices: list[int | None] = []
-    for file, known in checked_files(kept, name).items():
-        if not file.endswith(".npy"):  # read by a stream alone, and checked there
-            indices.append(known)
-            continue
-        path, key = root / file, file.removesuffix(".npy").rpartition("-")[2]
-        ndim, dtype = ARRAYS[key]
-        try:
-            if known is not None and checksum(path) != known:
-                raise ValueError("its checksum differs")
-            mapped = np.load(path, mmap_mode="r")
-            if (mapped.ndim, mapped.dtype) != (ndim, dtype):
-                raise ValueError("it is another array")
-            if key != "names" and len(mapped) != kept["count"]:
-                raise ValueError("it has another length")
-        except Exception:  # without a checksum a damaged header makes numpy raise anything
-            raise ValueError(f"data.root: {path} is missing or damaged; {AGAIN}") from None
-        arrays[key] = np.asarray(mapped)  # `memmap` itself makes every index slower
+    known = checked_files(kept, name)
+    arrays = {
+        key: _open_array(root / file, known[file], key, kept["count"])
+        for key in ARRAYS
+        if (file := f"{name}-{key}.npy") in known
+    }
     paths = tuple(str(root / tar["file"]) for tar in kept["tars"])
     places = {key: arrays.pop(key) for key in ("shard", "offset", "size", "crc") if key in arrays}
+    # Indices are read by a stream alone, and checked there.
+    indices = [sum_ for file, sum_ in known.items() if not file.endswith(".npy")]
     where = Shards(paths, **places, index_crc=tuple(i for i in indices if i is not None) or None)
     # The split is part of a name, as with files. A copy has the names of the original folder, so
     # that `data.skip` means the same images on every node.
@@ -153,6 +137,24 @@ def _open_split(root: Path, name: str, kept: dict[str, Any]) -> Split:
         named = os.path.abspath(root)
     split = Split(root=os.path.join(named, name), shards=where, **arrays)
     return split.known_by(kept["digest"])
+
+
+def _open_array(path: Path, known: int | None, key: str, count: int) -> Any:
+    """The array in a file, mapped; `known` is the file's checksum."""
+    ndim, dtype = ARRAYS[key]
+    try:
+        if known is not None and checksum(path) != known:
+            raise ValueError("its checksum differs")
+        mapped = np.load(path, mmap_mode="r")
+        if (mapped.ndim, mapped.dtype) != (ndim, dtype):
+            raise ValueError("it is another array")
+        if key != "names" and len(mapped) != count:
+            raise ValueError("it has another length")
+    except PermissionError as error:
+        raise ValueError(f"data.root: {path} cannot be read: {error.strerror}") from None
+    except Exception:  # without a checksum a damaged header makes numpy raise anything
+        raise ValueError(f"data.root: {path} is missing or damaged; {AGAIN}") from None
+    return np.asarray(mapped)  # `memmap` itself makes every index slower
 
 
 def file_size(path: Path) -> int:

@@ -7,6 +7,8 @@ has to be decoded.
 from __future__ import annotations
 
 import io
+import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -61,8 +63,9 @@ def _pixels_by_pil(encoded: Bytes) -> int:
     try:
         with Image.open(io.BytesIO(encoded.tobytes())) as image:
             return image.width * image.height
-    except Image.DecompressionBombError:  # more than twice `MAX_IMAGE_PIXELS`
-        return 2 * (Image.MAX_IMAGE_PIXELS or 0) + 1
+    except Image.DecompressionBombError as error:  # its text has the number
+        found = re.search(r"\((\d+) pixels", str(error))
+        return int(found[1]) if found else sys.maxsize
     except Exception:  # damaged in any way: the decoder says how
         return 0
 

@@ -8,7 +8,6 @@ is imported when a loader is made, and its pipeline is built for the first batch
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -318,11 +317,8 @@ class _OnePass:
 
     def __iter__(self) -> Iterator[Batch]:
         reader = Reader(self.split, self._at, self.settings, self.bad)
-        source, batches = EvalBatches(reader), None
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.closing(reader))
-            if self.settings.device.type == "cuda":
-                stack.callback(self._dali.release)
+        source, batches, out = EvalBatches(reader), None, None
+        try:
             for step in range(self._batches):
                 while True:
                     if batches is None:
@@ -336,7 +332,11 @@ class _OnePass:
                         if self.split.images is not None or not reader.examine(ids):
                             raise RuntimeError(dali_message(error)) from None
                 yield _batch(out, self.views, self.split, self.settings.device)
-            batches = None
+        finally:
+            batches = out = None
+            reader.close()
+            if self.settings.device.type == "cuda":
+                self._dali.release()
 
     def _iterator(self, reading: Any) -> Any:
         """DALI's iterator over `reading`."""
