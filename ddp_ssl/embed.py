@@ -40,12 +40,14 @@ def _parse(arguments: Sequence[str]) -> tuple[Source, EvaluateConfig, Wanted]:
     add("--embeddings", action="store_true", help="also z, the projection head's output")
     add("--projector", type=Path, metavar="DIR", help="for TensorBoard; a new or empty folder")
     add("--points", type=int, default=5000, help="images in the projector at most (5000)")
-    options = parser.parse_intermixed_args(arguments)
+    add("--trust", action="store_true", help=common.TRUST)
+    trusted, words = common.split_trust(arguments)
+    options = parser.parse_intermixed_args(words)
     _check(parser, options)
     for word in options.settings:
         if "=" not in word and not word.endswith((".yaml", ".yml")):
             parser.error(f"{word}: unknown word; what comes after SOURCE is key=value")
-    source = find_source(options.source)
+    source = find_source(options.source, trusted)
     name = [f"data.name={options.data}"] if options.data else []
     settings, _ = load_settings(source, [*options.settings, *name])
     o = options

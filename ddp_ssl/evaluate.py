@@ -36,6 +36,7 @@ SOURCE
 
   --help           this text and every key with its type and default; of one COMMAND if it is given
   --print-config   the resolved settings and where each value came from
+  --trust          let the run import a method from outside this package (module:Class)
 """
 
 # Keys of `run` that `dynamics` does not use: it takes them from the finished run.
@@ -62,12 +63,13 @@ def _main(arguments: Sequence[str]) -> int:
     with common.processes(settings.run) as world:
         if command == "dynamics":
             assert source.home is not None
-            return dynamics.run(settings, source.home, world)
+            return dynamics.run(settings, source.home, world, source.trusted)
         evaluation.run(command, source, settings, world)
     return 0
 
 
-def _parse(words: list[str]) -> tuple[str, Source, list[str]]:
+def _parse(arguments: list[str]) -> tuple[str, Source, list[str]]:
+    trusted, words = common.split_trust(arguments)
     accepted = ", ".join(SECTIONS)
     if not words:
         raise ConfigError(f"the command is missing: one of {accepted}; --help says more")
@@ -80,7 +82,7 @@ def _parse(words: list[str]) -> tuple[str, Source, list[str]]:
             f"{command}: the weights are missing: a run folder, RUN:best, RUN:last, a file or "
             "timm:NAME comes after the command"
         )
-    return command, find_source(rest[0]), rest[1:]
+    return command, find_source(rest[0], trusted), rest[1:]
 
 
 def _check(command: str, source: Source, origins: Mapping[str, str]) -> None:

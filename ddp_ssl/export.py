@@ -89,15 +89,18 @@ class Trained:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def load_trained(source: str) -> Trained:
-    """The backbone of a run folder's checkpoint; raises `ValueError`, one line."""
-    found = find_source(source)
+def load_trained(source: str, trusted: str = "") -> Trained:
+    """The backbone of a run folder's checkpoint; raises `ValueError`, one line.
+
+    `trusted` is that of `config_of_run`.
+    """
+    found = find_source(source, trusted)
     if found.home is None:
         raise ValueError(
             f"{source}: belongs to no run of ddp_ssl; a run folder, RUN:best, RUN:last or a file "
             "in its checkpoints/ would be accepted"
         )
-    config = config_of_run(found.home)
+    config = config_of_run(found.home, trusted)
     path, sha256, state = read_source(found)
     backbone, width = build_backbone(architecture(config.model), [config.data.central_crop.size])
     prefix = "method.backbone."
@@ -386,13 +389,13 @@ def _sha256(path: Path) -> str:
 # --- the command ---------------------------------------------------------------------------------
 
 
-def export(source: str, form: Form, out: Path | None) -> tuple[Path, float]:
+def export(source: str, form: Form, out: Path | None, trusted: str = "") -> tuple[Path, float]:
     """Write the files; returns the main one and how far its features are off, relatively.
 
     Raises `ValueError` or `OSError` for what cannot be exported, `MismatchError` for a file that
     does not give the checkpoint's features. Nothing of it is left then.
     """
-    trained = load_trained(source)
+    trained = load_trained(source, trusted)
     # `RUN/checkpoints/x.pt` lies two below the run.
     folder = out or trained.path.absolute().parent.parent / "export" / form
     try:
@@ -435,9 +438,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="timm or torchvision: a state dict; safetensors; onnx: a graph for onnxruntime",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder; RUN/export/FORMAT if not given")
+    parser.add_argument("--trust", action="store_true", help=common.TRUST)
     try:
-        options = parser.parse_args(arguments)
-        file, off = export(options.source, options.form, options.out)
+        trusted, words = common.split_trust(sys.argv[1:] if arguments is None else arguments)
+        options = parser.parse_args(words)
+        file, off = export(options.source, options.form, options.out, trusted)
     except (OSError, ValueError, MismatchError) as error:
         code = 1 if isinstance(error, MismatchError) else common.UNUSABLE
         return common.refuse(one_line(error), code)

@@ -9,8 +9,9 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -56,6 +57,20 @@ def split_options(arguments: Iterable[str]) -> tuple[bool, bool, list[str]]:
     asked = {"-h", "--help", "--print-config"} & set(words)
     rest = [word for word in words if word not in asked]
     return bool(asked & {"-h", "--help"}), "--print-config" in asked, rest
+
+
+TRUST = "let the run import a method from outside this package (module:Class)"
+
+
+def split_trust(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Code from outside the package that a run's config may import, and all other arguments.
+
+    `*` for `--trust`, `module:Class` for `method.name=module:Class`, else empty.
+    """
+    named = [word for word in words if re.fullmatch(r"method\.name=[^=]*:.*", word)]
+    trusted = named[-1].partition("=")[2] if named else ""
+    rest = [word for word in words if word != "--trust" and word not in named]
+    return "*" if "--trust" in words else trusted, rest
 
 
 def describe_keys(

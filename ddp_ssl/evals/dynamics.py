@@ -108,14 +108,14 @@ def _lines(path: Path) -> list[Row]:
     return rows
 
 
-def run(settings: EvaluateConfig, home: Path, world: World) -> int:
+def run(settings: EvaluateConfig, home: Path, world: World, trusted: str = "") -> int:
     """Measure every checkpoint of the run folder `home`, on all processes together.
 
-    `settings.data`, `eval` and `measure` replace the run's own. Returns the exit code: 1 if a
-    checkpoint could not be loaded. Raises `ConfigError`, on all processes, if nothing can be
-    measured.
+    `settings.data`, `eval` and `measure` replace the run's own. `trusted` is that of
+    `config_of_run`. Returns the exit code: 1 if a checkpoint could not be loaded. Raises
+    `ConfigError`, on all processes, if nothing can be measured.
     """
-    own, out = config_of_run(home), Path(settings.run.dir or home)
+    own, out = config_of_run(home, trusted), Path(settings.run.dir or home)
     config = own.model_copy(
         update={"data": settings.data, "eval": settings.eval, "measure": settings.measure}
     )

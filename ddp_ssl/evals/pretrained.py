@@ -96,7 +96,7 @@ def load_pretrained(
             backbone=model.backbone or "", backbone_args=model.backbone_args, stem=model.stem
         )
         return _of_file(source.file, settings, sizes or [224], model.prefix, None)
-    config = config_of_run(source.home)
+    config = config_of_run(source.home, source.trusted)
     sizes = sizes or [config.data.central_crop.size]
     if source.file is not None and source.file.parent.name != "checkpoints":  # exported weights
         return _of_file(source.file, config.model, sizes, model.prefix, config)

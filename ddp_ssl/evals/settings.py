@@ -7,7 +7,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ddp_ssl.config import Config, ConfigError, Data, Eval, Measure, Positive, Section, load_as
+from ddp_ssl.config import (
+    Config,
+    ConfigError,
+    Data,
+    Eval,
+    Measure,
+    Positive,
+    Section,
+    load_as,
+    read_yaml,
+)
 from ddp_ssl.config.section import PathText, Seconds
 from ddp_ssl.evals.weights import Source
 from ddp_ssl.run.configure import load
@@ -207,7 +217,7 @@ def load_settings(
 
     Raises `ConfigError`.
     """
-    run = None if source.home is None else config_of_run(source.home)
+    run = None if source.home is None else config_of_run(source.home, source.trusted)
     plain, origins = load_as(EvaluateConfig, arguments)
     for key, instead in OF_PRETRAINING.items():
         if key in origins:
@@ -232,10 +242,21 @@ def load_settings(
     )
 
 
-def config_of_run(home: Path) -> Config:
-    """The run's own config. Raises `ConfigError`."""
+def config_of_run(home: Path, trusted: str = "") -> Config:
+    """The run's own config.
+
+    A folder may come from anybody. So a method from outside the package (`module:Class`), whose
+    file would be executed, must be `trusted`: its name, or `*` for any. Raises `ConfigError`.
+    """
     path = str(home / "config.yaml")
     try:
+        method = read_yaml(home / "config.yaml").get("method")
+        name = str(method.get("name")) if isinstance(method, dict) else ""
+        if ":" in name and trusted not in (name, "*"):
+            raise ConfigError(
+                f"{path}: the run's method would be imported from outside this package: {name}; "
+                f"if you trust the file, method.name={name} or --trust is accepted"
+            )
         return load([path]).config
     except ConfigError as error:
         text = str(error)

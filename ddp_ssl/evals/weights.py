@@ -27,6 +27,8 @@ class Source:
     file: Path | None = None
     """The file of weights; None for a run's newest good checkpoint and for timm's."""
     timm: str | None = None  # a timm model's name, with a tag for pretrained weights
+    trusted: str = ""
+    """Code from outside the package that the run's config may import: `module:Class`, `*`: any."""
 
     @property
     def name(self) -> str:
@@ -35,8 +37,10 @@ class Source:
         return "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)
 
 
-def find_source(text: str) -> Source:
+def find_source(text: str, trusted: str = "") -> Source:
     """The weights named by `RUN`, `RUN:best`, `RUN:last`, a file or `timm:NAME`.
+
+    `trusted`: code from outside the package that the run's config may import (`Source.trusted`).
 
     Raises `ConfigError`, one line, for a place that does not exist or is no run folder.
     """
@@ -53,14 +57,14 @@ def find_source(text: str) -> Source:
         if not (path / "config.yaml").is_file():
             raise ConfigError(f"{path}: no run folder (config.yaml is not there); {accepted}")
         if which == "last":
-            return Source(text, home=path)
+            return Source(text, home=path, trusted=trusted)
         best = path / "checkpoints" / "best.pt"
         if not best.is_file():
             raise ConfigError(
                 f"{text}: {best} does not exist; {place}:last, the newest checkpoint, or another "
                 "file in checkpoints/ would be accepted"
             )
-        return Source(text, home=path, file=best)
+        return Source(text, home=path, file=best, trusted=trusted)
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; {accepted}")
     if path.suffix in (".yaml", ".yml"):
@@ -70,7 +74,7 @@ def find_source(text: str) -> Source:
         # Other programs write a `config.yaml` beside weights too.
         made = (home / "metrics.jsonl").is_file() or (home / "checkpoints").is_dir()
         if made and (home / "config.yaml").is_file():
-            return Source(text, home=home, file=path)
+            return Source(text, home=home, file=path, trusted=trusted)
     return Source(text, file=path)
 
 

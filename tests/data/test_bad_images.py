@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from ddp_ssl.data.loading.order import permutation
 from ddp_ssl.data.loading.reader import UnreadableError
 from ddp_ssl.distributed import MeshComm, World
 from tests.data.bad import BAD, IMAGES, broken_tables, empty, garbage, victim
-from tests.data.images import array_of, eval_of, folder_of, loader_of, picture, through_a_file
+from tests.data.images import (
+    Pixels,
+    array_of,
+    eval_of,
+    folder_of,
+    loader_of,
+    picture,
+    through_a_file,
+)
 from tests.ranks import Ranks
 
 
@@ -67,6 +76,79 @@ def test_a_bad_file_is_replaced_and_listed(tmp_path: Path, kind: str, prefetch: 
         compare(next(ours), next(theirs), hit)
     assert set(bad.known) == {split.where(i) for i in hit}
     assert all(reason in why and why and "\n" not in why for why in bad.known.values())
+
+
+def webp_with_exif(pixels: Pixels, path: Path) -> None:
+    about = Image.Exif()
+    about[0x010E] = "a camera's"
+    Image.fromarray(pixels).save(path, "WEBP", lossless=True, exif=about)
+
+
+def text_ppm(pixels: Pixels, path: Path) -> None:
+    height, width, _ = pixels.shape
+    path.write_text(f"P3\n{width} {height}\n255\n{' '.join(map(str, pixels.ravel()))}\n")
+
+
+def jpeg_2000(pixels: Pixels, path: Path) -> None:
+    Image.fromarray(pixels).save(path, "JPEG2000")
+
+
+def sixteen_bit_jpeg_2000(pixels: Pixels, path: Path) -> None:
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(path, "JPEG2000")
+
+
+@pytest.mark.parametrize(
+    "save", [webp_with_exif, text_ppm, jpeg_2000, sixteen_bit_jpeg_2000], ids=lambda f: f.__name__
+)
+def test_pil_decodes_what_dali_does_not(
+    tmp_path: Path, save: Callable[[Pixels, Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the same images in PNG, which DALI decodes."""
+    splits, ids = [], np.arange(6)
+    for kind in ("plain", "odd"):
+        (tmp_path / kind).mkdir()
+        names = [f"{i}.png" for i in ids]
+        splits.append(Split.of_files(str(tmp_path / kind), [n.encode() for n in names], ids))
+    for i in ids:
+        pixels = picture(i, 20, 24)
+        gray = save is sixteen_bit_jpeg_2000
+        Image.fromarray(pixels[..., 0] if gray else pixels).save(splits[0].where(i))
+        (save if i % 2 else jpeg_2000)(pixels, Path(splits[1].where(i)))
+    odd = [i for i in ids if i % 2]
+    bad = BadImages()
+    with caplog.at_level("INFO", "ddp_ssl"):
+        ours, theirs = (list(eval_of(split, odd, bad=bad)) for split in reversed(splits))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.ids, b.ids)
+        assert torch.equal(a.views[0], b.views[0])
+    assert not bad.known
+    if save is not text_ppm:  # some versions of DALI decode it
+        assert "1 images are decoded by PIL, which is slow; the last: " in caplog.text
+    loader = loader_of(splits[1], global_batch=3, bad=bad)
+    trained = torch.cat([next(loader).ids for _ in range(2)])
+    assert trained.tolist() == permutation(3, 0, 6).tolist()
+    assert not bad.known
+
+
+def test_no_damaged_jpeg_2000_ends_the_process(tmp_path: Path) -> None:
+    split = folder_of(tmp_path, 24)
+    rng = np.random.default_rng(0)
+    for i in range(0, 24, 2):
+        path = Path(split.where(i))
+        jpeg_2000(picture(i), path)
+        content = bytearray(path.read_bytes())
+        if i % 4:
+            content = content[: len(content) // 2]
+        for place in rng.integers(100, len(content), 8):
+            content[place] ^= 1 << rng.integers(8)
+        path.write_bytes(content)
+    bad, seen = BadImages(), []
+    loader = loader_of(split, bad=bad)
+    for _ in range(8):
+        seen += next(loader).ids.tolist()
+    cut = {split.where(i) for i in range(0, 24, 2) if i % 4}
+    assert cut <= set(bad.known)
+    assert not {split.where(i) for i in seen} & set(bad.known)
 
 
 @pytest.mark.parametrize("kind", ODD)

@@ -445,7 +445,8 @@ def test_what_a_stream_reads(copy: Path) -> None:
 def test_staged_copies_are_the_same(packed: Path, tmp_path: Path) -> None:
     copy = staging.stage(packed, tmp_path / "disk" / "deep", lambda _: None)
     stamp = hashlib.sha256((packed / shards.ABOUT).read_bytes()).hexdigest()[:12]
-    assert copy == tmp_path / "disk" / "deep" / f"folder-{stamp}"
+    assert copy == tmp_path / "disk" / "deep" / f"folder-{stamp}-user{os.geteuid()}"
+    assert copy.stat().st_mode & 0o777 == 0o700
     mine, other = contents(copy), contents(packed)
     del other[shard_writer.JOURNAL]
     assert mine == other
@@ -455,6 +456,38 @@ def test_staged_copies_are_the_same(packed: Path, tmp_path: Path) -> None:
     assert moved.read(3).tobytes() == split.read(3).tobytes()
     assert moved.shards is not None
     assert moved.shards.path_of(3).startswith(str(copy))
+
+
+def test_staging_in_a_folder_that_others_write_to(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's copy is refused, and a link in place of a file is not followed."""
+    copy = staging.stage(packed, tmp_path, lambda _: None)
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (copy / shards.ABOUT).unlink()  # so that it is copied again
+    (copy / ".lock").unlink()
+    (copy / ".lock").symlink_to(precious)
+    with pytest.raises(ValueError, match=r"^data.stage: .* cannot be copied to .*symbolic links"):
+        staging.stage(packed, tmp_path, lambda _: None)
+    assert precious.read_text() == "precious"
+    (copy / ".lock").unlink()
+    copy.chmod(0o770)
+    refusal = r"^data.stage: .* is no folder of this user alone"
+    with pytest.raises(ValueError, match=refusal):
+        staging.stage(packed, tmp_path, lambda _: None)
+    copy.chmod(0o700)
+    assert staging.stage(packed, tmp_path, lambda _: None) == copy
+    copy.rename(tmp_path / "theirs")
+    copy.symlink_to(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=refusal):
+        staging.stage(packed, tmp_path, lambda _: None)
+    copy.unlink()
+    (tmp_path / "theirs").rename(copy)
+    monkeypatch.setattr(staging, "_owner", lambda: os.geteuid() + 1)
+    copy.rename(tmp_path / copy.name.replace(f"user{os.geteuid()}", f"user{os.geteuid() + 1}"))
+    with pytest.raises(ValueError, match=refusal):
+        staging.stage(packed, tmp_path, lambda _: None)
 
 
 def test_staging_resumes(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

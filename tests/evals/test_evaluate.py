@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from ddp_ssl import embed, export
 from ddp_ssl.config import Config, Data, reference_of
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.evals.features import Extractor
@@ -230,6 +232,38 @@ def test_another_data_set_with_the_runs_normalisation(
     own = load_settings(find_source(str(run)), ["data.mean=[0,0,0]"])[0]
     assert own.data.mean == (0, 0, 0)
     assert own.data.root == str(photos)
+
+
+def test_a_strangers_run_executes_no_code_without_consent(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    run, executed = tmp_path / "run", tmp_path / "executed"
+    make_run(run, photos, "method.name=tests.outside:Outside")
+    (tmp_path / "stranger.py").write_text(
+        f"open({str(executed)!r}, 'w').close()\nfrom tests.outside import Outside\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("tests.outside:Outside", "stranger:Outside"))
+    commands = [
+        (main, ["knn", str(run), *QUICK]),
+        (main, ["dynamics", str(run), *QUICK]),
+        (embed.main, [str(run), "--out", str(tmp_path / "x.npz"), *QUICK]),
+        (export.main, [str(run), "--format", "timm"]),
+    ]
+    for command, words in commands:
+        for more in ([], ["method.name=other:Outside"]):
+            assert command([*words, *more]) == 2
+            said = capsys.readouterr().err
+            assert "imported from outside this package: stranger:Outside; if you trust" in said
+            assert said.count("\n") == 1
+    assert not executed.exists()
+    assert "stranger" not in sys.modules
+    named = "method.name=stranger:Outside"
+    for (command, words), consent in zip(commands[:3], ["--trust", named, named], strict=True):
+        assert command([*words, consent]) == 0
+    assert export.load_trained(str(run), "stranger:Outside").width
+    assert executed.exists()
 
 
 def test_a_yaml_below_the_command_line(run: Path, tmp_path: Path) -> None:

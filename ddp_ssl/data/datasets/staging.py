@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import re
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -34,19 +36,25 @@ def stage(root: Path, to: Path, tell: Callable[[str], None]) -> Path:
 
     Files of an earlier call are kept, and a complete copy is only looked at. Tar files are checked
     against their checksums while they are copied. `tell` gets a progress line every few seconds. Of
-    several processes on a node one copies and the others wait.
+    several processes on a node one copies and the others wait. The copy is this user's alone, since
+    others may write to such a disk too.
 
     Raises `ValueError` (keys `data.stage`, `data.root`) if that is not possible.
     """
     about = describe(root)
     stamp = hashlib.sha256((root / ABOUT).read_bytes()).hexdigest()[:12]
-    target = to / f"{re.sub(r'[^A-Za-z0-9_-]', '_', about['name'])}-{stamp}"
-    if _is_whole(target, root):  # it may belong to another user and be read-only
-        return target
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", about["name"])
+    target = to / f"{name}-{stamp}-user{_owner()}"
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        with (target / ".lock").open("w") as lock:
-            _wait_for(lock.fileno(), target, tell)
+        to.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            target.mkdir(0o700)
+        _own(target)
+        if _is_whole(target, root):
+            return target
+        lock = os.open(target / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(lock):
+            _wait_for(lock, target, tell)
             (target / ORIGIN).write_text(os.path.abspath(root), errors="surrogateescape")
             if not _is_whole(target, root):
                 _copy_all(root, target, about, tell)
@@ -56,6 +64,19 @@ def stage(root: Path, to: Path, tell: Callable[[str], None]) -> Path:
             "accepted: a folder on a local disk that can be written to"
         ) from None
     return target
+
+
+_owner = os.geteuid
+
+
+def _own(target: Path) -> None:
+    """Raise `ValueError` for a folder that another user made or may have changed."""
+    about = target.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != _owner() or about.st_mode & 0o022:
+        raise ValueError(
+            f"data.stage: {target} is no folder of this user alone, so its files could be another "
+            "user's; accepted: another folder, or the same one without it"
+        )
 
 
 def _is_whole(target: Path, root: Path) -> bool:

@@ -1,7 +1,7 @@
 """Whether an encoded image decodes: a fast check of its markers, and the decoder itself.
 
 The markers accept all files but damaged ones and a few rare formats. Only an image that they reject
-has to be decoded.
+has to be decoded. A few files that DALI does not decode PIL rewrites for it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ def looks_whole(encoded: Bytes) -> bool:
     return start == b"\x89PNG\r\n\x1a\n" and end[4:8] == b"IEND"
 
 
+# DALI's decoder of JPEG 2000 on the CPU ends the process at many damaged files, so PIL decodes it.
+JPEG_2000 = (b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
 # The first bytes of formats that have no end marker.
-STARTS = (b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P5", b"P6", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
+STARTS = (b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P5", b"P6", *JPEG_2000)
+# Of those that PIL rewrites where DALI rejects them: lossless WebP with EXIF data, PPM as text.
+REWRITABLE = (*STARTS, b"P1", b"P2", b"P3", b"P4")
 
 
 def worth_trying(encoded: Bytes) -> bool:
@@ -89,6 +93,11 @@ def _pixels_of_jpeg(content: memoryview) -> int:
     return 0
 
 
+def is_for_pil(encoded: Bytes) -> bool:
+    """Whether DALI must not get these bytes."""
+    return encoded[:8].tobytes().startswith(JPEG_2000)
+
+
 class Decoder:
     """Decodes single images as the training pipeline does. Not for several threads at once."""
 
@@ -96,12 +105,27 @@ class Decoder:
         self._how = device_id, decoding or Decoding()
         self._pipe: Any = None
 
-    def problem(self, encoded: Bytes) -> str | None:
-        """Why DALI cannot decode it, in a few words; None if it can."""
-        from ddp_ssl.data.loading import dali
-
+    def usable(self, encoded: Bytes) -> Bytes | str:
+        """The image for DALI, as it is or rewritten by PIL; or why it is bad, in a few words."""
         if not len(encoded):
             return "empty"
+        if is_for_pil(encoded):
+            return rewritten(encoded)
+        error = self._error(encoded)
+        if error is None:
+            return encoded
+        if encoded[:8].tobytes().startswith(REWRITABLE):
+            return rewritten(encoded)
+        return why(encoded) or dali_message(error)
+
+    def problem(self, encoded: Bytes) -> str | None:
+        """Why the image cannot be used, in a few words; None if it can."""
+        found = self.usable(encoded)
+        return found if isinstance(found, str) else None
+
+    def _error(self, encoded: Bytes) -> RuntimeError | None:
+        from ddp_ssl.data.loading import dali
+
         if self._pipe is None:
             self._pipe = dali.decoder(*self._how)
         try:
@@ -109,8 +133,26 @@ class Decoder:
             self._pipe.run()
         except RuntimeError as error:
             self._pipe = None  # after an error it cannot go on
-            return why(encoded) or dali_message(error)
+            return error
         return None
+
+
+def rewritten(encoded: Bytes) -> Bytes | str:
+    """An image as PIL decodes it, in RGB and as a BMP; or why it does not, in a few words."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(encoded.tobytes())) as image:
+            if image.format not in FORMATS:
+                return f"{image.format} is not supported"
+            whole: Image.Image = image
+            if image.mode.startswith("I"):  # 16 bits: the upper eight
+                whole = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            whole.convert("RGB").save(buffer, "BMP")
+    except Exception as error:
+        return _reason(error)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
 def why(encoded: Bytes) -> str | None:
@@ -123,8 +165,12 @@ def why(encoded: Bytes) -> str | None:
                 return f"{image.format} is not supported"
             image.load()
     except Exception as error:
-        return "not an image" if "cannot identify" in str(error) else first_line(error)
+        return _reason(error)
     return None
+
+
+def _reason(error: Exception) -> str:
+    return "not an image" if "cannot identify" in str(error) else first_line(error)
 
 
 def first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -20,10 +21,20 @@ from PIL import Image
 
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.bad_images import BadImages
-from ddp_ssl.data.loading.decodable import Bytes, Decoder, first_line, too_large, worth_trying
+from ddp_ssl.data.loading.decodable import (
+    Bytes,
+    Decoder,
+    first_line,
+    is_for_pil,
+    rewritten,
+    too_large,
+    worth_trying,
+)
 from ddp_ssl.data.loading.order import Ids, Order
 from ddp_ssl.data.loading.settings import LoaderSettings
 from ddp_ssl.utils.seeds import hashed
+
+logger = logging.getLogger("ddp_ssl")
 
 Loaded = Bytes | str  # an encoded image, or the reason why there is none
 Agree = Callable[[dict[int, str]], dict[int, str]]
@@ -56,6 +67,7 @@ class Reader:
         self.split, self.ids_of, self.bad = split, ids_of, bad
         self.problems = bad.of(split) if split.images is None else {}
         self._sound: set[int] = set()  # their markers are odd, but they decode
+        self._for_pil: set[int] = set()  # PIL decodes them, and DALI does not
         self._threads, self._max_pixels = settings.read_threads, settings.max_pixels
         self._pool = ThreadPoolExecutor(self._threads, "ddp_ssl-read")
         self._asked: dict[int, list[Future[list[Loaded]]]] = {}
@@ -94,17 +106,37 @@ class Reader:
                 break
         if (large := too_large(encoded, self._max_pixels)) is not None:
             return large
+        if i in self._for_pil or is_for_pil(encoded):
+            return self._rewritten(encoded, i)
         if worth_trying(encoded) or i in self._sound:
             return encoded
-        return self.problem(encoded, i) or encoded
+        return self.usable(encoded, i)
 
-    def problem(self, encoded: Bytes, i: int) -> str | None:
-        """Why DALI cannot decode image `i`, or None; it is decoded, which is slow."""
+    def usable(self, encoded: Bytes, i: int) -> Loaded:
+        """Image `i` for DALI, or why it is bad; decodes it, which is slow."""
         with self._one_at_a_time:
-            found = self._decoder.problem(encoded)
-        if found is None:
+            found = self._decoder.usable(encoded)
+        if found is encoded:
             self._sound.add(i)
+        elif not isinstance(found, str):
+            self._count_for_pil(i)
         return found
+
+    def _rewritten(self, encoded: Bytes, i: int) -> Loaded:
+        found = rewritten(encoded)
+        if not isinstance(found, str):
+            self._count_for_pil(i)
+        return found
+
+    def _count_for_pil(self, i: int) -> None:
+        """Say, at 1, 10, 100, ... images, how many PIL decodes."""
+        with self._one_at_a_time:
+            before = len(self._for_pil)
+            self._for_pil.add(i)
+            count = len(self._for_pil)
+        if count > before and count in (1, 10, 100, 1_000, 10_000, 100_000):
+            where = self.split.where(i)
+            logger.info("%d images are decoded by PIL, which is slow; the last: %s", count, where)
 
     def remember(self, found: dict[int, str]) -> None:
         """These images are bad from now on."""
@@ -117,17 +149,17 @@ class Reader:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def examine(self, ids: Iterable[int]) -> bool:
-        """Decode images and remember those that fail; whether any did."""
-        found = {}
+        """Decode images; remember those that fail or that PIL must decode; whether any did."""
+        found, for_pil = {}, len(self._for_pil)
         for i in dict.fromkeys(int(i) for i in ids):
             if i < 0 or i in self.problems:
                 continue
             (loaded,) = self.load([i])
-            reason = loaded if isinstance(loaded, str) else self.problem(loaded, i)
-            if reason is not None:
-                found[i] = reason
+            result = loaded if isinstance(loaded, str) else self.usable(loaded, i)
+            if isinstance(result, str):
+                found[i] = result
         self.remember(found)
-        return bool(found)
+        return bool(found) or len(self._for_pil) > for_pil
 
 
 class TrainBatches:
@@ -182,7 +214,7 @@ class TrainBatches:
                 (loaded[place],) = self.reader.load([ids[place]])
                 encoded = loaded[place]
                 if not isinstance(encoded, str):
-                    loaded[place] = self.reader.problem(encoded, int(ids[place])) or encoded
+                    loaded[place] = self.reader.usable(encoded, int(ids[place]))
         self._settled = {s: x for s, x in self._settled.items() if s > step - 64}
         self._settled[step] = ids, tried
         return [x for x in loaded if not isinstance(x, str)], ids.copy()
