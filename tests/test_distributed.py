@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -50,6 +52,28 @@ def test_gather_is_canonical_and_its_gradient_sums_over_ranks(
         part = slice(rank // view_shards * n, (rank // view_shards + 1) * n)
         assert groups * n == 12
         torch.testing.assert_close(grad, gradient[rank % view_shards :: view_shards, part])
+
+
+def listens_on(world: World) -> set[str]:
+    """Local addresses, in hex, of the TCP sockets that this process listens on."""
+    own = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            own.add(os.readlink(link))
+    world.barrier()
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in own:
+                found.add(local.partition(":")[0])
+    return found
+
+
+def test_one_machines_processes_listen_on_loopback_alone(ranks: Ranks) -> None:
+    store, *others = ranks.run(listens_on, 3)
+    assert "0100007F" in store
+    assert all(found <= {"0100007F"} for found in (store, *others))
 
 
 def view_sums(world: World) -> Any:

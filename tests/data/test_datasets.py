@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,26 @@ def test_digits_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(digits, "write", never)
     again = load(Data(name="digits"), seed=5)
     assert again.train.digest == data.train.digest
+
+
+def test_damaged_digits_are_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDP_SSL_CACHE", str(tmp_path))
+    digest = load(Data(name="digits"), seed=0).train.digest
+    image = next((tmp_path / "digits-32-v1/train/3").iterdir())
+    content = image.read_bytes()
+    damages: list[Callable[[], object]] = [
+        lambda: image.write_bytes(content[:400] + b"\0" + content[401:]),
+        image.unlink,
+        (tmp_path / "digits-32-v1/checksum").unlink,
+    ]
+    for damage in damages:
+        damage()
+        caplog.clear()
+        assert load(Data(name="digits"), seed=0).train.digest == digest
+        assert "digits-32-v1 is damaged or of an earlier version: written again" in caplog.text
+        assert image.read_bytes() == content
 
 
 def _labels(data: Dataset) -> np.ndarray:  # type: ignore[type-arg]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +13,14 @@ import numpy as np
 from ddp_ssl.data.datasets.base import Dataset, Definition
 from ddp_ssl.data.datasets.cache import cache_folder, write_atomically
 from ddp_ssl.data.datasets.folders import train_and_val
+from ddp_ssl.data.datasets.sealed import CHECKSUM
 from ddp_ssl.utils.seeds import generator
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
+
+
+logger = logging.getLogger("ddp_ssl")
 
 
 def find(data: Data) -> None:
@@ -36,9 +42,11 @@ def find(data: Data) -> None:
 def load(data: Data) -> Dataset:
     """1,797 digits of 8x8, upscaled to 32x32 JPEGs in class folders, a stratified fifth for val."""
     folder = cache_folder() / "digits-32-v1"
-    if not folder.is_dir():
+    if not is_whole(folder):
+        if folder.is_dir():
+            logger.warning("%s is damaged or of an earlier version: written again", folder)
         try:
-            write_atomically(folder, write)
+            write_atomically(folder, write, outdated=lambda: not is_whole(folder))
         except OSError as error:
             raise ValueError(
                 f"DDP_SSL_CACHE: cannot write {folder}: {error.strerror}; accepted: a folder to "
@@ -47,7 +55,24 @@ def load(data: Data) -> Dataset:
     return train_and_val("digits", folder / "train", folder / "val")
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether the files are those that `write` made."""
+    try:
+        return (folder / CHECKSUM).read_text() == files_checksum(folder)
+    except OSError:
+        return False
+
+
+def files_checksum(folder: Path) -> str:
+    """CRC-32 of the images and their names; raises `OSError`."""
+    value = 0
+    for path in sorted(folder.glob("*/*/*.jpg")):
+        value = zlib.crc32(path.read_bytes(), zlib.crc32(path.name.encode(), value))
+    return str(value)
+
+
 def write(folder: Path) -> None:
+    """Write the images, and a checksum of them."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -65,6 +90,7 @@ def write(folder: Path) -> None:
             encoded = io.BytesIO()
             image.save(encoded, "JPEG", quality=95)
             target.write_bytes(encoded.getvalue())
+    (folder / CHECKSUM).write_text(files_checksum(folder))
 
 
 DEFINITIONS = {"digits": Definition(find, load)}
