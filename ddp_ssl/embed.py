@@ -9,13 +9,13 @@ Exit codes: 0 done, 1 failed, 2 the weights, the settings or the data cannot be 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ddp_ssl.commands import common
 from ddp_ssl.evals.embedding import MOST_POINTS, Wanted, embed
 from ddp_ssl.evals.settings import EvaluateConfig, load_settings
 from ddp_ssl.evals.weights import Source, find_source
 from ddp_ssl.run.signals import stop_with_parent
+from ddp_ssl.utils.files import path_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,9 +36,9 @@ def _parse(arguments: Sequence[str]) -> tuple[Source, EvaluateConfig, Wanted]:
     add("settings", nargs="*", metavar="key=value", help="see below")
     add("--data", metavar="NAME", help="data set; the run's own if not given")
     add("--split", choices=["train", "val"], default="val", help="val if not given")
-    add("--out", type=Path, metavar="FILE.npz", help="features, labels, ids and class names")
+    add("--out", type=path_of, metavar="FILE.npz", help="features, labels, ids and class names")
     add("--embeddings", action="store_true", help="also z, the projection head's output")
-    add("--projector", type=Path, metavar="DIR", help="for TensorBoard; a new or empty folder")
+    add("--projector", type=path_of, metavar="DIR", help="for TensorBoard; a new or empty folder")
     add("--points", type=int, default=5000, help="images in the projector at most (5000)")
     add("--trust", action="store_true", help=common.TRUST)
     trusted, words = common.split_trust(arguments)

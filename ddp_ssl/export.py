@@ -36,6 +36,7 @@ from ddp_ssl.config import Config, Model
 from ddp_ssl.evals.settings import config_of_run
 from ddp_ssl.evals.weights import fill, find_source, read_source
 from ddp_ssl.models import STEM_PADDING, architecture, build_backbone, loading_snippet
+from ddp_ssl.utils.files import path_of
 from ddp_ssl.utils.text import one_line
 
 Form = Literal["timm", "torchvision", "safetensors", "onnx"]
@@ -437,7 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--format", choices=list(FILES), required=True, dest="form",
         help="timm or torchvision: a state dict; safetensors; onnx: a graph for onnxruntime",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, help="folder; RUN/export/FORMAT if not given")
+    parser.add_argument("--out", type=path_of, help="folder; RUN/export/FORMAT if not given")
     parser.add_argument("--trust", action="store_true", help=common.TRUST)
     try:
         trusted, words = common.split_trust(sys.argv[1:] if arguments is None else arguments)

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+import ddp_ssl
 from ddp_ssl.config import ConfigError, read_yaml, reference
 from ddp_ssl.config.schema import Config
 from ddp_ssl.config.text import flow, parse
 from ddp_ssl.evals.settings import EvaluateConfig, load_as
 from ddp_ssl.run.configure import load
 from ddp_ssl.submit import sweep
+from ddp_ssl.utils.files import path_of
 
 # Each is something else for some reader of YAML.
 LOOKALIKES = (
@@ -266,3 +268,11 @@ def test_a_bound_is_named(argument: str) -> None:
 def test_a_range_may_be_one_number() -> None:
     (views,) = load(["data.views.0.blur_sigma=[.5, .5]"]).config.data.views
     assert views.blur_sigma == (0.5, 0.5)
+
+
+def test_every_path_on_a_command_line_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert path_of("~/x.npz") == Path("/home/ada/x.npz")
+    assert path_of("a~/x") == Path("a~/x")
+    package = Path(ddp_ssl.__file__).parent
+    assert [p for p in package.rglob("*.py") if "type=Path" in p.read_text()] == []

@@ -34,6 +34,7 @@ from ddp_ssl.data.loading.decodable import (
     too_large,
 )
 from ddp_ssl.run.configure import load
+from ddp_ssl.utils.files import path_of
 from ddp_ssl.utils.progress import Progress, tell
 
 PART = 256  # images a worker is given at a time
@@ -203,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", nargs="*", help="[CONFIG.yaml] [key=value ...]")
     parser.add_argument("--full", action="store_true", help="decode every image")
-    parser.add_argument("--out", type=Path, default=Path("bad_images.txt"))
+    parser.add_argument("--out", type=path_of, default=Path("bad_images.txt"))
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_intermixed_args(arguments)
     try:

@@ -45,6 +45,7 @@ from ddp_ssl.data.datasets.base import absolute
 from ddp_ssl.data.datasets.sealed import sealed
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.run.configure import load
+from ddp_ssl.utils.files import path_of
 from ddp_ssl.utils.progress import Progress, tell
 from ddp_ssl.utils.seeds import generator
 
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", nargs="*", help="[CONFIG.yaml] [key=value ...]")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--out", type=path_of, required=True, help="folder for the shards")
     parser.add_argument("--shard-size", type=float, default=1e9, help="bytes (default 1e9)")
     parser.add_argument("--seed", type=int, default=0, help="of the order (default 0)")
     parser.add_argument("--workers", type=int, default=16, help="shards at a time (default 16)")

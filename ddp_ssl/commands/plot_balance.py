@@ -26,6 +26,7 @@ from ddp_ssl.commands import common
 from ddp_ssl.config import read_yaml
 from ddp_ssl.logs.writer import read_metrics
 from ddp_ssl.reproduction.figures import pyplot, save
+from ddp_ssl.utils.files import path_of
 
 COLUMNS = ("method", "effective_rank", "mutual_information", "accuracy")
 ENOUGH = 3  # models; any two lie on a line
@@ -202,8 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="ddp-ssl plot balance", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("models", nargs="+", type=Path, metavar="RUN|CSV")
-    add("--out", type=Path, default=Path("balance.png"), help="default: %(default)s")
+    add("models", nargs="+", type=path_of, metavar="RUN|CSV")
+    add("--out", type=path_of, default=Path("balance.png"), help="default: %(default)s")
     add("--accuracy", default="eval/probe_top1", metavar="NAME",
         help="the runs' metric to take, such as eval/knn_top1 (default: %(default)s)")  # fmt: skip
     add("--together", action="store_true", help="all models as one group")

@@ -22,6 +22,7 @@ from ddp_ssl.commands import common
 from ddp_ssl.evals import dynamics
 from ddp_ssl.logs.writer import read_metrics
 from ddp_ssl.reproduction.figures import pyplot, save
+from ddp_ssl.utils.files import path_of
 
 Curve = dict[float, float]  # epoch -> value
 
@@ -138,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="ddp-ssl plot dynamics", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    add("--out", type=Path, default=Path("dynamics.png"), help="default: %(default)s")
+    add("runs", nargs="+", type=path_of, metavar="RUN", help="run folder")
+    add("--out", type=path_of, default=Path("dynamics.png"), help="default: %(default)s")
     add("--centred", action="store_true",
         help="count and explained variance of the covariance's eigenvalues")  # fmt: skip
     options = parser.parse_args(arguments)

@@ -27,6 +27,7 @@ from ddp_ssl.commands import common, submit_options
 from ddp_ssl.config import ConfigError
 from ddp_ssl.reproduction import adadim, configs, cost, multiview, pictures, results, runs
 from ddp_ssl.reproduction.cells import Simulation, Table
+from ddp_ssl.utils.files import path_of
 from ddp_ssl.utils.text import suggest
 
 EVERYTHING = {each.name: each for each in (*adadim.TABLES, *multiview.TABLES)}
@@ -246,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--scale", choices=("full", "small"), default="full",
         help="small: the embedded digits on a CPU")  # fmt: skip
     add("--only", nargs="+", default=[], metavar="ROW", help="these rows, or groups of rows")
-    add("--out", type=Path, default=Path("runs/reproduce"))
+    add("--out", type=path_of, default=Path("runs/reproduce"))
     add("--root", action="append", default=[], metavar="[NAME=]DIR",
         help="where the data sets are, or one of them; may be repeated")  # fmt: skip
     add("--launcher", choices=("local", "slurm"), default="local")
@@ -256,6 +257,6 @@ def _parser() -> argparse.ArgumentParser:
         help="slurm: options of python -m ddp_ssl.submit, as one word")  # fmt: skip
     add("--dry-run", action="store_true", help="write the configs and print the commands")
     add("--collect", action="store_true", help="print the table from what is there")
-    add("--into", type=Path, metavar="FILE",
+    add("--into", type=path_of, metavar="FILE",
         help="also put the table between its marks in a Markdown file")  # fmt: skip
     return parser

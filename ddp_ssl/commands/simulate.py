@@ -27,6 +27,7 @@ from ddp_ssl.commands import common
 from ddp_ssl.config import ConfigError
 from ddp_ssl.reproduction import figures, gaussian, gaussian_network
 from ddp_ssl.reproduction.gaussian import FEATURES, STDS
+from ddp_ssl.utils.files import path_of
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73")  # told apart without red and green
 
@@ -201,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="ddp-ssl simulate", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/simulation"))
+    parser.add_argument("--out", type=path_of, default=Path("runs/simulation"))
     parser.add_argument("--repetitions", type=_at_least(2), default=100)
     parser.add_argument("--seeds-from", type=_at_least(0), default=0)
     parser.add_argument("--network", action="store_true", help="train networks in place of PCA")

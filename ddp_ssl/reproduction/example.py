@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ddp_ssl.utils.files import path_of
+
 Claim = tuple[str, str, bool]
 
 
@@ -27,7 +29,7 @@ def run(
 ) -> int:
     """From the command line; `option` is the argument of `measure`. 1 if something disagrees."""
     parser = argparse.ArgumentParser(description=title)
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce") / name)
+    parser.add_argument("--out", type=path_of, default=Path("runs/reproduce") / name)
     parser.add_argument(f"--{option[0]}", type=int, default=option[1])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,11 @@ from pathlib import Path
 TEMPORARY = ".tmp"
 
 
+def path_of(text: str) -> Path:
+    """The path in an argument. `~` is the home folder; a shell leaves it alone in `--out=~/x`."""
+    return Path(os.path.expanduser(text))
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write or replace a small file atomically. Several processes may do so at the same time."""
     with replaced(path) as temporary:
