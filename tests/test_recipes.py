@@ -336,6 +336,37 @@ MMCR_IMAGENET = Recipe(
 )  # fmt: skip
 
 
+# --- LeJEPA: the authors' code a0d6745, lightly 4394f8f ------------------------------------------
+
+
+def lejepa(backbone: str) -> Recipe:
+    """README.md of the authors; lightly's vitb16/lejepa.py, lejepa_loss.py and heads.py."""
+    jitter = (0.8, 0.4, 0.4, 0.2, 0.1, 0.2, 0.5, (0.1, 2), 0.2, 0.5)
+    views = [View(size, scale, (3 / 4, 4 / 3), *jitter)
+             for size, scale, count in ((224, (0.3, 1), 2), (98, (0.05, 0.3), 6))
+             for _ in range(count)]  # fmt: skip
+    ours = [View(**{**vars(v), "size": 96}) if v.size == 98 else v for v in views]
+    vit = backbone.startswith("vit")
+    words = "400 epochs and ResNet-18 as the other methods here"
+    return Recipe(
+        "the authors' code a0d6745: README.md",
+        {
+            "method.sigreg": 0.05, "method.slices": 1024, "method.t_max": 3, "method.knots": 33,
+            "model.backbone": backbone, "model.projector": [2048, 2048, 64],
+            "model.projector_norm": "batch",
+            "model.backbone_args": {"dynamic_img_size": True, "drop_path_rate": 0.1} if vit else {},
+            "views": views, "optim.name": "adamw", "optim.epochs": 100, "optim.lr": 5e-4,
+            "optim.weight_decay": 0.05 if vit else 5e-4, "optim.warmup_epochs": 1,
+            "optim.final_lr_fraction": 1e-3,
+            "optim.precision": "bf16",
+        },
+        {
+            "views": (ours, "96 pixels for 98"),
+            "data.batch_size": (256, "batch 256, which the source leaves open"),
+        } | ({} if vit else {"optim.epochs": (400, words)}),
+    )  # fmt: skip
+
+
 def recipes() -> dict[str, Recipe]:
     """By YAML below `configs/`."""
     made = {f"imagenet100/{m}.yaml": solo(m, False) for m in ROWS}
@@ -344,6 +375,10 @@ def recipes() -> dict[str, Recipe]:
         made[f"cifar/{loss}_multiview.yaml"] = multiview(loss, True)
         made[f"imagenet100/{loss}_multiview.yaml"] = multiview(loss, False)
     made |= {"cifar/mmcr.yaml": MMCR_CIFAR, "imagenet100/mmcr.yaml": MMCR_IMAGENET}
+    for folder in ("imagenet100", "imagenet"):
+        for name, net in (("vits16", "vit_small"), ("vitb16", "vit_base")):
+            made[f"{folder}/lejepa_{name}.yaml"] = lejepa(f"{net}_patch16_224")
+    made["imagenet100/lejepa.yaml"] = lejepa("resnet18")
     small = dict(CIFAR_STEM)
     made["cifar/adadim.yaml"] = adadim(small)
     made["cinic10/adadim.yaml"] = adadim({}, {

@@ -14,6 +14,7 @@ from ddp_ssl.losses.mutual_information import mutual_information as mutual_infor
 from ddp_ssl.losses.nnclr import nearest_rows as nearest_rows
 from ddp_ssl.losses.nnclr import nnclr as nnclr
 from ddp_ssl.losses.ressl import ressl as ressl
+from ddp_ssl.losses.sigreg import sigreg as sigreg
 from ddp_ssl.losses.simsiam import simsiam as simsiam
 from ddp_ssl.losses.spectral_contrastive import spectral_contrastive as spectral_contrastive
 from ddp_ssl.losses.swav import sinkhorn as sinkhorn

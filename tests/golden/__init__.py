@@ -27,6 +27,7 @@ SETTINGS = {
     "deepclusterv2": ("method.prototypes=[5, 3, 4]", "optim.name=lars"),
     "byol": ("method.momentum=0.99", "optim.name=lars", "optim.weight_decay=1e-6"),
     "simsiam": ("method.predictor_hidden=128", "optim.name=lars"),
+    "lejepa": ("method.slices=16", "optim.name=lars"),
     "mocov3": ("method.momentum=0.99", "optim.name=lars"),
     "mocov2plus": ("method.queue_size=31", "optim.name=lars", "model.projector_norm=none"),
     "nnclr": ("method.queue_size=31", "optim.name=lars"),

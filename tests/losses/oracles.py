@@ -273,3 +273,18 @@ def spectral_contrastive(z: Tensor) -> Tensor:
                 else:
                     negative = negative + product**2 / (n * (n - 1))
     return (negative - 2 * positive) / len(pairs)
+
+
+def sigreg(z: Tensor, directions: Tensor, t_max: float, knots: int) -> Tensor:
+    """Epps and Pulley's statistic of each view in each direction, by the trapezoidal rule."""
+    total = torch.zeros(()).double()
+    gap = 2 * t_max / (knots - 1)
+    for view in z:
+        for direction in directions.T:
+            x = view @ direction
+            for j in range(knots):
+                t = -t_max + j * gap
+                phi = torch.exp(1j * t * x).mean()
+                off = (phi - math.exp(-t * t / 2)).abs() ** 2 * math.exp(-t * t / 2)
+                total = total + off * gap * (0.5 if j in (0, knots - 1) else 1)
+    return total * z.shape[1] / (len(z) * directions.shape[1])

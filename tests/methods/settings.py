@@ -12,6 +12,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "method.teacher_temperature=0.07",
         "method.warmup_teacher_epochs=2",
     ),
+    "lejepa": ("method.slices=16", "optim.name=lars"),
     "mocov2plus": ("method.queue_size=31",),  # goes round in the middle of a batch
     "nnclr": ("method.queue_size=31",),
     "ressl": ("method.queue_size=31",),
