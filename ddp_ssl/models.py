@@ -10,7 +10,7 @@ from urllib.request import getproxies
 import torch
 from torch import nn
 
-from ddp_ssl.config import Model
+from ddp_ssl.config import Config, Model
 from ddp_ssl.utils.text import one_line, suggest
 
 # Padding of the first convolution, by `model.stem`.
@@ -78,6 +78,32 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
         setattr(model, "conv1", stem)  # noqa: B010 (timm's annotations are narrower)
         setattr(model, "maxpool", nn.Identity())  # noqa: B010
     return model, _width(model, config, sizes)
+
+
+def recompute(backbone: nn.Module, config: Config) -> None:
+    """Make the backbone's blocks compute their activations again, if `model.checkpointing` is set.
+
+    Raises `ValueError` if activations are to be computed again and the backbone has batch norms,
+    which would move their running averages twice and see a part of the batch alone.
+    """
+    key = "optim.accumulate" if config.optim.accumulate > 1 else "model.checkpointing"
+    if config.optim.accumulate == 1 and not config.model.checkpointing:
+        return
+    norms = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
+    if any(isinstance(module, norms) for module in backbone.modules()):
+        raise ValueError(
+            f"{key}: {config.model.backbone} has batch norms, whose statistics are those of all "
+            "images at once; a backbone that normalises each image by itself (layer or group norm, "
+            "such as vit_small_patch16_224) is accepted"
+        )
+    if config.model.checkpointing:
+        try:
+            backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AttributeError, AssertionError, NotImplementedError):
+            raise ValueError(
+                f"model.checkpointing: timm's {config.model.backbone} cannot; false is accepted, "
+                "or optim.accumulate"
+            ) from None
 
 
 @contextlib.contextmanager

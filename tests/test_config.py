@@ -118,7 +118,7 @@ ERRORS = {
     "data.views=[{count: 1}]": "data.views: adadim compares views of an image and needs at least 2",
     "data.views.0.scale=[0.9, 0.2]": "expected [low, high] with 0 < low <= high, got [0.9, 0.2]",
     "data.batch_size=1": "data.batch_size: batch normalisation needs 2 images or more, got 1",
-    "optim.accumulate=2": "optim.accumulate: only 1 is accepted with adadim: its loss couples all",
+    "optim.accumulate=0": "optim.accumulate: input should be greater than or equal to 1, got 0",
     "checkpoint.keep=1": "checkpoint.keep: input should be greater than or equal to 2, got 1",
     "data.views=[": "data.views: not a YAML value",
     "run.dir=" + "x" * 300: "run.dir: a name of 300 bytes; accepted: 255 for a name",

@@ -9,13 +9,6 @@ from ddp_ssl.errors import ConfigError
 def check(config: Config) -> None:
     """Raise `ValueError` for a combination that no method can run."""
     method, views = config.method, config.num_views
-    if config.optim.accumulate > 1 and method.batch_coupled:
-        raise ValueError(
-            f"optim.accumulate: only 1 is accepted with {method.name}: its loss couples all images "
-            "of a batch, so the mean over small batches is another loss, not the large batch's"
-        )
-    if config.optim.accumulate > 1:
-        raise ValueError("optim.accumulate: only 1 is accepted")
     if views < method.min_views:
         raise ValueError(
             f"data.views: {method.name} compares views of an image and needs at least "

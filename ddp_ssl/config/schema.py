@@ -106,6 +106,9 @@ class Model(Section):
     """Memory format of weights and images."""
     compile: bool = False
     """`torch.compile` the backbone."""
+    checkpointing: bool = False
+    """Compute each block's activations again in the backward pass: a fraction of the memory, a
+    third more time. For timm's models that can, and not for batch norm."""
 
 
 class Data(Section):
@@ -229,7 +232,10 @@ class Optim(Section):
     grad_clip: float | None = Field(None, gt=0)
     """Upper bound of the gradient's global norm; unset: none."""
     accumulate: int = Field(1, ge=1)
-    """Only 1: gradient accumulation is not the large batch for losses that couple images."""
+    """Parts in which a process's batch goes through the backbone. Only one part's activations are
+    in memory, and the gradient is the whole batch's: projector and loss see all of it at once, and
+    each part goes through the backbone again in the backward pass, a third more time. Not for
+    backbones with batch norm."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast of the networks. fp16 uses a gradient scaler, which waits for the device at every
     step. Losses are always in float32."""
@@ -326,7 +332,6 @@ class MethodConfig(Section):
     min_views: ClassVar[int] = 2
     max_views: ClassVar[int | None] = None
     small_crops: ClassVar[bool] = True
-    batch_coupled: ClassVar[bool] = True
 
     def check(self, config: Config) -> None:
         """Raise `ValueError` for a combination that the method cannot run."""

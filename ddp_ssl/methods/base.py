@@ -8,17 +8,19 @@ docs/add-a-method.md walks through one.
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from functools import partial
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, MethodConfig
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import ViewLayout, global_batch_norm, stacked_views
 from ddp_ssl.losses.common import all_views, at_least_float32
-from ddp_ssl.models import build_backbone, projection_head
+from ddp_ssl.models import build_backbone, projection_head, recompute
 
 C = TypeVar("C", bound=MethodConfig)
 
@@ -98,6 +100,8 @@ class Method(nn.Module, Generic[C]):
         sizes.add(config.data.central_crop.size)
         self.backbone, self.feature_width = build_backbone(model, sorted(sizes))
         how = model.projector_norm, model.projector_bias, self.projector_last_norm
+        self.parts = config.optim.accumulate
+        recompute(self.backbone, config)
         self.projector: nn.Module = projection_head(self.feature_width, model.projector, *how)
         self.layout = ViewLayout()
         self._reduce_norm = model.batch_norm == "global"
@@ -167,8 +171,18 @@ class Method(nn.Module, Generic[C]):
         )
 
     def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        r = self.backbone(x)
+        r = self._features(x)
         return r, self.projector(r)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """The backbone's output, of one part of the images after the other (`optim.accumulate`).
+
+        Without a graph: the backward pass computes each part again, its random numbers included.
+        """
+        if self.parts == 1 or not torch.is_grad_enabled():
+            return cast(Tensor, self.backbone(x))
+        again = partial(checkpoint, self.backbone, use_reentrant=False)
+        return torch.cat([again(part) for part in x.chunk(self.parts)])
 
     def with_predictor(self, x: Tensor) -> tuple[Tensor, ...]:
         """A network for `encode`: `r`, `z` and the predictor's output `p`."""

@@ -2,14 +2,16 @@
 
     python tools/bench/options.py [--processes 1] [--repeats 11] [CONFIG.yaml] [key=value ...]
 
-One process compares `model.compile`, the memory format and the stacking of views; on a GPU also
-compilation with CUDA graphs (torch's `reduce-overhead`). Several (gloo on a CPU, a GPU each with
+One process compares `model.compile`, the memory format and the stacking of views; without batch
+norms also the batch in four parts and blocks computed again; on a GPU also compilation with CUDA
+graphs (torch's `reduce-overhead`). Several (gloo on a CPU, a GPU each with
 NCCL) compare DDP's options: a static graph, buckets that gradients are copied into, gradients in
 bf16. The config is the embedded default unless one is given. Compilation itself is not timed. The
 time is the processor's with one process on a CPU, the wall clock's with several, and the device's
 on a GPU.
 """
 
+import contextlib
 import functools
 import sys
 import time
@@ -71,6 +73,9 @@ def contestants(world: World, arguments: list[str]) -> dict[str, Step]:
             "model.channels_last=true": some([*arguments, "model.channels_last=true"]),
             "model.views_forward=stacked": some([*arguments, "model.views_forward=stacked"]),
         }
+        for saving in ("optim.accumulate=4", "model.checkpointing=true"):
+            with contextlib.suppress(ValueError):  # batch norms
+                found[saving] = some([*arguments, saving])
         modes = {"model.compile=true": "default"}
         if world.device.type == "cuda":
             modes["compiled, CUDA graphs"] = "reduce-overhead"
