@@ -20,7 +20,8 @@ import torch
 from ddp_ssl.checkpoint import store
 from ddp_ssl.config import ConfigError
 from ddp_ssl.errors import CheckpointError
-from ddp_ssl.run.identity import check_identity, compare_identity
+from ddp_ssl.run.configure import load
+from ddp_ssl.run.identity import check_identity, compare_identity, identity
 from ddp_ssl.training.state import state_of_rank
 from ddp_ssl.utils import files
 
@@ -428,6 +429,31 @@ def test_a_setting_that_did_not_exist_was_off(tmp_path: Path) -> None:
     for other in ({"optim.new": "bf16"}, {"optim.grad_clip": "null"}):
         with pytest.raises(ConfigError, match="is another experiment"):
             check_identity({**saved, **other}, saved, tmp_path)
+
+
+# Settings in the identity of checkpoints that exist. Not to be extended: see the test.
+IN_OLD_CHECKPOINTS = {
+    "run.seed", "model.backbone", "model.backbone_args", "model.stem", "model.projector",
+    "model.projector_norm", "model.projector_bias", "model.batch_norm", "model.views_forward",
+    "model.channels_last", "model.compile", "data.name", "data.fraction", "data.reader",
+    "data.batch_size", "data.views", "data.color_jitter", "data.mean", "data.std",
+    "data.val_fraction", "data.val_resize", "data.val_size", "data.val_interpolation",
+    "data.dtype", "optim.name", "optim.epochs", "optim.lr", "optim.warmup_epochs",
+    "optim.warmup_lr", "optim.final_lr_fraction", "optim.weight_decay", "optim.momentum",
+    "optim.betas", "optim.lars_variant", "optim.lars_eta", "optim.lars_clip",
+    "optim.lars_bound_1d", "optim.grad_clip", "optim.accumulate", "optim.precision",
+    "optim.gradient_compression",
+}  # fmt: skip
+
+
+def test_a_new_setting_is_off_by_default_or_free_on_resume() -> None:
+    """Else no older checkpoint could be resumed."""
+    new = {
+        key: value
+        for key, value in identity(load([]).config).items()
+        if not key.startswith("method.") and key not in IN_OLD_CHECKPOINTS
+    }
+    assert set(new.values()) <= {"null"}, new
 
 
 def test_packed_states(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ FREE_ON_RESUME = (
     "eval.*",
     "measure.*",
     "log.*",
+    "model.checkpointing",
     "data.root",
     "data.url",
     "data.stage",

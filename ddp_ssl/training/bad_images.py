@@ -8,7 +8,7 @@ from typing import Literal, cast
 
 from ddp_ssl.data.loading.bad_images import BadImages, write_list
 from ddp_ssl.distributed import World
-from ddp_ssl.errors import BadDataError
+from ddp_ssl.errors import BadDataError, printable
 from ddp_ssl.utils.files import replaced
 
 logger = logging.getLogger("ddp_ssl")
@@ -103,8 +103,3 @@ class BadImageList:
                     "%s cannot be written, the list waits in memory and in the checkpoints: %s",
                     self._path, error.strerror,
                 )  # fmt: skip
-
-
-def printable(path: str) -> str:
-    """A path as valid text; a file name may hold any bytes."""
-    return path.encode("utf-8", "replace").decode()
