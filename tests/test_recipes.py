@@ -367,6 +367,38 @@ def lejepa(backbone: str) -> Recipe:
     )  # fmt: skip
 
 
+# --- MoCo v3: facebookresearch/moco-v3 -----------------------------------------------------------
+
+
+def moco3(size: str) -> Recipe:
+    """CONFIG.md; main_moco.py (defaults, augmentations, schedule), builder.py, optimizer.py."""
+    area = 0.2 if size == "resnet50" else 0.08  # --crop-min
+    values: Values = {
+        "method.momentum": 0.99, "method.final_momentum": 1, "method.predictor_hidden": 4096,
+        "method.predictor_last_norm": True, "model.projector_bias": False,
+        "model.projector_norm": "batch", "data.batch_size": 4096, "optim.precision": "fp16",
+        "optim.warmup_lr": 0, "optim.final_lr_fraction": 0, "model.views_forward": "separate",
+        "views": [crop(224, area, 0.4, 0.2, 0.1, 1, 0), crop(224, area, 0.4, 0.2, 0.1, 0.1, 0.2)],
+        "crop": (256, 224, "bilinear"),
+    }  # fmt: skip
+    if size == "resnet50":
+        return Recipe("facebookresearch/moco-v3: CONFIG.md 38aae44", values | {
+            "method.temperature": 1, "model.backbone": "resnet50", "model.projector": [4096, 256],
+            "model.backbone_args": {"zero_init_last": True}, "optim.name": "lars",
+            # moco/optimizer.py: trust coefficient 0.001, 1-D parameters neither adapted nor bounded
+            "optim.lars_variant": "vicreg", "optim.lars_eta": 1e-3, "optim.lars_bound_1d": None,
+            "optim.epochs": 100, "optim.lr": 0.45, "optim.weight_decay": 1e-6,
+            "optim.warmup_epochs": 10,
+        }, HALF)  # fmt: skip
+    return Recipe("facebookresearch/moco-v3: CONFIG.md 38aae44", values | {
+        "method.temperature": 0.2, "method.freeze_patch_embed": True,
+        "model.backbone": f"vit_{size}_patch16_224", "model.projector": [4096, 4096, 256],
+        "model.backbone_args": {"num_heads": 12} if size == "small" else {},  # vits.py
+        "optim.name": "adamw", "optim.epochs": 300, "optim.lr": 1.5e-4,
+        "optim.weight_decay": 0.1, "optim.warmup_epochs": 40,
+    }, HALF)  # fmt: skip
+
+
 def recipes() -> dict[str, Recipe]:
     """By YAML below `configs/`."""
     made = {f"imagenet100/{m}.yaml": solo(m, False) for m in ROWS}
@@ -379,6 +411,8 @@ def recipes() -> dict[str, Recipe]:
         for name, net in (("vits16", "vit_small"), ("vitb16", "vit_base")):
             made[f"{folder}/lejepa_{name}.yaml"] = lejepa(f"{net}_patch16_224")
     made["imagenet100/lejepa.yaml"] = lejepa("resnet18")
+    made["imagenet/mocov3.yaml"] = moco3("resnet50")
+    made |= {f"imagenet/mocov3_vit{s[0]}16.yaml": moco3(s) for s in ("small", "base")}
     small = dict(CIFAR_STEM)
     made["cifar/adadim.yaml"] = adadim(small)
     made["cinic10/adadim.yaml"] = adadim({}, {
