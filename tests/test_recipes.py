@@ -382,7 +382,7 @@ def moco3(size: str) -> Recipe:
         "crop": (256, 224, "bilinear"),
     }  # fmt: skip
     if size == "resnet50":
-        return Recipe("facebookresearch/moco-v3: CONFIG.md 38aae44", values | {
+        return Recipe("facebookresearch/moco-v3 38aae44: CONFIG.md", values | {
             "method.temperature": 1, "model.backbone": "resnet50", "model.projector": [4096, 256],
             "model.backbone_args": {"zero_init_last": True}, "optim.name": "lars",
             # moco/optimizer.py: trust coefficient 0.001, 1-D parameters neither adapted nor bounded
@@ -390,7 +390,7 @@ def moco3(size: str) -> Recipe:
             "optim.epochs": 100, "optim.lr": 0.45, "optim.weight_decay": 1e-6,
             "optim.warmup_epochs": 10,
         }, HALF)  # fmt: skip
-    return Recipe("facebookresearch/moco-v3: CONFIG.md 38aae44", values | {
+    return Recipe("facebookresearch/moco-v3 38aae44: CONFIG.md", values | {
         "method.temperature": 0.2, "method.freeze_patch_embed": True,
         "model.backbone": f"vit_{size}_patch16_224", "model.projector": [4096, 4096, 256],
         "model.backbone_args": {"num_heads": 12} if size == "small" else {},  # vits.py
