@@ -46,8 +46,11 @@ SHORTEST = 20  # bytes of an image
 class Checker:
     """Looks at images; one in each worker process."""
 
-    def __init__(self, splits: dict[str, Split], full: bool, max_pixels: int) -> None:
+    def __init__(
+        self, splits: dict[str, Split], full: bool, max_pixels: int, streamed: bool = False
+    ) -> None:
         self.splits, self.full, self.max_pixels = splits, full, max_pixels
+        self.streamed = streamed
         self.decoder = Decoder()
         self.pool = ThreadPoolExecutor(READERS)
 
@@ -63,7 +66,10 @@ class Checker:
                 continue
             reason = encoded if isinstance(encoded, str) else too_large(encoded, self.max_pixels)
             if reason is None and not isinstance(encoded, str):
-                reason = self.decoder.problem(encoded)
+                found = self.decoder.usable(encoded)
+                reason = found if isinstance(found, str) else None
+                if found is not encoded and self.streamed:
+                    reason = reason or "PIL decodes it and a stream does not; pack it again"
             if reason is not None:
                 bad.append((i, reason))
         return bad
@@ -109,9 +115,9 @@ def suspicious(split: Split, i: int, max_pixels: int) -> Bytes | str | None:
 _checker: Checker | None = None
 
 
-def _start(splits: dict[str, Split], full: bool, max_pixels: int) -> None:
+def _start(splits: dict[str, Split], full: bool, max_pixels: int, streamed: bool) -> None:
     global _checker
-    _checker = Checker(splits, full, max_pixels)
+    _checker = Checker(splits, full, max_pixels, streamed)
 
 
 def _work(name: str, first: int, end: int) -> tuple[str, int, list[tuple[int, str]]]:
@@ -120,7 +126,7 @@ def _work(name: str, first: int, end: int) -> tuple[str, int, list[tuple[int, st
 
 
 def check(
-    splits: dict[str, Split], *, full: bool, workers: int, max_pixels: int
+    splits: dict[str, Split], *, full: bool, workers: int, max_pixels: int, streamed: bool = False
 ) -> dict[str, dict[int, str]]:
     """The bad images of each split, by id, with reasons."""
     encoded = {name: split for name, split in splits.items() if split.images is None}
@@ -130,7 +136,9 @@ def check(
     # Forked before anything here has threads, so that workers share the arrays of names.
     context = multiprocessing.get_context("fork")
     with (
-        ProcessPoolExecutor(workers, context, _start, (encoded, full, max_pixels)) as pool,
+        ProcessPoolExecutor(
+            workers, context, _start, (encoded, full, max_pixels, streamed)
+        ) as pool,
         _ended_on_error(),
     ):
         # Ctrl-C is for this process: workers are forked here, and keep it blocked.
@@ -218,8 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             splits = {"train": dataset.train} | ({"val": dataset.val} if dataset.val else {})
             start = time.monotonic()
             bad = check(
-                splits, full=options.full, workers=options.workers, max_pixels=data.max_pixels
-            )
+                splits, full=options.full, workers=options.workers, max_pixels=data.max_pixels,
+                streamed=data.reader == "streamed",
+            )  # fmt: skip
             with writing(options.out):
                 write(options.out, splits, bad)
         finally:

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import ddp_ssl
 from ddp_ssl.config import ConfigError
@@ -102,7 +102,13 @@ def written(tool: str, make: Callable[[], Iterable[Path]]) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises `ConfigError`, one line, for what it cannot parse."""
+    """A parser that raises `ConfigError`, one line, for what it cannot parse.
+
+    Options are not abbreviated: `--tru` is no consent.
+    """
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(allow_abbrev=False, **how)
 
     def error(self, message: str) -> NoReturn:
         """Raise `ConfigError`."""

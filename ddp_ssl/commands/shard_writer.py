@@ -30,6 +30,7 @@ from ddp_ssl.data.datasets import shards
 from ddp_ssl.data.datasets.scan import EXTENSIONS
 from ddp_ssl.data.datasets.sealed import checksum
 from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading.decodable import is_for_pil, rewritten
 from ddp_ssl.utils.files import sync_folder
 from ddp_ssl.utils.progress import Progress, tell
 
@@ -309,10 +310,12 @@ def _read(split: Split, i: int, bad: Unreadable) -> Any:
                 return None
             time.sleep(pause)
         else:
-            if not len(content):
-                bad.add(split.where(i), "empty")
+            # What DALI does not decode is packed as a PNG, so that a stream needs no PIL.
+            packed = rewritten(content) if is_for_pil(content) else content
+            if isinstance(packed, str) or not len(packed):
+                bad.add(split.where(i), packed if isinstance(packed, str) else "empty")
                 return None
-            return content.data
+            return packed.data
     return None
 
 

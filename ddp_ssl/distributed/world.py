@@ -161,28 +161,42 @@ def _join(rank: int, size: int, place: torch.device, timeout: datetime.timedelta
     # torchrun may keep one store over its restarts, with the addresses of dead processes in it, so
     # each restart gets a prefix. On several nodes each agent counts restarts for itself, so the
     # count is of no use there.
-    store = _store(rank, size, timeout)
+    alone = local_rank_and_size()[1] == size and _has_loopback()
+    store = _store(rank, size, timeout, alone)
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         store = PrefixStore(f"start {restarts()}", store)
+    if alone:  # for the groups to come too
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return dist.new_group(backend="gloo", timeout=timeout)
 
 
-def _store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
-    """The store that the processes meet in.
+def _has_loopback() -> bool:
+    """Whether there is an interface `lo` with IPv4; a container may lack it."""
+    with contextlib.suppress(OSError), socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return "lo" in (name for _, name in socket.if_nameindex())
+    return False
 
-    Where all are on one machine, it and gloo's connections can be reached from there alone.
-    torchrun's agent has opened its store already, on all interfaces.
+
+def _store(rank: int, size: int, timeout: datetime.timedelta, alone: bool) -> Any:
+    """The store that the processes meet in; `alone`: all are on this machine.
+
+    It can then be reached from this machine only, unless torchrun's agent has opened it already.
     """
-    if local_rank_and_size()[1] == size:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
-            host, port = "127.0.0.1", int(os.environ["MASTER_PORT"])
-            os.environ["MASTER_ADDR"] = host
+    if alone and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
+        host, port = "127.0.0.1", int(os.environ["MASTER_PORT"])
+        os.environ["MASTER_ADDR"] = host
+        try:
             listening = socket.create_server((host, port)).detach() if rank == 0 else None
-            return dist.TCPStore(  # type: ignore[attr-defined]
-                host, port, size, rank == 0, timeout, master_listen_fd=listening
-            )
+        except OSError as error:
+            raise ValueError(
+                f"MASTER_PORT: {port} cannot be listened on: {error.strerror}; a free port is "
+                "accepted"
+            ) from None
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, size, rank == 0, timeout, master_listen_fd=listening
+        )
     return next(rendezvous("env://", rank, size, timeout=timeout))[0]
 
 

@@ -16,7 +16,6 @@ from ddp_ssl.config import (
     Positive,
     Section,
     load_as,
-    read_yaml,
 )
 from ddp_ssl.config.section import PathText, Seconds
 from ddp_ssl.evals.weights import Source
@@ -246,21 +245,17 @@ def config_of_run(home: Path, trusted: str = "") -> Config:
     """The run's own config.
 
     A folder may come from anybody. So a method from outside the package (`module:Class`), whose
-    file would be executed, must be `trusted`: its name, or `*` for any. Raises `ConfigError`.
+    file would be executed, must be `trusted`: see `load`. Raises `ConfigError`.
     """
     path = str(home / "config.yaml")
     try:
-        method = read_yaml(home / "config.yaml").get("method")
-        name = str(method.get("name")) if isinstance(method, dict) else ""
-        if ":" in name and trusted not in (name, "*"):
-            raise ConfigError(
-                f"{path}: the run's method would be imported from outside this package: {name}; "
-                f"if you trust the file, method.name={name} or --trust is accepted"
-            )
-        return load([path]).config
+        config = load([path], trusted).config
     except ConfigError as error:
         text = str(error)
         raise ConfigError(text if path in text else f"{path}: {text}") from None
+    if trusted not in ("", "*", config.method.name):
+        raise ConfigError(f"method.name: {home} is of {config.method.name}, not {trusted}")
+    return config
 
 
 def _of_run(run: Config, transfer: bool) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,13 @@ def find_source(text: str, trusted: str = "") -> Source:
 
     Raises `ConfigError`, one line, for a place that does not exist or is no run folder.
     """
+    source = _find_source(text)
+    if trusted and source.home is None:
+        raise ConfigError(f"{text}: belongs to no run, so nothing is imported; leave --trust out")
+    return replace(source, trusted=trusted)
+
+
+def _find_source(text: str) -> Source:
     accepted = "a run folder, RUN:best, RUN:last, a file of weights or timm:NAME would be accepted"
     if text.startswith("timm:"):
         return Source(text, timm=text.removeprefix("timm:"))
@@ -57,14 +64,14 @@ def find_source(text: str, trusted: str = "") -> Source:
         if not (path / "config.yaml").is_file():
             raise ConfigError(f"{path}: no run folder (config.yaml is not there); {accepted}")
         if which == "last":
-            return Source(text, home=path, trusted=trusted)
+            return Source(text, home=path)
         best = path / "checkpoints" / "best.pt"
         if not best.is_file():
             raise ConfigError(
                 f"{text}: {best} does not exist; {place}:last, the newest checkpoint, or another "
                 "file in checkpoints/ would be accepted"
             )
-        return Source(text, home=path, file=best, trusted=trusted)
+        return Source(text, home=path, file=best)
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; {accepted}")
     if path.suffix in (".yaml", ".yml"):
@@ -74,7 +81,7 @@ def find_source(text: str, trusted: str = "") -> Source:
         # Other programs write a `config.yaml` beside weights too.
         made = (home / "metrics.jsonl").is_file() or (home / "checkpoints").is_dir()
         if made and (home / "config.yaml").is_file():
-            return Source(text, home=home, file=path, trusted=trusted)
+            return Source(text, home=home, file=path)
     return Source(text, file=path)
 
 

@@ -61,7 +61,7 @@ class MomentumMethod(Method[M], Generic[M]):
         return at_least_float32(z)
 
     def _momentum_forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        r = self.momentum["backbone"](x)
+        r = self.in_parts(self.momentum["backbone"], x)
         return r, self.momentum["projector"](r)
 
     def after_step(self, progress: Progress) -> None:

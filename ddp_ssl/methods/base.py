@@ -99,9 +99,9 @@ class Method(nn.Module, Generic[C]):
         sizes = {group.size for group in config.data.views}
         sizes.add(config.data.central_crop.size)
         self.backbone, self.feature_width = build_backbone(model, sorted(sizes))
-        how = model.projector_norm, model.projector_bias, self.projector_last_norm
-        self.parts = config.optim.accumulate
         recompute(self.backbone, config)
+        self.parts = config.optim.accumulate
+        how = model.projector_norm, model.projector_bias, self.projector_last_norm
         self.projector: nn.Module = projection_head(self.feature_width, model.projector, *how)
         self.layout = ViewLayout()
         self._reduce_norm = model.batch_norm == "global"
@@ -161,7 +161,13 @@ class Method(nn.Module, Generic[C]):
             stacked = torch.cat(group) if len(group) > 1 else group[0]
             with (
                 stacked_views(self.layout, total, held),
-                torch.autocast(stacked.device.type, self.autocast, self.autocast is not None),
+                # The cache would add up the parts' gradients of a weight in half precision.
+                torch.autocast(
+                    stacked.device.type,
+                    self.autocast,
+                    self.autocast is not None,
+                    cache_enabled=self.parts == 1,
+                ),
             ):
                 parts = (network or self._forward)(stacked)
             outputs.append(tuple(part.view(len(group), images, -1) for part in parts))
@@ -171,18 +177,21 @@ class Method(nn.Module, Generic[C]):
         )
 
     def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        r = self._features(x)
+        r = self.in_parts(self.backbone, x)
         return r, self.projector(r)
 
-    def _features(self, x: Tensor) -> Tensor:
+    def in_parts(self, backbone: nn.Module, x: Tensor) -> Tensor:
         """The backbone's output, of one part of the images after the other (`optim.accumulate`).
 
-        Without a graph: the backward pass computes each part again, its random numbers included.
+        Of a part no graph is kept. The backward pass computes it again, with the same random
+        numbers.
         """
-        if self.parts == 1 or not torch.is_grad_enabled():
-            return cast(Tensor, self.backbone(x))
-        again = partial(checkpoint, self.backbone, use_reentrant=False)
-        return torch.cat([again(part) for part in x.chunk(self.parts)])
+        if self.parts == 1:
+            return cast(Tensor, backbone(x))
+        run: Callable[[Tensor], Tensor] = backbone
+        if torch.is_grad_enabled():  # and not a momentum network
+            run = partial(checkpoint, backbone, use_reentrant=False)
+        return torch.cat([run(part) for part in x.chunk(self.parts)])
 
     def with_predictor(self, x: Tensor) -> tuple[Tensor, ...]:
         """A network for `encode`: `r`, `z` and the predictor's output `p`."""

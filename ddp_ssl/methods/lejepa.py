@@ -9,6 +9,7 @@ from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, MethodConfig
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import sigreg
+from ddp_ssl.losses.common import at_least_float32
 from ddp_ssl.methods.base import Method, Output, Progress
 
 
@@ -20,7 +21,7 @@ class LeJEPAConfig(MethodConfig):
     """Weight λ of the Gaussian test; 1 - λ is that of the prediction. The test grows with the
     global batch, so another batch needs another λ."""
     slices: int = Field(1024, ge=1, le=2**17)
-    """Random directions that the embeddings are tested in, new ones at every step."""
+    """Random directions that the embeddings are tested in; each step has its own."""
     t_max: float = Field(5.0, gt=0, le=100)
     """The characteristic function is compared from -t_max to t_max; the authors' later code: 3."""
     knots: int = Field(17, ge=3, le=1025)
@@ -51,7 +52,8 @@ class LeJEPA(Method[LeJEPAConfig]):
 
     def forward(self, batch: Batch) -> Output:
         s = self.settings
-        r, z = self.encode(batch.views)
+        r, embedded = self.encode(batch.views)
+        z = at_least_float32(embedded)
         target = self.all_views(z)[: self.num_large].mean(0)
         prediction = (z - target).square().mean()
         gaussian = sigreg(
@@ -59,11 +61,11 @@ class LeJEPA(Method[LeJEPAConfig]):
             comm=self.comm,
         )  # fmt: skip
         loss = (1 - s.sigreg) * prediction + s.sigreg * gaussian
-        return Output(loss, {"prediction": prediction, "sigreg": gaussian}, r, z)
+        return Output(loss, {"prediction": prediction, "sigreg": gaussian}, r, embedded)
 
     def after_step(self, progress: Progress) -> None:
         """Count the step, which the directions depend on."""
-        self.step = progress.step
+        self.step = progress.step + 1
 
     def get_extra_state(self) -> dict[str, Any]:
         """The step."""

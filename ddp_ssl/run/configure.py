@@ -35,11 +35,12 @@ DIGITS = Path(schema.__file__).parent / "digits"
 EMBEDDED = "embedded default"
 
 
-def load(arguments: Sequence[str]) -> Resolved:
+def load(arguments: Sequence[str], trusted: str = "*") -> Resolved:
     """Resolve `[CONFIG.yaml] [key=value ...]` into a validated tree.
 
     The keys of `method` are validated last, since the method's file has to be imported for them,
-    and torch with it. Raises `ConfigError`.
+    and torch with it. `trusted`: the method (`module:Class`) that may be imported from outside the
+    package, `*` for any. Raises `ConfigError`.
     """
     path, overrides = split_arguments(arguments)
     if path is None:
@@ -48,6 +49,11 @@ def load(arguments: Sequence[str]) -> Resolved:
         text = read_text(path)
         layers = [(str(path), tree_of(path, text, Config))]
     name = _method_name(*merge(with_overrides(layers, overrides, Config)))
+    if ":" in name and trusted not in (name, "*"):
+        raise ConfigError(
+            f"method.name: {name} would be imported from outside this package; if you trust it, "
+            f"method.name={name} or --trust is accepted"
+        )
 
     method = load_method(name).config_class
     typed = with_method(method)

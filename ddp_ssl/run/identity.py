@@ -21,6 +21,7 @@ FREE_ON_RESUME = (
     "measure.*",
     "log.*",
     "model.checkpointing",
+    "optim.accumulate",
     "data.root",
     "data.url",
     "data.stage",
@@ -68,7 +69,9 @@ def check_identity(now: dict[str, str], saved: dict[str, str], path: Path) -> No
     mean the behaviour before that setting existed.
     """
     off = {key: value for key, value in now.items() if value == "null"}
-    differing = compare_identity(off | saved, now)
+    # Earlier versions may have counted a setting that is free now.
+    bound = {key: value for key, value in saved.items() if not free_on_resume(key)}
+    differing = compare_identity(off | bound, now)
     if differing:
         raise ConfigError(
             f"run.resume: {path} is another experiment: {'; '.join(differing)}; "

@@ -23,7 +23,8 @@ class Witness:
 
     def __init__(self, folder: Path, claim: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, str(folder), str(claim), str(os.getpid())],
+            [sys.executable, "-I", "-S", __file__, str(folder), str(claim), claim.read_text(),
+             str(os.getpid())],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
@@ -33,20 +34,19 @@ class Witness:
         self._process.communicate(b"ended")
 
 
-def main(folder: Path, claim: Path, pid: int) -> None:
+def main(folder: Path, claim: Path, held: str, pid: int) -> None:
     """Wait for the end of the process; record a death unless another run has the folder by then."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    held = claim.read_bytes()
     if sys.stdin.buffer.read(1):
-        return
-    try:
-        if claim.read_bytes() != held:
-            return
-    except FileNotFoundError:
         return
     for unfinished in folder.glob(f"*.{socket.gethostname()}-{pid}.tmp"):
         unfinished.unlink(missing_ok=True)
+    try:
+        if claim.read_text() != held:
+            return
+    except FileNotFoundError:
+        return
     path = folder / "status.json"
     status = json.loads(path.read_text())
     if status["state"] != "running":
@@ -59,4 +59,4 @@ def main(folder: Path, claim: Path, pid: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

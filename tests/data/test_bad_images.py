@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ddp_ssl.commands import check_data
 from ddp_ssl.data.batch import Batch
+from ddp_ssl.data.datasets.shards import open_shards
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading import reader
 from ddp_ssl.data.loading.bad_images import BadImages, write_list
@@ -28,6 +31,7 @@ from tests.data.images import (
     eval_of,
     folder_of,
     loader_of,
+    pack,
     picture,
     through_a_file,
 )
@@ -122,12 +126,31 @@ def test_pil_decodes_what_dali_does_not(
         assert torch.equal(a.ids, b.ids)
         assert torch.equal(a.views[0], b.views[0])
     assert not bad.known
-    if save is not text_ppm:  # some versions of DALI decode it
-        assert "1 images are decoded by PIL, which is slow; the last: " in caplog.text
+    assert "images that PIL decodes, one at a time and not DALI: 1, the last " in caplog.text
     loader = loader_of(splits[1], global_batch=3, bad=bad)
     trained = torch.cat([next(loader).ids for _ in range(2)])
     assert trained.tolist() == permutation(3, 0, 6).tolist()
     assert not bad.known
+
+
+def test_shards_hold_images_that_dali_decodes(tmp_path: Path) -> None:
+    """A stream has no PIL; shards of earlier versions may need it, and are found."""
+    root = tmp_path / "files" / "a"
+    root.mkdir(parents=True)
+    for i, save in enumerate((jpeg_2000, webp_with_exif, text_ppm)):
+        save(picture(i), root / f"{i}.{('jp2', 'webp', 'ppm')[i]}")
+    assert pack(root.parent, tmp_path / "out") == 0
+    packed = open_shards(tmp_path / "out").train
+    split = Split.of_files(str(root), [b"0.jp2", b"1.webp", b"2.ppm"], np.zeros(3))
+    for i in range(3):
+        png = Image.open(io.BytesIO(packed.read(i).tobytes()))
+        assert png.format == "PNG"
+        assert np.array_equal(
+            np.asarray(png), np.asarray(Image.open(split.where(i)).convert("RGB"))
+        )
+    for streamed, found in ((False, []), (True, [0, 1, 2])):
+        checker = check_data.Checker({"train": split}, True, 10**6, streamed)
+        assert [i for i, _ in checker.check("train", 0, 3)] == found
 
 
 def test_no_damaged_jpeg_2000_ends_the_process(tmp_path: Path) -> None:

@@ -169,7 +169,8 @@ def test_packing_again_adds_checksums_to_shards_of_an_earlier_version(
 
 def encoded(form: str, width: int = 37, height: int = 21, **options: object) -> np.ndarray:  # type: ignore[type-arg]
     buffer = io.BytesIO()
-    Image.new("RGB", (width, height)).save(buffer, form, **options)
+    mode, form = ("1", "PPM") if form == "PBM" else ("RGB", form)
+    Image.new(mode, (width, height)).save(buffer, form, **options)
     return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
@@ -177,7 +178,7 @@ def encoded(form: str, width: int = 37, height: int = 21, **options: object) -> 
     ("form", "options"),
     [("JPEG", {}), ("JPEG", {"progressive": True}), ("JPEG", {"exif": b"Exif\0\0" + b"x" * 9000}),
      ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {}),
-     ("PPM", {}), ("JPEG2000", {})],
+     ("PPM", {}), ("JPEG2000", {}), ("PBM", {})],
 )  # fmt: skip
 def test_a_header_says_how_many_pixels_there_are(form: str, options: dict[str, object]) -> None:
     image = encoded(form, **options)

@@ -548,7 +548,7 @@ def test_a_disk_without_room(packed: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_place_that_is_no_folder(packed: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"^data.stage: .*cannot be copied to .*Not a directory"):
+    with pytest.raises(ValueError, match=r"^data.stage: .*cannot be copied to .*File exists"):
         staging.stage(packed, tmp_path / "file", lambda _: None)
 
 

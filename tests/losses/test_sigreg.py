@@ -13,7 +13,8 @@ from torch import Tensor
 from ddp_ssl.distributed import MeshComm, World, comm_of
 from ddp_ssl.losses import sigreg
 from ddp_ssl.losses.sigreg import directions
-from tests.helpers import relative
+from ddp_ssl.methods.base import Progress
+from tests.helpers import batch_of, config_of, images, method_of, relative
 from tests.losses import oracles
 from tests.losses.inputs import same, some
 from tests.ranks import Ranks
@@ -79,6 +80,26 @@ def test_directions_are_of_length_one_and_of_their_seed_and_step() -> None:
     others = [directions(9, 500, seed, step, like=z) for seed, step in ((1, 3), (2, 2))]
     assert all(float((drawn - other).abs().max()) > 0.1 for other in others)
     assert float((drawn @ drawn.T / 500 * 9 - torch.eye(9)).abs().max()) < 0.4  # no direction first
+
+
+def test_each_step_of_the_method_has_directions_of_its_own() -> None:
+    method = method_of(config_of("method.name=lejepa", "method.slices=8"))
+    batch, seen = batch_of(images(2, 12)), []
+    for step in range(3):
+        seen.append(float(method(batch).terms["sigreg"]))
+        method.after_step(Progress(step, 10, 0, 1))
+    assert len(set(seen)) == 3
+    state = method.get_extra_state()
+    method.set_extra_state({"step": 0})
+    assert float(method(batch).terms["sigreg"]) == seen[0]
+    method.set_extra_state(state)
+    assert float(method(batch).terms["sigreg"]) not in seen
+
+
+def test_the_methods_terms_are_float32_under_autocast() -> None:
+    method = method_of(config_of("method.name=lejepa", "optim.precision=bf16"), dtype=torch.float32)
+    terms = method(batch_of(images(2, 12, dtype=torch.float32))).terms
+    assert {value.dtype for value in terms.values()} == {torch.float32}
 
 
 def test_a_constant_embedding_is_far_and_has_a_finite_gradient() -> None:

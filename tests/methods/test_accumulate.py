@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddp_ssl import distributed
+from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import World, comm_of
 from ddp_ssl.methods import base
 from ddp_ssl.methods.base import Method, Progress
@@ -54,16 +55,45 @@ def test_parts_have_the_gradient_of_the_whole_batch(name: str) -> None:
     same(parts, whole)
 
 
-def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], rounding: float = 1e-12) -> None:
     """Up to rounding; a bias before a batch norm has no gradient but rounding."""
     scale = max(float(value.abs().max()) for value in theirs.values())
     for key, value in theirs.items():
-        assert float((ours[key] - value).abs().max()) < 1e-12 * scale, key
+        assert float((ours[key] - value).abs().max()) < rounding * scale, key
+
+
+CROPS = ("data.views=[{count: 2, size: 16, recipe: sym}, {count: 2, size: 8, recipe: sym}]",)
+
+
+def test_views_of_two_sizes_and_blocks_computed_again_under_autocast() -> None:
+    """In bf16 the parts' gradients of a weight are added up in float32: no coarser than whole."""
+
+    def gradients(precision: str, *more: str) -> dict[str, Tensor]:
+        how = {"backbone": ", dynamic_img_size: true"}
+        method = built("lejepa", f"optim.precision={precision}", *CROPS, *more, **how).float()
+        large, small = images(2, 12).float(), images(2, 12, size=8).float()
+        ids = torch.arange(12)
+        method(Batch([*large, *small], ids, ids % 3)).loss.backward()
+        return {n: p.grad for n, p in method.named_parameters() if n.endswith("weight")}
+
+    exact, whole = gradients("fp32"), gradients("bf16")
+    for more in (("optim.accumulate=6",), ("optim.accumulate=6", "model.checkpointing=true")):
+        same({n: g.double() for n, g in gradients("fp32", *more).items()},
+             {n: g.double() for n, g in exact.items()}, 1e-5)  # fmt: skip
+        parts = gradients("bf16", *more)
+        off = [sum(float((g[n] - exact[n]).norm()) for n in exact) for g in (parts, whole)]
+        assert 0 < off[0] < 1.1 * off[1]
+
+
+def test_a_momentum_network_goes_in_parts_too() -> None:
+    whole, parts = (peak(*more, name="byol")[0] for more in ((), ("optim.accumulate=8",)))
+    assert parts < 0.3 * whole
 
 
 def under_ddp(world: World, parts: int) -> Any:
     comm = comm_of(world)
-    method = built("simclr", f"optim.accumulate={parts}", comm=comm)
+    more = ("model.checkpointing=true", f"optim.accumulate={parts}")
+    method = built("simclr", *more, comm=comm)
     loss, found = trained(method, distributed.data_parallel(method, world, None))
     return loss, found
 
@@ -123,9 +153,9 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-def peak(*more: str) -> tuple[int, int]:
+def peak(*more: str, name: str = "simclr") -> tuple[int, int]:
     """Bytes alive at most in a step of 240 images, and bytes kept for the backward pass."""
-    method = built("simclr", "data.batch_size=240", *more)
+    method = built(name, "data.batch_size=240", *more)
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:

@@ -43,11 +43,15 @@ def load(data: Data) -> Dataset:
     """1,797 digits of 8x8, upscaled to 32x32 JPEGs in class folders, a stratified fifth for val."""
     folder = cache_folder() / "digits-32-v1"
     if not is_whole(folder):
-        if folder.is_dir():
+        there = folder.is_dir()
+        if there:
             logger.warning("%s is damaged or of an earlier version: written again", folder)
         try:
             write_atomically(folder, write, outdated=lambda: not is_whole(folder))
         except OSError as error:
+            if there and not (folder / CHECKSUM).exists():  # a read-only one of an earlier version
+                logger.warning("%s cannot be written: used as it is", folder)
+                return train_and_val("digits", folder / "train", folder / "val")
             raise ValueError(
                 f"DDP_SSL_CACHE: cannot write {folder}: {error.strerror}; accepted: a folder to "
                 "write the digits to, once"
@@ -58,7 +62,7 @@ def load(data: Data) -> Dataset:
 def is_whole(folder: Path) -> bool:
     """Whether the files are those that `write` made."""
     try:
-        return (folder / CHECKSUM).read_text() == files_checksum(folder)
+        return (folder / CHECKSUM).read_bytes() == files_checksum(folder).encode()
     except OSError:
         return False
 

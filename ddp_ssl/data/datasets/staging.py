@@ -47,6 +47,7 @@ def stage(root: Path, to: Path, tell: Callable[[str], None]) -> Path:
     target = to / f"{name}-{stamp}-user{_owner()}"
     try:
         to.mkdir(parents=True, exist_ok=True)
+        _take_over(to / f"{name}-{stamp}", target)
         with contextlib.suppress(FileExistsError):
             target.mkdir(0o700)
         _own(target)
@@ -67,6 +68,15 @@ def stage(root: Path, to: Path, tell: Callable[[str], None]) -> Path:
 
 
 _owner = os.geteuid
+
+
+def _take_over(earlier: Path, target: Path) -> None:
+    """Give this user's copy of an earlier version, which had no user in its name, the new one."""
+    if not target.exists():
+        with contextlib.suppress(OSError, ValueError):
+            _own(earlier)
+            earlier.chmod(0o700)
+            earlier.rename(target)
 
 
 def _own(target: Path) -> None:

@@ -1,7 +1,7 @@
 """Whether an encoded image decodes: a fast check of its markers, and the decoder itself.
 
 The markers accept all files but damaged ones and a few rare formats. Only an image that they reject
-has to be decoded. A few files that DALI does not decode PIL rewrites for it.
+has to be decoded. PIL rewrites the few kinds that DALI does not decode.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ddp_ssl.data.loading.formats import Decoding
 
 Bytes = NDArray[np.uint8]
 
-# The formats that DALI decodes, by PIL's names. PIL opens more of them.
+# The formats that are read, by PIL's names. PIL opens more of them.
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
 
 
@@ -30,12 +30,12 @@ def looks_whole(encoded: Bytes) -> bool:
     return start == b"\x89PNG\r\n\x1a\n" and end[4:8] == b"IEND"
 
 
-# DALI's decoder of JPEG 2000 on the CPU ends the process at many damaged files, so PIL decodes it.
-JPEG_2000 = (b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
+# The first bytes of formats that PIL decodes: JPEG 2000, since DALI's decoder on the CPU ends the
+# process at many damaged files, and bitmaps and PPM as text.
+FOR_PIL = (b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51", b"P1", b"P2", b"P3", b"P4")
 # The first bytes of formats that have no end marker.
-STARTS = (b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P5", b"P6", *JPEG_2000)
-# Of those that PIL rewrites where DALI rejects them: lossless WebP with EXIF data, PPM as text.
-REWRITABLE = (*STARTS, b"P1", b"P2", b"P3", b"P4")
+STARTS = (b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P5", b"P6", *FOR_PIL)
+WEBP_HAS_EXIF = 8  # a flag in the extended header
 
 
 def worth_trying(encoded: Bytes) -> bool:
@@ -94,8 +94,11 @@ def _pixels_of_jpeg(content: memoryview) -> int:
 
 
 def is_for_pil(encoded: Bytes) -> bool:
-    """Whether DALI must not get these bytes."""
-    return encoded[:8].tobytes().startswith(JPEG_2000)
+    """Whether PIL decodes these bytes: `FOR_PIL`, and lossless WebP with EXIF data."""
+    head = encoded[:21].tobytes()
+    if head.startswith(b"RIFF") and head[12:16] == b"VP8X" and head[20] & WEBP_HAS_EXIF:
+        return b"VP8L" in encoded[:4096].tobytes()  # behind a colour profile, if there is one
+    return head.startswith(FOR_PIL)
 
 
 class Decoder:
@@ -114,7 +117,7 @@ class Decoder:
         error = self._error(encoded)
         if error is None:
             return encoded
-        if encoded[:8].tobytes().startswith(REWRITABLE):
+        if encoded[:8].tobytes().startswith(STARTS):
             return rewritten(encoded)
         return why(encoded) or dali_message(error)
 
@@ -138,7 +141,7 @@ class Decoder:
 
 
 def rewritten(encoded: Bytes) -> Bytes | str:
-    """An image as PIL decodes it, in RGB and as a BMP; or why it does not, in a few words."""
+    """An image as PIL decodes it, in RGB and as a PNG; or why it does not, in a few words."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -149,7 +152,7 @@ def rewritten(encoded: Bytes) -> Bytes | str:
             whole: Image.Image = image
             if image.mode.startswith("I"):  # 16 bits: the upper eight
                 whole = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            whole.convert("RGB").save(buffer, "BMP")
+            whole.convert("RGB").save(buffer, "PNG", compress_level=1)
     except Exception as error:
         return _reason(error)
     return np.frombuffer(buffer.getvalue(), np.uint8)

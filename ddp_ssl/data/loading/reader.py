@@ -136,7 +136,9 @@ class Reader:
             count = len(self._for_pil)
         if count > before and count in (1, 10, 100, 1_000, 10_000, 100_000):
             where = self.split.where(i)
-            logger.info("%d images are decoded by PIL, which is slow; the last: %s", count, where)
+            logger.info(
+                "images that PIL decodes, one at a time and not DALI: %d, the last %s", count, where
+            )
 
     def remember(self, found: dict[int, str]) -> None:
         """These images are bad from now on."""
