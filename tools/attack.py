@@ -265,17 +265,17 @@ def state_of(step: int) -> dict[str, Any]:
 
 
 def prepare_bits(home: Path) -> None:
-    """The files of each kind, in a folder of its name."""
+    """The files of each kind, in a folder of its name; made apart, as each has its settings."""
     save_pictures(home / "pictures")
     for name, kind in KINDS.items():
         (home / name).mkdir()
-        kind.make(home / name, home)
+        if end_of(start(partial(kind.make, home / name, home), home / "output", RUN_S)):
+            raise SystemExit((home / "output").read_text())
 
 
-def make_shards(folder: Path, home: Path) -> None:
+def make_shards(folder: Path, home: Path) -> int:
     words = ["--out", str(folder), "--shard-size", "20000", "--workers", "2"]
-    if pack_shards.main([*words, "data.name=folder", f"data.root={home / 'pictures'}"]):
-        raise SystemExit("the shards could not be packed")
+    return pack_shards.main([*words, "data.name=folder", f"data.root={home / 'pictures'}"])
 
 
 def make_checkpoints(folder: Path, home: Path) -> None:
@@ -346,19 +346,24 @@ def read_digits(folder: Path, home: Path) -> Any:
 class Kind(NamedTuple):
     """Files with checksums: how they are made and read in a folder, and their share."""
 
-    make: Callable[[Path, Path], Any]
+    make: Callable[[Path, Path], int | None]
     read: Callable[[Path, Path], Any]
     share: int = 3
     may_lose: bool = False
     """Whether, with a word, an older checkpoint or the rows that are left may be taken."""
 
 
+def made_by(read: Callable[[Path, Path], Any]) -> Callable[[Path, Path], None]:
+    """The first reading makes what is kept."""
+    return lambda folder, home: read(folder, home) and None
+
+
 KINDS = {
-    "kept scan": Kind(read_scan, read_scan),
+    "kept scan": Kind(made_by(read_scan), read_scan),
     "shards": Kind(make_shards, read_shards),
     "checkpoints": Kind(make_checkpoints, read_checkpoints, may_lose=True),
     "metrics.jsonl": Kind(make_rows, read_rows, may_lose=True),
-    "cached digits": Kind(read_digits, read_digits, 1),  # many files, slow to write again
+    "cached digits": Kind(made_by(read_digits), read_digits, 1),  # many files, slow to write again
 }
 UNREAD = (".lock", ".origin", "packing.jsonl")
 
