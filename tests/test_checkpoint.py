@@ -86,6 +86,7 @@ def test_the_manifest_says_what_is_in_the_file(tmp_path: Path) -> None:
     manifest = json.loads(path.with_suffix(".json").read_text())
     assert manifest.pop("time") > 1.6e9
     assert len(manifest.pop("sha256")) == 64
+    del manifest["checksum"]
     assert manifest == {
         "file": "step_00000007.pt",
         "bytes": path.stat().st_size,
@@ -96,6 +97,34 @@ def test_the_manifest_says_what_is_in_the_file(tmp_path: Path) -> None:
         "permanent": True,
         "serial": 1,
     }
+
+
+def test_no_flipped_bit_of_a_manifest_is_believed(tmp_path: Path) -> None:
+    """Of the step, say, or of the serial number, by which an older checkpoint would be newest."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    whole, draw = store.find(tmp_path), random.Random(0)
+    manifest = whole[0].manifest
+    content = bytearray(manifest.read_bytes())
+    refused = 0
+    for at in draw.sample(range(8 * len(content)), 150):
+        content[at // 8] ^= 1 << at % 8
+        manifest.write_bytes(content)
+        found = store.find(tmp_path)
+        assert found in (whole, whole[1:]), at
+        refused += found == whole[1:]
+        content[at // 8] ^= 1 << at % 8
+    assert refused > 120  # but for white space
+
+
+def test_a_manifest_of_an_earlier_version_has_no_checksum(tmp_path: Path) -> None:
+    manifest = save(tmp_path, 1).with_suffix(".json")
+    before = store.find(tmp_path)
+    fields = json.loads(manifest.read_text())
+    del fields["checksum"]
+    manifest.write_text(json.dumps(fields, indent=1))
+    assert store.find(tmp_path) == before
+    assert store.load(tmp_path)["step"] == 1
 
 
 def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:

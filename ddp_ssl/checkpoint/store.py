@@ -35,6 +35,7 @@ from ddp_ssl.utils.files import (
     sync_folder,
     write_synced,
 )
+from ddp_ssl.utils.sealed import CHECKSUM, sealed, unsealed
 from ddp_ssl.utils.text import one_line
 
 logger = logging.getLogger("ddp_ssl")
@@ -68,7 +69,7 @@ class CheckpointInfo:
     def to_json(self) -> str:
         """The manifest's text."""
         fields = {k: v for k, v in vars(self).items() if k != "path"}
-        return json.dumps({"file": self.path.name, **fields}, indent=1) + "\n"
+        return sealed({"file": self.path.name, **fields})
 
     @staticmethod
     def read(manifest: Path) -> CheckpointInfo:
@@ -79,6 +80,8 @@ class CheckpointInfo:
     def parse(manifest: Path, text: str) -> CheckpointInfo:
         """The manifest of this path and text. Raises `ValueError`."""
         fields = json.loads(text)
+        if isinstance(fields, dict) and CHECKSUM in fields:  # earlier versions wrote none
+            fields = unsealed(text)
         try:
             return CheckpointInfo(path=manifest.with_name(fields.pop("file")), **fields)
         except (AttributeError, KeyError, TypeError) as error:

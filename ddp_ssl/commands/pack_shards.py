@@ -42,11 +42,11 @@ from ddp_ssl.commands.shard_writer import (
 )
 from ddp_ssl.data.datasets import registry, selection, shards
 from ddp_ssl.data.datasets.base import absolute
-from ddp_ssl.data.datasets.sealed import sealed
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.files import path_of
 from ddp_ssl.utils.progress import Progress, tell
+from ddp_ssl.utils.sealed import sealed
 from ddp_ssl.utils.seeds import generator
 
 OVERHEAD = 3 * BLOCK + 2 * BLOCK + BLOCK  # headers, class and id, padding at most

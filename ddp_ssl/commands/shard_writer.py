@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 
 from ddp_ssl.data.datasets import shards
 from ddp_ssl.data.datasets.scan import EXTENSIONS
-from ddp_ssl.data.datasets.sealed import checksum
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.decodable import is_for_pil, rewritten
 from ddp_ssl.utils.files import sync_folder
 from ddp_ssl.utils.progress import Progress, tell
+from ddp_ssl.utils.sealed import checksum
 
 BLOCK, RECORD = 512, 10240  # tar's
 BESIDE = 128  # bytes that an image takes in the index and the arrays, about

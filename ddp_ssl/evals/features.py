@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,13 +32,14 @@ from ddp_ssl.distributed import World
 from ddp_ssl.evals.settings import EvaluateConfig
 from ddp_ssl.utils.files import replaced
 from ddp_ssl.utils.progress import Ticker, logger
+from ddp_ssl.utils.sealed import CHECKSUM
 from ddp_ssl.utils.seeds import hashed
 from ddp_ssl.utils.text import one_line
 
 Ids = npt.NDArray[np.int64]
 Tell = Callable[[str], None]
 
-KEPT = 2  # version of the files on disk and of their key
+KEPT = 3  # version of the files on disk and of their key
 SAMPLED = 1000  # files of a split whose size and time are part of the key
 CHUNKS = (128, 4096)  # fewest and most images that are augmented from one seed
 
@@ -222,8 +224,9 @@ class Extractor:
         path = home / f"{first:09d}-{end:09d}.safetensors"
         try:
             home.mkdir(parents=True, exist_ok=True)
+            content = {"features": block.features.contiguous(), "ids": block.ids}
             with replaced(path) as temporary:
-                save_file({"features": block.features.contiguous(), "ids": block.ids}, temporary)
+                save_file(content, temporary, {CHECKSUM: _checksum(**content)})
         except (OSError, SafetensorError) as error:
             logger.warning("features are not kept: %s: %s", path, one_line(error))
 
@@ -238,9 +241,11 @@ def _kept(home: Path, first: int, end: int) -> Block | None:
             continue
         try:
             with safe_open(path, "pt") as file:
-                ids = file.get_tensor("ids")
+                features, ids = (file.get_tensor(name) for name in ("features", "ids"))
+                if (file.metadata() or {}).get(CHECKSUM) != _checksum(features, ids):
+                    raise SafetensorError("its checksum differs")
                 low, high = torch.searchsorted(ids, torch.tensor([reached, end])).tolist()
-                parts.append((file.get_slice("features")[low:high], ids[low:high]))
+                parts.append((features[low:high], ids[low:high]))
         except (OSError, SafetensorError) as error:
             logger.warning("%s cannot be read, made anew: %s", path, error)
             return None
@@ -249,6 +254,14 @@ def _kept(home: Path, first: int, end: int) -> Block | None:
         return None
     features, ids = (torch.cat(part) for part in zip(*parts, strict=True))
     return Block(features, torch.zeros_like(ids), ids)
+
+
+def _checksum(features: Tensor, ids: Tensor) -> str:
+    """CRC-32 of the content of a part."""
+    value = zlib.crc32(repr((features.dtype, features.shape, ids.dtype)).encode())
+    for tensor in (features, ids):
+        value = zlib.crc32(tensor.numpy().data, value)
+    return str(value)
 
 
 def _stamps(split: Split) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,26 @@ def test_features_on_disk_are_of_these_weights_images_and_patches(tmp_path: Path
         path.write_bytes(path.read_bytes()[:-30])
     assert "taken" not in make(*first)  # damaged: made anew
     assert "taken" in make(*first)
+
+
+def test_no_flipped_bit_of_features_on_disk_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    features = torch.arange(24.0).reshape(6, 4)
+    block = Block(features, torch.zeros(6, dtype=torch.int64), torch.arange(6))
+    extractor = extractor_of(settings_of(RANDOM, cache_mb=0), ALONE, cache=tmp_path)
+    extractor._keep(tmp_path, 0, 6, block)
+    (path,) = tmp_path.iterdir()
+    content, draw, damaged = bytearray(path.read_bytes()), random.Random(0), 0
+    for at in draw.sample(range(8 * len(content)), 400):
+        content[at // 8] ^= 1 << at % 8
+        path.write_bytes(content)
+        found = module._kept(tmp_path, 1, 5)
+        damaged += found is None
+        assert found is None or torch.equal(found.features, features[1:5]), at
+        content[at // 8] ^= 1 << at % 8
+    assert damaged > 370  # but for white space
+    assert caplog.text.count("cannot be read, made anew") == damaged
 
 
 def test_few_features_are_not_kept(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from ddp_ssl.data.datasets.base import Dataset, Definition
 from ddp_ssl.data.datasets.cache import cache_folder, write_atomically
 from ddp_ssl.data.datasets.folders import train_and_val
-from ddp_ssl.data.datasets.sealed import CHECKSUM
+from ddp_ssl.utils.sealed import CHECKSUM
 from ddp_ssl.utils.seeds import generator
 
 if TYPE_CHECKING:

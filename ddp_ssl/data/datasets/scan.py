@@ -26,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddp_ssl.data.datasets.cache import cache_folder, write_atomically
-from ddp_ssl.data.datasets.sealed import checksum, sealed, unsealed
 from ddp_ssl.data.datasets.split import Names, Split
 from ddp_ssl.errors import printable
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.progress import EVERY_S
+from ddp_ssl.utils.sealed import checksum, sealed, unsealed
 from ddp_ssl.utils.seeds import generator
 
 logger = logging.getLogger("ddp_ssl")

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute
-from ddp_ssl.data.datasets.sealed import CHECKSUM, checksum, unsealed
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.datasets.tar import Shards
 from ddp_ssl.utils.once import warn_once
+from ddp_ssl.utils.sealed import CHECKSUM, checksum, unsealed
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ddp_ssl.data.datasets.sealed import checksum
 from ddp_ssl.data.datasets.shards import (
     ABOUT,
     ORIGIN,
@@ -27,6 +26,7 @@ from ddp_ssl.data.datasets.shards import (
     open_shards,
 )
 from ddp_ssl.utils.progress import EVERY_S
+from ddp_ssl.utils.sealed import checksum
 
 CHUNK = 8 << 20
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp_ssl.data.datasets.sealed import checksum
+from ddp_ssl.utils.sealed import checksum
 
 
 @dataclass(frozen=True, eq=False)
