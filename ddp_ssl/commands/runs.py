@@ -59,9 +59,14 @@ def listing(folder: Path) -> list[str]:
         found = []
     if not found:
         return [f"no runs in {folder}"]
+    return table(sorted(found, key=lambda each: each.changed))
+
+
+def table(found: Sequence[Overview]) -> list[str]:
+    """A line for each run."""
     now = time.time()
     rows = [("run", "state", "step", "epoch", "best", "figure", "age")]
-    for each in sorted(found, key=lambda each: each.changed):
+    for each in found:
         epoch = "-" if each.epoch is None else f"{each.epoch}/{each.epochs or '?'}"
         rows.append((
             str(each.folder), state_of(each), str(each.step), epoch, best_of(each),

@@ -20,7 +20,7 @@ LONGEST_TAIL = 1 << 20  # and at most, to find the last measurement
 WINDOW = 1 << 12  # bytes of it in which a step is searched row by row
 COLLAPSED = 0.05  # of the standard deviation of an isotropic embedding
 
-State = Literal["training", "stale", "dead", "stopped", "done", "failed"]
+State = Literal["training", "stale", "dead", "stopped", "done", "failed", "not started"]
 STATES: dict[str, State] = {"preempted": "stopped", "done": "done", "failed": "failed"}
 Row = dict[str, Any]
 
@@ -32,7 +32,7 @@ class Overview:
     folder: Path
     state: State
     """`training`: its process is alive. `stale`: it is silent for longer than a slow file system
-    explains. `dead`: it ended without a word."""
+    explains. `dead`: it ended without a word. `not started`: the folder is no run's."""
     collapsed: bool
     """Whether the embeddings hardly differed when they were last measured."""
     step: int
@@ -81,8 +81,11 @@ def overview(folder: Path, me: claims.Holder, now: float) -> Overview:
         if metric not in (None, "null"):
             best = _best(file, folder, str(metric).lstrip("-"))
     said = str(status.get("state"))
+    state: State
     life = claims.life(folder, me, now)
-    if life == "over":
+    if not is_run(folder):
+        state = "not started"
+    elif life == "over":
         state = "dead" if status.get("error") == DIED else STATES.get(said, "dead")
     else:
         state = "training" if life == "alive" else "stale"
