@@ -15,6 +15,8 @@ COMMANDS = {
     "export": ("export", "a run's backbone for timm, torchvision, safetensors or ONNX"),
     "embed": ("embed", "features of a data set as NPZ, and for TensorBoard's projector"),
     "doctor": ("doctor", "check the machine, the data and the cluster before a long run"),
+    "runs": ("commands.runs", "list runs and their state, or compare some of them"),
+    "verify": ("commands.verify", "is a loss on W processes that of one process?"),
     "prepare-data": ("commands.prepare_data", "fetch a data set and check that it is complete"),
     "check-data": ("commands.check_data", "find images that cannot be read or decoded"),
     "pack-shards": ("commands.pack_shards", "pack a data set into tar files"),

@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_ssl.commands import common, submit_options
+from ddp_ssl.commands.runs import overviews, table
 from ddp_ssl.config import ConfigError, check_world_size
 from ddp_ssl.config.files import find_config
 from ddp_ssl.run.configure import load
@@ -117,9 +119,9 @@ class Training:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Submit from the command line; returns the exit code."""
-    options = submit_options.parser().parse_intermixed_args(arguments)
-    per_node = options.tasks_per_node or options.gpus_per_node or 1
     try:
+        options = submit_options.parser().parse_intermixed_args(arguments)
+        per_node = options.tasks_per_node or options.gpus_per_node or 1
         runs = sweep(options.arguments)
         options.alone = len(runs) == 1
         for run in runs:
@@ -146,7 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     if options.cluster == "slurm":
         return _submit(trainings, name, per_node, options)
-    return max(_run_here(training, name, per_node, options) for training in trainings)
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # of two in one second too
+    for training in trainings:
+        training.folder = training.folder.replace("%A", stamp)
+    code = max(_run_here(training, name, per_node, options) for training in trainings)
+    if not options.alone:
+        print("\n".join(["", *table(overviews([Path(each.folder) for each in trainings]))]))
+    return code
 
 
 # --- a sweep -----------------------------------------------------------------------------------
@@ -240,6 +248,9 @@ def _submit(
         return common.refuse(f"nothing was submitted: {' '.join(str(error).split())}", 1)
     for job, job_id, training in zip(jobs, ids, trainings, strict=True):
         _tell(job_id, training, str(job.paths.stderr), options)
+    if not options.alone:
+        sweep_folder = os.path.dirname(trainings[0].folder_of(ids[0]))
+        print(f"the sweep   ddp-ssl runs {shlex.quote(sweep_folder)}")
     return 0
 
 
@@ -248,8 +259,6 @@ def _run_here(training: Training, name: str, per_node: int, options: argparse.Na
     import submitit
 
     os.environ["MASTER_PORT"] = str(_free_port())
-    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # of two in one second too
-    training.folder = training.folder.replace("%A", stamp)
     executor = submitit.AutoExecutor(folder=_log_folder(options), cluster=options.cluster)
     if options.cluster == "local":
         # Ctrl-C is for the ranks, which the terminal tells as well: they save and end. submitit's

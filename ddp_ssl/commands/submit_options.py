@@ -9,8 +9,8 @@ from ddp_ssl.config import ConfigError
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's options."""
-    made = argparse.ArgumentParser(
+    """The command line's options; what cannot be parsed raises `ConfigError`."""
+    made = common.Parser(
         prog="python -m ddp_ssl.submit",
         description="Submit a run, or a sweep, through submitit.",
         epilog="key=a,b,c is a sweep: one run for each value, and for each combination of several.",

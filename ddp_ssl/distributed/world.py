@@ -98,11 +98,13 @@ class Disagreement(ValueError):
     """All processes found together that they cannot form a group."""
 
 
-def start(device: str = "auto", timeout_s: float = 1800) -> World:
+def start(device: str = "auto", timeout_s: float = 1800, checked: bool = False) -> World:
     """Join the process group that the launcher describes; one process needs none.
 
     Reads torchrun's variables, or Slurm's when `srun` starts one task per GPU. `device` is `auto`,
-    `cuda` or `cpu`; `auto` is the CPU only where no GPU is meant (`driver.py`). Raises `ValueError`
+    `cuda` or `cpu`; `auto` is the CPU only where no GPU is meant (`driver.py`). `checked`: one
+    process forms a group too, and the processes compare every collective of the default group
+    before it runs; if they differ, all of them raise `RuntimeError`. Raises `ValueError`
     (with several ranks `Disagreement`, on all of them) if a rank lacks the GPU that is asked for or
     meant for it, if some ranks have a GPU and others none, or if two ranks share one.
     """
@@ -114,11 +116,11 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     if size == 1:
         if missing:
             raise ValueError(f"run.device: {missing}")
-        return World(0, 1, 0, 1, place)
+        if not checked:
+            return World(0, 1, 0, 1, place)
     timeout = datetime.timedelta(seconds=timeout_s)
-    world = World(
-        rank, size, local_rank, local_size, place, _join(rank, size, place, timeout), timeout
-    )
+    side = _join(rank, size, place, timeout, checked)
+    world = World(rank, size, local_rank, local_size, place, side, timeout)
     found = world.gather_objects((_place(place), socket.gethostname(), missing)) or []
     lacking = [
         f"run.device: rank {lacks} ({host}): {reason}"
@@ -149,7 +151,9 @@ def _find_device(device: str, local_rank: int) -> tuple[torch.device, str | None
     return torch.device("cpu"), missing
 
 
-def _join(rank: int, size: int, place: torch.device, timeout: datetime.timedelta) -> Any:
+def _join(
+    rank: int, size: int, place: torch.device, timeout: datetime.timedelta, checked: bool
+) -> Any:
     """Make the default process group; returns the group for the hosts."""
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise ValueError(
@@ -167,7 +171,14 @@ def _join(rank: int, size: int, place: torch.device, timeout: datetime.timedelta
         store = PrefixStore(f"start {restarts()}", store)
     if alone:  # for the groups to come too
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    debug = cast(Any, dist)  # these names are not among those that torch exports to mypy
+    level = debug.get_debug_level()
+    if checked:
+        debug.set_debug_level(debug.DebugLevel.DETAIL)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    finally:
+        debug.set_debug_level(level)
     return dist.new_group(backend="gloo", timeout=timeout)
 
 
@@ -198,6 +209,20 @@ def _store(rank: int, size: int, timeout: datetime.timedelta, alone: bool) -> An
             host, port, size, rank == 0, timeout, master_listen_fd=listening
         )
     return next(rendezvous("env://", rank, size, timeout=timeout))[0]
+
+
+def open_store() -> tuple[Any, int]:
+    """A store on loopback for processes of this machine, and its port; it ends with the object.
+
+    They find it as torchrun's: with `TORCHELASTIC_USE_AGENT_STORE=True`, its port in `MASTER_PORT`,
+    and another `TORCHELASTIC_RESTART_COUNT` for each group.
+    """
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=listening.detach()
+    )
+    return store, port
 
 
 def _place(device: torch.device) -> str:

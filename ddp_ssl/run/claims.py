@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ddp_ssl.config import ConfigError, Run
 from ddp_ssl.utils.files import removed_on_error
@@ -236,6 +237,17 @@ def refuse_if_held(folder: Path) -> None:
         held = [claim for claim in found if not _is_over(claim, me, now)]
         if held:
             raise FolderInUseError(f"{_in_use(held[-1], now)}; {ACCEPTED}")
+
+
+def life(folder: Path, me: Holder, now: float) -> Literal["alive", "silent", "over"]:
+    """Whether a folder's holder is alive, silent for too long to be sure, or over or absent.
+
+    `me`: this process. `now`: this machine's time, since asking the file system's writes a file.
+    """
+    found = find(folder)
+    if not found or _is_over(found[-1], me, now):
+        return "over"
+    return "alive" if now - found[-1].heard <= QUIET * PERIOD_S else "silent"
 
 
 def _in_use(claim: Found, now: float) -> str:

@@ -84,6 +84,7 @@ def test_a_sweep_is_an_array(slurm: Cluster, tmp_path: Path, images: Path) -> No
     assert (first, second) == (f"{array}_0", f"{array}_1")
     base = tmp_path / f"runs/imagenet100-adadim-{array}"
     assert printed["run folder"] == [f"{base}/lr=0.1", f"{base}/lr=0.2"]
+    assert printed["the sweep"] == [f"ddp-ssl runs {base}"]
     losses = []
     for job, rate in ((first, "0.1"), (second, "0.2")):
         assert slurm.wait(job) == "COMPLETED", output(tmp_path)

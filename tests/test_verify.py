@@ -1,0 +1,152 @@
+"""`ddp-ssl verify`: planted faults are named, and right losses are right."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ddp_ssl.checks import oracle
+from ddp_ssl.commands import verify
+from ddp_ssl.config import ConfigError
+from tests.ranks import Ranks
+from tests.runs import call
+
+SHAPE = (2, 12, 16)
+
+
+def judged(ranks: Ranks, target: str, *settings: str) -> tuple[list[str], str]:
+    return oracle.judge(
+        {W: ranks.launch(oracle.measure, W, target, SHAPE, settings) for W in oracle.SIZES}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("right", "exact"),
+        ("RightModule", "exact"),
+        ("instance", "exact"),
+        ("single", "exact"),
+        ("whole_only", "exact"),
+        ("local", "local"),
+        ("divided", "gradient divided by W"),
+        ("divided_in_place", "gradient divided by W"),
+        ("DividedModule", "gradient divided by W"),
+        ("one_sided", "gradient wrong"),
+        ("own_statistics", "value wrong"),
+        ("summed", "value wrong"),
+        ("noisy", "not deterministic"),
+        ("one_more", "collectives differ"),
+        ("uneven", "collectives differ"),
+        ("one_more_backward", "collectives differ"),
+    ],
+)
+def test_planted_faults_are_named(ranks: Ranks, name: str, word: str) -> None:
+    lines, found = judged(ranks, f"tests.planted:{name}")
+    assert found == word, lines
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["tests.planted:contrastive", "ddp_ssl.losses:vicreg", "ddp_ssl.losses:byol", "mmcr"],
+)
+def test_losses_and_methods_of_this_project_are_exact(ranks: Ranks, target: str) -> None:
+    lines, found = judged(ranks, target)
+    assert found == "exact", lines
+    assert [line[:5] for line in lines] == ["W = 1", "W = 2", "W = 3", "W = 4"]
+
+
+def test_local_batch_norm_is_found(ranks: Ranks) -> None:
+    assert judged(ranks, "simclr", "model.batch_norm=local")[1] == "value wrong"
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        ("tests.planted:raises_on_one", "RuntimeError: no such row [W = 2, rank 1]"),
+        ("tests.planted:constant", "returned a loss that has no gradient [W = 1, rank 0]"),
+        ("tests.planted:rows", "returned a tensor [12]; a scalar tensor, or `.loss`, is accepted"),
+        ("tests.planted:three", "has 3 positional parameters without a default; one ([K, N, d])"),
+        ("tests.planted:number", "is int; a function or an nn.Module is accepted"),
+        ("tests.planted:absent", "cannot be imported: module 'tests.planted' has no attribute"),
+    ],
+)
+def test_what_cannot_be_verified_is_one_line(ranks: Ranks, target: str, text: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        judged(ranks, target)
+    assert str(raised.value).startswith(text)
+
+
+def test_the_gradient_of_each_part_counts() -> None:
+    """One parameter of many may be wrong; one that is zero but for rounding is not."""
+
+    def result(small: float, zero: float) -> oracle.Measured:
+        parts = {"a": np.full(9, 100.0), "b": np.array([small]), "c": np.array([zero])}
+        found = oracle.Result(1.0, parts)
+        return oracle.Measured(found, found, 1e-8, {2: found, 3: found, 4: found})
+
+    def word(small: float, zero: float) -> str:
+        one, others = result(1.0, 1e-17), result(small, zero)
+        return oracle.judge({1: [one], 2: [others] * 2, 3: [others] * 3, 4: [others] * 4})[1]
+
+    assert word(1.0, -3e-16) == "exact"
+    assert word(0.99, 1e-17) == "gradient wrong"
+    assert word(1.0, 1e-3) == "gradient wrong"
+    assert word(float("nan"), 0.0) == "gradient wrong"
+    with pytest.raises(ConfigError, match="value or gradient is not finite in one process"):
+        oracle.judge({1: [result(float("inf"), 0.0)]})
+
+
+def test_mistakes_on_the_command_line_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, text in {
+        ("simclrr",): "simclrr: neither module:callable nor a method; did you mean simclr?",
+        ("simclr", "--shape", "2,16,8"): "16 images cannot be split over 1 to 4 processes",
+        ("simclr", "--shape", "2,x,8"): "'2,x,8' is not K,N,d, such as 2,24,16",
+        ("method.temperature=1",): "nothing to verify; module:callable or a method is accepted",
+    }.items():
+        assert verify.main(words) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert text in captured.err
+
+
+@pytest.mark.parametrize(("moved", "code", "word"), [(0.0, 0, "exact"), (0.1, 1, "value wrong")])
+def test_the_exit_code_is_the_verdict_s(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moved: float,
+    code: int,
+    word: str,
+) -> None:
+    def measured(targets: Any, *_: Any) -> Iterator[Any]:
+        for target in targets:
+            found = {}
+            for size in oracle.SIZES:
+                result = oracle.Result(1 + moved * (size == 3), {"z": np.ones(2)})
+                local = dict.fromkeys((2, 3, 4), result)
+                found[size] = [oracle.Measured(result, result, 1e-8, local)] * size
+            yield target, found
+
+    monkeypatch.setattr(verify, "_measured", measured)
+    assert verify.main(["a:b"]) == code
+    assert capsys.readouterr().out.splitlines()[-1] == f"verdict: {word}"
+
+
+@pytest.mark.faults  # not short: five processes import torch
+def test_the_command_starts_the_processes() -> None:
+    """The loss of the last target ends its process, which is said after the other verdicts."""
+    names = ("right", "constant", "divided", "dies")
+    words = [f"tests.planted:{name}" for name in names]
+    done = call(sys.executable, "-m", "ddp_ssl.cli", "verify", *words, "--shape", "2,12,16")
+    assert done.returncode == 2, done.stderr
+    verdicts = [line for line in done.stdout.splitlines() if line.startswith("verdict")]
+    assert verdicts == ["verdict: exact", "verdict: gradient divided by W"]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ddp_ssl: error: ")]
+    assert len(errors) == 2
+    assert errors[0].startswith("ddp_ssl: error: tests.planted:constant: returned a loss that has")
+    assert errors[1].startswith("ddp_ssl: error: a process died while it ran tests.planted:dies: ")
