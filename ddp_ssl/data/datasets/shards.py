@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ddp_ssl.config.schema import SAME_AS
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute
 from ddp_ssl.data.datasets.sealed import CHECKSUM, checksum, unsealed
 from ddp_ssl.data.datasets.split import Split
@@ -43,6 +44,7 @@ ARRAYS = {
     "size": (1, np.int64),
     "crc": (1, np.uint32),
 }
+PART = (2, np.int32)  # of one more array, which parquet files have
 AGAIN = "copy it again, or pack it again with ddp-ssl pack-shards"
 THREADS = 16
 
@@ -120,7 +122,7 @@ def checked_files(kept: dict[str, Any], name: str) -> dict[str, int | None]:
 def _open_split(root: Path, name: str, kept: dict[str, Any]) -> Split:
     known = checked_files(kept, name)
     arrays = {
-        key: _open_array(root / file, known[file], key, kept["count"])
+        key: open_array(root / file, known[file], key, kept["count"])
         for key in ARRAYS
         if (file := f"{name}-{key}.npy") in known
     }
@@ -139,9 +141,9 @@ def _open_split(root: Path, name: str, kept: dict[str, Any]) -> Split:
     return split.known_by(kept["digest"])
 
 
-def _open_array(path: Path, known: int | None, key: str, count: int) -> Any:
-    """The array in a file, mapped; `known` is the file's checksum."""
-    ndim, dtype = ARRAYS[key]
+def open_array(path: Path, known: int | None, key: str, count: int) -> Any:
+    """The array in a file, mapped; `known` is the file's checksum. Raises `ValueError`."""
+    ndim, dtype = ARRAYS.get(key, PART)
     try:
         if known is not None and checksum(path) != known:
             raise ValueError("its checksum differs")
@@ -169,7 +171,7 @@ def file_size(path: Path) -> int:
 
 def find(data: Data) -> None:
     about = describe(absolute(data.root or ""), remote=bool(data.url))
-    if data.name != about["name"]:
+    if SAME_AS.get(data.name, data.name) != about["name"]:
         raise ValueError(
             f"data.name: {data.root} holds shards of {about['name']}, not of {data.name}"
         )
