@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddp_ssl.data.datasets import registry
 from ddp_ssl.config import Data
+from ddp_ssl.data.datasets import registry
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 Cell = dict[str, Any] | None
@@ -36,9 +36,7 @@ def write_table(path: Path, table: pa.Table, **options: Any) -> Path:
     return path
 
 
-def as_parquet(
-    folder: Path, out: Path, files: int = 2, named: bool = True, **options: Any
-) -> Path:
+def as_parquet(folder: Path, out: Path, files: int = 2, named: bool = True, **options: Any) -> Path:
     """The class folders `train/` and `val/` of `folder` as a snapshot of the hub has them."""
     made = registry.load(Data(name="folder", root=str(folder)), 0)
     for split, name in ((made.train, "train"), (made.val, "validation")):

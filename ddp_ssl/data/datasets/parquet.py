@@ -1,44 +1,36 @@
 """Data sets in parquet files, as Hugging Face's `datasets` writes them.
 
-The place of every image in its file is found once, by reading the files in order, and kept below
-`cache.cache_folder()`: each file's part as soon as it is done, then all of them in arrays that the
-processes of a machine map. From then on an image is read by its place, as from shards. The key of
-what is kept is the names, sizes and times of the files, so a changed file is read again. pyarrow
-reads the schema, labels and names, and every place is compared with what pyarrow reads.
+The place of every image in its file is found once, by reading the files in order (`index.py`), and
+kept; from then on an image is read by its place, as from shards. What is kept has the names, sizes
+and times of the files as its key, so a changed file is read again.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import logging
 import os
 import re
 import threading
 import time
-import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ddp_ssl.config.schema import SAME_AS
-from ddp_ssl.data.datasets import imagenet
+from ddp_ssl.data.datasets import imagenet, index
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute
-from ddp_ssl.data.datasets.cache import cache_folder, locked, write_atomically
+from ddp_ssl.data.datasets.cache import locked
 from ddp_ssl.data.datasets.folders import LIKE_A_SPLIT, TRAIN, VAL
-from ddp_ssl.data.datasets.pages import Page, Place, UnsupportedError, arrow, pages
+from ddp_ssl.data.datasets.index import Columns, Ints, Table, columns_of
 from ddp_ssl.data.datasets.scan import scan
-from ddp_ssl.data.datasets.sealed import checksum, sealed, unsealed
-from ddp_ssl.data.datasets.shards import ARRAYS, ORIGIN, open_array
+from ddp_ssl.data.datasets.shards import ORIGIN
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.datasets.tar import Shards
-from ddp_ssl.errors import printable
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.progress import EVERY_S
 
@@ -54,17 +46,12 @@ WANTED = (
 NOT_IMAGES = "metadata.parquet"  # what `datasets` calls a table beside image files
 # What follows the split in a file's name.
 NUMBER = re.compile(r"[-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?$")
-VERSION = 1
 THREADS = 4  # files at a time; each has a page in memory
-BATCH = 32  # images that pyarrow reads at a time
 WORTH_SAYING = 2.0  # seconds of reading
 LARGEST = 100_000  # label without a name
 CLASSES = {"imagenet": 1000, "imagenet100": 100, "inat21": 10_000}
-KEPT = (*ARRAYS, "part")
-PLACED = ("shard", "offset", "size", "crc", "part")
-EMPTY, DAMAGED = -1, -2  # offsets of images that are not there (`tar.ABSENT`)
-
-Ints = NDArray[np.int64]
+ARRAYS = ("labels", "names", "spans")  # of a split
+PLACES = ("shard", "offset", "size", "crc", "part")  # of its images in the files
 
 # --- which files ---------------------------------------------------------------------------------
 
@@ -180,260 +167,6 @@ def split_of(name: str) -> str:
     return ""
 
 
-# --- which columns -------------------------------------------------------------------------------
-
-
-class Columns(NamedTuple):
-    """The columns to read, and the names of the classes if the files have them."""
-
-    image: str
-    nested: bool  # in a struct `{bytes, path}`
-    named: bool  # with a path
-    label: str | None
-    classes: tuple[str, ...]
-
-    @property
-    def leaf(self) -> str:
-        """The path of the column of bytes."""
-        return f"{self.image}.bytes" if self.nested else self.image
-
-
-def columns_of(path: Path, wanted: list[str] | None) -> Columns:
-    """The columns of a file; `wanted` are their names if the config gives them.
-
-    Raises `ValueError` where there is no such column or more than one.
-    """
-    schema = opened(path).schema_arrow
-    images = [field.name for field in schema if _holds_images(field.type)]
-    numbers = [field.name for field in schema if _is_whole(field.type)]
-    features = _features(schema)
-    classes = [name for name in numbers if features.get(name, {}).get("_type") == "ClassLabel"]
-    image, label = _chosen(path, schema.names, wanted, images, numbers, classes)
-    kind = schema.field(image).type
-    nested = arrow().types.is_struct(kind)
-    named = nested and "path" in [field.name for field in kind]
-    names = features.get(label or "", {}).get("names") or ()
-    return Columns(image, nested, named, label, tuple(str(name) for name in names))
-
-
-def _chosen(
-    path: Path,
-    names: list[str],
-    wanted: list[str] | None,
-    images: list[str],
-    numbers: list[str],
-    classes: list[str],
-) -> tuple[str, str | None]:
-    if wanted:
-        for name, accepted, what in zip(
-            wanted, (images, numbers), ("images", "whole numbers"), strict=False
-        ):
-            if name not in accepted:
-                raise ValueError(
-                    f"data.columns: {name!r} is no column of {what} in {path}; "
-                    f"accepted: {', '.join(accepted) or 'none of its columns'}"
-                )
-        return wanted[0], wanted[1] if len(wanted) > 1 else None
-    labels = classes or [name for name in numbers if name == "label"] or numbers
-    if not images:
-        raise ValueError(
-            f"data.root: {path} has no column of images; it has {', '.join(names)}; accepted: a "
-            "column of {bytes, path} or of bytes"
-        )
-    if len(images) > 1 or len(labels) > 1:
-        what, found = ("images", images) if len(images) > 1 else ("labels", labels)
-        raise ValueError(
-            f"data.columns: unset, and {', '.join(found)} of {path} may hold the {what}; accepted: "
-            f"data.columns=[{images[0]},{labels[0] if labels else 'LABEL'}], or [{images[0]}] for "
-            "no labels"
-        )
-    return images[0], labels[0] if labels else None
-
-
-def _holds_images(kind: Any) -> bool:
-    types = arrow().types
-    if types.is_struct(kind):
-        return any(field.name == "bytes" and _holds_images(field.type) for field in kind)
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
-
-
-def _is_whole(kind: Any) -> bool:
-    return bool(arrow().types.is_integer(kind))
-
-
-def _features(schema: Any) -> dict[str, Any]:
-    """What `datasets` says of the columns; empty if it says nothing."""
-    try:
-        about = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: value for name, value in about.items() if isinstance(value, dict)}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return {}
-
-
-def opened(path: Path) -> Any:
-    """pyarrow's `ParquetFile`; raises `ValueError` if it is damaged."""
-    try:
-        return arrow("pyarrow.parquet").ParquetFile(
-            path, memory_map=True, pre_buffer=False, page_checksum_verification=True
-        )
-    except (OSError, arrow().ArrowException) as error:
-        raise ValueError(
-            f"data.root: {path} is damaged or cannot be read: {_first(error)}; fetch it again"
-        ) from None
-
-
-def _first(error: BaseException) -> str:
-    return printable(str(error).partition("\n")[0])
-
-
-# --- the places of the images of a file ----------------------------------------------------------
-
-
-class Table(NamedTuple):
-    """A file's images: arrays of `[m]`, and of the paths a block and their lengths."""
-
-    label: Ints
-    offset: Ints
-    size: Ints
-    crc: NDArray[np.uint32]
-    part: NDArray[np.int32]  # [m, 5]
-    paths: NDArray[np.uint8]
-    lengths: Ints
-
-
-def read_table(path: Path, columns: Columns, stop: threading.Event) -> Table:
-    """Find the images of a file. Those of a damaged part of it get no place.
-
-    Raises `ValueError` for a file that is not read.
-    """
-    file = opened(path)
-    _check_schema(path, columns)
-    labels, paths, lengths = [], bytearray(), []
-    offset, size, crc, part = [], [], [], []
-    for group in range(file.num_row_groups):
-        if stop.is_set():
-            break
-        count = file.metadata.row_group(group).num_rows
-        label, texts = _labels_and_paths(file, group, columns, path)
-        labels.append(label)
-        for text in texts:
-            paths += text
-            lengths.append(len(text))
-        places = _places(file, path, group, columns)
-        done = 0
-        try:
-            for place, value in places:
-                offset.append(place.offset)
-                size.append(place.size)
-                part.append(place.part)
-                crc.append(value)
-                done += 1
-        except UnsupportedError as error:
-            raise ValueError(
-                f"data.root: {path}: its images have {error}, which is not read; accepted: plain "
-                "values as `datasets` and pyarrow write them"
-            ) from None
-        except (OSError, ValueError, IndexError, KeyError, arrow().ArrowException) as error:
-            logger.warning(
-                "data.root: %s: %d images in row group %d are damaged: %s",
-                *(path, count - done, group, _first(error)),
-            )
-        for _ in range(count - done):
-            offset.append(DAMAGED)
-            size.append(0)
-            part.append((0, 0, 0, 0, 0))
-            crc.append(0)
-    return Table(
-        np.concatenate(labels) if labels else np.empty(0, np.int64),
-        np.array(offset, np.int64),
-        np.array(size, np.int64),
-        np.array(crc, np.uint32),
-        np.array(part, np.int32).reshape(-1, 5),
-        np.frombuffer(bytes(paths), np.uint8),
-        np.array(lengths, np.int64),
-    )
-
-
-def _check_schema(path: Path, columns: Columns) -> None:
-    wanted = [columns.image] if columns.label is None else [columns.image, columns.label]
-    here = columns_of(path, wanted)
-    if here != columns:
-        what = "classes" if here.classes != columns.classes else "columns"
-        raise ValueError(f"data.root: {path} has other {what} than the first file to train on")
-
-
-def _labels_and_paths(
-    file: Any, group: int, columns: Columns, path: Path
-) -> tuple[Ints, list[bytes]]:
-    """The label of each row, -1 for none, and its path, empty for none."""
-    pa, count = arrow(), file.metadata.row_group(group).num_rows
-    label: Ints = np.full(count, -1, np.int64)
-    texts = [b""] * count
-    try:
-        if columns.label is not None:
-            cells = file.read_row_group(group, [columns.label], use_threads=False)[0]
-            label = cells.cast(pa.int64()).fill_null(-1).to_numpy()
-        if columns.named:
-            cells = file.read_row_group(group, [f"{columns.image}.path"], use_threads=False)[0]
-            cells = _flat(cells.combine_chunks(), "path").cast(pa.binary())
-            texts = [text or b"" for text in cells.to_pylist()]
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(
-            f"data.root: {path} is damaged, labels or names of row group {group}: "
-            f"{_first(error)}; fetch it again"
-        ) from None
-    label = np.maximum(label, -1)
-    if columns.classes and len(label) and label.max() >= len(columns.classes):
-        raise ValueError(
-            f"data.root: {path} has the label {label.max()}; accepted: 0 to "
-            f"{len(columns.classes) - 1}, one of its {len(columns.classes)} classes"
-        )
-    return label, texts
-
-
-def _flat(cells: Any, name: str) -> Any:
-    """A field of an array of structs; empty where the struct is."""
-    names = [field.name for field in cells.type]
-    return cells.flatten()[names.index(name)]
-
-
-def _places(file: Any, path: Path, group: int, columns: Columns) -> Iterator[tuple[Place, int]]:
-    """The place and the CRC-32 of each image of a row group; an offset of -1 for an empty cell."""
-    schema, about = file.schema, file.metadata.row_group(group)
-    leaf = next(i for i in range(len(schema)) if schema.column(i).path == columns.leaf)
-    known: dict[bytes, Place] = {}
-    page: Page | None = None
-    cells, values = 0, iter(list[tuple[memoryview, Place]]())
-    with path.open("rb", buffering=1 << 20) as raw:
-        found = pages(raw, about.column(leaf), schema.column(leaf).max_definition_level)
-        for batch in file.iter_batches(
-            BATCH, row_groups=[group], columns=[columns.leaf], use_threads=False
-        ):
-            column = batch.column(0)
-            column = _flat(column, "bytes") if columns.nested else column
-            for cell in column:
-                while cells == 0:
-                    page = next(found, None)
-                    if page is None:
-                        raise ValueError("it has fewer values than rows")
-                    if page.cells == 0:
-                        known = {bytes(value): place for value, place in page.places()}
-                    cells, values = page.cells, page.places()
-                cells -= 1
-                if not cell.is_valid:
-                    yield Place(EMPTY, 0), 0
-                    continue
-                value = memoryview(cell.as_buffer()).cast("B")
-                assert page is not None
-                if page.coded:
-                    place = known[bytes(value)]
-                else:
-                    there, place = next(values, (b"", Place(0, 0)))
-                    if there != value:
-                        raise ValueError("its pages are not as pyarrow reads them")
-                yield place, zlib.crc32(value)
-
-
 # --- all files -----------------------------------------------------------------------------------
 
 
@@ -459,16 +192,14 @@ def load(data: Data) -> Dataset:
     unused = f"; not used: {', '.join(files.unused)}" if files.unused else ""
     warn_once(f"{files.base}: parquet, {used}{unused}", logging.INFO)
     stamps = {name: _stamp(files.base / name) for name in files.train + files.val}
-    key = hashlib.sha256(
-        repr((VERSION, data.name, columns, files.train, files.val, stamps)).encode()
-    ).hexdigest()[:32]
-    place = cache_folder() / "parquet" / key
+    place = index.place_of(data.name, columns, files.train, files.val, stamps)
     made = _restore(place, data, files)
     if made is None:
         with locked(place, f"finds the images in {files.base}", logger.info):
             made = _restore(place, data, files)
             if made is None:
-                made = _keep(place, data, files, _read_all(data, files, columns, stamps))
+                made = _read_all(data, files, columns, stamps)
+                _keep(place, made)
     if not len(made.train):
         raise ValueError(f"data.root: {files.base}: its files to train on have no images")
     return made
@@ -493,7 +224,7 @@ def _read_all(
     with ThreadPoolExecutor(THREADS, "ddp_ssl-parquet") as pool:
         try:
             for at, table in enumerate(
-                pool.map(lambda n: _table(files.base / n, columns, stamps[n], stop), names)
+                pool.map(lambda n: index.table_of(files.base / n, columns, stamps[n], stop), names)
             ):
                 tables.append(table)
                 done += stamps[names[at]][0]
@@ -547,31 +278,6 @@ def _dataset(data: Data, train: Split, val: Split | None, classes: tuple[str, ..
             "for each image, which is slow; ddp-ssl pack-shards makes shards of them"
         )
     return made
-
-
-def _table(path: Path, columns: Columns, stamp: tuple[int, int], stop: threading.Event) -> Table:
-    """The images of a file, from the cache if they are there."""
-    key = hashlib.sha256(repr((VERSION, path.name, columns, stamp)).encode()).hexdigest()[:32]
-    kept = cache_folder() / "parquet" / "files" / f"{key}.npz"
-    try:
-        with np.load(kept, allow_pickle=False) as arrays:  # its own checksums are checked
-            return Table(**{name: arrays[name] for name in Table._fields})
-    except Exception:  # a damaged archive makes numpy raise anything
-        pass
-    table = read_table(path, columns, stop)
-    if stop.is_set():
-        return table
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_name(f".{kept.stem}-{os.getpid()}.npz")
-        try:
-            np.savez(part, **table._asdict())
-            part.rename(kept)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        _say_unwritable(error)
-    return table
 
 
 def _classes(
@@ -654,68 +360,38 @@ def _root(data: Data, files: Files, split: str) -> str:
     return os.path.join(named, split)
 
 
-# --- kept places ---------------------------------------------------------------------------------
+# --- what is kept --------------------------------------------------------------------------------
 
 
-def _keep(place: Path, data: Data, files: Files, made: Dataset) -> Dataset:
-    """Write what was found and map the written arrays; the same data set if that fails."""
-
-    def write(to: Path) -> None:
-        about: dict[str, Any] = {"class_names": made.class_names, "splits": {}}
-        for name, split in (("train", made.train), ("val", made.val)):
-            if split is None:
-                continue
-            sums = {}
-            for key in KEPT:
-                with (to / f"{name}-{key}.npy").open("wb") as file:
-                    np.save(file, getattr(split.shards if key in PLACED else split, key))
-                    file.flush()
-                    os.fsync(file.fileno())
-                sums[key] = checksum(to / f"{name}-{key}.npy")
-            known = {"count": len(split), "digest": split.digest, "named": split.named}
-            about["splits"][name] = {**known, "checksums": sums}
-        (to / "places.json").write_text(sealed(about))
-
-    try:
-        # Whatever is there already could not be read.
-        write_atomically(place, write, lambda: True)
-    except OSError as error:
-        _say_unwritable(error)
-        return made
-    return _restore(place, data, files) or made
+def _keep(place: Path, made: Dataset) -> None:
+    arrays: dict[str, Any] = {"classes": json.dumps(made.class_names)}
+    for name, split in (("train", made.train), ("val", made.val)):
+        if split is not None:
+            for key in (*ARRAYS, *PLACES):
+                arrays[f"{name}-{key}"] = getattr(split.shards if key in PLACES else split, key)
+            arrays[f"{name}-about"] = json.dumps([split.named, split.digest])
+    index.keep(place, arrays)
 
 
 def _restore(place: Path, data: Data, files: Files) -> Dataset | None:
-    """What was found before, mapped; None if there is nothing or it is damaged."""
-    try:
-        about = unsealed((place / "places.json").read_text())
-    except (OSError, ValueError):
+    """What was found before; None if there is nothing or it is damaged.
+
+    It is in memory: a mapped file that is damaged under a run would end it.
+    """
+    arrays = index.kept(place)
+    if arrays is None:
         return None
     splits: dict[str, Split] = {}
-    for name, kept in about["splits"].items():
-        try:
-            arrays = {
-                key: open_array(
-                    place / f"{name}-{key}.npy", kept["checksums"][key], key, kept["count"]
-                )
-                for key in KEPT
-            }
-        except ValueError:
-            logger.warning("%s is damaged: the parquet files are read again", place)
-            return None
-        own = files.train if name == "train" else files.val
-        paths = tuple(str(files.base / file) for file in own)
-        where = Shards(paths, **{key: arrays.pop(key) for key in PLACED})
-        split = Split(root=_root(data, files, name), shards=where, named=kept["named"], **arrays)
-        splits[name] = split.known_by(kept["digest"])
-    return _dataset(data, splits["train"], splits.get("val"), tuple(about["class_names"]))
-
-
-def _say_unwritable(error: OSError) -> None:
-    warn_once(
-        f"DDP_SSL_CACHE: {cache_folder()} cannot be written ({error.strerror}): parquet files are "
-        "read through again at every start; accepted: a folder to keep what was found in"
-    )
+    for name, own in (("train", files.train), ("val", files.val)):
+        if f"{name}-about" in arrays:
+            named, digest = json.loads(str(arrays[f"{name}-about"]))
+            paths = tuple(str(files.base / file) for file in own)
+            where = Shards(paths, **{key: arrays[f"{name}-{key}"] for key in PLACES})
+            found = {key: arrays[f"{name}-{key}"] for key in ARRAYS}
+            split = Split(root=_root(data, files, name), shards=where, named=named, **found)
+            splits[name] = split.known_by(digest)
+    classes = tuple(json.loads(str(arrays["classes"])))
+    return _dataset(data, splits["train"], splits.get("val"), classes)
 
 
 DEFINITION = Definition(find, load)

@@ -152,7 +152,8 @@ def stage(data: Data) -> Data:
         copy = staging.stage(root, to, logger.info)
     else:
         files = parquet.files_of(data)
-        copy = staging.stage_files(files.base, files.train + files.val, data.name, to, logger.info)
+        of = (root if root.is_dir() else files.base), files.base, files.train + files.val
+        copy = staging.stage_files(*of, data.name, to, logger.info)
         if not root.is_dir():  # a pattern
             copy /= root.relative_to(files.base)
     return data.model_copy(update={"root": str(copy), "stage": None})

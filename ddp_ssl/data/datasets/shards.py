@@ -44,7 +44,6 @@ ARRAYS = {
     "size": (1, np.int64),
     "crc": (1, np.uint32),
 }
-PART = (2, np.int32)  # of one more array, which parquet files have
 AGAIN = "copy it again, or pack it again with ddp-ssl pack-shards"
 THREADS = 16
 
@@ -122,7 +121,7 @@ def checked_files(kept: dict[str, Any], name: str) -> dict[str, int | None]:
 def _open_split(root: Path, name: str, kept: dict[str, Any]) -> Split:
     known = checked_files(kept, name)
     arrays = {
-        key: open_array(root / file, known[file], key, kept["count"])
+        key: _open_array(root / file, known[file], key, kept["count"])
         for key in ARRAYS
         if (file := f"{name}-{key}.npy") in known
     }
@@ -141,9 +140,9 @@ def _open_split(root: Path, name: str, kept: dict[str, Any]) -> Split:
     return split.known_by(kept["digest"])
 
 
-def open_array(path: Path, known: int | None, key: str, count: int) -> Any:
-    """The array in a file, mapped; `known` is the file's checksum. Raises `ValueError`."""
-    ndim, dtype = ARRAYS.get(key, PART)
+def _open_array(path: Path, known: int | None, key: str, count: int) -> Any:
+    """The array in a file, mapped; `known` is the file's checksum."""
+    ndim, dtype = ARRAYS[key]
     try:
         if known is not None and checksum(path) != known:
             raise ValueError("its checksum differs")

@@ -62,9 +62,17 @@ def stage(root: Path, to: Path, tell: Callable[[str], None]) -> Path:
 
 
 def stage_files(
-    base: Path, names: Sequence[str], data: str, to: Path, tell: Callable[[str], None]
+    root: Path,
+    base: Path,
+    names: Sequence[str],
+    data: str,
+    to: Path,
+    tell: Callable[[str], None],
 ) -> Path:
-    """The same for files below `base`, of the data set `data`; a copy is known by size and time."""
+    """The same for files below `base`, of the data set `data` in `root`.
+
+    A file of the copy is known by its size and time.
+    """
 
     def stamp(file: Path) -> tuple[int, int]:
         try:
@@ -73,7 +81,7 @@ def stage_files(
             return -1, -1
 
     stamps = {name: stamp(base / name) for name in names}
-    target = to / f"{data}-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:12]}"
+    target = to / f"{data}-{hashlib.sha256(repr((str(root), stamps)).encode()).hexdigest()[:12]}"
 
     def missing() -> list[str]:
         return [name for name in names if stamp(target / name) != stamps[name]]
@@ -81,7 +89,7 @@ def stage_files(
     def copy() -> None:
         _copy_all(base, target, {name: (stamps[name][0], None) for name in missing()}, tell)
 
-    return _once(base, target, lambda: (target / ORIGIN).exists() and not missing(), copy, tell)
+    return _once(root, target, lambda: (target / ORIGIN).exists() and not missing(), copy, tell)
 
 
 def _once(
