@@ -37,22 +37,18 @@ def write_table(path: Path, table: pa.Table, **options: Any) -> Path:
 
 
 def as_parquet(folder: Path, out: Path, files: int = 2, named: bool = True, **options: Any) -> Path:
-    """The class folders `train/` and `val/` of `folder` as a snapshot of the hub has them."""
-    made = registry.load(Data(name="folder", root=str(folder)), 0)
+    """The images of `folder`, of `train/` and `val/` or all, as a snapshot of the hub has them."""
+    data = Data(name="folder", root=str(folder))
+    made = registry.definition_of(data).load(data)
     for split, name in ((made.train, "train"), (made.val, "validation")):
-        assert split is not None
-        cells: list[Cell] = [
-            {
-                "bytes": Path(split.where(i)).read_bytes(),
-                "path": Path(split.where(i)).name if named else None,
-            }
-            for i in range(len(split))
-        ]
+        if split is None:
+            continue
+        cells: list[Cell] = []
+        for i in range(len(split)):
+            path = Path(split.where(i))
+            cells.append({"bytes": path.read_bytes(), "path": path.name if named else None})
         for k in range(files):
             part = slice(k * len(split) // files, (k + 1) * len(split) // files)
-            write_table(
-                out / "data" / f"{name}-{k:05d}-of-{files:05d}.parquet",
-                table_of(cells[part], split.labels[part].tolist(), made.class_names),
-                **options,
-            )
+            table = table_of(cells[part], split.labels[part].tolist(), made.class_names)
+            write_table(out / "data" / f"{name}-{k:05d}-of-{files:05d}.parquet", table, **options)
     return out
