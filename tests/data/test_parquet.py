@@ -26,7 +26,7 @@ from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.utils.once import warn_once
-from tests.data.images import eval_of, loader_of, picture, same, through_a_file, write
+from tests.data.images import eval_of, loader_of, pack, picture, same, through_a_file, write
 from tests.data.tables import Cell, as_parquet, table_of, write_table
 
 
@@ -184,6 +184,16 @@ def test_the_same_pixels_and_a_resume_on_another_container(
             assert loader.load_state(states[saved], 6) is None
             assert same(next(loader), after)
             loader.close()
+
+
+def test_packed_without_names_they_stay_without(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unnamed = as_parquet(files, tmp_path / "unnamed", named=False)
+    assert pack(unnamed, tmp_path / "out", "data.name=parquet") == 0
+    original, found = loaded(unnamed).train, loaded(tmp_path / "out", "parquet").train
+    assert found.identity == original.identity
+    assert encoded(found) == encoded(original)
 
 
 def test_a_state_of_other_labels_is_of_another_set_up(files: Path, tmp_path: Path) -> None:

@@ -136,7 +136,8 @@ def _open_split(root: Path, name: str, kept: dict[str, Any]) -> Split:
         named = (root / ORIGIN).read_text(errors="surrogateescape")
     except OSError:
         named = os.path.abspath(root)
-    split = Split(root=os.path.join(named, name), shards=where, **arrays)
+    root_of_names, has_names = os.path.join(named, name), kept.get("named", True)
+    split = Split(root=root_of_names, shards=where, named=has_names, **arrays)
     return split.known_by(kept["digest"])
 
 
