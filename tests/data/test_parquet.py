@@ -261,8 +261,15 @@ def test_a_pattern(files: Path, tables: Path) -> None:
 
 def test_images_in_folders_come_first(files: Path, tmp_path: Path) -> None:
     root = shutil.copytree(files, tmp_path / "root")
-    write_table(root / "annotations.parquet", table_of([None], [0], None))
+    for name in ("annotations.parquet", "train/c0/a.parquet", "train/c1/a.parquet"):
+        write_table(root / name, table_of([None], [0], None))
     assert loaded(root).train.digest == loaded(files).train.digest
+
+
+def test_a_picture_beside_a_published_data_set_is_no_class(tmp_path: Path) -> None:
+    root = imagenet_of(tmp_path, None, [0, 999])
+    write(root / "assets" / "figure.png")
+    assert len(loaded(root, "imagenet").train) == 2
 
 
 @pytest.mark.parametrize(

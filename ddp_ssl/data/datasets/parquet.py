@@ -25,7 +25,7 @@ from ddp_ssl.config.schema import SAME_AS
 from ddp_ssl.data.datasets import imagenet, index
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute
 from ddp_ssl.data.datasets.cache import locked
-from ddp_ssl.data.datasets.folders import LIKE_A_SPLIT, TRAIN, VAL
+from ddp_ssl.data.datasets.folders import LAYOUT, LIKE_A_SPLIT, TRAIN, VAL
 from ddp_ssl.data.datasets.index import Columns, Ints, Table, columns_of
 from ddp_ssl.data.datasets.scan import scan
 from ddp_ssl.data.datasets.shards import ORIGIN
@@ -49,7 +49,6 @@ NUMBER = re.compile(r"[-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?$")
 THREADS = 4  # files at a time; each has a page in memory
 WORTH_SAYING = 2.0  # seconds of reading
 LARGEST = 100_000  # label without a name
-CLASSES = {"imagenet": 1000, "imagenet100": 100, "inat21": 10_000}
 ARRAYS = ("labels", "names", "spans")  # of a split
 PLACES = ("shard", "offset", "size", "crc", "part")  # of its images in the files
 
@@ -75,7 +74,10 @@ def accepts(data: Data) -> bool:
         return data.root.endswith(".parquet")
     root = absolute(data.root)
     # Images in class folders come first: a table of annotations may lie beside them.
-    return root.is_dir() and bool(_below(root)[1]) and next(scan(os.fsencode(root)), None) is None
+    places = [root / name for name in LAYOUT[data.name].train] if data.name in LAYOUT else [root]
+    if any(place.is_dir() and next(scan(os.fsencode(place)), None) for place in places):
+        return False
+    return root.is_dir() and bool(_below(root)[1])
 
 
 def files_of(data: Data) -> Files:
@@ -176,7 +178,7 @@ def find(data: Data) -> None:
     columns = columns_of(files.base / files.train[0], data.columns)
     if columns.classes:
         _classes(data, files, columns, 0)
-    if data.name in CLASSES and not files.val:
+    if data.name in LAYOUT and not files.val:
         raise ValueError(
             f"data.root: {files.base} has no parquet files of a validation split; data.name="
             f"{data.name} looks for {WANTED}; data.name=parquet holds images out"
@@ -259,7 +261,7 @@ def _read_all(
 def _dataset(data: Data, train: Split, val: Split | None, classes: tuple[str, ...]) -> Dataset:
     name = SAME_AS.get(data.name, data.name)
     made = Dataset(name, train, val if val is not None and len(val) else None, classes)
-    expected = CLASSES.get(data.name, made.num_classes)
+    expected = LAYOUT[data.name].classes if data.name in LAYOUT else made.num_classes
     if made.num_classes != expected:
         logger.warning(
             "%s: %d classes in %s, where the whole data set has %d",
