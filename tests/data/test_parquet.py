@@ -245,11 +245,16 @@ def test_which_files_are_of_which_split(
         write_table(
             tmp_path / name, table_of([{"bytes": b"%d" % i, "path": None}] * 2, [0, 0], ["a"])
         )
+        os.utime(tmp_path / name, ns=(1, 1))  # as an archive may unpack them, of one size too
     files = parquet.files_of(Data(name="parquet", root=str(tmp_path)))
     assert (len(files.train), len(files.val), list(files.unused)) == (train, val, unused)
     caplog.set_level(logging.INFO, "ddp_ssl")
     found = loaded(tmp_path)
     assert len(found.train) == 2 * train - (not val)
+    assert found.val is not None
+    seen = {found.train.read(i).tobytes() for i in range(len(found.train))}
+    assert not val or not seen & {found.val.read(i).tobytes() for i in range(len(found.val))}
+    assert len(seen) == train
     assert ("not used: " + ", ".join(unused) in caplog.text) == bool(unused)
 
 

@@ -328,12 +328,14 @@ def place_of(*key: object) -> Path:
     return cache_folder() / "parquet" / f"{name}.npz"
 
 
-def table_of(path: Path, columns: Columns, stamp: tuple[int, int], stop: threading.Event) -> Table:
+def table_of(
+    base: Path, name: str, columns: Columns, stamp: tuple[int, int], stop: threading.Event
+) -> Table:
     """The images of a file of this size and time: as they are kept, or found now and kept."""
-    place = place_of(path.name, columns, stamp)
+    place = place_of(name, columns, stamp)
     if (found := kept(place)) is not None:
         return Table(**found)
-    table = read_table(path, columns, stop)
+    table = read_table(base / name, columns, stop)
     if not stop.is_set():
         keep(place, table._asdict())
     return table

@@ -226,7 +226,7 @@ def _read_all(
     with ThreadPoolExecutor(THREADS, "ddp_ssl-parquet") as pool:
         try:
             for at, table in enumerate(
-                pool.map(lambda n: index.table_of(files.base / n, columns, stamps[n], stop), names)
+                pool.map(lambda n: index.table_of(files.base, n, columns, stamps[n], stop), names)
             ):
                 tables.append(table)
                 done += stamps[names[at]][0]
