@@ -43,8 +43,12 @@ setup(
         "cuda13": ["nvidia-dali-cuda130>=2.2"],
         "plots": ["matplotlib>=3.9"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.7", "onnxruntime>=1.20"],
+        "parquet": ["pyarrow>=15"],
         # lightly: an independent implementation of several losses, for the tests alone.
-        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "lightly==1.6.*"],
+        "dev": [
+            *("pytest>=8", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "lightly==1.6.*"),
+            "pyarrow>=15",
+        ],
     },
     entry_points={"console_scripts": ["ddp-ssl = ddp_ssl.cli:main"]},
     classifiers=[

@@ -94,8 +94,11 @@ def judge_found(ctx: Context, facts: list[str]) -> Findings:
 def _where(split: Split) -> str:
     if split.images is not None:
         return "in memory"
-    kind = "shards" if split.shards is not None else "files"
-    return f"{kind} in {split.root} ({file_system(Path(split.root))})"
+    kind, folder = "files", Path(split.root)
+    if split.shards is not None:
+        kind = "shards" if split.shards.part is None else "parquet files"
+        folder = Path(split.shards.paths[0]).parent
+    return f"{kind} in {folder} ({file_system(folder)})"
 
 
 class Reading(NamedTuple):

@@ -93,7 +93,10 @@ def suspicious(split: Split, i: int, max_pixels: int) -> Bytes | str | None:
             size = int(split.shards.size[i])
             if size < SHORTEST:
                 return split.read(i)
-            ends = split.shards.part(i, 0, min(HEAD, size)), split.shards.part(i, size - TAIL, TAIL)
+            ends = (
+                split.shards.piece(i, 0, min(HEAD, size)),
+                split.shards.piece(i, size - TAIL, TAIL),
+            )
         else:
             file = os.open(split.path(i), os.O_RDONLY)
             try:

@@ -130,7 +130,9 @@ def _pack(data: Any, out: Path, shard_size: int, seed: int, workers: int) -> tup
         "seed": seed,
         "shard_size": shard_size,
         "splits": {
-            name: {"count": len(split), "digest": split.digest} for name, split in splits.items()
+            name: {"count": len(split), "digest": split.digest}
+            | ({} if split.named else {"named": False})
+            for name, split in splits.items()
         },
     }
     stamp = hashlib.sha256(json.dumps(about).encode())

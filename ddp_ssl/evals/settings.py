@@ -197,7 +197,10 @@ class EvaluateConfig(Section):
 
 
 # Keys of a run's data that describe one data set and mean nothing for another.
-OF_ONE_DATA_SET = ("root", "files", "val_files", "skip", "stage", "val_resize", "val_interpolation")
+OF_ONE_DATA_SET = (
+    *("root", "files", "val_files", "columns", "skip", "stage"),
+    *("val_resize", "val_interpolation"),
+)
 # Keys that only pretraining uses, and what an evaluation uses instead.
 OF_PRETRAINING = {
     "data.batch_size": "linear.batch_size, finetune.batch_size and eval.batch_size are",

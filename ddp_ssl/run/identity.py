@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddp_ssl.config import Config, ConfigError
+from ddp_ssl.config.schema import SAME_AS
 from ddp_ssl.config.text import flow
+from ddp_ssl.data.datasets.split import UNNAMED, not_compared
 
 if TYPE_CHECKING:
     from ddp_ssl.data.datasets.base import Dataset
@@ -25,6 +28,7 @@ FREE_ON_RESUME = (
     "data.root",
     "data.url",
     "data.stage",
+    "data.columns",
     "data.files",
     "data.val_files",
     "data.skip",
@@ -47,28 +51,39 @@ def free_on_resume(key: str) -> bool:
 
 def identity(config: Config) -> dict[str, str]:
     """The settings that must be the same on resume: dotted key to value as text."""
-    return {
+    found = {
         f"{section}.{key}": flow(value)
         for section, values in config.model_dump(mode="json").items()
         for key, value in values.items()
         if not free_on_resume(f"{section}.{key}")
     }
+    return found | {"data.name": flow(SAME_AS.get(config.data.name, config.data.name))}
 
 
 def whole_identity(config: Config, data: Dataset) -> dict[str, str]:
-    """The identity of the config, and digests of the images."""
-    val = "none" if data.val is None else data.val.digest
-    images = {"train images": data.train.digest, "validation images": val}
-    return identity(config) | {name: digest[:12] for name, digest in images.items()}
+    """The identity of the config, and digests of the images: of names and labels, of labels."""
+    digests = {"classes": hashlib.sha256(repr(data.class_names).encode()).hexdigest()}
+    for name, split in (("train", data.train), ("validation", data.val)):
+        images, labels = ("none", "none") if split is None else split.identity
+        digests |= {f"{name} images": images, f"{name} labels": labels}
+    return identity(config) | {
+        name: digest if digest == UNNAMED else digest[:12] for name, digest in digests.items()
+    }
 
 
 def check_identity(now: dict[str, str], saved: dict[str, str], path: Path) -> None:
     """Raise `ConfigError` if the checkpoint belongs to another experiment.
 
     A setting that the checkpoint does not know counts as null. So the null of a new setting must
-    mean the behaviour before that setting existed.
+    mean the behaviour before that setting existed. Where one of the two has no names of images,
+    their labels and classes decide; earlier checkpoints have names and know no digest of the rest.
     """
     off = {key: value for key, value in now.items() if value == "null"}
+    for name in ("train", "validation"):
+        out = not_compared(f"{name} images", f"{name} labels", saved, now)
+        saved, now = ({k: v for k, v in x.items() if k != out} for x in (saved, now))
+    if "classes" not in saved:
+        now = {key: value for key, value in now.items() if key != "classes"}
     # Earlier versions may have counted a setting that is free now.
     bound = {key: value for key, value in saved.items() if not free_on_resume(key)}
     differing = compare_identity(off | bound, now)

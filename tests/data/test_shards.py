@@ -608,5 +608,5 @@ def test_a_complete_copy_is_only_read(
     def refuse(*_: object) -> None:
         raise PermissionError(13, "not yours")
 
-    monkeypatch.setattr(staging.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     assert staging.stage(packed, tmp_path / "local", lambda text: None) == copy

@@ -14,6 +14,9 @@ and the last.
 preloaded, makes every `open` of an image 2 ms longer, as on a network file system. The contestants
 are then DALI's own `fn.readers.file` before the same graph, and the same images in
 shards, read by offset and streamed.
+
+`--containers` compares the same images in folders, in shards and in parquet files as `datasets`
+writes them: the loader with one crop, reading alone, and the bytes read for each byte of an image.
 """
 
 import argparse
@@ -44,7 +47,9 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import InterpolationMode, v2
 
 from ddp_ssl.commands import pack_shards
+from ddp_ssl.config import Data
 from ddp_ssl.config.views import RECIPES, View
+from ddp_ssl.data.datasets import parquet
 from ddp_ssl.data.datasets.shards import open_shards
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading import dali
@@ -375,6 +380,86 @@ def split_of(folder: Path) -> Split:
     return Split.of_files(str(folder), names, np.zeros(len(names), np.int64))
 
 
+PARQUET = "ddp_ssl, parquet"
+
+
+def write_parquet(folder: Path, out: Path, codec: str = "snappy") -> None:
+    """The images of a folder in the schema and the row groups of `datasets`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    paths = sorted(folder.glob("*.jpg"))
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    out.mkdir()
+    for first in range(0, len(paths), 1000):
+        some = paths[first : first + 1000]
+        cells = [{"bytes": path.read_bytes(), "path": path.name} for path in some]
+        tables = pa.table({"image": pa.array(cells, kind)})
+        name = out / f"train-{first // 1000:05d}.parquet"
+        pq.write_table(tables, name, compression=codec, row_group_size=100)
+
+
+def containers(args: argparse.Namespace) -> Iterator[str]:
+    """A table of the loader, and one of reading alone."""
+    view = View(size=224, jitter_p=0, gray_p=0, blur_p=0)
+    batch, images = 64, args.images or 1024
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ["DDP_SSL_CACHE"] = str(Path(temporary, "cache"))
+        folder = Path(temporary, "files")
+        folder.mkdir()
+        kilobytes = write_pictures(folder, 256, 375, 500)
+        for path in sorted(folder.iterdir()):
+            content = path.read_bytes()
+            for copy in range(7):  # each with another comment: parquet stores equal values once
+                comment = b"\xff\xfe\x00\x03" + bytes([copy])
+                (folder / f"{path.stem}-{copy:02d}.jpg").write_bytes(
+                    content[:2] + comment + content[2:]
+                )
+        packing = ["--out", f"{temporary}/shards", "--shard-size", "1e8", "data.name=folder"]
+        if pack_shards.main([*packing, f"data.root={folder}"]):
+            raise RuntimeError("packing failed")
+        splits = {INDEXED: open_shards(Path(temporary, "shards")).train, OURS: split_of(folder)}
+        for codec in ("snappy", "none", "zstd"):
+            write_parquet(folder, Path(temporary, codec), codec)
+            data = Data(name="parquet", root=f"{temporary}/{codec}")
+            cpu, split = cpu_seconds(), parquet.load(data).train
+            assert split.shards is not None
+            cost = (cpu_seconds() - cpu) / (1e-9 * int(split.shards.size.sum()))
+            print(f"{codec}: read through once, {cost:.1f} CPU-s a GB", file=sys.stderr)
+            splits[f"{PARQUET}, {codec}"] = split
+        title = f"Containers: one crop of 224 px, JPEGs of 500 × 375 and {kilobytes:.0f} kB"
+        loaders = {
+            name: package(split, [view], batch, args.workers, "seq")
+            for name, split in splits.items()
+            if "zstd" not in name
+        }
+        yield table(title, measure(loaders, images, args.repeats), 1)
+        yield reading(splits, args.repeats)
+
+
+def reading(splits: dict[str, Split], repeats: int) -> str:
+    """Reading each image once in a random order, in this thread, from the kernel's memory."""
+    ms: dict[str, list[float]] = {name: [] for name in splits}
+    for turn in range(repeats):
+        order = np.random.default_rng(turn).permutation(len(next(iter(splits.values()))))
+        for name, split in splits.items():
+            start = time.perf_counter()
+            for i in order.tolist():
+                split.read(i)
+            ms[name].append(1000 * (time.perf_counter() - start) / len(order))
+    lines = ["| | ms/image (range) | bytes read for each byte of an image |", "| --- | --- | --- |"]
+    for name, split in splits.items():
+        before = read_bytes()
+        size = sum(len(split.read(i)) for i in range(len(split)))
+        lines.append(f"| {name} | {spread(ms[name], 3)} | {(read_bytes() - before) / size:.3f} |")
+    return "\n".join(lines)
+
+
+def read_bytes() -> int:
+    """Bytes that this process has asked files for."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
 # fopen's own call of open stays inside the C library, so it is wrapped too.
 SLOW_OPEN = r"""
 #define _GNU_SOURCE
@@ -457,10 +542,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="threads, or worker processes")
     parser.add_argument("--color-jitter", choices=("fast", "seq", "exact"), default="seq")
     parser.add_argument("--open-latency", type=float, metavar="MS", help="measure reading instead")
+    parser.add_argument("--containers", action="store_true", help="compare containers instead")
     parser.add_argument("--out", type=Path, help="write the tables there too")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.open_latency is None:
+    if args.containers:
+        tables = containers(args)
+    elif args.open_latency is None:
         if not settings(args.size, args.views):
             parser.error("2+6 views are for --size 224")
         tables = augmentations(args)

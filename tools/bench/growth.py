@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from compare import OneOf, parser_of, peak_mib
 from torch import Tensor
@@ -28,6 +30,7 @@ from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.config.views import views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.datasets import registry
+from ddp_ssl.data.datasets.cache import cache_folder
 from ddp_ssl.losses import barlow_twins, info_nce, mutual_information, vicreg
 from ddp_ssl.methods._registry import make_method
 from ddp_ssl.reproduction.figures import pyplot
@@ -160,6 +163,33 @@ def of_start(folder: Path) -> Iterator[Growth]:
     yield again
 
 
+def of_parquet(folder: Path) -> Iterator[Growth]:
+    """Finding the images of parquet files, and what is kept of it, over the number of images."""
+    first = Growth("parquet, read through", "images", "CPU-ms")
+    again = Growth("parquet, kept", "images", "CPU-ms")
+    size = Growth("parquet, kept", "images", "MB")
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for images in (4000, 16000, 64000, 256000):
+        root, before = folder / f"parquet{images}", kept_bytes()
+        root.mkdir()
+        cells = [{"bytes": b"%09d" % i * 8, "path": f"{i:09d}.jpg"} for i in range(images)]
+        pq.write_table(pa.table({"image": pa.array(cells, kind)}), root / "train.parquet")
+        config = load(["data.name=parquet", f"data.root={root}"]).config
+        for growth in (first, again):
+            begin = time.process_time()
+            data = registry.load(config.data, 0)
+            growth.add(images, 1e3 * (time.process_time() - begin))
+            assert len(data.train) + len(data.val or ()) == images
+        size.add(images, 1e-6 * (kept_bytes() - before))
+    yield first
+    yield again
+    yield size
+
+
+def kept_bytes() -> int:
+    return sum(file.stat().st_size for file in cache_folder().glob("parquet/*.npz"))
+
+
 def of_checkpoints(folder: Path) -> Iterator[Growth]:
     """A checkpoint of model and LARS momentum over the number of parameters."""
     nbytes = Growth("checkpoint", "parameters", "MB")
@@ -245,6 +275,7 @@ def main() -> int:
             of_losses(options.repeats),
             of_step(options.repeats),
             of_start(folder),
+            of_parquet(folder),
             of_checkpoints(folder),
         ):
             for one in parts:

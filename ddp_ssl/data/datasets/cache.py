@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from ddp_ssl.utils.progress import EVERY_S
 
 STALE = 24 * 3600  # seconds after which a half-written folder has lost its writer
 
@@ -19,6 +22,33 @@ def cache_folder() -> Path:
     if own:
         return Path(own).expanduser().absolute()
     return (Path(shared) if shared else Path.home() / ".cache") / "ddp_ssl"
+
+
+@contextlib.contextmanager
+def locked(file: Path, does: str, tell: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock `file` + `.lock`, after any other process of this machine that `does` the same.
+
+    Without a lock where there can be none.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(file.with_name(f"{file.name}.lock").open("w"))
+            wait_for(lock.fileno(), does, tell)
+        yield
+
+
+def wait_for(lock: int, does: str, tell: Callable[[str], None]) -> None:
+    """Lock an open file; says every half a minute what another process `does` meanwhile."""
+    said = -EVERY_S
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() - said > 6 * EVERY_S:
+                said = time.monotonic()
+                tell(f"waiting for another process that {does}")
+            time.sleep(0.2)
 
 
 def write_atomically(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ddp_ssl.data.datasets.base import Dataset, Definition, prepare, root_of
+from ddp_ssl.data.datasets.imagenet import imagenet100
 from ddp_ssl.data.datasets.scan import (
     EXTENSIONS,
     NO_FOLDERS,
@@ -262,12 +263,6 @@ def has_folders(folder: Path, besides: str = "") -> bool:
             entry.is_dir() and not entry.name.startswith(".") and entry.name != besides
             for entry in found
         )
-
-
-def imagenet100() -> tuple[str, ...]:
-    """The 100 class folders of ImageNet-100: CMC (Tian et al. 2020)."""
-    text = (Path(__file__).parent.parent / "imagenet100_classes.txt").read_text()
-    return tuple(line for line in text.split("\n") if line and not line.startswith("#"))
 
 
 def lacking(data: Data, train: Path, classes: list[str]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ddp_ssl.data.datasets import selection, shards, staging
+from ddp_ssl.data.datasets import parquet, selection, shards, staging
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.text import suggest
@@ -38,17 +38,25 @@ DATASETS = _definitions()
 
 
 def definition_of(data: Data) -> Definition:
-    """The definition of the data set that the config names, or the one of shards made of it."""
+    """The definition of the data set that the config names, or of the container it lies in."""
     if data.root and shards.is_shards(absolute(data.root)):
         return shards.DEFINITION
+    in_parquet = parquet.accepts(data)
     for key, value, reset in (
         ("reader", data.reader, "indexed"), ("stage", data.stage, None), ("url", data.url, None)
     ):  # fmt: skip
-        if value != reset:
+        if value != reset and not (key == "stage" and in_parquet):
             raise ValueError(
                 f"data.{key}: {value} is for shards, and {data.root or 'data.root'} holds no "
                 f"{shards.ABOUT}; ddp-ssl pack-shards makes them"
             )
+    if in_parquet:
+        return parquet.DEFINITION
+    if data.columns is not None:
+        raise ValueError(
+            f"data.columns: is for parquet files, and {data.root or 'data.root'} holds none; leave "
+            "it out"
+        )
     if data.name not in DATASETS:
         hint = suggest(data.name, DATASETS)
         raise ValueError(
@@ -132,14 +140,22 @@ def load(data: Data, seed: int) -> Dataset:
 
 
 def stage(data: Data) -> Data:
-    """`data` with its shards on local disk, copied to `data.stage` once per node.
+    """`data` with its shards or parquet files on local disk, copied to `data.stage` once per node.
 
     Every process calls this after `find`, and all of them wait for the copy. Without `data.stage`
     nothing is copied.
     """
     if not data.stage:
         return data
-    copy = staging.stage(absolute(data.root or ""), absolute(data.stage), logger.info)
+    to, root = absolute(data.stage), absolute(data.root or "")
+    if definition_of(data) is shards.DEFINITION:
+        copy = staging.stage(root, to, logger.info)
+    else:
+        files = parquet.files_of(data)
+        of = (root if root.is_dir() else files.base), files.base, files.train + files.val
+        copy = staging.stage_files(*of, data.name, to, logger.info)
+        if not root.is_dir():  # a pattern
+            copy /= root.relative_to(files.base)
     return data.model_copy(update={"root": str(copy), "stage": None})
 
 

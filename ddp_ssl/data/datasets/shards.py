@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ddp_ssl.config.schema import SAME_AS
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.datasets.tar import Shards
@@ -135,7 +136,8 @@ def _open_split(root: Path, name: str, kept: dict[str, Any]) -> Split:
         named = (root / ORIGIN).read_text(errors="surrogateescape")
     except OSError:
         named = os.path.abspath(root)
-    split = Split(root=os.path.join(named, name), shards=where, **arrays)
+    root_of_names, has_names = os.path.join(named, name), kept.get("named", True)
+    split = Split(root=root_of_names, shards=where, named=has_names, **arrays)
     return split.known_by(kept["digest"])
 
 
@@ -169,7 +171,7 @@ def file_size(path: Path) -> int:
 
 def find(data: Data) -> None:
     about = describe(absolute(data.root or ""), remote=bool(data.url))
-    if data.name != about["name"]:
+    if SAME_AS.get(data.name, data.name) != about["name"]:
         raise ValueError(
             f"data.name: {data.root} holds shards of {about['name']}, not of {data.name}"
         )

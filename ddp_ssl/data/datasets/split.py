@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 
 from ddp_ssl.data.datasets.tar import Shards
 from ddp_ssl.errors import printable
+
+UNNAMED = "without names"  # in the place of a digest of names
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +31,7 @@ class Split:
     relative to `root`, and `spans` is int64 `[M, 2]`; file i is
     `names[spans[i, 0] : spans[i, 1]]`. With `shards` the bytes lie in tar files, and a name is
     never used as a path. Array: `images` is uint8 `[M, H, W, 3]`. Make a split with `of_files` or
-    `of_array`.
+    `of_array`. `named` is false where the images have no names of their own, only places.
     """
 
     labels: NDArray[np.int64]
@@ -37,6 +40,7 @@ class Split:
     spans: NDArray[np.int64] | None = None
     images: NDArray[np.uint8] | None = None
     shards: Shards | None = None
+    named: bool = True
 
     @staticmethod
     def of_files(root: str, names: list[bytes] | Names, labels: NDArray[np.int64]) -> Split:
@@ -76,6 +80,12 @@ class Split:
             if part is not None:
                 content.update(np.ascontiguousarray(part).data)
         return content.hexdigest()
+
+    @cached_property
+    def identity(self) -> tuple[str, str]:
+        """The digest, or `UNNAMED`, and SHA-256 over the labels alone: see `not_compared`."""
+        labels = hashlib.sha256(np.ascontiguousarray(self.labels).data).hexdigest()
+        return self.digest if self.named else UNNAMED, labels
 
     def known_by(self, digest: str) -> Split:
         """This split with a digest that was computed before, so that no process computes it again.
@@ -131,6 +141,16 @@ class Split:
             images=None if self.images is None else self.images[ids],
             shards=None if self.shards is None else self.shards.subset(ids),
         )
+
+
+def not_compared(images: str, labels: str, saved: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Which key of two identities does not count: that of the `images` or that of their `labels`.
+
+    The labels decide where one of the two knows no names of images. Earlier versions saved the
+    digest of images alone.
+    """
+    unnamed = UNNAMED in (saved.get(images), now.get(images))
+    return images if unnamed and labels in saved else labels
 
 
 def read_all(file: int) -> NDArray[np.uint8]:

@@ -1,9 +1,8 @@
-"""A copy of a folder of shards on the node's own disk, made once per node."""
+"""A copy of shards or of parquet files on the node's own disk, made once per node."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -11,11 +10,11 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+from ddp_ssl.data.datasets.cache import wait_for
 from ddp_ssl.data.datasets.shards import (
     ABOUT,
     ORIGIN,
@@ -44,21 +43,78 @@ def stage(root: Path, to: Path, tell: Callable[[str], None]) -> Path:
     about = describe(root)
     stamp = hashlib.sha256((root / ABOUT).read_bytes()).hexdigest()[:12]
     name = re.sub(r"[^A-Za-z0-9_-]", "_", about["name"])
-    target = to / f"{name}-{stamp}-user{_owner()}"
+    target = _place(to, f"{name}-{stamp}")
+
+    def copy() -> None:
+        known: dict[str, int | None] = {}  # CRC-32 of small files
+        sums: dict[str, str | None] = {}
+        for name, split in about["splits"].items():
+            known |= checked_files(split, name)
+            sums |= {tar["file"]: tar["sha256"] for tar in split["tars"]}
+        sums |= dict.fromkeys(known)
+        sizes = {file: (root / file).stat().st_size for file in sums}
+        missing = [
+            file
+            for file in sums
+            if file_size(target / file) != sizes[file]
+            or (known.get(file) is not None and checksum(target / file) != known[file])
+        ]
+        _copy_all(root, target, {file: (sizes[file], sums[file]) for file in missing}, tell)
+        _copy_all(root, target, {ABOUT: ((root / ABOUT).stat().st_size, None)}, lambda _: None)
+
+    return _once(root, target, lambda: _is_whole(target, root), copy, tell)
+
+
+def stage_files(
+    root: Path,
+    base: Path,
+    names: Sequence[str],
+    data: str,
+    to: Path,
+    tell: Callable[[str], None],
+) -> Path:
+    """The same for files below `base`, of the data set `data` in `root`.
+
+    A file of the copy is known by its size and time.
+    """
+
+    def stamp(file: Path) -> tuple[int, int]:
+        try:
+            return file.stat().st_size, file.stat().st_mtime_ns
+        except OSError:
+            return -1, -1
+
+    stamps = {name: stamp(base / name) for name in names}
+    key = hashlib.sha256(repr((str(root), stamps)).encode()).hexdigest()[:12]
+    target = _place(to, f"{data}-{key}")
+
+    def missing() -> list[str]:
+        return [name for name in names if stamp(target / name) != stamps[name]]
+
+    def copy() -> None:
+        _copy_all(base, target, {name: (stamps[name][0], None) for name in missing()}, tell)
+
+    return _once(root, target, lambda: (target / ORIGIN).exists() and not missing(), copy, tell)
+
+
+def _once(
+    root: Path,
+    target: Path,
+    is_whole: Callable[[], bool],
+    copy: Callable[[], None],
+    tell: Callable[[str], None],
+) -> Path:
+    """The folder `target`, after one process of this node has made it whole."""
     try:
-        to.mkdir(parents=True, exist_ok=True)
-        _take_over(to / f"{name}-{stamp}", target)
-        with contextlib.suppress(FileExistsError):
-            target.mkdir(0o700)
-        _own(target)
-        if _is_whole(target, root):
+        _take(target)
+        if is_whole():
             return target
         lock = os.open(target / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with os.fdopen(lock):
-            _wait_for(lock, target, tell)
+            wait_for(lock, f"copies to {target}", tell)
             (target / ORIGIN).write_text(os.path.abspath(root), errors="surrogateescape")
-            if not _is_whole(target, root):
-                _copy_all(root, target, about, tell)
+            if not is_whole():
+                copy()
     except OSError as error:
         raise ValueError(
             f"data.stage: {root} cannot be copied to {target}: {error.strerror or error}; "
@@ -70,13 +126,22 @@ def stage(root: Path, to: Path, tell: Callable[[str], None]) -> Path:
 _owner = os.geteuid
 
 
-def _take_over(earlier: Path, target: Path) -> None:
-    """Give this user's copy of an earlier version, which had no user in its name, the new one."""
+def _place(to: Path, name: str) -> Path:
+    return to / f"{name}-user{_owner()}"
+
+
+def _take(target: Path) -> None:
+    """Make the folder of a copy, or rename this user's of a version without users in the name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
         with contextlib.suppress(OSError, ValueError):
+            earlier = target.with_name(target.name.rpartition("-")[0])
             _own(earlier)
             earlier.chmod(0o700)
             earlier.rename(target)
+    with contextlib.suppress(FileExistsError):
+        target.mkdir(0o700)
+    _own(target)
 
 
 def _own(target: Path) -> None:
@@ -101,35 +166,16 @@ def _is_whole(target: Path, root: Path) -> bool:
         return False
 
 
-def _wait_for(lock: int, target: Path, tell: Callable[[str], None]) -> None:
-    said = -EVERY_S
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() - said > 6 * EVERY_S:
-                said = time.monotonic()
-                tell(f"waiting for another process that copies to {target}")
-            time.sleep(0.2)
-
-
-def _copy_all(root: Path, target: Path, about: dict[str, Any], tell: Callable[[str], None]) -> None:
-    sums: dict[str, str | None] = {}
-    known: dict[str, int | None] = {}  # CRC-32 of small files
-    for name, split in about["splits"].items():
-        known |= checked_files(split, name)
-        sums |= {tar["file"]: tar["sha256"] for tar in split["tars"]}
-    sums |= dict.fromkeys(known)
-    sizes = {file: (root / file).stat().st_size for file in sums}
+def _copy_all(
+    root: Path,
+    target: Path,
+    files: dict[str, tuple[int, str | None]],
+    tell: Callable[[str], None],
+) -> None:
+    """Copy `files`: the size of each, and its SHA-256 if that is known."""
     for left in target.glob(".part-*"):  # of a process that was killed
         left.unlink()
-    missing = [
-        file
-        for file in sums
-        if file_size(target / file) != sizes[file]
-        or (known.get(file) is not None and checksum(target / file) != known[file])
-    ]
-    needed, free = sum(sizes[file] for file in missing), shutil.disk_usage(target).free
+    needed, free = sum(size for size, _ in files.values()), shutil.disk_usage(target).free
     if needed > free:
         raise ValueError(
             f"data.stage: {target.parent} has {free / 1e9:.1f} GB free, {root} needs "
@@ -152,21 +198,21 @@ def _copy_all(root: Path, target: Path, about: dict[str, Any], tell: Callable[[s
 
     def copy(file: str) -> None:
         if not stop.is_set():
-            _copy(root / file, target, sizes[file], sums[file], progress, stop)
+            _copy(root / file, target / file, target, *files[file], progress, stop)
 
     with ThreadPoolExecutor(THREADS, "ddp_ssl-stage") as pool:
         try:
-            for _ in pool.map(copy, missing):
+            for _ in pool.map(copy, files):
                 pass
         finally:
             stop.set()
-    _copy(root / ABOUT, target, (root / ABOUT).stat().st_size, None, progress, threading.Event())
-    if missing and time.monotonic() - start > 1:
+    if files and time.monotonic() - start > 1:
         tell(f"copied {needed / 1e9:.1f} GB to {target} in {time.monotonic() - start:.0f} s")
 
 
 def _copy(
     source: Path,
+    to: Path,
     target: Path,
     size: int,
     checksum: str | None,
@@ -174,7 +220,8 @@ def _copy(
     stop: threading.Event,
 ) -> None:
     """Copy one file, under another name until it is complete."""
-    part, content, done = target / f".part-{source.name}", hashlib.sha256(), 0
+    name = "-".join(to.relative_to(target).parts)
+    part, content, done = target / f".part-{name}", hashlib.sha256(), 0
     with source.open("rb", buffering=0) as read, part.open("wb", buffering=0) as write:
         while chunk := read.read(CHUNK):
             if stop.is_set():
@@ -187,10 +234,16 @@ def _copy(
             done += len(chunk)
             progress(len(chunk))
         os.fsync(write.fileno())
+    if checksum is None and done != size:
+        part.unlink()
+        raise ValueError(f"data.root: {source} has {done} instead of {size} bytes; call again")
     if done != size or (checksum is not None and content.hexdigest() != checksum):
         part.unlink()
         raise ValueError(
             f"data.root: {source} is damaged (its checksum differs from {ABOUT}'s); "
             "pack it again with ddp-ssl pack-shards"
         )
-    part.rename(target / source.name)
+    status = source.stat()
+    os.utime(part, ns=(status.st_atime_ns, status.st_mtime_ns))
+    to.parent.mkdir(parents=True, exist_ok=True)
+    part.rename(to)

@@ -1,4 +1,4 @@
-"""Encoded images inside tar files, read by offset and size. numpy only."""
+"""Encoded images inside tar or parquet files, read by offset and size. numpy only."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ddp_ssl.data.datasets.pages import made_of
 from ddp_ssl.utils.sealed import checksum
+
+# Offsets of images that are not there, and why.
+ABSENT = {-1: "its cell is empty", -2: "its part of the file is damaged"}
 
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """The places of encoded images: image i is `size[i]` bytes at `offset[i]` of a tar file.
+    """The places of encoded images: image i is `size[i]` bytes at `offset[i]` of a large file.
 
-    `paths` are the tar files, and `shard`, int32 `[M]`, is the index of each image's file. `offset`
-    and `size` are int64 `[M]`. `crc`, uint32 `[M]`, is the CRC-32 of each image; None where earlier
-    versions packed.
+    `paths` are the files, and `shard`, int32 `[M]`, is the index of each image's file. `offset` and
+    `size` are int64 `[M]`. `crc`, uint32 `[M]`, is the CRC-32 of each image; None where earlier
+    versions packed. In parquet files, `part`, int32 `[M, 5]`, says how the stored bytes make the
+    image (`pages.Place`), and the offsets in `ABSENT` mean that there is none.
     """
 
     paths: tuple[str, ...]
@@ -33,30 +38,41 @@ class Shards:
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
     crc: NDArray[np.uint32] | None = None
+    part: NDArray[np.int32] | None = None
     index_crc: tuple[int, ...] | None = None
     """CRC-32 of DALI's index of each tar file."""
     _files: dict[str, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def path_of(self, i: int) -> str:
-        """The tar file of image `i`."""
+        """The file of image `i`."""
         return self.paths[int(self.shard[i])]
 
     def read(self, i: int) -> NDArray[np.uint8]:
         """The encoded image `i`, uint8 `[length]`, in any thread; raises `OSError`."""
-        content = self.part(i, 0, int(self.size[i]))
+        content = self.piece(i, 0, int(self.size[i]))
         if self.crc is not None and zlib.crc32(content.data) != int(self.crc[i]):
             raise OSError(errno.EIO, "its checksum is not that of the image that was packed")
         return content
 
-    def part(self, i: int, first: int, count: int) -> NDArray[np.uint8]:
+    def piece(self, i: int, first: int, count: int) -> NDArray[np.uint8]:
         """Bytes `first` to `first + count` of image `i`; raises `OSError`."""
-        path, at = self.path_of(i), int(self.offset[i]) + first
+        at = int(self.offset[i])
+        if at < 0:
+            raise OSError(errno.ENOENT, ABSENT[at])
+        part = None if self.part is None else tuple(self.part[i].tolist())
+        if part is None or not part[0]:
+            return self._stored(self.path_of(i), at + first, count)
+        stored = self._stored(self.path_of(i), at, part[1])
+        return made_of(stored, int(self.size[i]), part)[first : first + count]
+
+    def _stored(self, path: str, at: int, count: int) -> NDArray[np.uint8]:
         content: NDArray[np.uint8] = np.empty(count, np.uint8)
         view, done = content.data, 0
         file, kept = self._open(path)
         try:
             while done < len(content):
+                # With its own offset: processes may share the open file.
                 count = os.preadv(file, [view[done:]], at + done)
                 if count == 0:
                     raise OSError(errno.EIO, f"shard ends before byte {at + len(content)}")
@@ -91,10 +107,21 @@ class Shards:
 
     def subset(self, ids: NDArray[np.int64]) -> Shards:
         """The images `ids`; open files are shared."""
-        crc = None if self.crc is None else self.crc[ids]
         return replace(
-            self, shard=self.shard[ids], offset=self.offset[ids], size=self.size[ids], crc=crc
+            self,
+            shard=self.shard[ids],
+            offset=self.offset[ids],
+            size=self.size[ids],
+            crc=None if self.crc is None else self.crc[ids],
+            part=None if self.part is None else self.part[ids],
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files: a process that is spawned opens its own."""
+        return {**self.__dict__, "_files": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_lock": threading.Lock()})
 
     def _open(self, path: str) -> tuple[int, bool]:
         """A descriptor, and whether it stays open: it does until there are too many."""

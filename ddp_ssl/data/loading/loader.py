@@ -18,7 +18,7 @@ import torch
 
 from ddp_ssl.config.views import CentralCrop
 from ddp_ssl.data.batch import Batch
-from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.datasets.split import Split, not_compared
 from ddp_ssl.data.loading import small_images
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.decodable import dali_message
@@ -142,7 +142,8 @@ class TrainLoader:
         """
         theirs, ours = state.get("fingerprint", {}), self.fingerprint()
         theirs, ours = theirs | {"step": str(state.get("step"))}, ours | {"step": str(step)}
-        different = [key for key in ours if ours[key] != theirs.get(key)]
+        out = not_compared("data", "labels", theirs, ours)
+        different = [key for key in ours if ours[key] != theirs.get(key) and key != out]
         if different:
             self._restart(step)
             changes = _changes(different, theirs, ours)
@@ -160,11 +161,13 @@ class TrainLoader:
     def fingerprint(self) -> dict[str, str]:
         """Everything that shapes the pipeline: DALI restores another one's blob silently wrong."""
         order, device = self.order, self.settings.device
+        images, labels = self.split.identity
         return {
             "dali": self._dali.VERSION,
             "graph": small_images.VERSION if self._small else str(self._dali.GRAPH),
             "device": device.type,
-            "data": self.split.digest,
+            "data": images,
+            "labels": labels,
             "views": repr(self.views),
             "view_ids": repr([view_id for view_id, _ in self.augmentation.keyed]),
             "batch": str(order.local_batch),

@@ -1,0 +1,341 @@
+"""The images of a parquet file: found once by reading it in order, and kept.
+
+pyarrow reads the schema, labels and names. `pages` says where each image lies, which is compared
+with what pyarrow reads. What was found is an archive below `cache.cache_folder()`; its name depends
+on the file's size and time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import threading
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddp_ssl.data.datasets.cache import cache_folder
+from ddp_ssl.data.datasets.pages import Page, Place, UnsupportedError, arrow, pages
+from ddp_ssl.errors import printable
+from ddp_ssl.utils.once import warn_once
+
+logger = logging.getLogger("ddp_ssl")
+
+VERSION = 1
+BATCH = 32  # images that pyarrow reads at a time
+EMPTY, DAMAGED = -1, -2  # offsets of images that are not there (`tar.ABSENT`)
+
+Ints = NDArray[np.int64]
+
+# --- which columns -------------------------------------------------------------------------------
+
+
+class Columns(NamedTuple):
+    """The columns to read, and the names of the classes if the files have them."""
+
+    image: str
+    nested: bool  # in a struct `{bytes, path}`
+    named: bool  # with a path
+    label: str | None
+    classes: tuple[str, ...]
+
+    @property
+    def leaf(self) -> str:
+        """The path of the column of bytes."""
+        return f"{self.image}.bytes" if self.nested else self.image
+
+
+def columns_of(path: Path, wanted: list[str] | None) -> Columns:
+    """The columns of a file; `wanted` are their names if the config gives them.
+
+    Raises `ValueError` where there is no such column or more than one.
+    """
+    schema = opened(path).schema_arrow
+    images = [field.name for field in schema if _holds_images(field.type)]
+    numbers = [field.name for field in schema if _is_whole(field.type)]
+    features = _features(schema)
+    classes = [name for name in numbers if features.get(name, {}).get("_type") == "ClassLabel"]
+    image, label = _chosen(path, schema.names, wanted, images, numbers, classes)
+    kind = schema.field(image).type
+    nested = arrow().types.is_struct(kind)
+    named = nested and "path" in [field.name for field in kind]
+    names = features.get(label or "", {}).get("names") or ()
+    return Columns(image, nested, named, label, tuple(str(name) for name in names))
+
+
+def _chosen(
+    path: Path,
+    names: list[str],
+    wanted: list[str] | None,
+    images: list[str],
+    numbers: list[str],
+    classes: list[str],
+) -> tuple[str, str | None]:
+    if wanted:
+        for name, accepted, what in zip(
+            wanted, (images, numbers), ("images", "whole numbers"), strict=False
+        ):
+            if name not in accepted:
+                raise ValueError(
+                    f"data.columns: {name!r} is no column of {what} in {path}; "
+                    f"accepted: {', '.join(accepted) or 'none of its columns'}"
+                )
+        return wanted[0], wanted[1] if len(wanted) > 1 else None
+    labels = classes or [name for name in numbers if name == "label"] or numbers
+    if not images:
+        raise ValueError(
+            f"data.root: {path} has no column of images; it has {', '.join(names)}; accepted: a "
+            "column of {bytes, path} or of bytes"
+        )
+    if len(images) > 1 or len(labels) > 1:
+        what, found = ("images", images) if len(images) > 1 else ("labels", labels)
+        raise ValueError(
+            f"data.columns: unset, and {', '.join(found)} of {path} may hold the {what}; accepted: "
+            f"data.columns=[{images[0]},{labels[0] if labels else 'LABEL'}], or [{images[0]}] for "
+            "no labels"
+        )
+    return images[0], labels[0] if labels else None
+
+
+def _holds_images(kind: Any) -> bool:
+    types = arrow().types
+    if types.is_struct(kind):
+        return any(field.name == "bytes" and _holds_images(field.type) for field in kind)
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _is_whole(kind: Any) -> bool:
+    return bool(arrow().types.is_integer(kind))
+
+
+def _features(schema: Any) -> dict[str, Any]:
+    """What `datasets` says of the columns; empty if it says nothing."""
+    try:
+        about = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: value for name, value in about.items() if isinstance(value, dict)}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def opened(path: Path) -> Any:
+    """pyarrow's `ParquetFile`; raises `ValueError` if it is damaged."""
+    try:
+        return arrow("pyarrow.parquet").ParquetFile(
+            path, memory_map=True, pre_buffer=False, page_checksum_verification=True
+        )
+    except (OSError, arrow().ArrowException) as error:
+        raise ValueError(
+            f"data.root: {path} is damaged or cannot be read: {_first(error)}; fetch it again"
+        ) from None
+
+
+def _first(error: BaseException) -> str:
+    return printable(str(error).partition("\n")[0])
+
+
+# --- the places of the images of a file ----------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """A file's images: arrays of `[m]`, and of the paths a block and their lengths."""
+
+    label: Ints
+    offset: Ints
+    size: Ints
+    crc: NDArray[np.uint32]
+    part: NDArray[np.int32]  # [m, 5]
+    paths: NDArray[np.uint8]
+    lengths: Ints
+
+
+def read_table(path: Path, columns: Columns, stop: threading.Event) -> Table:
+    """Find the images of a file. Those of a damaged part of it get no place.
+
+    Raises `ValueError` for a file that is not read.
+    """
+    file = opened(path)
+    _check_schema(path, columns)
+    labels, paths, lengths = [], bytearray(), []
+    offset, size, crc, part = [], [], [], []
+    for group in range(file.num_row_groups):
+        if stop.is_set():
+            break
+        count = file.metadata.row_group(group).num_rows
+        label, texts = _labels_and_paths(file, group, columns, path)
+        labels.append(label)
+        for text in texts:
+            paths += text
+            lengths.append(len(text))
+        places = _places(file, path, group, columns)
+        done = 0
+        try:
+            for place, value in places:
+                offset.append(place.offset)
+                size.append(place.size)
+                part.append(place.part)
+                crc.append(value)
+                done += 1
+        except UnsupportedError as error:
+            raise ValueError(
+                f"data.root: {path}: its images have {error}, which is not read; accepted: plain "
+                "values as `datasets` and pyarrow write them"
+            ) from None
+        except (OSError, ValueError, IndexError, KeyError, arrow().ArrowException) as error:
+            logger.warning(
+                "data.root: %s: %d images in row group %d are damaged: %s",
+                *(path, count - done, group, _first(error)),
+            )
+        for _ in range(count - done):
+            offset.append(DAMAGED)
+            size.append(0)
+            part.append((0, 0, 0, 0, 0))
+            crc.append(0)
+    return Table(
+        np.concatenate(labels) if labels else np.empty(0, np.int64),
+        np.array(offset, np.int64),
+        np.array(size, np.int64),
+        np.array(crc, np.uint32),
+        np.array(part, np.int32).reshape(-1, 5),
+        np.frombuffer(bytes(paths), np.uint8),
+        np.array(lengths, np.int64),
+    )
+
+
+def _check_schema(path: Path, columns: Columns) -> None:
+    wanted = [columns.image] if columns.label is None else [columns.image, columns.label]
+    here = columns_of(path, wanted)
+    if here != columns:
+        what = "classes" if here.classes != columns.classes else "columns"
+        raise ValueError(f"data.root: {path} has other {what} than the first file to train on")
+
+
+def _labels_and_paths(
+    file: Any, group: int, columns: Columns, path: Path
+) -> tuple[Ints, list[bytes]]:
+    """The label of each row, -1 for none, and its path, empty for none."""
+    pa, count = arrow(), file.metadata.row_group(group).num_rows
+    label: Ints = np.full(count, -1, np.int64)
+    texts = [b""] * count
+    try:
+        if columns.label is not None:
+            cells = file.read_row_group(group, [columns.label], use_threads=False)[0]
+            label = cells.cast(pa.int64()).fill_null(-1).to_numpy()
+        if columns.named:
+            cells = file.read_row_group(group, [f"{columns.image}.path"], use_threads=False)[0]
+            cells = _flat(cells.combine_chunks(), "path").cast(pa.binary())
+            texts = [text or b"" for text in cells.to_pylist()]
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(
+            f"data.root: {path} is damaged, labels or names of row group {group}: "
+            f"{_first(error)}; fetch it again"
+        ) from None
+    label = np.maximum(label, -1)
+    if columns.classes and len(label) and label.max() >= len(columns.classes):
+        raise ValueError(
+            f"data.root: {path} has the label {label.max()}; accepted: 0 to "
+            f"{len(columns.classes) - 1}, one of its {len(columns.classes)} classes"
+        )
+    return label, texts
+
+
+def _flat(cells: Any, name: str) -> Any:
+    """A field of an array of structs; empty where the struct is."""
+    names = [field.name for field in cells.type]
+    return cells.flatten()[names.index(name)]
+
+
+def _places(file: Any, path: Path, group: int, columns: Columns) -> Iterator[tuple[Place, int]]:
+    """The place and the CRC-32 of each image of a row group; an offset of -1 for an empty cell."""
+    schema, about = file.schema, file.metadata.row_group(group)
+    leaf = next(i for i in range(len(schema)) if schema.column(i).path == columns.leaf)
+    known: dict[bytes, Place] = {}
+    page: Page | None = None
+    cells, values = 0, iter(list[tuple[memoryview, Place]]())
+    with path.open("rb", buffering=1 << 20) as raw:
+        found = pages(raw, about.column(leaf), schema.column(leaf).max_definition_level)
+        for batch in file.iter_batches(
+            BATCH, row_groups=[group], columns=[columns.leaf], use_threads=False
+        ):
+            column = batch.column(0)
+            column = _flat(column, "bytes") if columns.nested else column
+            for cell in column:
+                while cells == 0:
+                    page = next(found, None)
+                    if page is None:
+                        raise ValueError("it has fewer values than rows")
+                    if page.cells == 0:
+                        known = {bytes(value): place for value, place in page.places()}
+                    cells, values = page.cells, page.places()
+                cells -= 1
+                if not cell.is_valid:
+                    yield Place(EMPTY, 0), 0
+                    continue
+                value: bytes = cell.as_py()
+                assert page is not None
+                if page.coded:
+                    place = known[value]
+                else:
+                    there, place = next(values, (memoryview(b""), Place(0, 0)))
+                    if bytes(there) != value:  # memoryviews compare one number after the other
+                        raise ValueError("its pages are not as pyarrow reads them")
+                yield place, zlib.crc32(value)
+
+
+# --- kept ----------------------------------------------------------------------------------------
+
+
+def kept(file: Path) -> dict[str, Any] | None:
+    """The arrays of an archive, in memory; None if there is none or if it is damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:  # its checksums are checked
+            return dict(arrays)
+    except FileNotFoundError:
+        return None
+    except Exception:  # a damaged archive makes numpy raise anything
+        if file.exists():
+            logger.warning("%s is damaged: parquet files are read through again", file)
+        return None
+
+
+def keep(file: Path, arrays: Mapping[str, Any]) -> None:
+    """Write an archive, whole or not at all; says so where that is not possible."""
+    part = file.with_name(f".{file.stem}-{os.getpid()}.npz")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            np.savez(part, **arrays)
+            part.rename(file)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+    except OSError as error:
+        warn_once(
+            f"DDP_SSL_CACHE: {cache_folder()} cannot be written ({error.strerror}): parquet files "
+            "are read through again at every start; accepted: a folder to keep what was found in"
+        )
+
+
+def place_of(*key: object) -> Path:
+    """Where what depends on `key` is kept."""
+    name = hashlib.sha256(repr((VERSION, *key)).encode()).hexdigest()[:32]
+    return cache_folder() / "parquet" / f"{name}.npz"
+
+
+def table_of(
+    base: Path, name: str, columns: Columns, stamp: tuple[int, int], stop: threading.Event
+) -> Table:
+    """The images of a file of this size and time: as they are kept, or found now and kept."""
+    place = place_of(name, columns, stamp)
+    if (found := kept(place)) is not None:
+        return Table(**found)
+    table = read_table(base / name, columns, stop)
+    if not stop.is_set():
+        keep(place, table._asdict())
+    return table

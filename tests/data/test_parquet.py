@@ -1,0 +1,603 @@
+"""Parquet files: the same images as in folders and shards, kept, staged, damaged, refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from ddp_ssl.commands import check_data
+from ddp_ssl.config import Data
+from ddp_ssl.data.datasets import imagenet, index, pages, parquet, registry
+from ddp_ssl.data.datasets.base import Dataset
+from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading.bad_images import BadImages
+from ddp_ssl.utils.once import warn_once
+from tests.data.images import eval_of, loader_of, pack, picture, same, through_a_file, write
+from tests.data.tables import Cell, as_parquet, table_of, write_table
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("DDP_SSL_CACHE", str(folder))
+    warn_once.cache_clear()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 images to train on and 7 to validate on, in three classes."""
+    root = tmp_path_factory.mktemp("files")
+    for i in range(37):
+        kind = ".png" if i % 9 == 0 else ".jpg"
+        write(root / ("train" if i < 30 else "val") / f"c{i % 3}" / f"{i:02d}{kind}", i)
+    return root
+
+
+@pytest.fixture(scope="module")
+def tables(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return as_parquet(files, tmp_path_factory.mktemp("tables"))
+
+
+def loaded(root: Path | str, name: str = "folder", **keys: Any) -> Dataset:
+    return registry.load(Data(name=name, root=str(root), **keys), 0)
+
+
+def refused(root: Path | str, name: str = "parquet", **keys: Any) -> str:
+    with pytest.raises(ValueError, match=r"^data\.") as caught:
+        loaded(root, name, **keys)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def encoded(split: Split) -> list[bytes]:
+    return [split.read(i).tobytes() for i in range(len(split))]
+
+
+def cells_of(count: int) -> list[Cell]:
+    """Images as a table has them, with the names that the images of folders have."""
+    made: list[Cell] = []
+    for i in range(count):
+        content = io.BytesIO()
+        Image.fromarray(picture(i)).save(content, "JPEG")
+        made.append({"bytes": content.getvalue(), "path": f"{i:02d}.jpg"})
+    return made
+
+
+# --- the same images -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["folder", "parquet"])
+def test_the_same_ids_names_labels_bytes_and_digests(files: Path, tables: Path, name: str) -> None:
+    original, found = loaded(files), loaded(tables, name)
+    assert found.name == "folder"
+    assert found.class_names == original.class_names == ("c0", "c1", "c2")
+    for mine, other in ((found.train, original.train), (found.val, original.val)):
+        assert mine is not None
+        assert other is not None
+        assert mine.labels.tolist() == other.labels.tolist()
+        assert [mine.name(i) for i in range(len(mine))] == [
+            other.name(i) for i in range(len(other))
+        ]
+        assert mine.digest == Split(mine.labels, "", mine.names, mine.spans).digest == other.digest
+        assert encoded(mine) == encoded(other)
+        some = mine.subset(np.array([5, 2]))
+        assert encoded(some) == [other.read(i).tobytes() for i in (5, 2)]
+
+
+FORMS: list[dict[str, Any]] = [
+    {"compression": codec, "data_page_version": version, "use_dictionary": coded}
+    for codec in ("snappy", "none", "zstd", "gzip", "lz4", "brotli")
+    for version in ("1.0", "2.0")
+    for coded in (True, False)
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))
+def test_a_value_is_where_its_place_says(tmp_path: Path, form: dict[str, Any]) -> None:
+    """Repeated values, empty ones, none, values that begin alike, longer than snappy's blocks."""
+    rng = np.random.default_rng(0)
+    head = bytes(range(200)) * 2
+    values: list[bytes | None] = [None, b"", head, b"\0" * 100_000, b"x"]
+    for length in (3, 70, 500, 3_000, 65_536, 150_000):
+        noise = rng.bytes(length)
+        values += [noise, head + noise, head + noise + head, noise[:2000], None]
+    values += values[::-1]
+    column = pa.array([None if v is None else {"bytes": v} for v in values],
+                      pa.struct([("bytes", pa.binary())]))  # fmt: skip
+    path = write_table(tmp_path / "t.parquet", pa.table({"x": column}), row_group_size=40, **form)
+    split = loaded(path.parent, "parquet", columns=["x"], val_fraction=0.01).train
+    assert split.shards is not None
+    whole = pq.read_table(path)["x"].to_pylist()
+    assert len(whole) == len(values)
+    for i in range(len(split)):
+        file, row = os.fsdecode(split.name(i)).split("/")
+        value = values[int(row)]
+        assert file == "t.parquet"
+        if value is None:
+            with pytest.raises(FileNotFoundError, match="its cell is empty"):
+                split.read(i)
+        else:
+            assert split.read(i).tobytes() == value
+            if len(value) > 2:
+                assert split.shards.piece(i, 1, 2).tobytes() == value[1:3]
+
+
+def test_little_more_is_read_than_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of photographs in snappy's pages, which are as long as their row groups."""
+    rng, cells = np.random.default_rng(0), cells_of(20)
+    for cell in cells:
+        assert cell is not None
+        cell["bytes"] = cell["bytes"] + rng.bytes(100_000)
+    write_table(tmp_path / "train.parquet", table_of(cells, [0] * 20, ["a"]), row_group_size=20)
+    split = loaded(tmp_path).train
+    assert split.shards is not None
+    read: list[int] = []
+    stored = type(split.shards)._stored
+
+    def counted(shards: Any, path: str, at: int, count: int) -> Any:
+        read.append(count)
+        return stored(shards, path, at, count)
+
+    monkeypatch.setattr(type(split.shards), "_stored", counted)
+    wanted = sum(map(len, encoded(split)))
+    assert wanted < sum(read) < 1.01 * wanted
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_same_pixels_and_a_resume_on_another_container(
+    files: Path, packed: Path, tables: Path, tmp_path: Path, processes: int
+) -> None:
+    """In a folder, in shards, in parquet files with names and without."""
+    unnamed = as_parquet(files, tmp_path / "unnamed", named=False)
+    splits = [loaded(root).train for root in (files, packed, tables, unnamed)]
+    assert [split.named for split in splits] == [True, True, True, False]
+    for shard in range(processes):
+        share = {"shard": shard, "num_shards": processes, "salt": shard}
+        loaders = [loader_of(split, **share) for split in splits]
+        for _ in range(6):
+            first, *others = [next(loader) for loader in loaders]
+            assert all(same(first, other) for other in others)
+            assert all(torch.equal(first.labels, other.labels) for other in others)
+        states = [through_a_file(loader.state()) for loader in loaders]
+        after = next(loaders[0])
+        for loader in loaders:
+            loader.close()
+        for saved, going_on in ((0, 2), (2, 1), (3, 0), (0, 3)) if shard == 0 else ():
+            loader = loader_of(splits[going_on], **share)
+            assert loader.load_state(states[saved], 6) is None
+            assert same(next(loader), after)
+            loader.close()
+
+
+def test_packed_without_names_they_stay_without(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unnamed = as_parquet(files, tmp_path / "unnamed", named=False)
+    assert pack(unnamed, tmp_path / "out", "data.name=parquet") == 0
+    original, found = loaded(unnamed).train, loaded(tmp_path / "out", "parquet").train
+    assert found.identity == original.identity
+    assert encoded(found) == encoded(original)
+
+
+def test_a_state_of_other_labels_is_of_another_set_up(files: Path, tmp_path: Path) -> None:
+    unnamed = loaded(as_parquet(files, tmp_path / "unnamed", named=False)).train
+    loader, other = loader_of(loaded(files).train), loader_of(unnamed.subset(np.arange(30)[::-1]))
+    next(loader)
+    said = other.load_state(through_a_file(loader.state()), 1)
+    assert said is not None
+    assert "labels" in said
+    loader.close()
+    other.close()
+
+
+def test_a_split_is_read_by_forked_and_by_spawned_processes(tables: Path) -> None:
+    """A forked one shares open files, which are read at offsets; a spawned one opens its own."""
+    split = loaded(tables).train
+    contents = encoded(split)
+    copy = pickle.loads(pickle.dumps(split))
+    assert copy.shards._files == {}
+    assert encoded(copy) == contents
+    assert check_data.check({"train": split}, full=True, workers=2, max_pixels=10**6) == {
+        "train": {}
+    }
+
+
+# --- files and splits ----------------------------------------------------------------------------
+
+PARTS = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "val", "unused"),
+    [
+        (["train.parquet"], 1, 0, []),
+        ([*PARTS, "validation-00000-of-00001-b21e5e1e4b6f2a1e.parquet"], 2, 1, []),
+        ([f"data/{name}" for name in PARTS] + ["data/test-0.parquet"], 2, 0, ["test"]),
+        (["train/0000.parquet", "train/0001.parquet", "val/0000.parquet"], 2, 1, []),
+        (["plain_text/Train_0.parquet", "plain_text/valid_0.parquet"], 1, 1, []),
+        (["0.parquet", "1.parquet", "metadata.parquet", ".hidden.parquet"], 2, 0, []),
+        (["part.parquet", "val-0.parquet"], 1, 1, []),
+        (["train-0.parquet", "extra.parquet"], 1, 0, ["1 files of no split"]),
+    ],
+)
+def test_which_files_are_of_which_split(
+    tmp_path: Path, names: list[str], train: int, val: int, unused: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    for i, name in enumerate(names):
+        write_table(
+            tmp_path / name, table_of([{"bytes": b"%d" % i, "path": None}] * 2, [0, 0], ["a"])
+        )
+        os.utime(tmp_path / name, ns=(1, 1))  # as an archive may unpack them, of one size too
+    files = parquet.files_of(Data(name="parquet", root=str(tmp_path)))
+    assert (len(files.train), len(files.val), list(files.unused)) == (train, val, unused)
+    caplog.set_level(logging.INFO, "ddp_ssl")
+    found = loaded(tmp_path)
+    assert len(found.train) == 2 * train - (not val)
+    assert found.val is not None
+    seen = {found.train.read(i).tobytes() for i in range(len(found.train))}
+    assert not val or not seen & {found.val.read(i).tobytes() for i in range(len(found.val))}
+    assert len(seen) == train
+    assert ("not used: " + ", ".join(unused) in caplog.text) == bool(unused)
+
+
+def test_a_pattern(files: Path, tables: Path) -> None:
+    found = loaded(f"{tables}/data/train-*.parquet", "parquet")
+    assert len(found.train) + len(found.val or ()) == 30
+    assert f"{tables}/*.parquet has no parquet files" in refused(f"{tables}/*.parquet")
+
+
+def test_images_in_folders_come_first(files: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(files, tmp_path / "root")
+    for name in ("annotations.parquet", "train/c0/a.parquet", "train/c1/a.parquet"):
+        write_table(root / name, table_of([None], [0], None))
+    assert loaded(root).train.digest == loaded(files).train.digest
+
+
+def test_a_picture_beside_a_published_data_set_is_no_class(tmp_path: Path) -> None:
+    root = imagenet_of(tmp_path, None, [0, 999])
+    write(root / "assets" / "figure.png")
+    assert len(loaded(root, "imagenet").train) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "has no parquet files; accepted: train-"),
+        (["test-0.parquet", "val-0.parquet"], "to train on, only of test, validation; accepted"),
+        (["a/train-0.parquet", "b/train-0.parquet"], "has parquet files in a, b; accepted: one of"),
+    ],
+)
+def test_files_that_are_not_there(tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        write_table(tmp_path / name, table_of([None], [0], None))
+    assert message in refused(tmp_path)
+    assert "does not exist" in refused(tmp_path / "none")
+
+
+# --- columns -------------------------------------------------------------------------------------
+
+
+def test_columns_are_found_or_named(tmp_path: Path) -> None:
+    """CIFAR-100's form: two columns of labels, images without names."""
+    cells = [cell and {"bytes": cell["bytes"], "path": None} for cell in cells_of(6)]
+    features = {
+        "img": {"_type": "Image"},
+        "fine": {"_type": "ClassLabel", "names": ["x", "y", "z"]},
+        "coarse": {"_type": "ClassLabel", "names": ["p", "q"]},
+    }
+    table = pa.table(
+        {
+            "img": pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            "fine": pa.array([0, 1, 2, 0, None, -1], pa.int32()),
+            "coarse": pa.array([0, 1, 0, 1, 0, 1], pa.uint8()),
+            "raw": pa.array([cell["bytes"] if cell else None for cell in cells], pa.large_binary()),
+        }
+    ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    write_table(tmp_path / "train.parquet", table)
+    write_table(tmp_path / "val.parquet", table)
+    assert refused(tmp_path).startswith(
+        f"data.columns: unset, and img, raw of {tmp_path}/train.parquet may hold the images; "
+        "accepted: data.columns=[img,fine], or [img] for no labels"
+    )
+    fine = loaded(tmp_path, "parquet", columns=["img", "fine"])
+    assert fine.train.labels.tolist() == [0, 1, 2, 0, -1, -1]
+    assert fine.class_names == ("x", "y", "z")
+    coarse = loaded(tmp_path, columns=["raw", "coarse"])
+    assert coarse.train.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert encoded(coarse.train) == encoded(fine.train)
+    none = loaded(tmp_path, columns=["img"])
+    assert set(none.train.labels.tolist()) == {-1}
+    assert none.class_names == ()
+    assert "'fine' is no column of images in" in refused(tmp_path, columns=["fine", "img"])
+    assert "accepted: img, raw" in refused(tmp_path, columns=["fine"])
+
+
+def test_labels_without_names_of_classes(tmp_path: Path) -> None:
+    write_table(tmp_path / "train.parquet", table_of(cells_of(4), [2, 0, 2, 1], None))
+    found = loaded(tmp_path)
+    assert found.class_names == ("0", "1", "2")
+    assert found.train.name(0).startswith(b"2/")
+    write_table(tmp_path / "train.parquet", table_of(cells_of(2), [10**9, 0], None))
+    assert "data.columns: 'label' has numbers up to 1000000000 and no" in refused(tmp_path)
+    write_table(tmp_path / "train.parquet", table_of(cells_of(2), [0, 5], ["a", "b"]))
+    assert "has the label 5; accepted: 0 to 1, one of its 2 classes" in refused(tmp_path)
+
+
+def test_names_that_are_not_unique_are_no_names(tmp_path: Path) -> None:
+    cells = [cell and cell | {"path": "image.jpg"} for cell in cells_of(4)]
+    write_table(tmp_path / "train.parquet", table_of(cells, [0, 0, 0, 0], ["a"]))
+    train = loaded(tmp_path).train
+    assert not train.named
+    assert train.name(0).startswith(b"train.parquet/")
+
+
+def test_other_files_have_other_columns(tmp_path: Path) -> None:
+    write_table(tmp_path / "train-0.parquet", table_of(cells_of(2), [0, 1], ["a", "b"]))
+    write_table(tmp_path / "train-1.parquet", table_of(cells_of(2), [0, 1], ["b", "a"]))
+    assert "train-1.parquet has other classes than the first file" in refused(tmp_path)
+    write_table(tmp_path / "train-1.parquet", pa.table({"image": [1, 2]}))
+    assert "'image' is no column of images in" in refused(tmp_path)
+    write_table(tmp_path / "train-0.parquet", pa.table({"text": ["a"]}))
+    assert "has no column of images; it has text; accepted: a column of" in refused(tmp_path)
+
+
+def test_keys_that_are_for_other_data(files: Path, tables: Path) -> None:
+    assert refused(files, "folder", columns=["image"]).startswith("data.columns: is for parquet")
+    assert refused(tables, reader="streamed").startswith("data.reader: streamed is for shards")
+
+
+def test_a_missing_pyarrow_is_one_line(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages.arrow.cache_clear()
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "pyarrow, which is not installed: pip install 'ddp_ssl[parquet]'" in refused(tables)
+    pages.arrow.cache_clear()
+
+
+# --- ImageNet ------------------------------------------------------------------------------------
+
+
+def imagenet_of(root: Path, names: list[str] | None, labels: list[int]) -> Path:
+    cells = cells_of(len(labels))
+    for split in ("train", "validation"):
+        write_table(root / f"{split}-00000-of-00001.parquet", table_of(cells, labels, names))
+    return root
+
+
+def test_imagenet_by_number_and_by_words(tmp_path: Path) -> None:
+    table = imagenet.table()
+    wnids = list(table)
+    words = list(table.values())
+    words[517] = "crane2"
+    for names in (words, wnids, None, [f"{w.split(',')[0]} " for w in words]):
+        root = imagenet_of(tmp_path / str(names)[:9], names, [0, 134, 517, 999])
+        found = loaded(root, "imagenet")
+        assert found.class_names == tuple(wnids)
+        assert [wnids[i] for i in found.train.labels] == [
+            "n01440764", "n02012849", "n03126707", "n15075141",
+        ]  # fmt: skip
+        hundred = loaded(imagenet_of(root, names, [15, 0, 999, 457]), "imagenet100")
+        assert hundred.class_names == imagenet.imagenet100()
+        assert [hundred.class_names[i] for i in hundred.train.labels] == ["n01558993"]
+        assert hundred.train.name(0) == b"n01558993/00.jpg"
+
+
+def test_imagenet100_in_an_order_of_its_own(tmp_path: Path) -> None:
+    names = [imagenet.table()[wnid] for wnid in imagenet.imagenet100()][::-1]
+    assert "bonnet, poke bonnet" in names
+    root = imagenet_of(tmp_path, names, [names.index("bonnet, poke bonnet"), 99, 0])
+    found = loaded(root, "imagenet100")
+    hundred = imagenet.imagenet100()
+    assert found.class_names == hundred
+    assert found.train.labels.tolist() == [hundred.index("n02869837"), 0, 99]
+
+
+def test_an_imagenet100_of_other_classes_is_refused(tmp_path: Path) -> None:
+    names = [imagenet.table()[wnid] for wnid in imagenet.imagenet100()]
+    names[3], names[7] = "tench, Tinca tinca", "goldfish, Carassius auratus"
+    said = refused(imagenet_of(tmp_path, names, [0, 1]), "imagenet100")
+    lacking = [imagenet.imagenet100()[i] for i in (3, 7)]
+    assert f"lacks 2 of the 100 classes of ImageNet-100, {lacking[0]} (" in said
+    assert "and has others instead, n01440764 (tench, Tinca tinca), n01443537 (" in said
+    names[3] = "a class of nobody's"
+    said = refused(imagenet_of(tmp_path, names, [0, 1]), "imagenet100")
+    assert (
+        "1 of its 100 classes are not known as one of ImageNet's, \"a class of nobody's\"" in said
+    )
+    names[3] = names[4]
+    assert "as two of its classes" in refused(imagenet_of(tmp_path, names, [0, 1]), "imagenet100")
+
+
+def test_the_hub_s_names_are_those_of_the_folders(tmp_path: Path) -> None:
+    cells = [cell and cell | {"path": f"n01440764_{i}_n01440764.JPEG"}
+             for i, cell in enumerate(cells_of(2))]  # fmt: skip
+    for split in ("train", "val"):
+        table = table_of(cells, [0, 0], list(imagenet.table().values()))
+        write_table(tmp_path / "data" / f"{split}-0.parquet", table)
+    train = loaded(tmp_path, "imagenet").train
+    assert [train.name(i) for i in range(2)] == [
+        b"n01440764/n01440764_0.JPEG", b"n01440764/n01440764_1.JPEG",
+    ]  # fmt: skip
+    assert train.where(1) == f"{tmp_path}/train/n01440764/n01440764_1.JPEG"
+
+
+def test_a_published_data_set_has_images_for_validation(tmp_path: Path) -> None:
+    write_table(tmp_path / "train-0.parquet", table_of(cells_of(2), [0, 1], None))
+    assert "has no parquet files of a validation split" in refused(tmp_path, "imagenet")
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+def test_cells_without_an_image_are_bad_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An empty struct, an empty field, no bytes, no image, and one whose bytes change later."""
+    cells = cells_of(12)
+    spoiled: dict[int, Cell] = {
+        1: None,
+        4: {"bytes": None, "path": "x.jpg"},
+        6: {"bytes": b"", "path": "y"},
+        8: {"bytes": b"no image", "path": "z"},
+    }
+    for i, value in spoiled.items():
+        cells[i] = value
+    path = write_table(
+        tmp_path / "train.parquet",
+        table_of(cells, [0] * 12, ["a"]),
+        use_dictionary=False,
+        compression="none",
+    )
+    write_table(tmp_path / "val.parquet", table_of(cells[:1], [0], ["a"]))
+    before = path.stat()
+    split = loaded(tmp_path).train
+    assert split.shards is not None
+    content = bytearray(path.read_bytes())
+    content[int(split.shards.offset[10]) + 100] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    bad = BadImages()
+    loader = eval_of(split, np.arange(12), bad=bad)
+    ids = [int(i) for batch in loader for i in batch.ids]
+    assert [i for i in ids if i >= 0] == [0, 2, 3, 5, 7, 9, 11]
+    reasons = dict(bad.of(split))
+    assert "its checksum is not that" in reasons.pop(10)
+    assert reasons == {
+        1: "its cell is empty",
+        4: "its cell is empty",
+        6: "empty",
+        8: "not an image",
+    }
+    found = check_data.check({"train": split}, full=False, workers=1, max_pixels=10**6)["train"]
+    assert {1, 4, 6, 8} <= set(found)
+    with_train = loader_of(split, global_batch=4)
+    trained = [next(with_train) for _ in range(6)]
+    assert not {1, 4, 6, 8, 10} & {int(i) for batch in trained for i in batch.ids}
+    with_train.close()
+
+
+def test_a_damaged_part_of_a_file_costs_its_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A page's header in the second of three row groups is overwritten before it is read first."""
+    cells = cells_of(12)
+    table = table_of(cells, [0] * 12, ["a"])
+    path = write_table(tmp_path / "train.parquet", table, row_group_size=4, use_dictionary=False)
+    write_table(tmp_path / "val.parquet", table)
+    at = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[at : at + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    split = loaded(tmp_path).train
+    assert "train.parquet: 4 images in row group 1 are damaged" in caplog.text
+    for i in range(12):
+        if i in range(4, 8):
+            with pytest.raises(FileNotFoundError, match="its part of the file is damaged"):
+                split.read(i)
+        else:
+            cell = cells[i]
+            assert cell is not None
+            assert split.read(i).tobytes() == cell["bytes"]
+
+
+def test_files_that_are_not_whole(tables: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(tables, tmp_path / "root")
+    second = root / "data" / PARTS[1]
+    whole = second.read_bytes()
+    second.write_bytes(whole[:1000])
+    assert f"{second} is damaged or cannot be read: " in refused(root)
+    (root / "data" / PARTS[0]).write_bytes(b"")
+    assert "fetch it again" in refused(root)
+
+
+@pytest.mark.parametrize("encoding", ["DELTA_LENGTH_BYTE_ARRAY", "DELTA_BYTE_ARRAY"])
+def test_encodings_that_are_not_read(tmp_path: Path, encoding: str) -> None:
+    write_table(
+        tmp_path / "train.parquet", table_of(cells_of(2), [0, 0], ["a"]), use_dictionary=False,
+        column_encoding={"image.bytes": encoding},
+    )  # fmt: skip
+    assert f"its images have the encoding {encoding}, which is not read" in refused(tmp_path)
+
+
+# --- what is kept --------------------------------------------------------------------------------
+
+
+def test_files_are_read_through_once(
+    tables: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = shutil.copytree(tables, tmp_path / "root")
+    read: list[str] = []
+    real = index.read_table
+
+    def spied(path: Path, *rest: Any) -> Any:
+        read.append(path.name)
+        return real(path, *rest)
+
+    monkeypatch.setattr(index, "read_table", spied)
+    first = loaded(root)
+    assert len(read) == 4
+    read.clear()
+    assert loaded(root).train.digest == first.train.digest
+    assert loaded(shutil.copytree(root, tmp_path / "moved")).train.digest == first.train.digest
+    assert read == []
+    # A file that changed is read again, the others are not; so it is after an interruption.
+    os.utime(root / "data" / PARTS[0], ns=(1, 1))
+    assert encoded(loaded(root).train) == encoded(first.train)
+    assert read == [PARTS[0]]
+    read.clear()
+    for kept in (cache / "parquet").glob("*.npz"):  # under a run, too
+        kept.write_bytes(kept.read_bytes()[:500])
+    assert encoded(loaded(root).train) == encoded(first.train)
+    assert len(read) == 4
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(
+    tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    expected = encoded(loaded(tables).train)
+    monkeypatch.setenv("DDP_SSL_CACHE", str(tmp_path / "file"))
+    assert encoded(loaded(tables).train) == expected
+    assert "DDP_SSL_CACHE: " in caplog.text
+    assert "read through again at every start" in caplog.text
+
+
+def test_a_staged_copy_is_read_and_named_as_the_original(
+    tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loaded(tables)
+    monkeypatch.setattr(index, "read_table", None)  # what is kept fits the copy
+    data = Data(name="folder", root=str(tables), stage=str(tmp_path / "local"))
+    copy = registry.stage(data)
+    assert str(copy.root).startswith(f"{tmp_path}/local/folder-")
+    found = registry.load(data, 0)
+    assert found.train.shards is not None
+    assert found.train.shards.path_of(0).startswith(str(copy.root))
+    assert found.train.where(3) == original.train.where(3)
+    assert encoded(found.train) == encoded(original.train)
+    staged = Path(found.train.shards.path_of(0))
+    staged.write_bytes(b"cut")  # by a crash
+    assert registry.stage(data).root == copy.root
+    assert encoded(registry.load(data, 0).train) == encoded(original.train)
+    pattern = data.model_copy(update={"root": f"{tables}/data/*.parquet", "name": "parquet"})
+    monkeypatch.undo()
+    assert registry.load(pattern, 0).val is not None
