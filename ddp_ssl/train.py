@@ -51,6 +51,8 @@ def _main(words: Sequence[str], stop: StopRequest, on_step: Callable[[Any], None
     if wants_config:
         common.say(resolved.to_yaml().rstrip("\n"))
         return 0
+    for note in resolved.notes:
+        common.say(note)
     from ddp_ssl.training.lifecycle import run
 
     return run(resolved, stop, on_step)

@@ -14,6 +14,7 @@ import ddp_ssl
 _PACKAGE = Path(ddp_ssl.__file__).parent
 _INSIDE = _PACKAGE / "configs"
 FOLDER = _INSIDE if _INSIDE.is_dir() else _PACKAGE.parent / "configs"
+PRESETS = FOLDER / "preset"
 
 
 def find_config(given: str) -> Path | None:

@@ -28,6 +28,7 @@ from ddp_ssl.config.schema import Config, MethodConfig, with_method
 from ddp_ssl.config.text import flow
 from ddp_ssl.errors import ConfigError
 from ddp_ssl.methods._registry import load_method
+from ddp_ssl.run.method import adapted, named, sibling
 from ddp_ssl.utils.text import one_line
 
 # The embedded default: AdaDim on 1,797 handwritten digits, and each method's settings for them.
@@ -42,6 +43,7 @@ def load(arguments: Sequence[str]) -> Resolved:
     and torch with it. Raises `ConfigError`.
     """
     path, overrides = split_arguments(arguments)
+    notes: list[str] = []
     if path is None:
         layers: list[Layer] = [(EMBEDDED, _embedded_default(overrides))]
     else:
@@ -53,10 +55,21 @@ def load(arguments: Sequence[str]) -> Resolved:
     typed = with_method(method)
     if path is None:
         layers = _for_method(layers[0][1], method)
-    else:  # again, now that the types of the method's own keys are known
-        layers = [(str(path), tree_of(path, text, typed))]
+    else:
+        # Again, now that the types of the method's own keys are known.
+        another = named(layers[0][1]) != name
+        if another and (other := sibling(path, name)):
+            notes.append(f"method.name={name}: takes {other} in place of {path.name}")
+            path, text, another = other, read_text(other), False
+        tree = tree_of(path, text, typed)
+        if another:
+            tree, dropped = adapted(tree, path, method)
+            given = {override.partition("=")[0] for override in overrides}
+            if left := [key for key in dropped if key not in given]:
+                notes.append(f"method.name={name}: not taken from {path}: {', '.join(left)}")
+        layers = [(str(path), tree)]
     recipe = (f"recipe of {name}", method.recipe)
-    merged, origins = merge([recipe, *with_overrides(layers, overrides, typed)])
+    merged, origins = merge(with_overrides([recipe, *layers], overrides, typed))
     merged["method"] = {**merged.get("method", {}), "name": name}
     config = validate(merged, typed, origins)
     try:
@@ -64,7 +77,7 @@ def load(arguments: Sequence[str]) -> Resolved:
         config.method.check(config)
     except ValueError as error:
         raise ConfigError(one_line(error)) from None
-    return Resolved(config, origins)
+    return Resolved(config, origins, tuple(notes))
 
 
 def _method_name(tree: Mapping[str, Any], origins: Mapping[str, str]) -> str:
@@ -73,7 +86,7 @@ def _method_name(tree: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     method = tree.get("method", {})
     if not isinstance(method, dict):
         raise ConfigError(f"method: expected keys such as `name:`, got {flow(method)}")
-    name = str(method.get("name", MethodConfig.model_fields["name"].default))
+    name = named(tree)
     validate({**tree, "method": {"name": name}}, Config, origins)
     return name
 
