@@ -7,10 +7,10 @@ request (status.json says which), 1 failed, 2 the config or the data cannot be u
 import faulthandler
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from ddp_ssl.commands import common
-from ddp_ssl.config import Config, check_world_size, reference
+from ddp_ssl.config import Config, check_resume, check_world_size, reference
 from ddp_ssl.run.configure import load
 from ddp_ssl.run.signals import StopRequest, stop_with_parent
 from ddp_ssl.utils.launcher import rank_and_size
@@ -48,6 +48,7 @@ def _main(words: Sequence[str], stop: StopRequest, on_step: Callable[[Any], None
         return 0
     resolved = load(arguments)
     check_world_size(resolved.config, rank_and_size()[1])
+    check_resume(resolved.config)
     if wants_config:
         common.say(resolved.to_yaml().rstrip("\n"))
         return 0
@@ -68,10 +69,15 @@ def _docstring(config: Config, section: str) -> str:
     return (type(getattr(config, section)).__doc__ or "").partition("\n")[0]
 
 
-if __name__ == "__main__":
+def leave(command: Callable[[], int]) -> NoReturn:
+    """Run a command as a process of its own, and end the process with its exit code."""
     try:
-        code = main()
+        code = command()
     finally:
         # A collective that hangs, or a device, can block the interpreter's end.
         faulthandler.dump_traceback_later(LEAVE_WITHIN_S, exit=True)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    leave(main)
