@@ -22,7 +22,8 @@ USAGE = """usage: torchrun --nproc_per_node N -m ddp_ssl.train [CONFIG] [key=val
        ddp-ssl train [CONFIG] [key=value ...]
 
 CONFIG: a YAML file, or the name of one of the project's configs, such as imagenet100/adadim.
-Without CONFIG: AdaDim on 1,797 handwritten digits, a minute or two on two cores.
+Or a folder of images, or a list of them: a preset and what fits their number and this machine.
+Without CONFIG and images: AdaDim on 1,797 handwritten digits, a minute or two on two cores.
   --help          this text and every key with its type and default
   --print-config  the resolved configuration and where each value came from
 """

@@ -269,8 +269,8 @@ def test_half_precision_images_need_autocast() -> None:
 def test_identity_is_the_experiment_not_where_it_runs() -> None:
     a = identity(load([]).config)
     b = identity(
-        load(["run.dir=x", "data.root=y", "eval.every=1", "data.threads=3", "log.every_steps=1"])
-        .config
+        load(["run.dir=x", "data.name=digits", "data.root=y", "eval.every=1", "data.threads=3",
+              "log.every_steps=1"]).config
     )  # fmt: skip
     assert a == b
     for change in ("run.seed=1", "optim.lr=0.2", "method.alpha=fixed", "data.batch_size=64"):

@@ -1,16 +1,17 @@
 """The config of a run, from the command line.
 
-Layers, later wins: the schema's defaults, the method's recipe, the embedded default (only where no
-YAML is given), the YAML file, `key=value`.
+Layers, later wins: the schema's defaults, the method's recipe, the YAML file, `key=value`. Where no
+YAML is given, a preset and the choices for the images take its place, or the embedded default.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddp_ssl.config import schema
+from ddp_ssl.config.files import with_places
 from ddp_ssl.config.reader import (
     Layer,
     Resolved,
@@ -31,6 +32,9 @@ from ddp_ssl.methods._registry import load_method
 from ddp_ssl.run.method import adapted, named, sibling
 from ddp_ssl.utils.text import one_line
 
+if TYPE_CHECKING:
+    from ddp_ssl.run.preset import Preset
+
 # The embedded default: AdaDim on 1,797 handwritten digits, and each method's settings for them.
 DIGITS = Path(schema.__file__).parent / "digits"
 EMBEDDED = "embedded default"
@@ -42,8 +46,12 @@ def load(arguments: Sequence[str]) -> Resolved:
     The keys of `method` are validated last, since the method's file has to be imported for them,
     and torch with it. Raises `ConfigError`.
     """
-    path, overrides = split_arguments(arguments)
+    path, overrides = split_arguments(with_places(arguments))
     notes: list[str] = []
+    preset = _preset(overrides) if path is None else None
+    if preset is not None:
+        path = preset.path
+        notes.append(preset.headline)
     if path is None:
         layers: list[Layer] = [(EMBEDDED, _embedded_default(overrides))]
     else:
@@ -68,6 +76,10 @@ def load(arguments: Sequence[str]) -> Resolved:
             if left := [key for key in dropped if key not in given]:
                 notes.append(f"method.name={name}: not taken from {path}: {', '.join(left)}")
         layers = [(str(path), tree)]
+        if preset is not None:
+            made, lines = preset.layers(tree, method)
+            notes += lines
+            layers += made
     recipe = (f"recipe of {name}", method.recipe)
     merged, origins = merge(with_overrides([recipe, *layers], overrides, typed))
     merged["method"] = {**merged.get("method", {}), "name": name}
@@ -78,6 +90,24 @@ def load(arguments: Sequence[str]) -> Resolved:
     except ValueError as error:
         raise ConfigError(one_line(error)) from None
     return Resolved(config, origins, tuple(notes))
+
+
+def _preset(overrides: Sequence[str]) -> Preset | None:
+    """The preset for the images that the user names; None for the embedded digits."""
+    typed = _tree(overrides)
+    data = typed.get("data") or {}
+    if not {"root", "files", "url"} & data.keys() and data.get("name", "digits") == "digits":
+        return None
+    from ddp_ssl.run.preset import Preset  # here, since it brings numpy
+
+    _method_name(typed, {})  # a mistake in any key is told before images are looked for
+    config = validate({"data": data, "run": typed.get("run", {})}, Config, {})
+    return None if config.data.name == "digits" else Preset(typed, config.data, config.run.device)
+
+
+def _tree(overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree of the `key=value` arguments alone."""
+    return merge(with_overrides([], overrides, Config))[0]
 
 
 def _method_name(tree: Mapping[str, Any], origins: Mapping[str, str]) -> str:
