@@ -260,7 +260,9 @@ def test_a_run_goes_on_with_its_own_config(tmp_path: Path, monkeypatch: pytest.M
     """Its paths are meant from where it was started; its weights are its own."""
     folder = tmp_path / "seed=0"
     folder.mkdir()
-    resolved = load(["run.init_from=other", "data.files=/a.csv", "optim.lr=0.7", "run.dir=gone"])
+    resolved = load(
+        ["run.init_from=other", "data.files=/a.csv", "optim.lr=0.7", "data.name=digits"]
+    )
     (folder / "config.yaml").write_text(resolved.to_yaml())
     environment = folder / "environment.json"
     environment.write_text(json.dumps({"cwd": "/started/here"}))
