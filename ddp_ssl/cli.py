@@ -10,6 +10,7 @@ from ddp_ssl.utils.text import suggest
 # A command is a module with a `main(arguments)` that returns the exit code.
 COMMANDS = {
     "train": ("train", "pretrain, in the processes of torchrun or srun, or in one"),
+    "resume": ("resume", "go on with a run that was stopped, from its folder alone"),
     "submit": ("submit", "pretrain in a Slurm job, or in an array of jobs, through submitit"),
     "evaluate": ("evaluate", "linear probe, k-NN, fine-tuning, and the metrics of a finished run"),
     "export": ("export", "a run's backbone for timm, torchvision, safetensors or ONNX"),

@@ -191,12 +191,13 @@ def _split(text: str) -> list[str]:
 
 
 def run_name(arguments: Sequence[str]) -> str:
-    """The config's name: `imagenet100-adadim`."""
+    """The config's name: `imagenet100-adadim`; without a config that of the images."""
     for argument in arguments:
         if "=" not in argument:
             path = (find_config(argument) or Path(argument)).resolve()
             return re.sub(r"[^\w.-]", "_", f"{path.parent.name}-{path.stem}")
-    return "digits"
+    images = (a.partition("=")[2] for a in arguments if a.startswith(("data.root=", "data.files=")))
+    return re.sub(r"[^\w.-]", "_", Path(next(images, "digits")).resolve().stem)
 
 
 def folders(runs: Sequence[Sequence[str]], name: str, options: argparse.Namespace) -> list[str]:

@@ -7,10 +7,10 @@ request (status.json says which), 1 failed, 2 the config or the data cannot be u
 import faulthandler
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from ddp_ssl.commands import common
-from ddp_ssl.config import Config, check_world_size, reference
+from ddp_ssl.config import Config, check_resume, check_world_size, reference
 from ddp_ssl.run.configure import load
 from ddp_ssl.run.signals import StopRequest, stop_with_parent
 from ddp_ssl.utils.launcher import rank_and_size
@@ -22,7 +22,8 @@ USAGE = """usage: torchrun --nproc_per_node N -m ddp_ssl.train [CONFIG] [key=val
        ddp-ssl train [CONFIG] [key=value ...]
 
 CONFIG: a YAML file, or the name of one of the project's configs, such as imagenet100/adadim.
-Without CONFIG: AdaDim on 1,797 handwritten digits, a minute or two on two cores.
+Or a folder of images, or a list of them: a preset and what fits their number and this machine.
+Without CONFIG and images: AdaDim on 1,797 handwritten digits, a minute or two on two cores.
   --help          this text and every key with its type and default
   --print-config  the resolved configuration and where each value came from
 """
@@ -48,9 +49,12 @@ def _main(words: Sequence[str], stop: StopRequest, on_step: Callable[[Any], None
         return 0
     resolved = load(arguments)
     check_world_size(resolved.config, rank_and_size()[1])
+    check_resume(resolved.config)
     if wants_config:
         common.say(resolved.to_yaml().rstrip("\n"))
         return 0
+    for note in resolved.notes:
+        common.say(note)
     from ddp_ssl.training.lifecycle import run
 
     return run(resolved, stop, on_step)
@@ -66,10 +70,15 @@ def _docstring(config: Config, section: str) -> str:
     return (type(getattr(config, section)).__doc__ or "").partition("\n")[0]
 
 
-if __name__ == "__main__":
+def leave(command: Callable[[], int]) -> NoReturn:
+    """Run a command as a process of its own, and end the process with its exit code."""
     try:
-        code = main()
+        code = command()
     finally:
         # A collective that hangs, or a device, can block the interpreter's end.
         faulthandler.dump_traceback_later(LEAVE_WITHIN_S, exit=True)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    leave(main)

@@ -21,8 +21,10 @@ say() { echo "== $(date '+%F %T') $*"; }
 complain() { echo "$name: $*" >&2; }
 
 usage() {
+  local words=data.root=DIR first="${config#"$repo"/} "
+  [ "$what" = resume ] && words=RUN first=
   complain "not inside a Slurm job. With Slurm: sbatch --nodes=2 --gpus-per-node=8 slurm/$name.sh" \
-    "data.root=DIR; without: torchrun --nproc_per_node 8 -m ddp_ssl.train ${config#"$repo"/} data.root=DIR"
+    "$words; without: torchrun --nproc_per_node 8 -m ddp_ssl.$what $first$words"
   exit 2
 }
 
@@ -147,10 +149,19 @@ if [ "$#" -lt 2 ]; then
   exit 2
 fi
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-name=$1 config=$2
+name=$1 config=$2 what=train
 shift 2
 case $config in /*) ;; *) config=$repo/$config ;; esac
+[ "$name" = resume ] && what=resume # RUN stands where a config does
 [ -n "${SLURM_JOB_ID:-}" ] || usage
+if [ "$what" = resume ]; then
+  if ! [ -f "${1:-}/config.yaml" ]; then
+    complain "${1:-no folder given}: the folder of a run, with its config.yaml, would be accepted"
+    exit 2
+  fi
+  RUN_DIR=$1
+  shift
+fi
 
 restarts=${SLURM_RESTART_COUNT:-0}
 MAX_REQUEUES=${MAX_REQUEUES:-20}
@@ -158,6 +169,7 @@ MAX_REQUEUES=${MAX_REQUEUES:-20}
 # Tasks of an array live side by side, in the folder of a row or told apart by their number.
 RUN_DIR=${RUN_DIR:-runs/${SLURM_JOB_NAME:-$name}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
 own=$task
+[ "$what" = resume ] && own=
 [ -n "${DDP_SSL_ROW:-}" ] && own=/$DDP_SSL_ROW
 resuming=run.resume=auto
 arguments=()
@@ -175,6 +187,7 @@ case $RUN_DIR in
   *) RUN_DIR=$PWD/$RUN_DIR ;;
 esac
 again="RUN_DIR=$RUN_DIR sbatch ... slurm/$name.sh with the same arguments"
+[ "$name" = resume ] && again="sbatch ... slurm/resume.sh $RUN_DIR"
 resume="To go on: $again"
 export RUN_DIR=$RUN_DIR$own
 
@@ -232,7 +245,12 @@ case $LAUNCHER in
     exit 2
     ;;
 esac
-run+=(-m ddp_ssl.train "$config" ${arguments[@]+"${arguments[@]}"} "run.dir=$RUN_DIR" "$resuming")
+run+=(-m "ddp_ssl.$what")
+if [ "$what" = resume ]; then
+  run+=("$RUN_DIR" ${arguments[@]+"${arguments[@]}"})
+else
+  run+=("$config" ${arguments[@]+"${arguments[@]}"} "run.dir=$RUN_DIR" "$resuming")
+fi
 
 cat <<INFO
 run folder  $RUN_DIR

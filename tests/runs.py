@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 
 from ddp_ssl.checkpoint.saver import Saver
+from ddp_ssl.run.configure import DIGITS
 from tests.helpers import SHALLOW
 from tests.ranks import Ranks
 
@@ -31,6 +32,7 @@ Seen = list[tuple[list[int], list[torch.Tensor]]]
 def arguments(photos: Path, folder: Path, *more: str) -> list[str]:
     """AdaDim for 3 epochs of 3 steps, with everything switched on."""
     return [
+        str(DIGITS / "default.yaml"),
         "data.name=folder",
         f"data.root={photos}",
         f"run.dir={folder}",

@@ -67,6 +67,79 @@ def test_a_method_has_its_own_entry_in_the_embedded_default(tmp_path: Path) -> N
     assert (views.size, views.recipe, views.scale) == (16, "ressl", (0.4, 1.0))
 
 
+RECIPES = ("folder/adadim", "list/adadim", "stl10/adadim", "imagenet100/barlow_twins_multiview",
+           "cifar/ablation/alpha_1", "cifar/mmcr")  # fmt: skip
+
+
+@pytest.mark.parametrize("yaml", RECIPES)
+@pytest.mark.parametrize("name", [*builtin_methods(), "tests.outside:LargeOnly"])
+def test_a_yaml_serves_every_method(name: str, yaml: str) -> None:
+    own = load([yaml])
+    resolved = load([yaml, f"method.name={name}"])
+    config, origins = resolved.config, resolved.origins
+    assert config.method.name == name
+    if name == own.config.method.name:
+        assert (config.model_dump(), resolved.notes) == (own.config.model_dump(), ())
+        return
+    (note,) = resolved.notes
+    sibling = ROOT / "configs" / yaml.rpartition("/")[0] / f"{name}.yaml"
+    if sibling.is_file():
+        assert note == f"method.name={name}: takes {sibling} in place of {Path(yaml).name}.yaml"
+        assert config.model_dump() == load([str(sibling)]).config.model_dump()
+        return
+    data = own.config.data.model_dump(exclude={"views"})
+    assert config.data.model_dump(exclude={"views"}) == data
+    assert [(v.count, v.size) for v in config.data.views] == [
+        (v.count, v.size) for v in own.config.data.views
+    ]
+    assert (config.run, config.log) == (own.config.run, own.config.log)
+    # Two methods' recipes have a rate for the probe, and no YAML here has one.
+    assert config.eval.model_dump(exclude={"probe_lr"}) == own.config.eval.model_dump(
+        exclude={"probe_lr"}
+    )
+    for key in ("backbone", "backbone_args", "stem", "batch_norm"):
+        assert getattr(config.model, key) == getattr(own.config.model, key)
+    assert config.optim.epochs == own.config.optim.epochs
+    method = load_method(name).config_class
+    # All else is as without a YAML's word on it: the method's recipe, or the default.
+    assert [key for key in origins if key.startswith("method.")] == ["method.name"]
+    recipe = method.recipe.get("data", {}).get("views", [{}])[0].get("recipe", "asym")
+    assert {(view.recipe, *view.overrides) for view in config.data.views} == {(recipe,)}
+    for key, value in {"lr": 0.4, "weight_decay": 1e-4, "name": "lars"}.items():
+        assert getattr(config.optim, key) == method.recipe.get("optim", {}).get(key, value)
+    assert config.model.projector == method.recipe.get("model", {}).get("projector", [2048] * 3)
+    assert note.startswith(f"method.name={name}: not taken from ")
+    assert {"optim.lr", "model.projector"} <= set(note.rpartition(": ")[2].split(", "))
+
+
+def test_keys_that_are_typed_hold_with_another_method() -> None:
+    typed = ("optim.lr=0.7", "model.projector=[64, 32]", "data.views.0.recipe=weak",
+             "method.temperature=0.3", "data.views.0.scale=[0.5, 1]")  # fmt: skip
+    for yaml in ("folder/adadim", "cifar/adadim"):
+        resolved = load([yaml, "method.name=simclr", *typed])
+        config = resolved.config
+        assert (config.optim.lr, config.model.projector) == (0.7, [64, 32])
+        assert config.method.temperature == 0.3
+        (view,) = config.data.views
+        assert (view.recipe, view.scale) == ("weak", (0.5, 1))
+        assert not {"optim.lr", "model.projector"} & set(" ".join(resolved.notes).split(", "))
+        with pytest.raises(ConfigError, match=r"method\.alpha_every: unknown key"):
+            load([yaml, "method.name=simclr", "method.alpha_every=3"])
+
+
+def test_a_method_of_one_size_keeps_the_large_views(tmp_path: Path) -> None:
+    views = "[{count: 2, size: 64, recipe: sym, blur_p: 0}, {count: 6, size: 32, recipe: sym}]"
+    text = f"method: {{name: swav}}\nmeasure: {{every: 3}}\ndata: {{views: {views}}}\n"
+    file = write(tmp_path / "c.yaml", text)
+    config = load([file, "method.name=ressl"]).config
+    assert [(v.count, v.size, v.recipe) for v in config.data.views] == [(2, 64, "ressl")]
+    assert config.measure.every == 3
+    both = load([file, "method.name=byol"]).config.data.views
+    assert [(v.count, v.size, v.recipe, v.overrides) for v in both] == [
+        (2, 64, "asym", {}), (6, 32, "asym", {})
+    ]  # fmt: skip
+
+
 def test_a_method_from_outside_takes_the_settings_of_its_parent_or_its_own() -> None:
     outside = f"method.name={__name__.rpartition('.')[0]}.outside"
     parent = load(["method.name=byol"]).config
@@ -196,8 +269,8 @@ def test_half_precision_images_need_autocast() -> None:
 def test_identity_is_the_experiment_not_where_it_runs() -> None:
     a = identity(load([]).config)
     b = identity(
-        load(["run.dir=x", "data.root=y", "eval.every=1", "data.threads=3", "log.every_steps=1"])
-        .config
+        load(["run.dir=x", "data.name=digits", "data.root=y", "eval.every=1", "data.threads=3",
+              "log.every_steps=1"]).config
     )  # fmt: skip
     assert a == b
     for change in ("run.seed=1", "optim.lr=0.2", "method.alpha=fixed", "data.batch_size=64"):

@@ -27,6 +27,7 @@ from ddp_ssl.checks.base import Check, Context, Finding, file_system, ok
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import Exchange, World
 from ddp_ssl.run import environment
+from ddp_ssl.run.configure import DIGITS
 from tests.helpers import config_of
 from tests.ranks import Ranks
 from tests.runs import arguments, train
@@ -238,7 +239,8 @@ def test_a_healthy_setting(ranks: Ranks, args: list[str], tmp_path: Path, size: 
     assert [code for code, _ in results] == [0] * size, results[0][1]
     assert all(text == "" for _, text in results[1:])
     title, *lines, end = results[0][1].splitlines()
-    assert title.startswith(f"ddp-ssl doctor: {size} process(es) on 1 host(s), data.name=folder ")
+    given = f"{size} process(es) on 1 host(s), {DIGITS / 'default.yaml'} data.name=folder "
+    assert title.startswith(f"ddp-ssl doctor: {given}")
     names = [line[6:20].strip() for line in lines]
     for name in NAMES:
         assert name in names, name

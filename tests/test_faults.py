@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,7 +28,7 @@ from ddp_ssl.errors import CheckpointError
 from ddp_ssl.logs import writer
 from ddp_ssl.run import environment, folder, watchdog
 from ddp_ssl.run.configure import load
-from ddp_ssl.run.signals import Keyboard, StopRequest
+from ddp_ssl.run.signals import REQUESTS, Keyboard, StopRequest
 from ddp_ssl.training import build, checkpointer
 from ddp_ssl.training.lifecycle import set_deadlines
 from ddp_ssl.utils import launcher
@@ -392,7 +393,11 @@ def test_every_request_to_stop_loses_no_step(
     stopped = status(tmp_path / "run")["step"]
     assert 4 <= stopped < 9
     assert losses(tmp_path / "run") == list(range(1, stopped + 1))
-    assert f"stopped on {what} at step {stopped}" in (tmp_path / "run/train.log").read_text()
+    log = (tmp_path / "run/train.log").read_text()
+    assert f"stopped on {what} at step {stopped}; to go on: " in log
+    assert f"-m ddp_ssl.resume {tmp_path / 'run'}" in log
+    assert log.count("STOP: stopping after this step") == (what == "STOP")
+    assert log.count("first step: ") == 1
     assert ranks.launch(train, 1, [*args, "run.resume=auto"]) == [0]
     assert not (tmp_path / "run/STOP").exists()
     assert rows(tmp_path / "run") == rows(whole(1, *BARE))
@@ -540,13 +545,58 @@ def test_a_second_ctrl_c_ends_a_process_that_is_blocked() -> None:
         "import hashlib; from ddp_ssl.run.signals import StopRequest; StopRequest().install();"
         "print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10**9)"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True)
     assert process.stdout is not None
+    assert process.stderr is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
+    # Answered while the main thread is blocked.
+    assert process.stderr.readline() == "stopping after this step; Ctrl-C again stops now\n"
     time.sleep(1.3)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
+    assert process.stderr.read() == ""
+
+
+def test_other_signals_are_answered_once_and_by_rank_0(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {number: signal.getsignal(number) for number in REQUESTS}
+    try:
+        for rank, said in (("1", ""), ("0", "SIGTERM: stopping after this step\n")):
+            monkeypatch.setenv("RANK", rank)
+            monkeypatch.setenv("WORLD_SIZE", "2")
+            stop = StopRequest().install()
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+                os.kill(os.getpid(), number)
+                time.sleep(0.1)  # for the thread
+            assert stop.reason == "SIGTERM"
+            assert capfd.readouterr().err == said
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_slow_step_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watchdog, "SLOW_S", 0.05)
+    watch = watchdog.Watchdog(
+        World(0, 1, 0, 1, torch.device("cpu")), Run(timeout_s=0.1)
+    )  # looks every 10 ms
+    try:
+        with caplog.at_level("INFO", "ddp_ssl"):
+            watch.next("building the run")
+            time.sleep(0.2)
+            assert caplog.messages == []
+            watch.at(7, "waiting for data")
+            time.sleep(0.2)
+            with watch.during("validation"):
+                time.sleep(0.2)
+    finally:
+        watch.close()
+    (line,) = caplog.messages
+    assert re.fullmatch(r"step 8 has taken \d+ s so far, in: waiting for data", line)
 
 
 DIES = """

@@ -37,7 +37,7 @@ PACKAGE = TESTS.parent / "ddp_ssl"
 # The rooms of the package from the top floor down. A room imports from lower floors only.
 FLOORS = [
     {"cli"},
-    {"submit"},  # its jobs run `train`
+    {"submit", "resume"},  # they run `train`
     {"train", "evaluate", "embed", "doctor"},
     {"export"},
     {"commands"},

@@ -477,7 +477,9 @@ def header(path: Path) -> dict[str, str]:
 
 
 def test_every_yaml_has_its_source_here() -> None:
+    # Presets have no source but their trial, whose figures are in their headers.
     found = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
+    found = {name for name in found if not name.startswith("preset/")}
     assert found == RECIPES.keys()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,16 @@ import pytest
 import torch
 
 from ddp_ssl.checkpoint import store
+from ddp_ssl.config import ConfigError, check_resume
+from ddp_ssl.resume import arguments_of
+from ddp_ssl.run.configure import load
+from ddp_ssl.utils.launcher import resume_command
 from tests.faults.launched import torchrun, until
 from tests.ranks import Ranks
 from tests.runs import (
     BARE,
+    BIN,
+    ROOT,
     STEPS_ONLY,
     Whole,
     arguments,
@@ -238,9 +245,94 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
     assert ranks.launch(train_and_stop, 3, args) == [0] * 3
     assert status(tmp_path / "run")["state"] == "preempted"
     assert 0 < status(tmp_path / "run")["step"] < 9
-    assert ranks.launch(train, 3, [*args, "run.resume=auto"]) == [0] * 3
+    assert ranks.launch(go_on, 3, [str(tmp_path / "run")]) == [0] * 3
     assert not (tmp_path / "run/STOP").exists()
     assert rows(tmp_path / "run") == rows(whole(3))
+
+
+def go_on(args: list[str]) -> int:
+    from ddp_ssl.resume import main
+
+    return main(args)
+
+
+def test_a_run_goes_on_with_its_own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its paths are meant from where it was started; its weights are its own."""
+    folder = tmp_path / "seed=0"
+    folder.mkdir()
+    resolved = load(
+        ["run.init_from=other", "data.files=/a.csv", "optim.lr=0.7", "data.name=digits"]
+    )
+    (folder / "config.yaml").write_text(resolved.to_yaml())
+    environment = folder / "environment.json"
+    environment.write_text(json.dumps({"cwd": "/started/here"}))
+    tree = (folder / "config.yaml").read_text().replace("root: null", "root: images/all")
+    (folder / "config.yaml").write_text(tree)
+    monkeypatch.chdir(tmp_path)
+    config = load(arguments_of(["seed=0", "eval.every=3"])).config
+    assert config.data.root == "/started/here/images/all"
+    assert (config.data.files, config.run.init_from) == ("/a.csv", None)
+    assert (config.run.dir, config.run.resume, config.eval.every) == ("seed=0", "auto", 3)
+    assert config.optim.lr == 0.7
+    environment.write_text(json.dumps({"cwd": str(tmp_path)}))
+    assert load(arguments_of(["seed=0"])).config.data.root == "images/all"
+    environment.unlink()
+    assert load(arguments_of(["seed=0"])).config.data.root == "images/all"
+    for words, said in {
+        (): "resume: one folder of a run is expected, got 0",
+        ("nowhere",): "resume: nowhere is not a folder",
+        (".",): "resume: . has no config.yaml",
+        ("seed=0", "run.resume=never"): "run.resume=never: ddp-ssl resume goes on in seed=0",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            arguments_of(words)
+
+
+def test_auto_needs_a_folder_or_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(["run.resume=auto"]).config
+    with pytest.raises(ConfigError, match=r"^run\.resume: auto needs run\.dir, since no"):
+        check_resume(config)
+    check_resume(load(["run.resume=auto", "run.dir=x"]).config)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    check_resume(config)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "night")
+    with pytest.raises(ConfigError):
+        check_resume(config)  # one node: a start has the agent's name, not the job's
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    check_resume(config)
+
+
+def test_the_command_that_goes_on_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`faults/test_kills.py` runs what is printed."""
+    monkeypatch.setenv("PATH", str(BIN))
+    assert resume_command("a run") == "python -m ddp_ssl.resume 'a run'"
+    monkeypatch.setattr(sys, "argv", [str(BIN / "ddp-ssl"), "train"])
+    assert resume_command("run") == "ddp-ssl resume run"
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    expected = "torchrun --standalone --nproc_per_node 4 -m ddp_ssl.resume run"
+    assert resume_command("run") == expected
+    monkeypatch.setenv("PATH", "")
+    start = f"{sys.executable} -m torch.distributed.run --standalone"
+    assert resume_command("run").startswith(start)
+    monkeypatch.setenv("PATH", str(BIN))
+    for name, value in {
+        "GROUP_WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "n1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert resume_command("run") == (
+        "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint n1:29400 --nproc_per_node 2 "
+        "-m ddp_ssl.resume run"
+    )
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    script = ROOT / "slurm/resume.sh"
+    assert resume_command("run") == f"sbatch --nodes=2 --gpus-per-node=8 {script} run"
 
 
 def train_and_stop(args: list[str]) -> int | str:

@@ -21,7 +21,7 @@ from ddp_ssl.run import claims
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "slurm/imagenet100_adadim.sh"
-SCRIPTS = sorted((ROOT / "slurm").glob("*_*.sh"))
+SCRIPTS = [*sorted((ROOT / "slurm").glob("*_*.sh")), ROOT / "slurm/resume.sh"]
 
 SRUN = """#!/bin/bash
 # Stands for srun: notes its arguments and the environment, leaves what FAKE_* say.
@@ -333,6 +333,21 @@ def test_the_run_folder_can_be_chosen(fake: Fake) -> None:
     _, out, _ = fake.run(RUN_DIR=f"{fake.place}/there", FAKE_STATUS=DONE)
     assert fake.srun[-2:] == [f"run.dir={fake.place}/there", "run.resume=auto"]
     assert f"resume      RUN_DIR={fake.place}/there sbatch" in out
+
+
+def test_a_job_goes_on_with_a_run(fake: Fake) -> None:
+    script, folder = ROOT / "slurm/resume.sh", fake.place / "a run"
+    code, out, err = fake.run("a run", "eval.every=2", script=script, FAKE_STATUS=DONE)
+    assert (code, out) == (2, "")
+    assert err == "resume: a run: the folder of a run, with its config.yaml, would be accepted\n"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    array = {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "3", "PYTHON": "py"}
+    code, out, _ = fake.run("a run", "eval.every=2", script=script, FAKE_STATUS=DONE, **array)
+    assert code == 0
+    start = fake.srun.index("py")
+    assert fake.srun[start:] == ["py", "-m", "ddp_ssl.resume", str(folder), "eval.every=2"]
+    assert f"resume      sbatch ... slurm/resume.sh {folder}" in out
 
 
 def test_the_runner_is_not_submitted_itself(fake: Fake) -> None:

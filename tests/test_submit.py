@@ -49,6 +49,9 @@ def test_runs_of_a_sweep_have_readable_folders_of_their_own() -> None:
     options = argparse.Namespace(run_dir=None)
     name = submit.run_name(words)
     assert name == "imagenet100-adadim"
+    assert submit.run_name(["data.root=/images", words[0]]) == name
+    assert submit.run_name(["optim.lr=1", "data.root=/images/my cats"]) == "my_cats"
+    assert submit.run_name(["optim.lr=1"]) == "digits"
     got = [Path(f) for f in submit.folders(runs, name, options)]
     assert {f.parent for f in got} == {Path.cwd() / "runs/imagenet100-adadim-%A"}
     assert [f.name for f in got] == [

@@ -10,8 +10,8 @@ HEAD = """# Configuration reference
 
 Generated from the schema by `make docs`; a test keeps it true. Every key can stand in a YAML file
 or on the command line as `section.key=value` (items of a list by index: `data.views.0.size=96`).
-Later wins: the defaults below, the method's own recipe, the embedded default's overrides (only
-where no YAML is given), the YAML file, the command line. `--print-config` shows the resolved tree
+Later wins: the defaults below, the method's own recipe, the YAML file (where none is given, a
+preset for your images or the embedded default), the command line. `--print-config` shows the tree
 and where each value came from; the run folder keeps it as `config.yaml`.
 
 A key of type `str` takes its text as given, from both: `run.dir=007` is the folder `007`. On the

@@ -220,7 +220,7 @@ def judge_shm(ctx: Context, facts: list[dict[str, Any]]) -> Findings:
         yield warn(
             f"{size(fact['shm_free'])} of {size(fact['shm'])} are free on "
             f"{ctx.hosts[small[0]]}; NCCL talks through it within a host",
-            "docker run --shm-size=8g, or remove what is left in /dev/shm",
+            "docker run --shm-size=8g; ls /dev/shm shows what fills it",
         )
     else:
         least = min(facts[rank]["shm_free"] for rank in ctx.one_per_host)

@@ -113,7 +113,7 @@ def judge_disk(ctx: Context, facts: list[dict[str, Any] | None]) -> Findings:
         yield ok(f"{text}, {there}; a quota is not seen here")
     if fact["files"] is not None and fact["files"] < 1000:
         text = f"only {fact['files']} more files can be made in {ctx.home}"
-        yield fail(text, "remove some (df -i)")
+        yield fail(text, "another file system for run.dir (df -i)")
     rate = f"{size(fact['rate'])}/s, fsync {fact['sync'] * 1000:.0f} ms"
     if ctx.checkpoint_s > LONG_S:
         text = f"a checkpoint would take {ctx.checkpoint_s:.0f} s ({rate})"

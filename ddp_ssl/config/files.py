@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import ddp_ssl
+from ddp_ssl.errors import ConfigError
 
 _PACKAGE = Path(ddp_ssl.__file__).parent
 _INSIDE = _PACKAGE / "configs"
 FOLDER = _INSIDE if _INSIDE.is_dir() else _PACKAGE.parent / "configs"
+PRESETS = FOLDER / "preset"
+LISTS = (".csv", ".tsv", ".txt", ".lst")
 
 
 def find_config(given: str) -> Path | None:
@@ -29,6 +33,21 @@ def find_config(given: str) -> Path | None:
     return named if os.path.isfile(named) else None
 
 
+def with_places(arguments: Sequence[str]) -> list[str]:
+    """The arguments, a folder of images as `data.root=`, a list of images as `data.files=`."""
+    words: list[str] = []
+    for argument in arguments:
+        key = ""
+        if os.path.isfile(argument) and argument.endswith(LISTS):
+            key = "data.files="
+        elif os.path.isdir(argument) and find_config(argument) is None:
+            key = "data.root="
+        if key and any(word.startswith(key) for word in words):
+            raise ConfigError(f"{argument}: one {key[:-1]} is accepted, and one is given already")
+        words.append(key + argument)
+    return words
+
+
 def config_names() -> list[str]:
     """Names of all configs: `cifar/adadim`, `imagenet100/ablation/alpha_0.2`, ..."""
     files = (path.relative_to(FOLDER) for path in FOLDER.rglob("*.yaml"))
@@ -42,6 +61,6 @@ def unknown_config(given: str) -> str:
     close = close or difflib.get_close_matches(given, known, 3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     return (
-        f"{given}: expected CONFIG.yaml, the name of a config such as imagenet100/adadim, or "
-        f"key=value{hint}"
+        f"{given}: expected CONFIG.yaml, the name of a config such as imagenet100/adadim, a folder "
+        f"of images, or key=value{hint}"
     )

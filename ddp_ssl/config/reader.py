@@ -33,14 +33,18 @@ LARGEST = 1_000_000  # bytes of a YAML file
 
 @dataclass(frozen=True)
 class Resolved:
-    """The frozen config, and the origin of each dotted key that is not a default."""
+    """The frozen config, and the origin of each dotted key that is not a default.
+
+    `notes`: lines for the user about what was chosen or left out on the way.
+    """
 
     config: Config
     origins: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     def to_yaml(self, origins: bool = True) -> str:
         """The whole tree as YAML: one key a line, with its origin as a comment."""
-        lines: list[str] = []
+        lines = [f"# {note}" for note in self.notes] if origins else []
         for name, section in self.config.model_dump(mode="json").items():
             lines.append(f"{name}:")
             for key, value in section.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ddp_ssl.config.schema import Config
 from ddp_ssl.errors import ConfigError
+from ddp_ssl.utils.launcher import job_name
 
 
 def check(config: Config) -> None:
@@ -75,6 +76,15 @@ def check_world_size(config: Config, world_size: int) -> None:
         raise ConfigError(
             f"data.batch_size: {batch} images over {over} leave one each; a "
             f"local batch norm needs 2; {2 * parts} or model.batch_norm=global is accepted"
+        )
+
+
+def check_resume(config: Config) -> None:
+    """Raise `ConfigError` for `run.resume=auto` where nothing says which run is meant."""
+    if config.run.resume == "auto" and config.run.dir is None and job_name() is None:
+        raise ConfigError(
+            "run.resume: auto needs run.dir, since no job names the folder here; run.dir=RUN or "
+            "ddp-ssl resume RUN is accepted"
         )
 
 

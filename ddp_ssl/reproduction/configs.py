@@ -95,7 +95,7 @@ def write(path: Path, resolved: Resolved, heading: str, keep: bool = False) -> N
             key = differing[0]
             raise ConfigError(
                 f"{path}: is of a run with {key} {old.get(key)}, which is {new[key]} now; another "
-                "--out, or removing the file and the folder beside it, is accepted"
+                "--out is accepted"
             )
         if keep or path.read_text() == text:
             return

@@ -1,16 +1,17 @@
 """The config of a run, from the command line.
 
-Layers, later wins: the schema's defaults, the method's recipe, the embedded default (only where no
-YAML is given), the YAML file, `key=value`.
+Layers, later wins: the schema's defaults, the method's recipe, the YAML file, `key=value`. Where no
+YAML is given, a preset and the choices for the images take its place, or the embedded default.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddp_ssl.config import schema
+from ddp_ssl.config.files import with_places
 from ddp_ssl.config.reader import (
     Layer,
     Resolved,
@@ -28,7 +29,11 @@ from ddp_ssl.config.schema import Config, MethodConfig, with_method
 from ddp_ssl.config.text import flow
 from ddp_ssl.errors import ConfigError
 from ddp_ssl.methods._registry import load_method
+from ddp_ssl.run.method import adapted, named, sibling
 from ddp_ssl.utils.text import one_line
+
+if TYPE_CHECKING:
+    from ddp_ssl.run.preset import Preset
 
 # The embedded default: AdaDim on 1,797 handwritten digits, and each method's settings for them.
 DIGITS = Path(schema.__file__).parent / "digits"
@@ -42,7 +47,12 @@ def load(arguments: Sequence[str], trusted: str = "*") -> Resolved:
     and torch with it. `trusted`: the method (`module:Class`) that may be imported from outside the
     package, `*` for any. Raises `ConfigError`.
     """
-    path, overrides = split_arguments(arguments)
+    path, overrides = split_arguments(with_places(arguments))
+    notes: list[str] = []
+    preset = _preset(overrides) if path is None else None
+    if preset is not None:
+        path = preset.path
+        notes.append(preset.headline)
     if path is None:
         layers: list[Layer] = [(EMBEDDED, _embedded_default(overrides))]
     else:
@@ -59,10 +69,25 @@ def load(arguments: Sequence[str], trusted: str = "*") -> Resolved:
     typed = with_method(method)
     if path is None:
         layers = _for_method(layers[0][1], method)
-    else:  # again, now that the types of the method's own keys are known
-        layers = [(str(path), tree_of(path, text, typed))]
+    else:
+        # Again, now that the types of the method's own keys are known.
+        another = named(layers[0][1]) != name
+        if another and (other := sibling(path, name)):
+            notes.append(f"method.name={name}: takes {other} in place of {path.name}")
+            path, text, another = other, read_text(other), False
+        tree = tree_of(path, text, typed)
+        if another:
+            tree, dropped = adapted(tree, path, method)
+            given = {override.partition("=")[0] for override in overrides}
+            if left := [key for key in dropped if key not in given]:
+                notes.append(f"method.name={name}: not taken from {path}: {', '.join(left)}")
+        layers = [(str(path), tree)]
+        if preset is not None:
+            made, lines = preset.layers(tree, method)
+            notes += lines
+            layers += made
     recipe = (f"recipe of {name}", method.recipe)
-    merged, origins = merge([recipe, *with_overrides(layers, overrides, typed)])
+    merged, origins = merge(with_overrides([recipe, *layers], overrides, typed))
     merged["method"] = {**merged.get("method", {}), "name": name}
     config = validate(merged, typed, origins)
     try:
@@ -70,7 +95,25 @@ def load(arguments: Sequence[str], trusted: str = "*") -> Resolved:
         config.method.check(config)
     except ValueError as error:
         raise ConfigError(one_line(error)) from None
-    return Resolved(config, origins)
+    return Resolved(config, origins, tuple(notes))
+
+
+def _preset(overrides: Sequence[str]) -> Preset | None:
+    """The preset for the images that the user names; None for the embedded digits."""
+    typed = _tree(overrides)
+    data = typed.get("data") or {}
+    if not {"root", "files", "url"} & data.keys() and data.get("name", "digits") == "digits":
+        return None
+    from ddp_ssl.run.preset import Preset  # here, since it brings numpy
+
+    _method_name(typed, {})  # a mistake in any key is told before images are looked for
+    config = validate({"data": data, "run": typed.get("run", {})}, Config, {})
+    return None if config.data.name == "digits" else Preset(typed, config.data, config.run.device)
+
+
+def _tree(overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree of the `key=value` arguments alone."""
+    return merge(with_overrides([], overrides, Config))[0]
 
 
 def _method_name(tree: Mapping[str, Any], origins: Mapping[str, str]) -> str:
@@ -79,7 +122,7 @@ def _method_name(tree: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     method = tree.get("method", {})
     if not isinstance(method, dict):
         raise ConfigError(f"method: expected keys such as `name:`, got {flow(method)}")
-    name = str(method.get("name", MethodConfig.model_fields["name"].default))
+    name = named(tree)
     validate({**tree, "method": {"name": name}}, Config, origins)
     return name
 

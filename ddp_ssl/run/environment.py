@@ -54,6 +54,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "git_commit": _commit(),
+        "cwd": os.getcwd(),
         "command": shlex.join(sys.orig_argv),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }

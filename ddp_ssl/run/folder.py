@@ -17,7 +17,7 @@ from ddp_ssl.run import claims, environment
 from ddp_ssl.run.identity import identity
 from ddp_ssl.run.status import write_status
 from ddp_ssl.utils.files import TEMPORARY, replace_text
-from ddp_ssl.utils.launcher import restarts
+from ddp_ssl.utils.launcher import job_name, restarts
 
 # Files of a run that are written beside and renamed.
 WRITTEN = (
@@ -217,21 +217,13 @@ def _has_own_checkpoint(config: Config) -> bool:
 
 def default_name(config: Config) -> str:
     """`DATA-METHOD-BACKBONE-ID`, the same after a restart of the job."""
-    env = os.environ
-    job = env.get("SLURM_ARRAY_JOB_ID") or env.get("SLURM_JOB_ID")
-    launch = env.get("TORCHELASTIC_RUN_ID", "none")
-    if job:
-        suffix = f"job{job}" + (
-            f"_{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in env else ""
-        )
-    elif launch not in ("", "none") and int(env.get("GROUP_WORLD_SIZE", "1")) > 1:
-        suffix = launch  # on several nodes rank 0 may move to another one
-    elif "TORCHELASTIC_RESTART_COUNT" in env:
+    suffix = job_name()
+    if suffix is None and "TORCHELASTIC_RESTART_COUNT" in os.environ:
         # A restart makes new workers; their parent, torchrun's agent, stays the same. Its pid tells
         # agents apart that started in one second.
         agent = os.getppid()
         suffix = time.strftime("%Y%m%d-%H%M%S", time.localtime(_started(agent))) + f"-{agent}"
-    else:
+    elif suffix is None:
         suffix = time.strftime("%Y%m%d-%H%M%S")
     backbone = config.model.backbone.partition(".")[0]
     method = config.method.name.rpartition(":")[2].lower()

@@ -29,6 +29,8 @@ from ddp_ssl.distributed import HeartbeatStore, World, comm_stats
 logger = logging.getLogger("ddp_ssl")
 
 PERIOD_S = 1.0
+IN_A_STEP = ("waiting for data", "a step")  # what the loop says it does
+SLOW_S = 60.0  # seconds of a step after which a line says so
 SILENT = 4  # periods without a sign of life that a busy machine may explain
 
 
@@ -56,6 +58,7 @@ class Watchdog:
         self._heartbeat = Heartbeat(socket.gethostname())
         self._limit, self._since = self.long, time.monotonic()
         self._first_step: int | None = None
+        self._slow: float | None = None  # the beginning of the slow step that was told
         self._seen: dict[int, tuple[int, float]] = {}  # rank: its last beat, and when it changed
         self._mute_since: float | None = None  # since when the heartbeats cannot be read
         self._closed = threading.Event()
@@ -64,8 +67,8 @@ class Watchdog:
         if self._board is not None:
             self._beat()
             world.barrier()  # the first heartbeat of every rank is there
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self._thread.start()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
 
     # --- called by the main thread -----------------------------------------------------
 
@@ -144,12 +147,25 @@ class Watchdog:
                 self._since += now - last
                 self._seen.clear()
             last = now
+            self._tell_if_slow(now)
+            if self._board is None:  # one process, which waits for nobody
+                continue
             self._beat()
             if self._stuck():
                 self._end_stuck()
             elif self.world.rank < 2 and self._silent():
                 self._end_silent()
             last = time.monotonic()
+
+    def _tell_if_slow(self, now: float) -> None:
+        """Say once, on rank 0, that the step under way takes long."""
+        since, note = self._since, self._heartbeat
+        slow = note.doing in IN_A_STEP and now - since > SLOW_S
+        if slow and self.world.is_main and self._slow != since:
+            self._slow = since
+            logger.info(
+                "step %d has taken %.0f s so far, in: %s", note.step + 1, now - since, note.doing
+            )
 
     def _stuck(self) -> float:
         """For how long there was no progress here, if that is too long; else 0."""

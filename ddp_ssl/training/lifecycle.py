@@ -26,7 +26,7 @@ from ddp_ssl.training import loop, report
 from ddp_ssl.training.build import build
 from ddp_ssl.training.job import Job
 from ddp_ssl.training.state import save
-from ddp_ssl.utils.launcher import job_end, rank_and_size
+from ddp_ssl.utils.launcher import job_end, rank_and_size, resume_command
 from ddp_ssl.utils.text import one_line
 
 logger = logging.getLogger("ddp_ssl")
@@ -95,7 +95,8 @@ def train_to_the_end(
         report.finish(job)
     elif world.is_main:
         reason = stop.reason or "request of another rank"
-        logger.info("stopped on %s at step %d; run.resume=auto goes on", reason, state.step)
+        again = resume_command(str(job.setting.folder))
+        logger.info("stopped on %s at step %d; to go on: %s", reason, state.step, again)
     close(job)
     if world.is_main:
         status.record(end, step=state.step, epoch=state.epoch)

@@ -14,6 +14,7 @@ from ddp_ssl.methods.base import Progress
 from ddp_ssl.run.signals import StopRequest
 from ddp_ssl.run.status import State
 from ddp_ssl.training.epochs import end_of_epoch, is_due, validation_is_long
+from ddp_ssl.training.first_step import FirstStep
 from ddp_ssl.training.job import Job
 from ddp_ssl.training.measurement import stop_if_bad
 from ddp_ssl.training.profiler import Profiler
@@ -34,6 +35,7 @@ def train(job: Job, stop: StopRequest, on_step: OnStep | None = None) -> State:
     total_steps, stop_file = steps_per_epoch * epochs, job.setting.folder / "STOP"
     parameters = [p for p in method.parameters() if p.requires_grad]
     stop_flag = StopFlag(world)
+    first = FirstStep(job)
     profiler = Profiler(config, world, job.setting.folder)
     network.module.train()
     profiler.step(state.step)
@@ -46,6 +48,7 @@ def train(job: Job, stop: StopRequest, on_step: OnStep | None = None) -> State:
             network.learner.timing = recorder.begin_step(state.step + 1)
             with recorder.waiting():
                 batch = next(job.loader)
+            first.has_images()
             watch.at(state.step, "a step")
             recorder.saw(batch.ids)
             if on_step is not None:
@@ -65,6 +68,7 @@ def train(job: Job, stop: StopRequest, on_step: OnStep | None = None) -> State:
             optimizer.zero_grad(set_to_none=True)
             method.after_step(progress)
             state.step += 1
+            first.is_done()
             job.measurement.prefetch(state.epoch, end - state.step)
 
             recorder.add(state.step, metrics | {"optim/lr": rate, "optim/grad_norm": norm})

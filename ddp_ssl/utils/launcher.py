@@ -1,8 +1,12 @@
 """The environment of the launcher: torchrun, srun with one task per GPU, or neither."""
 
 import os
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def under_srun() -> bool:
@@ -61,6 +65,57 @@ def layout_lines(ranks: list[str]) -> list[str]:
         host, _, place = text.partition(" ")
         hosts.setdefault(host, []).append(f"rank {rank} {place}")
     return [f"{host}: {', '.join(places)}" for host, places in hosts.items()]
+
+
+def job_name() -> str | None:
+    """A name of this job that its restarts share: Slurm's, or torchrun's run id on several nodes.
+
+    Other launchers name a start and no job.
+    """
+    env = os.environ
+    job = env.get("SLURM_ARRAY_JOB_ID") or env.get("SLURM_JOB_ID")
+    if job:
+        task = env.get("SLURM_ARRAY_TASK_ID")
+        return f"job{job}" + ("" if task is None else f"_{task}")
+    launch = env.get("TORCHELASTIC_RUN_ID", "none")
+    several = int(env.get("GROUP_WORLD_SIZE", "1")) > 1  # rank 0 may move to another node
+    return launch if several and launch not in ("", "none") else None
+
+
+def resume_command(folder: str) -> str:
+    """The command that goes on with the run in a folder, with as many processes as there are now.
+
+    It is meant for the shell in which this run was started.
+    """
+    env, size, place = os.environ, rank_and_size()[1], shlex.quote(folder)
+    here = Path(sys.executable).parent
+    python = "python" if _is_found("python", here) else shlex.quote(sys.executable)
+    script = Path(__file__).parents[2] / "slurm/resume.sh"
+    if "SLURM_JOB_ID" in env and script.is_file():
+        gpus = env.get("SLURM_GPUS_ON_NODE")
+        what = (
+            f"--gpus-per-node={gpus}" if gpus else f"--ntasks-per-node={local_rank_and_size()[1]}"
+        )
+        nodes = f"--nodes={env.get('SLURM_JOB_NUM_NODES', '1')}"
+        return f"sbatch {nodes} {what} {shlex.quote(str(script))} {place}"
+    if size == 1:
+        script = Path(sys.argv[0])
+        if script.name == "ddp-ssl":
+            named = "ddp-ssl" if _is_found("ddp-ssl", here) else shlex.quote(str(script))
+            return f"{named} resume {place}"
+        return f"{python} -m ddp_ssl.resume {place}"
+    own = _is_found("torchrun", here)
+    launcher = "torchrun" if own else f"{python} -m torch.distributed.run"
+    local, hosts = local_rank_and_size()[1], int(env.get("GROUP_WORLD_SIZE", "1"))
+    where = "--standalone"
+    if hosts > 1:
+        where = f"--nnodes {hosts} --rdzv-backend c10d --rdzv-endpoint {env['MASTER_ADDR']}:29400"
+    return f"{launcher} {where} --nproc_per_node {local} -m ddp_ssl.resume {place}"
+
+
+def _is_found(program: str, folder: Path) -> bool:
+    """Whether the shell finds this program in this folder."""
+    return shutil.which(program) == str(folder / program)
 
 
 def job_end() -> float | None:

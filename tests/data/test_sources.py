@@ -208,10 +208,35 @@ def test_cifar(cifar: Callable[[str], Path], name: str, train: int) -> None:
     assert data.labelled is data.train
 
 
-def test_damaged_cifar(cifar: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_content_in_cifars_files_is_a_warning(
+    cifar: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert len(of("cifar100", cifar("cifar100")).train) == 3
+    (line,) = caplog.messages
+    assert line.endswith("cifar-100-python: train, test, meta: not the published content, by MD5")
+
+
+def test_damaged_cifar(cifar: Callable[[str], Path]) -> None:
     root = cifar("cifar10")
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: False)
-    refused("cifar10", root, "data.root: .* incomplete or damaged .*ddp-ssl prepare-data cifar10")
+    file = root / "cifar-10-batches-py/test_batch"
+    whole, fetch = file.read_bytes(), r"; ddp-ssl prepare-data cifar10 .*--download fetches it"
+    entry = {"data": np.zeros((3, 3072), np.uint8), "labels": [1]}
+    for content in (whole[:1000], b"<html>", pickle.dumps([1]), pickle.dumps(entry)):
+        file.write_bytes(content)
+        refused("cifar10", root, rf"data.root: .*test_batch cannot be used \(.*\){fetch}")
+
+
+def test_cifar_executes_nothing(cifar: Callable[[str], Path], tmp_path: Path) -> None:
+    class Bad:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    root = cifar("cifar10")
+    (root / "cifar-10-batches-py/data_batch_2").write_bytes(pickle.dumps({"data": Bad()}))
+    refused(
+        "cifar10", root, "data.root: .*data_batch_2 cannot be used .*mkdir is no array of numbers"
+    )
+    assert not (tmp_path / "executed").exists()
 
 
 # --- STL-10 --------------------------------------------------------------------------------------

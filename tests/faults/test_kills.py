@@ -256,6 +256,36 @@ def test_a_cut_link_ends_both_sides(photos: Path, tmp_path: Path, two_machines: 
     assert newest.step >= 8
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_printed_command_goes_on(
+    photos: Path, ranks: Ranks, whole: Path, tmp_path: Path, size: int
+) -> None:
+    """What the last line of a stopped run says, typed into a shell."""
+    folder, other = tmp_path / "a run", tmp_path / "one"
+    args = long_run(photos, folder)
+    if size == 2:
+        with torchrun(2, args, tmp_path / "out") as run:
+            until(lambda: last_step(folder) >= 10 and run.going())
+            (folder / "STOP").touch()
+            assert run.wait(90) == 0
+    else:
+        alone = Launched([sys.executable, *TRAIN, *args], tmp_path / "out")
+        try:
+            until(lambda: last_step(folder) >= 10 and alone.going())
+            alone.process.send_signal(signal.SIGTERM)
+            assert alone.wait(90) == 0
+        finally:
+            alone.process.kill()
+        assert ranks.launch(train, 1, long_run(photos, other)) == [0]
+    assert status(folder)["state"] == "preempted"
+    *_, last = (folder / "train.log").read_text().splitlines()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    again = Launched(["bash", "-c", last.partition("to go on: ")[2]], tmp_path / "again", PATH=path)
+    assert again.wait() == 0, again.text()
+    assert "resumed from" in (folder / "train.log").read_text()
+    assert rows(folder) == rows(whole if size == 2 else other)
+
+
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(photos: Path, tmp_path: Path) -> None:
     """As a terminal does it: SIGINT to torchrun, which passes it on to its workers."""
     folder = tmp_path / "run"

@@ -22,7 +22,7 @@ def test_the_documents_method_trains(photos: Path, tmp_path: Path) -> None:
     (file, *_), (recipe,) = blocks("python"), blocks("yaml")
     (tmp_path / "my_module.py").write_text(file)
     (tmp_path / "my.yaml").write_text(recipe)
-    skipped = ("method.", "data.name=", "log.every_steps=")
+    skipped = ("/", "method.", "data.name=", "log.every_steps=")
     tiny = [a for a in arguments(photos, tmp_path / "run") if not a.startswith(skipped)]
     # In float32: see test_mixed_precision_runs for bf16 and images of 16 px.
     tiny += ["optim.epochs=1", "optim.warmup_epochs=0", "optim.precision=fp32"]

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import codecs
+import hashlib
+import io
+import logging
+import pickle
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddp_ssl.data.datasets.base import Dataset, Definition, prepare, root_of
 from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.utils.text import one_line
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
+
+logger = logging.getLogger("ddp_ssl")
+# By which numpy's arrays are pickled; its module has changed its name.
+reconstruct = np.empty(0).__reduce__()[0]
 
 Pixels = NDArray[np.uint8]
 
@@ -23,6 +33,7 @@ CIFAR = {
     "cifar10": ("CIFAR10", "cifar-10-batches-py", "data_batch_1"),
     "cifar100": ("CIFAR100", "cifar-100-python", "train"),
 }
+LABELS = ("labels", "fine_labels")
 
 
 def find_cifar(data: Data) -> None:
@@ -35,22 +46,60 @@ def find_cifar(data: Data) -> None:
 
 
 def load_cifar(data: Data) -> Dataset:
-    """The test split is for validation. torchvision checks the files' MD5 first."""
-    import torchvision.datasets
+    """The test split is for validation. Other files than the published ones are a warning."""
+    import torchvision.datasets  # its tables of files and MD5 sums
 
-    kind, folder, _ = CIFAR[data.name]
-    root = root_of(data, folder)
-    splits = []
-    for train in (True, False):
-        try:
-            found = getattr(torchvision.datasets, kind)(str(root), train=train, download=False)
-        except RuntimeError:
-            raise ValueError(
-                f"data.root: {root / folder} is incomplete or damaged (MD5); remove it, and "
-                f"{prepare(data)} --download fetches it"
-            ) from None
-        splits.append(Split.of_array(found.data, np.asarray(found.targets)))
-    return Dataset(data.name, splits[0], splits[1], tuple(found.classes))
+    kind = getattr(torchvision.datasets, CIFAR[data.name][0])
+    folder = root_of(data, kind.base_folder) / kind.base_folder
+    meta = [(kind.meta["filename"], kind.meta["md5"])]
+    others: list[str] = []
+    splits = [
+        Split.of_array(*cifar_images([cifar_file(data, folder / f, m, others) for f, m in files]))
+        for files in (kind.train_list, kind.test_list)
+    ]
+    classes = cifar_file(data, folder / meta[0][0], meta[0][1], others)[kind.meta["key"]]
+    if others:
+        logger.warning(
+            "data.root: %s: %s: not the published content, by MD5", folder, ", ".join(others)
+        )
+    return Dataset(data.name, splits[0], splits[1], tuple(map(str, classes)))
+
+
+def cifar_file(data: Data, file: Path, md5: str, others: list[str]) -> dict[str, Any]:
+    """The content of one of the pickles; its name joins `others` if the MD5 sum is another."""
+    try:
+        content = file.read_bytes()
+        made = Plain(io.BytesIO(content), encoding="latin1").load()
+        wanted = {"data", *LABELS} & made.keys()
+        if len(made.get("data", ())) != len(made.get(min(wanted - {"data"}, default=""), ())):
+            raise ValueError("no label for each image")
+    except Exception as error:  # a damaged pickle raises anything
+        raise ValueError(
+            f"data.root: {file} cannot be used ({one_line(error)[:100]}); "
+            f"{prepare(data)} --download fetches it"
+        ) from None
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        others.append(file.name)
+    return made  # type: ignore[no-any-return]
+
+
+def cifar_images(parts: list[dict[str, Any]]) -> tuple[Pixels, NDArray[np.int64]]:
+    """`[M, 32, 32, 3]` and the labels; files hold an image as 3 x 32 x 32 numbers."""
+    pixels = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32)
+    labels = [label for part in parts for key in LABELS for label in part.get(key, ())]
+    return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)), np.asarray(labels, np.int64)
+
+
+class Plain(pickle.Unpickler):
+    """Reads numbers, texts and arrays; a pickle of anything else is refused and runs nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The classes that an array of numbers is made of."""
+        if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"):
+            return {"_reconstruct": reconstruct, "ndarray": np.ndarray, "dtype": np.dtype}[name]
+        if (module, name) == ("_codecs", "encode"):
+            return codecs.encode
+        raise pickle.UnpicklingError(f"{module}.{name} is no array of numbers")
 
 
 # --- STL-10 --------------------------------------------------------------------------------------
@@ -199,7 +248,7 @@ def medmnist_arrays(file: Path, split: str) -> tuple[Pixels, NDArray[np.int64]]:
         ) from None
     except (OSError, EOFError, ValueError, AttributeError, TypeError, zipfile.BadZipFile):
         raise ValueError(
-            f"data.root: {file} is incomplete or damaged; remove it and fetch it again"
+            f"data.root: {file} is incomplete or damaged; a whole copy of it would be accepted"
         ) from None
 
 

@@ -185,6 +185,20 @@ def find(data: Data) -> None:
         )
 
 
+def look(data: Data, sample: int) -> tuple[int, list[bytes]]:
+    """The number of rows to train on, by the files' own account, and some encoded images."""
+    files = files_of(data)
+    first = files.base / files.train[0]
+    image = columns_of(first, data.columns).image
+    rows = sum(index.opened(files.base / name).metadata.num_rows for name in files.train)
+    cells: list[Any] = []
+    for batch in index.opened(first).iter_batches(sample, columns=[image]):
+        cells = batch.column(0).to_pylist()
+        break
+    found = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
+    return rows, [content for content in found if content]
+
+
 def load(data: Data) -> Dataset:
     """All images of the files to train on and of those for validation."""
     files = files_of(data)

@@ -1,0 +1,165 @@
+"""What a place of images holds: which data set, how many images, how large. No torch, no DALI."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+
+from ddp_ssl.data.datasets import arrays, folders, parquet, registry, shards
+from ddp_ssl.data.datasets.base import absolute
+from ddp_ssl.data.datasets.lists import opened
+from ddp_ssl.data.datasets.scan import scan
+from ddp_ssl.data.loading.decodable import pixels
+from ddp_ssl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ddp_ssl.config import Data
+
+T = TypeVar("T")
+
+MOST = 100_000  # images that are counted; more make no difference to a choice
+SAMPLE = 50  # images whose size is looked at
+
+# Files by which a published data set is recognised: one of the tuples, all of its paths.
+FILES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "cifar10": (("cifar-10-batches-py/data_batch_1",),),
+    "cifar100": (("cifar-100-python/train",),),
+    "stl10": (("stl10_binary/train_X.bin",), ("train_X.bin", "test_X.bin")),
+    "tiny_imagenet": (("tiny-imagenet-200/train",), ("train", "val/val_annotations.txt")),
+    "imagenet": (("train/n01440764", "train/n15075141", "val"),),  # its first and last class
+    "inat21": (("2021_train", "2021_valid"),),
+    "inat21_mini": (("2021_train_mini", "2021_valid"),),
+    "cinic10": (("train/airplane", "test/airplane", "imagenet-contributors.csv"),),
+    **{
+        name: tuple((f"{stem}{size}.npz",) for size in arrays.MEDMNIST_SIZES)
+        for name, (stem, _) in arrays.MEDMNIST.items()
+    },
+}
+# Side in pixels and training images of what is not counted.
+KNOWN = {
+    "cifar10": (32, 50_000), "cifar100": (32, 50_000), "stl10": (96, 105_000),
+    "tiny_imagenet": (64, 100_000), "cinic10": (32, 90_000), "imagenet": (400, 1_281_167),
+    "imagenet100": (400, 126_689), "inat21": (500, 2_686_843), "inat21_mini": (500, 500_000),
+    "blood": (28, 11_959), "organa": (28, 34_561), "organc": (28, 12_975), "organs": (28, 13_932),
+}  # fmt: skip
+
+
+class Look(NamedTuple):
+    """What was seen: the name of the data set, words for it, training images, and their side.
+
+    `images` is 0 where it is not known.
+    """
+
+    name: str
+    what: str
+    images: int
+    side: int
+
+
+def look_at(data: Data, name: str | None) -> Look:
+    """Look at the images of a config. `name`: of the data set, if the user gave one.
+
+    Lists folders up to `MOST` images and reads the sizes of a few. Raises `ConfigError` for a
+    place that holds no images.
+    """
+    name = name or _name_of(data)
+    data = data.model_copy(update={"name": name})
+    try:
+        if data.root or data.files:
+            registry.find(data)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    root = absolute(data.root) if data.root else None
+    if root is not None and shards.is_shards(root):
+        count = int(shards.describe(root, data.url is not None)["splits"]["train"]["count"])
+        return Look(name, f"shards of {name}", count, KNOWN.get(name, (224, 0))[0])
+    if name in KNOWN:
+        side, count = KNOWN[name]
+        if name in arrays.MEDMNIST and root is not None:
+            side = int(arrays.medmnist_file(data).stem.partition("_")[2] or side)
+        return Look(name, name, count, side)
+    if root is not None and parquet.accepts(data):
+        rows, some = parquet.look(data, SAMPLE)
+        count = _training(data, rows, bool(parquet.files_of(data).val))
+        side = _median([pixels(np.frombuffer(content, np.uint8)) for content in some])
+        return Look(name, "images in parquet files", count, side)
+    if name == "list" and data.files:
+        return _listed(data)
+    return _folder(data, root) if root is not None else Look(name, name, 0, 224)
+
+
+def _name_of(data: Data) -> str:
+    """`data.name` by the files that are there."""
+    if data.files or not data.root:
+        return "list" if data.files else data.name
+    root = absolute(data.root)
+    if shards.is_shards(root):
+        try:
+            name = str(json.loads((root / shards.ABOUT).read_text())["name"])
+        except (OSError, ValueError, KeyError, TypeError):  # `find` says so
+            return "folder"
+        return name if name in registry.DATASETS else "folder"
+    found = [
+        name
+        for name, ways in FILES.items()
+        if any(all((root / path).exists() for path in paths) for paths in ways)
+    ]
+    if len(found) > 1:
+        raise ConfigError(
+            f"data.root: {root} holds {' and '.join(found)}; data.name={found[0]} chooses one"
+        )
+    return found[0] if found else "folder"
+
+
+def _folder(data: Data, root: Path) -> Look:
+    train, val, _ = folders.splits_of(root)
+    where = train or root
+    names = list(itertools.islice(scan(os.fsencode(where)), MOST))
+    classes = len({name.partition(b"/")[0] for name in names if b"/" in name})
+    side = _side([where / os.fsdecode(name) for name in _some(names)])
+    what = f"images in {classes} folders" if classes else "images without classes"
+    return Look("folder", what, _training(data, len(names), val is not None), side)
+
+
+def _listed(data: Data) -> Look:
+    assert data.files is not None
+    file = absolute(data.files)
+    base = absolute(data.root) if data.root else file.parent
+    with opened(file) as lines:
+        names = [line.strip() for line in itertools.islice(lines, MOST) if line.strip()]
+    paths = [base / name.partition(mark)[0] for name in _some(names) for mark in ",\t; "]
+    side = _side([path for path in paths if path.is_file()])
+    return Look("list", "images in a list", _training(data, len(names), bool(data.val_files)), side)
+
+
+def _training(data: Data, count: int, has_val: bool) -> int:
+    """Images that are left for training."""
+    held = 0 if has_val else round(count * data.val_fraction)
+    return round((count - held) * data.fraction)
+
+
+def _some(names: list[T]) -> list[T]:
+    return names[:: max(1, len(names) // SAMPLE)]
+
+
+def _side(paths: list[Path]) -> int:
+    """The median side in pixels, of a square of the same area; 224 where no image can be read."""
+    areas = []
+    for path in paths:
+        with contextlib.suppress(OSError):  # the run itself replaces and lists bad images
+            areas.append(pixels(np.fromfile(path, np.uint8)))
+    return _median(areas)
+
+
+def _median(areas: list[int]) -> int:
+    """The median side of images with so many pixels; 0 is unknown."""
+    sides = [math.sqrt(area) for area in areas if area]
+    return round(statistics.median(sides)) if sides else 224

@@ -1,0 +1,87 @@
+"""Go on with a run: `ddp-ssl resume RUN [key=value ...]`, with the config that lies in its folder.
+
+Under torchrun and srun `-m ddp_ssl.resume RUN` takes the place of `-m ddp_ssl.train CONFIG ...`.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ddp_ssl import train
+from ddp_ssl.commands import common
+from ddp_ssl.config import Config, ConfigError, read_yaml
+
+USAGE = """usage: ddp-ssl resume RUN [key=value ...]
+       torchrun --nproc_per_node N -m ddp_ssl.resume RUN [key=value ...]
+
+RUN: the folder of a run. Its config.yaml is used, and it goes on after its newest good checkpoint.
+key=value changes what may change when a run goes on, such as eval.every or data.root.
+  --help          this text
+  --print-config  the resolved configuration and where each value came from
+"""
+# Paths of a config. A relative one is meant from where the run was started.
+PATHS = {"run": ("init_from",), "data": ("root", "files", "val_files", "skip", "stage")}
+
+
+def main(
+    arguments: Sequence[str] | None = None, on_step: Callable[[Any], None] | None = None
+) -> int:
+    """Go on from the command line; returns the exit code. `on_step` is called before every step."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(words):
+        common.say(USAGE.rstrip())
+        return 0
+    try:
+        words = arguments_of(words)
+    except ConfigError as error:
+        return common.refuse(error)
+    return train.main(words, on_step)
+
+
+def arguments_of(words: Sequence[str]) -> list[str]:
+    """The arguments with which `ddp_ssl.train` goes on; raises `ConfigError`."""
+    places = [word for word in words if not word.startswith("-") and _is_place(word)]
+    rest = [word for word in words if word not in places]
+    if len(places) != 1:
+        raise ConfigError(f"resume: one folder of a run is expected, got {len(places)}")
+    folder, config = Path(places[0]), Path(places[0]) / "config.yaml"
+    if not config.is_file():
+        what = "has no config.yaml" if folder.is_dir() else "is not a folder"
+        raise ConfigError(f"resume: {folder} {what}; the folder of a run would be accepted")
+    for word in rest:
+        if word.partition("=")[0] in ("run.dir", "run.resume"):
+            raise ConfigError(
+                f"{word}: ddp-ssl resume goes on in {folder}; ddp-ssl train with run.init_from="
+                f"{folder} starts another run from its weights"
+            )
+    # A run that began with the weights of another one goes on with its own.
+    own = [f"run.dir={folder}", "run.resume=auto", "run.init_from="]
+    return [str(config), *_absolute(config), *own, *rest]
+
+
+def _is_place(word: str) -> bool:
+    return "=" not in word or os.path.isdir(word)  # folders of a sweep are called `seed=0`
+
+
+def _absolute(config: Path) -> list[str]:
+    """`key=value` for the config's relative paths, from where the run was started."""
+    try:
+        start = json.loads((config.parent / "environment.json").read_text())["cwd"]
+    except (OSError, ValueError, KeyError):  # of an earlier version
+        return []
+    tree = read_yaml(config, Config)
+    found = []
+    for section, keys in PATHS.items():
+        values = tree.get(section) or {}
+        for key in keys:
+            path = values.get(key) if isinstance(values, dict) else None
+            if path and not os.path.isabs(path) and os.getcwd() != start:
+                found.append(f"{section}.{key}={os.path.join(start, path)}")
+    return found
+
+
+if __name__ == "__main__":
+    train.leave(main)
