@@ -17,6 +17,7 @@ from ddp_ssl.methods._registry import builtin_methods
 from ddp_ssl.run import preset
 from ddp_ssl.run.configure import load
 from tests.data.images import pack
+from tests.data.tables import as_parquet
 from tests.helpers import SHALLOW
 from tests.ranks import Ranks
 from tests.runs import rows, train
@@ -175,6 +176,15 @@ def test_shards_and_lists_are_known_too(photos: Path, tmp_path: Path) -> None:
     assert (resolved.config.data.name, resolved.config.data.files) == ("list", str(file))
     assert resolved.notes[0].endswith("43 images in a list to train on, about 22 pixels a side: "
                                       "preset/32")  # fmt: skip
+
+
+def test_parquet_files_are_known_by_their_rows(photos: Path, tmp_path: Path) -> None:
+    as_parquet(photos, tmp_path / "hub")
+    resolved = load([str(tmp_path / "hub"), CPU])
+    assert (resolved.config.data.name, resolved.config.data.batch_size) == ("folder", 4)
+    assert resolved.notes[0].endswith(
+        "43 images in parquet files to train on, about 22 pixels a side: preset/32"
+    )
 
 
 def test_what_holds_no_images_is_one_line(tmp_path: Path) -> None:
