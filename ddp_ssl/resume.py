@@ -13,6 +13,7 @@ from typing import Any
 from ddp_ssl import train
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, ConfigError, read_yaml
+from ddp_ssl.run.configure import check_trust
 
 USAGE = """usage: ddp-ssl resume RUN [key=value ...]
        torchrun --nproc_per_node N -m ddp_ssl.resume RUN [key=value ...]
@@ -21,6 +22,7 @@ RUN: the folder of a run. Its config.yaml is used, and it goes on after its newe
 key=value changes what may change when a run goes on, such as eval.every or data.root.
   --help          this text
   --print-config  the resolved configuration and where each value came from
+  --trust         let the run import a method from outside this package (module:Class)
 """
 # Paths of a config. A relative one is meant from where the run was started.
 PATHS = {"run": ("init_from",), "data": ("root", "files", "val_files", "skip", "stage")}
@@ -43,6 +45,7 @@ def main(
 
 def arguments_of(words: Sequence[str]) -> list[str]:
     """The arguments with which `ddp_ssl.train` goes on; raises `ConfigError`."""
+    trusted, words = common.split_trust(words)
     places = [word for word in words if not word.startswith("-") and _is_place(word)]
     rest = [word for word in words if word not in places]
     if len(places) != 1:
@@ -57,9 +60,13 @@ def arguments_of(words: Sequence[str]) -> list[str]:
                 f"{word}: ddp-ssl resume goes on in {folder}; ddp-ssl train with run.init_from="
                 f"{folder} starts another run from its weights"
             )
+    method = read_yaml(config).get("method")
+    name = str(method.get("name", "")) if isinstance(method, dict) else ""
+    check_trust(name, trusted)  # the folder may be anybody's
+    consent = [f"method.name={name}"] if ":" in name else []
     # A run that began with the weights of another one goes on with its own.
     own = [f"run.dir={folder}", "run.resume=auto", "run.init_from="]
-    return [str(config), *_absolute(config), *own, *rest]
+    return [str(config), *_absolute(config), *own, *consent, *rest]
 
 
 def _is_place(word: str) -> bool:

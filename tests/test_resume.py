@@ -303,6 +303,16 @@ def test_auto_needs_a_folder_or_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     check_resume(config)
 
 
+def test_a_strangers_folder_executes_no_code_without_consent(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("method: {name: 'stranger:Method'}\n")
+    for words in ([], ["method.name=other:Method"]):
+        with pytest.raises(ConfigError, match="stranger:Method would be imported from outside"):
+            arguments_of([str(tmp_path), *words])
+    for words in (["--trust"], ["method.name=stranger:Method"]):
+        assert "method.name=stranger:Method" in arguments_of([str(tmp_path), *words, "optim.lr=1"])
+        assert "--trust" not in arguments_of([str(tmp_path), *words])
+
+
 def test_the_command_that_goes_on_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """`faults/test_kills.py` runs what is printed."""
     monkeypatch.setenv("PATH", str(BIN))

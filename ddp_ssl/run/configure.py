@@ -59,12 +59,7 @@ def load(arguments: Sequence[str], trusted: str = "*") -> Resolved:
         text = read_text(path)
         layers = [(str(path), tree_of(path, text, Config))]
     name = _method_name(*merge(with_overrides(layers, overrides, Config)))
-    if ":" in name and trusted not in (name, "*"):
-        raise ConfigError(
-            f"method.name: {name} would be imported from outside this package; if you trust it, "
-            f"method.name={name} or --trust is accepted"
-        )
-
+    check_trust(name, trusted)
     method = load_method(name).config_class
     typed = with_method(method)
     if path is None:
@@ -96,6 +91,15 @@ def load(arguments: Sequence[str], trusted: str = "*") -> Resolved:
     except ValueError as error:
         raise ConfigError(one_line(error)) from None
     return Resolved(config, origins, tuple(notes))
+
+
+def check_trust(method: str, trusted: str) -> None:
+    """Raise `ConfigError` for a method from outside the package that is not `trusted`."""
+    if ":" in method and trusted not in (method, "*"):
+        raise ConfigError(
+            f"method.name: {method} would be imported from outside this package; if you trust it, "
+            f"method.name={method} or --trust is accepted"
+        )
 
 
 def _preset(overrides: Sequence[str]) -> Preset | None:
