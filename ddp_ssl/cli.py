@@ -10,8 +10,8 @@ from ddp_ssl.utils.text import suggest
 # A command is a module with a `main(arguments)` that returns the exit code.
 COMMANDS = {
     "train": ("train", "pretrain, in the processes of torchrun or srun, or in one"),
-    "submit": ("submit", "pretrain in a Slurm job, or in an array of jobs, through submitit"),
-    "evaluate": ("evaluate", "linear probe, k-NN, fine-tuning, and the metrics of a finished run"),
+    "submit": ("submit", "pretrain in a Slurm job, or an array of jobs, with submitit"),
+    "evaluate": ("evaluate", "linear probe, k-NN, fine-tuning, metrics of a finished run"),
     "export": ("export", "a run's backbone for timm, torchvision, safetensors or ONNX"),
     "embed": ("embed", "features of a data set as NPZ, and for TensorBoard's projector"),
     "doctor": ("doctor", "check the machine, the data and the cluster before a long run"),

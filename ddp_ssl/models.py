@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ddp_ssl.config import Model
-from ddp_ssl.utils.text import one_line, suggest
+from ddp_ssl.config.backbones import check_backbone
+from ddp_ssl.utils.text import one_line
 
 # Padding of the first convolution, by `model.stem`.
 STEM_PADDING = {"small": 1, "small_pad2": 2}
@@ -28,7 +29,6 @@ REFUSED = {
     "out_indices": _MAPS,
     "model_name": "model.backbone is the name",
 }
-HUBS = ("hf_hub:", "hf-hub:", "local-dir:", "local_dir:")
 
 
 def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]:
@@ -43,14 +43,7 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
     from timm.models.resnet import ResNet
 
     name = config.backbone
-    if name.startswith(HUBS):
-        raise ValueError(
-            f"model.backbone: {name} is a place of weights, not a model; the name of one of timm's "
-            "models is accepted, and model.backbone_args={pretrained: true} fetches its weights"
-        )
-    if not timm.is_model(name):
-        hint = suggest(name, timm.list_models())
-        raise ValueError(f"model.backbone: timm has no model {name!r}{hint}")
+    check_backbone(name)
     for key in sorted(REFUSED.keys() & config.backbone_args.keys()):
         raise ValueError(f"model.backbone_args: {key} is not accepted: {REFUSED[key]}")
     arguments: dict[str, Any] = {"num_classes": 0, **config.backbone_args}

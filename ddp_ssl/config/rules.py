@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ddp_ssl.config.backbones import check_backbone
 from ddp_ssl.config.schema import Config
 from ddp_ssl.errors import ConfigError
 
@@ -9,6 +10,8 @@ from ddp_ssl.errors import ConfigError
 def check(config: Config) -> None:
     """Raise `ValueError` for a combination that no method can run."""
     method, views = config.method, config.num_views
+    if ":" not in method.name:  # a method from outside may still register its own backbone
+        check_backbone(config.model.backbone)
     if config.optim.accumulate > 1 and method.batch_coupled:
         raise ValueError(
             f"optim.accumulate: only 1 is accepted with {method.name}: its loss couples all images "

@@ -16,7 +16,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
 
 from ddp_ssl import distributed
 from ddp_ssl.config import ConfigError
@@ -213,6 +212,8 @@ def write_projector(
 ) -> None:
     """The files of TensorBoard's embedding projector: tensors, metadata, a sprite of thumbnails."""
     metadata = [[one_line(name), str(i)] for name, i in zip(classes, ids, strict=True)]
+    from torch.utils.tensorboard import SummaryWriter  # here, so that `--help` does not wait
+
     with SummaryWriter(folder) as writer:
         for name, values in parts.items():
             # It prints a useless line where a folder exists already.
