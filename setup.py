@@ -42,6 +42,7 @@ setup(
         "cuda12": ["nvidia-dali-cuda120>=2.2"],
         "cuda13": ["nvidia-dali-cuda130>=2.2"],
         "plots": ["matplotlib>=3.9"],
+        "parquet": ["pyarrow>=15"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.7", "onnxruntime>=1.20"],
         # lightly: an independent implementation of several losses, for the tests alone.
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "lightly==1.6.*"],

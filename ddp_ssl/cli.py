@@ -13,7 +13,7 @@ COMMANDS = {
     "submit": ("submit", "pretrain in a Slurm job, or an array of jobs, with submitit"),
     "evaluate": ("evaluate", "linear probe, k-NN, fine-tuning, metrics of a finished run"),
     "export": ("export", "a run's backbone for timm, torchvision, safetensors or ONNX"),
-    "embed": ("embed", "features of a data set as NPZ, and for TensorBoard's projector"),
+    "embed": ("embed", "features of a data set as NPZ, CSV or parquet, or for TensorBoard"),
     "doctor": ("doctor", "check the machine, the data and the cluster before a long run"),
     "prepare-data": ("commands.prepare_data", "fetch a data set and check that it is complete"),
     "check-data": ("commands.check_data", "find images that cannot be read or decoded"),
