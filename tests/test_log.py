@@ -315,7 +315,7 @@ def test_tensorboard_shows_what_matters_first_and_no_constants(tmp_path: Path) -
     (layout,) = events.Tensors("custom_scalars__config__")
     text = layout.tensor_proto.string_val[0].decode(errors="replace")
     assert text.index("Does it learn?") < text.index("Does it collapse?")
-    for tag in (t for charts in LAYOUT.values() for tags in charts.values() for t in tags):
+    for tag in (tag for charts in LAYOUT.values() for tag in charts.values()):
         assert tag in text
 
 

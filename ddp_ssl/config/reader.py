@@ -233,10 +233,10 @@ def check_sections(
     for section, values in tree.items():
         if section not in schema.model_fields:
             sections = ", ".join(schema.model_fields)
-            keys = [f"{section}.{key}" for key in values] if isinstance(values, dict) else [section]
+            first = [f".{key}" for key in values][:1] if isinstance(values, dict) else []
             hint = (
                 suggest(str(section), schema.model_fields, 0.8)
-                or did_you_mean(str(keys[0]), known_keys(schema))
+                or did_you_mean("".join([str(section), *first]), known_keys(schema))
                 or f"; sections are {sections}"
             )
             raise ConfigError(f"{section}: unknown section{_where(section, origins)}{hint}")

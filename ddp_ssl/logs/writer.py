@@ -29,29 +29,30 @@ Row = Mapping[str, float | int]
 # Figures that TensorBoard does not get: its own axes, and what is one number for a whole run.
 UNSHOWN = ("step", "epoch", "eval/knn_bank", "eval/knn_raw_pixels")
 
-# What TensorBoard's tab "Custom Scalars" shows, in this order: groups, charts, the figures in each.
+# TensorBoard's tab "Custom Scalars", in this order: groups, and the figure of each chart.
 LAYOUT = {
     "1. Does it learn? The loss falls, both accuracies rise": {
-        "loss": ["train/loss"],
-        "accuracy of k-NN and of the online probe": ["eval/knn_top1", "eval/probe_top1"],
+        "loss": "train/loss",
+        "k-NN top-1": "eval/knn_top1",
+        "online probe top-1": "eval/probe_top1",
     },
-    "2. Does it collapse? Ranks and spread near their lowest value would say so": {
-        "effective rank of R and Z": ["rep/effective_rank_r", "rep/effective_rank_z"],
-        "spread of R and Z (uniformity; 0: all images alike)": [
-            "rep/uniformity_r", "rep/uniformity_z",
-        ],
+    "2. Does it collapse? Then ranks fall below their first value, and uniformity rises to 0": {
+        "effective rank of R": "rep/effective_rank_r",
+        "effective rank of Z": "rep/effective_rank_z",
+        "uniformity of R": "rep/uniformity_r",
+        "uniformity of Z": "rep/uniformity_z",
     },
-    "3. AdaDim: the balance, and what it follows": {
-        "alpha (0: VICReg, 1: InfoNCE)": ["rep/alpha"],
-        "I(R;Z) in nats": ["rep/mutual_information"],
+    "3. Optimiser and speed": {
+        "learning rate": "optim/lr",
+        "norm of the gradient": "optim/grad_norm",
+        "images/s": "perf/images_per_s",
+        "share of the time that waits for data": "perf/data_wait",
     },
-    "4. Optimiser and speed": {
-        "learning rate": ["optim/lr"],
-        "norm of the gradient": ["optim/grad_norm"],
-        "images/s": ["perf/images_per_s"],
-        "share of the time spent waiting for data": ["perf/data_wait"],
+    "4. AdaDim: the balance of VICReg (alpha 0) and InfoNCE (1), and what it moves": {
+        "alpha": "rep/alpha",
+        "I(R;Z) in nats": "rep/mutual_information",
     },
-}  # fmt: skip
+}
 FLUSH_S = 5  # seconds after which TensorBoard's readers see new events, at the latest
 
 
@@ -106,10 +107,9 @@ class MetricsWriter:
             self._events = SummaryWriter(str(folder), purge_step=purge, flush_secs=FLUSH_S)
             self._summary, self._point = Summary, Summary.Value
             charts = {
-                group: {title: ["Multiline", [f"^{tag}$" for tag in tags]]
-                        for title, tags in parts.items()}
+                group: {title: ["Multiline", [f"^{tag}$"]] for title, tag in parts.items()}
                 for group, parts in LAYOUT.items()
-            }  # fmt: skip
+            }
             self._send("add_custom_scalars", charts)
 
     def scalars(self, row: Row) -> None:
