@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -41,12 +42,27 @@ def short(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+def observed(args: list[str]) -> tuple[int | str, str]:
+    """The exit code, and the verdict in `status.json` after step 50."""
+    verdicts = [""]
+
+    def look(job: Any) -> None:
+        if job.state.step == 50:
+            verdicts.append(status(job.setting.folder).get("verdict", ""))
+
+    return train(args, on_step=look), verdicts[-1]
+
+
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_collapse_is_said(ranks: Ranks, tmp_path: Path, name: str) -> None:
-    assert ranks.launch(train, 1, short(tmp_path, *PLANTED[name])) == [0]
+    ((code, running),) = ranks.launch(observed, 1, short(tmp_path, *PLANTED[name]))
+    assert code == 0
     judged = status(tmp_path)["verdict"]
     assert judged.startswith("collapsed: "), judged
     log = (tmp_path / "train.log").read_text()
+    if "rate" in name:  # collapsed before the end already
+        assert "WARNING step 44: collapsed: " in log
+        assert running.startswith("collapsed: ")
     assert log.count(judged) >= 2  # in the result's table, and below it
     assert ADVICE in log[log.index("The backbone, without ddp_ssl") :]
     assert f"| {judged}" in (tmp_path / "result.md").read_text()

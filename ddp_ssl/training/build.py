@@ -122,8 +122,8 @@ def build(
         {"identity": identity, "code": code},
     )  # fmt: skip
     job = Job(
-        Setting(config, world, start.folder, watch), data, network, loader, validation, recorder,
-        measurement, checkpointer,
+        Setting(config, world, start.folder, watch, status), data, network, loader, validation,
+        recorder, measurement, checkpointer,
     )  # fmt: skip
     report.describe(job, threads, ranks)
     for seed_all in (torch.manual_seed, random.seed, np.random.seed):

@@ -98,8 +98,8 @@ def train_to_the_end(
         logger.info("stopped on %s at step %d; run.resume=auto goes on", reason, state.step)
     close(job)
     if world.is_main:
-        judged = report.verdict_of(job, ended=end == "done")
-        status.record(end, step=state.step, epoch=state.epoch, verdict=judged)
+        status.verdict = report.verdict_of(job, ended=end == "done")
+        status.record(end, step=state.step, epoch=state.epoch)
 
 
 def close(job: Job | None) -> None:

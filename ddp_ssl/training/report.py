@@ -14,7 +14,6 @@ from PIL import Image
 from ddp_ssl.data.build import train_loader
 from ddp_ssl.logs.picture import view_grid
 from ddp_ssl.models import export, loading_snippet
-from ddp_ssl.run.status import write_status
 from ddp_ssl.training.forecast import forecast
 from ddp_ssl.training.job import Job
 from ddp_ssl.training.verdict import ADVICE, FINE, verdict
@@ -63,15 +62,14 @@ def verdict_of(job: Job, ended: bool = False) -> str | None:
 
 def judge(job: Job, before: str | None) -> None:
     """After a validation: say that the run has collapsed, or no longer has, if that is new."""
-    now = verdict_of(job)
+    now, status = verdict_of(job), job.setting.status
+    status.verdict = now
     if now is None or (now == FINE) == (before in (None, FINE)):
         return
     text = "it has recovered" if now == FINE else f"{now}; {ADVICE}"
     (job.recorder.tell if now == FINE else job.recorder.warn)(f"step {job.state.step}: {text}")
     if job.world.is_main:
-        path = job.setting.folder / "status.json"
-        with warned(path):
-            write_status(job.setting.folder, "running", step=job.state.step, verdict=now)
+        status.record("running", step=job.state.step, epoch=job.state.epoch)
 
 
 def picture(job: Job) -> None:
