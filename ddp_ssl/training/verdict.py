@@ -11,7 +11,8 @@ FEWEST = 50
 """With fewer validation images ranks and spreads are mostly chance."""
 LOST = 1 / 3
 """A rank or a spread below this share of the untrained network's is lost. Methods that train raise
-the spread manyfold, after a dip to two thirds of the rank at times; the rank of Z of one that needs few directions, such as DINO, may halve."""
+the spread manyfold, at times after a dip to two thirds of the rank; the rank of Z of one that needs
+few directions, such as DINO, may halve."""
 GAIN = 0.02
 """k-NN accuracy that is higher by this shows that the representation has learned."""
 FALL = 0.05
