@@ -49,7 +49,8 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@mkdir -p runs && : > runs/bench.md
-	@for name in gpu_path losses lars step saving options input view_shards metrics scaling growth data; do \
+	@for name in gpu_path losses lars step saving options input view_shards metrics scaling growth data \
+	  start_up; do \
 	  printf '\n## tools/bench/%s.py\n\n' $$name; $(BIN)/python tools/bench/$$name.py || exit 1; \
 	done 2>runs/bench.err | tee -a runs/bench.md
 

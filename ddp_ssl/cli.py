@@ -11,10 +11,10 @@ from ddp_ssl.utils.text import suggest
 COMMANDS = {
     "train": ("train", "pretrain, in the processes of torchrun or srun, or in one"),
     "resume": ("resume", "go on with a run that was stopped, from its folder alone"),
-    "submit": ("submit", "pretrain in a Slurm job, or in an array of jobs, through submitit"),
-    "evaluate": ("evaluate", "linear probe, k-NN, fine-tuning, and the metrics of a finished run"),
+    "submit": ("submit", "pretrain in a Slurm job, or an array of jobs, with submitit"),
+    "evaluate": ("evaluate", "linear probe, k-NN, fine-tuning, metrics of a finished run"),
     "export": ("export", "a run's backbone for timm, torchvision, safetensors or ONNX"),
-    "embed": ("embed", "features of a data set as NPZ, and for TensorBoard's projector"),
+    "embed": ("embed", "features of a data set as NPZ, CSV or parquet, or for TensorBoard"),
     "doctor": ("doctor", "check the machine, the data and the cluster before a long run"),
     "runs": ("commands.runs", "list runs and their state, or compare some of them"),
     "verify": ("commands.verify", "is a loss on W processes that of one process?"),

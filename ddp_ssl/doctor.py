@@ -18,11 +18,12 @@ from ddp_ssl.run.configure import load
 from ddp_ssl.utils.launcher import rank_and_size
 
 USAGE = """usage: ddp-ssl doctor [CONFIG.yaml] [key=value ...]
-       torchrun --nproc_per_node N -m ddp_ssl.doctor [CONFIG.yaml] [key=value ...]
+       torchrun --nproc_per_node N -m ddp_ssl.doctor [CONFIG.yaml] [key=value]
        srun python -m ddp_ssl.doctor [CONFIG.yaml] [key=value ...]
 
-Checks, in about a minute, what a long run with this config would depend on: versions, GPUs, cores,
-all-reduce, clocks, disk, data, Slurm. Start it as you start the run. A line per finding:
+Checks, in about a minute, what a long run with this config would depend on:
+versions, GPUs, cores, all-reduce, clocks, disk, data, Slurm. Start it as you
+start the run. A line per finding:
 
   ok    as it should be
   warn  the run would start, and be slow, or be lost at some event

@@ -1,4 +1,4 @@
-"""Features of a data set: `ddp-ssl embed RUN [--data NAME] --out FILE.npz [key=value ...]`.
+"""Features of a data set: `ddp-ssl embed RUN [--data NAME] --out FILE [key=value ...]`.
 
 Alone, or under torchrun or srun with the images shared by the processes. `--projector DIR` writes
 the same for TensorBoard's embedding projector. docs/export.md says what is in the files.
@@ -9,13 +9,17 @@ Exit codes: 0 done, 1 failed, 2 the weights, the settings or the data cannot be 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from ddp_ssl.commands import common
+from ddp_ssl.config import ConfigError
 from ddp_ssl.evals.embedding import MOST_POINTS, Wanted, embed
 from ddp_ssl.evals.settings import EvaluateConfig, load_settings
 from ddp_ssl.evals.weights import Source, find_source
 from ddp_ssl.run.signals import stop_with_parent
 from ddp_ssl.utils.files import path_of
+
+FORMATS = (".npz", ".csv", ".parquet")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,8 +39,10 @@ def _parse(arguments: Sequence[str]) -> tuple[Source, EvaluateConfig, Wanted]:
     add("source", metavar="SOURCE", help="RUN, RUN:best, RUN:last, a file of weights or timm:NAME")
     add("settings", nargs="*", metavar="key=value", help="see below")
     add("--data", metavar="NAME", help="data set; the run's own if not given")
-    add("--split", choices=["train", "val"], default="val", help="val if not given")
-    add("--out", type=path_of, metavar="FILE.npz", help="features, labels, ids and class names")
+    add("--split", choices=["train", "val", "all"], default="val",
+        help="val if not given; all: both, with a column that says which")  # fmt: skip
+    add("--out", type=path_of, metavar="FILE", help="features, paths, labels, ids and classes: "
+        "FILE.npz, FILE.csv or FILE.parquet")  # fmt: skip
     add("--embeddings", action="store_true", help="also z, the projection head's output")
     add("--projector", type=path_of, metavar="DIR", help="for TensorBoard; a new or empty folder")
     add("--points", type=int, default=5000, help="images in the projector at most (5000)")
@@ -58,8 +64,15 @@ def _check(parser: common.Parser, options: argparse.Namespace) -> None:
     """Raise `ConfigError` for what cannot be written."""
     if options.out is None and options.projector is None:
         parser.error("nowhere to write to: --out FILE.npz or --projector DIR is needed")
-    if options.out is not None and options.out.suffix != ".npz":
-        parser.error(f"--out: {options.out} does not end in .npz")
+    if options.out is not None and options.out.suffix not in FORMATS:
+        parser.error(f"--out: {options.out} does not end in {', '.join(FORMATS)}")
+    if options.out is not None and options.out.suffix == ".parquet" and not find_spec("pyarrow"):
+        raise ConfigError(
+            "--out: parquet needs pyarrow: pip install 'ddp_ssl[parquet]'; FILE.csv and FILE.npz "
+            "are accepted without it"
+        )
+    if options.projector is not None and options.split == "all":
+        parser.error("--projector: shows one split; --split train or val is accepted")
     if not 2 <= options.points <= MOST_POINTS:
         parser.error(f"--points: {options.points} given; 2 to {MOST_POINTS} are accepted")
     folder = options.projector

@@ -12,14 +12,13 @@ from typing import cast
 
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, ConfigError, Resolved, Section, reference_of
-from ddp_ssl.evals import dynamics, evaluation
 from ddp_ssl.evals.settings import OF_PRETRAINING, SECTIONS, EvaluateConfig, load_settings
 from ddp_ssl.evals.weights import Source, find_source
 from ddp_ssl.run.signals import stop_with_parent
 
-USAGE = """usage: python -m ddp_ssl.evaluate COMMAND SOURCE [CONFIG.yaml] [key=value ...]
-       torchrun --nproc_per_node N -m ddp_ssl.evaluate COMMAND SOURCE [CONFIG.yaml] [key=value ...]
-       ddp-ssl evaluate COMMAND SOURCE [CONFIG.yaml] [key=value ...]
+USAGE = """usage: ddp-ssl evaluate COMMAND SOURCE [CONFIG.yaml] [key=value ...]
+       python -m ddp_ssl.evaluate COMMAND SOURCE [CONFIG.yaml] [key=value ...]
+       torchrun --nproc_per_node N -m ddp_ssl.evaluate COMMAND SOURCE ...
 
 COMMAND
   linear    train a linear classifier on frozen features
@@ -28,13 +27,16 @@ COMMAND
   dynamics  measure every checkpoint of a finished run
 
 SOURCE
-  RUN, RUN:last    a run folder: its newest good checkpoint; data and model are the run's
+  RUN, RUN:last    a run folder: its newest good checkpoint; data and model are
+                   the run's
   RUN:best         its best checkpoint
-  FILE             a checkpoint, or anybody's weights (.pt, .pth, .safetensors); these need
-                   model.backbone=NAME
-  timm:NAME        timm's model, with random weights; with a tag (resnet18.a1_in1k) pretrained
+  FILE             a checkpoint, or anybody's weights (.pt, .pth, .safetensors);
+                   these need model.backbone=NAME
+  timm:NAME        timm's model, with random weights; with a tag
+                   (resnet18.a1_in1k) pretrained
 
-  --help           this text and every key with its type and default; of one COMMAND if it is given
+  --help           this text and every key with its type and default; of one
+                   COMMAND, a section or a key if it is given
   --print-config   the resolved settings and where each value came from
   --trust          let the run import a method from outside this package (module:Class)
 """
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str]) -> int:
     wants_help, wants_config, words = common.split_options(arguments)
     if wants_help:
-        common.say(_help(words[0] if words and words[0] in SECTIONS else None))
+        common.say(_help(words))
         return 0
     command, source, rest = _parse(words)
     settings, origins = load_settings(source, rest)
@@ -60,6 +62,8 @@ def _main(arguments: Sequence[str]) -> int:
     if wants_config:
         common.say(Resolved(cast(Config, settings), origins).to_yaml().rstrip("\n"))
         return 0
+    from ddp_ssl.evals import dynamics, evaluation
+
     with common.processes(settings.run) as world:
         if command == "dynamics":
             assert source.home is not None
@@ -103,13 +107,17 @@ def _used(command: str, key: str) -> bool:
     return key.partition(".")[0] in SECTIONS[command] or key == "eval.batch_size"
 
 
-def _help(command: str | None) -> str:
+def _help(words: Sequence[str]) -> str:
+    command = words[0] if words and words[0] in SECTIONS else None
+    parts = [w for w in words if w != command and common.is_part(w, EvaluateConfig.model_fields)]
     rows = [
         row
         for row in reference_of(EvaluateConfig)
         if row[0] not in OF_PRETRAINING and (command is None or _used(command, row[0]))
     ]
-    return "\n".join([USAGE, *common.describe_keys(rows, lambda name: _docstring(name, command))])
+    rows = common.rows_of(parts, rows)
+    lines = common.describe_keys(rows, lambda name: _docstring(name, command))
+    return "\n".join([*([] if parts else [USAGE]), *lines]).lstrip("\n")
 
 
 def _docstring(section: str, command: str | None) -> str:

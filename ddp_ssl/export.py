@@ -265,8 +265,8 @@ METRICS = {
 }
 
 
-def model_card(trained: Trained, form: Form, file: Path, off: float) -> str:
-    """The text of `README.md`."""
+def model_card(trained: Trained, form: Form, file: Path, place: Path, off: float) -> str:
+    """The text of `README.md`. `file`: the weights as they lie now; `place`: where they will."""
     config, state, model = trained.config, trained.state, trained.config.model
     arguments = ", ".join(f"{k}={v}" for k, v in architecture(model).backbone_args.items())
     parameters = sum(p.numel() for p in trained.backbone.parameters())
@@ -315,7 +315,7 @@ def model_card(trained: Trained, form: Form, file: Path, off: float) -> str:
         "## Loading",
         "",
         "```python",
-        loading_snippet(model, file.name, form),
+        loading_snippet(model, config.data, place, form),
         "```",
         "",
         f"Input: float32 `[n, 3, {trained.size}, {trained.size}]`, RGB, pixels in [0, 1], minus",
@@ -419,7 +419,9 @@ def export(source: str, form: Form, out: Path | None, trusted: str = "") -> tupl
                 f"features read back from the {form} file are {off:.1e} off (relative), more than "
                 f"{TOLERANCE:g}: it would not be what the run trained"
             )
-        (file.parent / "README.md").write_text(model_card(trained, form, file, off))
+        (file.parent / "README.md").write_text(
+            model_card(trained, form, file, folder / file.name, off)
+        )
         for made in list(file.parent.iterdir()):  # large ONNX graphs have their weights beside them
             os.replace(made, folder / made.name)
     return folder / file.name, off

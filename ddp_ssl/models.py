@@ -3,6 +3,7 @@
 import contextlib
 import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -10,8 +11,9 @@ from urllib.request import getproxies
 import torch
 from torch import nn
 
-from ddp_ssl.config import Config, Model
-from ddp_ssl.utils.text import one_line, suggest
+from ddp_ssl.config import Config, Data, Model
+from ddp_ssl.config.backbones import check_backbone
+from ddp_ssl.utils.text import one_line
 
 # Padding of the first convolution, by `model.stem`.
 STEM_PADDING = {"small": 1, "small_pad2": 2}
@@ -28,7 +30,6 @@ REFUSED = {
     "out_indices": _MAPS,
     "model_name": "model.backbone is the name",
 }
-HUBS = ("hf_hub:", "hf-hub:", "local-dir:", "local_dir:")
 
 
 def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]:
@@ -43,14 +44,7 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
     from timm.models.resnet import ResNet
 
     name = config.backbone
-    if name.startswith(HUBS):
-        raise ValueError(
-            f"model.backbone: {name} is a place of weights, not a model; the name of one of timm's "
-            "models is accepted, and model.backbone_args={pretrained: true} fetches its weights"
-        )
-    if not timm.is_model(name):
-        hint = suggest(name, timm.list_models())
-        raise ValueError(f"model.backbone: timm has no model {name!r}{hint}")
+    check_backbone(name)
     for key in sorted(REFUSED.keys() & config.backbone_args.keys()):
         raise ValueError(f"model.backbone_args: {key} is not accepted: {REFUSED[key]}")
     arguments: dict[str, Any] = {"num_classes": 0, **config.backbone_args}
@@ -190,46 +184,56 @@ def architecture(config: Model) -> Model:
 
 def loading_snippet(
     config: Model,
-    weights: str,
+    data: Data,
+    weights: Path,
     form: Literal["timm", "torchvision", "safetensors", "onnx"] = "timm",
 ) -> str:
-    """Python that loads an exported backbone without this package.
+    """Python that loads an exported backbone without this package, from any folder.
 
+    It defines `model` and `transform`, from a PIL image to the model's input, as the run evaluates.
     `form`: see `ddp_ssl.export`; `timm` is also the `backbone.pt` of a run folder.
     """
+    path = str(weights.absolute())
+    imports = ["import torch", "from PIL import Image", "from torchvision import transforms"]
+    load = f"model.load_state_dict(torch.load({path!r}, weights_only=True, map_location='cpu'))"
     if form == "onnx":
-        return (
-            "import onnxruntime\n"
-            f"session = onnxruntime.InferenceSession({weights!r})\n"
-            'features = lambda images: session.run(["features"], {"images": images})[0]'
-        )
-    if form == "torchvision":
+        imports[0] = "import onnxruntime"
+        lines = [
+            f"session = onnxruntime.InferenceSession({path!r})",
+            'model = lambda images: session.run(["features"], {"images": images.numpy()})[0]',
+        ]
+    elif form == "torchvision":
+        imports[0] = "import torch, torchvision"
         name = config.backbone.partition(".")[0]
-        lines = [
-            "import torch, torchvision",
-            f"model = torchvision.models.{name}()",
-            "model.fc = torch.nn.Identity()",
-        ]
+        lines = [f"model = torchvision.models.{name}()", "model.fc = torch.nn.Identity()"]
     else:
-        config = architecture(config)
-        every = {"num_classes": 0, **config.backbone_args}
+        imports[0] = "import timm, torch"
+        every = {"num_classes": 0, **architecture(config).backbone_args}
         arguments = "".join(f", {key}={value!r}" for key, value in every.items())
-        lines = [
-            "import timm, torch",
-            f"model = timm.create_model({config.backbone!r}{arguments})",
-        ]
-    if config.stem != "standard":
+        lines = [f"model = timm.create_model({config.backbone!r}{arguments})"]
+    if config.stem != "standard" and form != "onnx":
         lines += [
             "model.conv1 = torch.nn.Conv2d(3, model.conv1.out_channels, 3, "
             f"padding={STEM_PADDING[config.stem]}, bias=False)",
             "model.maxpool = torch.nn.Identity()",
         ]
     if form == "safetensors":
-        lines.insert(1, "from safetensors.torch import load_file")
-        lines.append(f"model.load_state_dict(load_file({weights!r}))")
-    else:
-        lines.append(f"model.load_state_dict(torch.load({weights!r}, weights_only=True))")
-    return "\n".join([*lines, "model.eval()"])
+        imports.insert(1, "from safetensors.torch import load_file")
+        load = f"model.load_state_dict(load_file({path!r}))"
+    if form != "onnx":
+        lines += [load, "model.eval()"]
+    crop, (mean, std) = data.central_crop, data.normalisation
+    kernel = f"transforms.InterpolationMode.{crop.interpolation.upper()}"
+    return "\n".join([
+        *imports, "", *lines,
+        "transform = transforms.Compose([",
+        f"    transforms.Resize({crop.resize}, {kernel}),",
+        f"    transforms.CenterCrop({crop.size}),",
+        "    transforms.ToTensor(),",
+        f"    transforms.Normalize({mean}, {std}),",
+        "])",
+        "# features = model(transform(Image.open('image.jpg').convert('RGB'))[None])",
+    ])  # fmt: skip
 
 
 def export(backbone: nn.Module) -> dict[str, torch.Tensor]:

@@ -21,10 +21,12 @@ USAGE = """usage: torchrun --nproc_per_node N -m ddp_ssl.train [CONFIG] [key=val
        python -m ddp_ssl.train [CONFIG] [key=value ...]
        ddp-ssl train [CONFIG] [key=value ...]
 
-CONFIG: a YAML file, or the name of one of the project's configs, such as imagenet100/adadim.
-Or a folder of images, or a list of them: a preset and what fits their number and this machine.
-Without CONFIG and images: AdaDim on 1,797 handwritten digits, a minute or two on two cores.
+CONFIG: a YAML file, or the name of one of the project's configs, such as
+imagenet100/adadim. Or a folder of images, or a list of them: a preset and what
+fits their number and this machine. Without CONFIG and images: AdaDim on 1,797
+handwritten digits, a minute or two on two cores.
   --help          this text and every key with its type and default
+  --help SECTION  the keys of one section, such as optim, or one key
   --print-config  the resolved configuration and where each value came from
 """
 
@@ -55,15 +57,22 @@ def _main(words: Sequence[str], stop: StopRequest, on_step: Callable[[Any], None
         return 0
     for note in resolved.notes:
         common.say(note)
+    if rank_and_size()[1] == 1:  # several processes find the data together, in `training/build.py`
+        common.check_data(resolved.config.data)
     from ddp_ssl.training.lifecycle import run
 
     return run(resolved, stop, on_step)
 
 
 def _help(arguments: Sequence[str]) -> str:
-    config = load(arguments).config
-    rows = reference(type(config.method))
-    return "\n".join([USAGE, *common.describe_keys(rows, lambda name: _docstring(config, name))])
+    parts = [word for word in arguments if common.is_part(word, Config.model_fields)]
+    rest = [word for word in arguments if word not in parts]
+    config = Config()
+    if not parts or rest or any(part.startswith("method") for part in parts):
+        config = load(rest).config  # imports torch for the method's own keys
+    rows = common.rows_of(parts, reference(type(config.method)))
+    lines = common.describe_keys(rows, lambda name: _docstring(config, name))
+    return "\n".join([*([] if parts else [USAGE]), *lines]).lstrip("\n")
 
 
 def _docstring(config: Config, section: str) -> str:

@@ -9,9 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 from pydantic import ValidationError
+from timm.models._registry import get_deprecated_models
 
-from ddp_ssl.config import ConfigError, check_world_size, read_yaml, reference
+from ddp_ssl.config import Config, ConfigError, backbones, check_world_size, read_yaml, reference
+from ddp_ssl.config.backbones import check_backbone
+from ddp_ssl.config.hints import OTHER_NAMES
+from ddp_ssl.config.reader import known_keys
+from ddp_ssl.config.schema import with_method
 from ddp_ssl.methods._registry import builtin_methods, load_method
 from ddp_ssl.run.configure import DIGITS, load
 from ddp_ssl.run.identity import FREE_ON_RESUME, NOT_FREE, identity
@@ -195,7 +201,14 @@ ERRORS = {
     "checkpoint.keep=1": "checkpoint.keep: input should be greater than or equal to 2, got 1",
     "data.views=[": "data.views: not a YAML value",
     "run.dir=" + "x" * 300: "run.dir: a name of 300 bytes; accepted: 255 for a name",
-    "--epochs": "--epochs: unknown option",
+    "--epochs": "--epochs: a key and its value are one word: optim.epochs=VALUE",
+    "--wandb": "--wandb: unknown option",
+    "optim.foo=1": "optim.foo: unknown key; --help optim lists the keys",
+    "foo.bar=1": "foo: unknown section; sections are run, method, model",
+    "model.projector=64,32": "a list is written 'model.projector=[64,32]'",
+    "data.views=[count:2]": "braces need quotes in a shell",
+    "model.backbone=resnt18": "model.backbone: timm has no model 'resnt18'; did you mean resnet18?",
+    "model.backbone=hf_hub:a/b": "model.backbone: hf_hub:a/b is a place of weights, not a model",
     "nowhere.yaml": "nowhere.yaml: cannot be read: No such file or directory",
     "nonsense": "nonsense: expected CONFIG.yaml, the name of a config such as imagenet100/adadim",
     "imagenet100/adadin": "did you mean imagenet100/adadim",
@@ -209,6 +222,75 @@ def test_an_error_is_one_line_that_says_what_would_be_accepted(argument: str) ->
         load([argument])
     assert ERRORS[argument] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+OF_OTHER_TOOLS = {
+    "learning_rate=0.3": "optim.lr",
+    "optim.learning_rate=0.3": "optim.lr",
+    "--learning-rate=0.3": "optim.lr",
+    "train.batch_size=64": "data.batch_size",
+    "optim.batch_size=64": "data.batch_size",
+    "num_workers=4": "data.threads",
+    "trainer.max_epochs=100": "optim.epochs",
+    "optim.warmup=5": "optim.warmup_epochs",
+    "model.weight_decay=0.1": "optim.weight_decay",
+    "arch=resnet50": "model.backbone",
+    "model=resnet50": "model.backbone",
+    "method.backbone=resnet50": "model.backbone",
+    "temperature=0.1": "method.temperature",
+    "method.tau=0.1": "method.temperature",
+    "data.size=32": "data.views.0.size",
+    "optim=adamw": "optim.name",
+    "out=runs/one": "run.dir",
+    "every=3": "eval.every or measure.every or checkpoint.every",
+}
+
+
+@pytest.mark.parametrize("argument", OF_OTHER_TOOLS)
+def test_the_names_of_other_tools_lead_to_the_key(argument: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean {OF_OTHER_TOOLS[argument]}\\?$"):
+        load([argument])
+
+
+def test_each_name_of_other_tools_stands_for_one_key_that_there_is() -> None:
+    every = set(known_keys(Config))
+    for name in builtin_methods():
+        every |= set(known_keys(with_method(load_method(name).config_class)))
+    assert set(OTHER_NAMES) <= every
+    names = [name for text in OTHER_NAMES.values() for name in text.split()]
+    assert len(names) == len(set(names))
+    assert not {f"optim.{name}" for name in names} & every
+
+
+MISWRITTEN = {
+    "lr 0.3": "lr: a key and its value are one word: optim.lr=0.3",
+    "lr = 0.3": "lr: a key and its value are one word: optim.lr=0.3",
+    "optim.lr: 0.3": "a key and its value are one word: optim.lr=0.3",
+    "optim.lr= 0.3": "0.3: a value stands right after its `=`: optim.lr=0.3",
+    "cifar/adadim --epochs 10": "--epochs: a key and its value are one word: optim.epochs=10",
+    "model.projector=[64, 32]": "needs quotes: 'model.projector=[64, 32]'",
+    "data.views=[{count: 2, size: 32}] run.seed=1": "quotes: 'data.views=[{count: 2, size: 32}]'",
+    "--gpus 8": "--gpus: torchrun --nproc_per_node N or srun starts the processes",
+    "--config cifar/adadim": "--config: the config's name or path stands alone",
+    "imagenet 100": "did you mean imagenet/adadim?",
+}
+
+
+@pytest.mark.parametrize("line", MISWRITTEN)
+def test_a_key_cut_off_from_its_value_is_put_together(line: str) -> None:
+    """The words are those that a shell makes of the line."""
+    with pytest.raises(ConfigError) as caught:
+        load(line.split())
+    assert MISWRITTEN[line] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_names_of_backbones_are_read_without_timm_and_are_all_of_timms() -> None:
+    models, renamed = backbones._in_source()
+    assert set(models) == set(timm.list_models())
+    assert set(renamed) == set(get_deprecated_models())
+    check_backbone("resnet18.a1_in1k")
+    check_backbone("vit_base_patch16_224.foo")  # the tag is timm's to check
 
 
 def test_an_error_in_a_file_names_the_file(tmp_path: Path) -> None:

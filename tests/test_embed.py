@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddp_ssl import embed
+from ddp_ssl import embed, export
 from ddp_ssl.config import NORMALISATION
 from ddp_ssl.config.views import CentralCrop
 from ddp_ssl.data.datasets import registry
@@ -67,7 +69,9 @@ def test_the_features_are_the_methods(
     assert embed.main([str(place), "--embeddings", "--out", str(out), *QUIET]) == 0
     assert [p.name for p in out.parent.iterdir()] == ["val.npz"]
     file = np.load(out)
-    assert sorted(file) == ["about", "class_names", "ids", "labels", "r", "z"]
+    assert sorted(file) == [
+        "about", "class_names", "ids", "labels", "paths", "r", "splits", "z",
+    ]  # fmt: skip
     assert file["ids"].tolist() == list(range(14))
     assert file["labels"].tolist() == data.val.labels.tolist()
     assert file["class_names"].tolist() == ["class0", "class1", "class2", "class3"]
@@ -79,6 +83,52 @@ def test_the_features_are_the_methods(
     np.testing.assert_allclose(file["z"], z, rtol=1e-5, atol=1e-5)
     about = json.loads(str(file["about"]))
     assert (about["split"], about["images"], about["step"]) == ("val", 14, 33)
+
+
+@pytest.mark.parametrize("ending", ["npz", "csv", "parquet"])
+def test_all_images_with_their_paths(
+    ending: str, run: tuple[Path, Method[Any], Dataset], photos: Path, tmp_path: Path
+) -> None:
+    """Each row's features are those of the image at its path, by the lines that load the run."""
+    if ending == "parquet":
+        pytest.importorskip("pyarrow")
+    place, _, data = run
+    out = tmp_path / f"all.{ending}"
+    assert embed.main([str(place), "--split", "all", "--out", str(out), *QUIET]) == 0
+    if ending == "npz":
+        file = np.load(out)
+        columns = {name: file[f"{name}s"] for name in ("path", "split", "label", "id")}
+        rows = [{name: column[i] for name, column in columns.items()} for i in range(48)]
+        r = file["r"]
+    else:
+        if ending == "csv":
+            with open(out, newline="") as text:
+                rows = [*csv.DictReader(text)]
+        else:
+            import pyarrow.parquet as parquet
+
+            rows = parquet.read_table(out).to_pylist()
+        r = np.array([[float(row[f"r{i}"]) for i in range(16)] for row in rows])
+        assert [row["class"] for row in rows] == [Path(row["path"]).parent.name for row in rows]
+    assert r.shape == (48, 16)
+    assert sorted(str(row["path"]) for row in rows) == sorted(map(str, photos.glob("*/*.jpg")))
+    assert [str(row["split"]) for row in rows] == ["train"] * 34 + ["val"] * 14
+    assert [int(row["id"]) for row in rows] == [*range(34), *range(14)]
+    labels = [*data.train.labels.tolist(), *data.val.labels.tolist()]
+    assert [int(row["label"]) for row in rows] == labels
+    exported, _ = export.export(str(place), "timm", tmp_path / "export")
+    names: dict[str, Any] = {}
+    with contextlib.chdir("/") if hasattr(contextlib, "chdir") else contextlib.nullcontext():
+        card = (exported.parent / "README.md").read_text()
+        exec(card.partition("```python\n")[2].partition("```")[0], names)
+        for i in range(0, 48, 6):
+            image = Image.open(rows[i]["path"]).convert("RGB")
+            with torch.no_grad():
+                found = names["model"](names["transform"](image)[None])[0].numpy()
+            # Decoders and resizing differ a little between PIL and DALI.
+            distances = np.linalg.norm(r - found, axis=1) / np.linalg.norm(found)
+            assert int(distances.argmin()) == i
+            assert distances[i] < 0.1
 
 
 def test_training_images_are_the_whole_splits_also_of_a_run_on_a_share_of_them(
@@ -208,7 +258,7 @@ def test_what_cannot_be_done_is_one_line(
     folder = ["--data", "folder", f"data.root={photos}"]
     cases: list[tuple[list[str], str]] = [
         ([place], "nowhere to write to: --out FILE.npz or --projector DIR is needed"),
-        ([place, "--out", "x.npy"], "--out: x.npy does not end in .npz"),
+        ([place, "--out", "x.npy"], "--out: x.npy does not end in .npz, .csv, .parquet"),
         ([place, "--split", "test", *out], "argument --split: invalid choice: 'test'"),
         ([place, "--points", "1", *out], "--points: 1 given; 2 to 65536 are accepted"),
         ([place, "--projector", str(text)], f"--projector: {text} is not empty"),

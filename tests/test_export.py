@@ -12,9 +12,11 @@ import onnxruntime
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from safetensors import safe_open
 
 from ddp_ssl import export
+from ddp_ssl.config import NORMALISATION
 from ddp_ssl.methods.base import Method
 from ddp_ssl.models import build_backbone, loading_snippet
 from tests.exports import run_folder
@@ -46,20 +48,22 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Method[Any]]:
 
 @torch.no_grad()
 def features_by_the_card(folder: Path, images: torch.Tensor) -> torch.Tensor:
-    """What the lines of the model card give, run beside the file."""
+    """What the lines of the model card give, run in another folder."""
     found = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert found
     names: dict[str, Any] = {}
     before = os.getcwd()
-    os.chdir(folder)
+    os.chdir("/")
     try:
         exec(found[1], names)
     finally:
         os.chdir(before)
-    if "features" in names:
-        return torch.from_numpy(names["features"](images.numpy()))
-    out: torch.Tensor = names["model"](images)
-    return out
+    picture = Image.new("RGB", (images.shape[-1] + 9, images.shape[-1]), (255, 0, 127))
+    made = names["transform"](picture)
+    assert made.shape == images.shape[1:]
+    mean, std = (torch.tensor(values) for values in NORMALISATION["digits"])
+    torch.testing.assert_close(made[:, 0, 0], (torch.tensor([1, 0, 127 / 255]) - mean) / std)
+    return torch.as_tensor(names["model"](images))
 
 
 @pytest.mark.parametrize(
@@ -202,8 +206,8 @@ def test_what_cannot_be_exported_is_one_line(
 
 
 def test_the_lines_that_load_fetch_no_weights_of_others() -> None:
-    config = config_of("model.backbone_args={pretrained: true, drop_path_rate: 0.1}").model
-    lines = loading_snippet(config, "x.pt")
+    config = config_of("model.backbone_args={pretrained: true, drop_path_rate: 0.1}")
+    lines = loading_snippet(config.model, config.data, Path("x.pt"))
     assert "drop_path_rate=0.1" in lines
     assert "pretrained" not in lines
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from ddp_ssl.logs import console, writer
+from ddp_ssl.logs.writer import LAYOUT
 from ddp_ssl.run import environment, status
 from ddp_ssl.utils import text
 
@@ -297,6 +298,25 @@ def test_tensorboard_gets_pictures_and_text_and_sees_them_after_a_flush(tmp_path
     assert math.isnan(events.Scalars("a/b")[0].value)
     assert "step" not in events.Tags()["scalars"]
     writer.close()
+
+
+def test_tensorboard_shows_what_matters_first_and_no_constants(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = writer_of(tmp_path, tensorboard=True)
+    for bad in (0, 2):
+        row = {"train/loss": 1.0, "eval/knn_bank": 50, "run/bad_images": bad}
+        writer.scalars({"step": bad, "epoch": 1, **row})
+    writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == ["run/bad_images", "train/loss"]
+    assert [event.step for event in events.Scalars("run/bad_images")] == [2]
+    (layout,) = events.Tensors("custom_scalars__config__")
+    text = layout.tensor_proto.string_val[0].decode(errors="replace")
+    assert text.index("Does it learn?") < text.index("Does it collapse?")
+    for tag in (tag for charts in LAYOUT.values() for tag in charts.values()):
+        assert tag in text
 
 
 def test_tensorboard_that_fails_does_not_end_the_run(

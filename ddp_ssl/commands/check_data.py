@@ -1,11 +1,13 @@
-"""Find images that cannot be used: ddp-ssl check-data [CONFIG.yaml] [key=value ...].
+"""Find images that cannot be used: ddp-ssl check-data [CONFIG] [key=value ...].
 
-The config is the training run's: `data.name=imagenet data.root=/data/imagenet`. All training and
-validation images are checked by their first and last bytes; suspicious ones are decoded as in
-training. `--full` decodes all images, and so finds damage in the middle too.
+The config is the training run's: `data.name=imagenet
+data.root=/data/imagenet`. All training and validation images are checked by
+their first and last bytes; suspicious ones are decoded as in training.
+`--full` decodes all images, and so finds damage in the middle too.
 
-Bad images are written to `--out`, one `path<TAB>reason` a line, a list for `data.skip`. No file is
-written if all are good. Exit code: 0 all are good, 1 some are bad, 2 something else is wrong.
+Bad images are written to `--out`, one `path<TAB>reason` a line, a list for
+`data.skip`. No file is written if all are good. Exit code: 0 all are good, 1
+some are bad, 2 something else is wrong.
 """
 
 from __future__ import annotations

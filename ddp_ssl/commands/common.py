@@ -11,19 +11,23 @@ import logging
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import ddp_ssl
-from ddp_ssl.config import ConfigError
+from ddp_ssl.config import ConfigError, Data
 from ddp_ssl.utils.launcher import cpu_share, rank_and_size, wait_for_rank_0
-from ddp_ssl.utils.text import one_line
+from ddp_ssl.utils.text import one_line, suggest
 
 if TYPE_CHECKING:
     from ddp_ssl.distributed import World
     from ddp_ssl.evals.settings import EvaluateRun
 
+Row = tuple[str, str, str, str]
+"""Of the reference: key, type, default, description."""
+HELP_WIDTH = 79  # columns
 UNUSABLE = 2  # exit code: the config, the data or the command line cannot be used
 
 
@@ -35,6 +39,20 @@ def exit_code(command: Callable[[], int]) -> int:
         return refuse(error)
     except KeyboardInterrupt:
         return 130
+
+
+def check_data(data: Data) -> None:
+    """Raise `ConfigError` unless the data can be found, before torch's processes are started.
+
+    A file system that fails is left to the run, which may be tried again.
+    """
+    from ddp_ssl.data.datasets import registry  # brings numpy
+
+    try:
+        with contextlib.suppress(OSError):
+            registry.find(data)
+    except ValueError as error:
+        raise ConfigError(one_line(error)) from None
 
 
 def refuse(error: object, code: int = UNUSABLE) -> int:
@@ -73,19 +91,38 @@ def split_trust(words: Sequence[str]) -> tuple[str, list[str]]:
     return "*" if "--trust" in words else trusted, rest
 
 
-def describe_keys(
-    rows: Iterable[tuple[str, str, str, str]], about: Callable[[str], str]
-) -> Iterator[str]:
-    """Lines of a help text: every key (key, type, default, description) below its section.
+def is_part(word: str, sections: Iterable[str]) -> bool:
+    """Whether a word after `--help` names a section, such as `optim`, or a key in one."""
+    return "=" not in word and word.partition(".")[0] in sections
 
-    `about` gives a section's description.
-    """
+
+def rows_of(parts: Sequence[str], rows: Iterable[Row]) -> list[Row]:
+    """The rows of these sections and keys; all rows without any. Raises `ConfigError`."""
+    every = list(rows)
+    for part in parts:
+        if not any(f"{row[0]}.".startswith(f"{part}.") for row in every):
+            raise ConfigError(f"{part}: unknown key{suggest(part, [row[0] for row in every])}")
+    return [
+        row for row in every
+        if not parts or any(f"{row[0]}.".startswith(f"{part}.") for part in parts)
+    ]  # fmt: skip
+
+
+def describe_keys(rows: Iterable[Row], about: Callable[[str], str]) -> Iterator[str]:
+    """Lines of a help text: every key below its section. `about`: a section's description."""
     section = ""
     for key, kind, default, text in rows:
         if key.partition(".")[0] != section:
             section = key.partition(".")[0]
-            yield f"\n{section}: {about(section)}".rstrip()
-        yield f"  {key}  ({kind}, default {default})\n      {text}"
+            yield from ["", *_wrapped(f"{section}: {about(section)}".removesuffix(": "), "", "  ")]
+        yield from _wrapped(f"{key}  ({kind}, default {default})", "  ", "    ")
+        yield from _wrapped(text, " " * 6, " " * 6)
+
+
+def _wrapped(text: str, first: str, other: str) -> list[str]:
+    return textwrap.wrap(
+        text, HELP_WIDTH, initial_indent=first, subsequent_indent=other, break_on_hyphens=False
+    )
 
 
 def written(tool: str, make: Callable[[], Iterable[Path]]) -> int:

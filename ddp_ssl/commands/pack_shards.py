@@ -1,13 +1,16 @@
-"""Pack a data set into tar shards: ddp-ssl pack-shards --out DIR [CONFIG.yaml] [key=value].
+"""Pack a data set into tar shards: ddp-ssl pack-shards --out DIR [CONFIG] ...
 
-For network and object storage, where a million small files are slow. The config is the training
-run's: `data.name=imagenet data.root=/data/imagenet`. All images of the data set are packed, in a
-seeded random order, and keep their ids. So a run with `data.root=DIR` is the same as on the files,
-with any `data.val_fraction`, `data.fraction` and `data.skip`. Images that `data.skip` lists during
-packing stay out of the shards; they keep their ids and read as empty.
+For network and object storage, where a million small files are slow. The
+config is the training run's: `data.name=imagenet data.root=/data/imagenet`.
+All images of the data set are packed, in a seeded random order, and keep their
+ids. So a run with `data.root=DIR` is the same as on the files, with any
+`data.val_fraction`, `data.fraction` and `data.skip`. Images that `data.skip`
+lists during packing stay out of the shards; they keep their ids and read as
+empty.
 
-After an interruption the same command continues: shards that are there and whole are kept. The same
-seed and size give the same bytes. Each shard is read back and compared before it gets its name.
+After an interruption the same command continues: shards that are there and
+whole are kept. The same seed and size give the same bytes. Each shard is read
+back and compared before it gets its name.
 """
 
 from __future__ import annotations

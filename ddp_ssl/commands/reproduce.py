@@ -3,13 +3,15 @@
     ddp-ssl reproduce --list
     ddp-ssl reproduce table6 --scale small --seeds 3 --parallel 2
     ddp-ssl reproduce table9 --dataset cifar10 --root DIR --seeds 3
-    ddp-ssl reproduce table15 --dataset all --root cifar100=DIR --root stl10=DIR \\
-        --launcher slurm --submit '--gpus-per-node 1 --partition gpu'
+    ddp-ssl reproduce table15 --dataset all --root cifar100=DIR \\
+        --root stl10=DIR --launcher slurm \\
+        --submit '--gpus-per-node 1 --partition gpu'
     ddp-ssl reproduce table6 --collect
 
-Every cell and seed is a run, with its config beside its folder. The same command continues: it
-keeps the runs that have ended, resumes those that were interrupted, names those that failed and
-tries them again, and starts the others. docs/reproduction.md says more.
+Every cell and seed is a run, with its config beside its folder. The same
+command continues: it keeps the runs that have ended, resumes those that were
+interrupted, names those that failed and tries them again, and starts the
+others. docs/reproduction.md says more.
 """
 
 import argparse

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.decomposition import PCA
 
 from ddp_ssl.commands import common
 from ddp_ssl.config import ConfigError
@@ -106,6 +105,8 @@ def _log_std(axis: Any) -> None:
 
 def run_treatments(seeds: Sequence[int]) -> None:
     """Print panels (b) and (d) under each treatment."""
+    from sklearn.decomposition import PCA  # here, so that `--help` does not wait for it
+
     panels = {
         "k = 2, std = 0.5;  n =": [(n, 0.5) for n in FEATURES],
         "k = 2, n = 25;  std =": [(25, s) for s in STDS],

@@ -57,7 +57,7 @@ def config_names() -> list[str]:
 def unknown_config(given: str) -> str:
     """The error, in one line, for a word that is neither a path nor a name."""
     known = config_names()
-    close = [name for name in known if name.endswith(f"/{given}")][:3]
+    close = [n for n in known if n.endswith(f"/{given}") or n.rpartition("/")[0] == given][:3]
     close = close or difflib.get_close_matches(given, known, 3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     return (

@@ -7,7 +7,6 @@ of one line with the key, its place, and the value that would be accepted.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 
 from ddp_ssl.config.files import find_config, unknown_config
+from ddp_ssl.config.hints import did_you_mean, misplaced_word
 from ddp_ssl.config.schema import Config
 from ddp_ssl.config.section import S, Section
 from ddp_ssl.config.text import flow, is_section, parse, takes_text
@@ -98,21 +98,29 @@ def load_as(
     `below`: layers under the YAML. Returns the tree and the origin of each value that is not a
     default. Raises `ConfigError`.
     """
-    path, overrides = split_arguments(arguments)
+    path, overrides = split_arguments(arguments, schema)
     file = [] if path is None else [(str(path), read_yaml(path, schema))]
     merged, origins = merge(with_overrides([*below, *file], overrides, schema))
     check_sections(merged, schema, origins)
     return validate(merged, schema, origins), origins
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+def split_arguments(
+    arguments: Sequence[str], schema: type[Section] = Config
+) -> tuple[Path | None, list[str]]:
     """The YAML file, if one is given, and the `key=value` arguments."""
     path: Path | None = None
     overrides: list[str] = []
-    for argument in arguments:
+    for number, argument in enumerate(arguments):
         # A file's path may contain `=`: the folders of a sweep are called `seed=0`.
-        if "=" in argument and not os.path.isfile(argument):
+        if "=" in argument.lstrip("=") and not os.path.isfile(argument):
             overrides.append(argument)
+            continue
+        found = None if argument.startswith("-") else find_config(argument)
+        if found is not None and path is None:
+            path = found
+        elif hint := misplaced_word(arguments, number, known_keys(schema)):
+            raise ConfigError(f"{argument}: {hint}")
         elif argument.startswith("-"):
             raise ConfigError(
                 f"{argument}: unknown option; --help and --print-config are the options, "
@@ -120,7 +128,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
             )
         elif path is not None:
             raise ConfigError(f"{argument}: one config file is accepted, {path} is given already")
-        elif (path := find_config(argument)) is None:
+        else:
             raise ConfigError(unknown_config(argument))
     return path, overrides
 
@@ -153,11 +161,10 @@ def _tree_of(
                 value = parse(text, kind)
         except ValueError as error:
             raise ConfigError(f"{dotted}: not a YAML value: {error}") from None
-        if len(parts) < 2 or not all(parts):
-            same = [k for k in _known_keys(schema) if k.rpartition(".")[2] == dotted]
-            sections = ", ".join(schema.model_fields)
-            hint = f"did you mean {' or '.join(same)}?" if same else f"sections are {sections}"
-            raise ConfigError(f"{dotted}: expected section.key=value; {hint}")
+        if len(parts) < 2 or not all(parts) or dotted.startswith("-"):
+            hint = did_you_mean(dotted.strip("-."), known_keys(schema))
+            hint = hint or f"; sections are {', '.join(schema.model_fields)}"
+            raise ConfigError(f"{dotted}: expected section.key=value{hint}")
         if len(parts) > 2 and re.fullmatch("[0-9]{1,4}", parts[2]):
             value = _set_item(tree, below, parts, value, schema)
             parts = parts[:2]
@@ -227,10 +234,15 @@ def check_sections(
     tree: Mapping[str, Any], schema: type[Section], origins: Mapping[str, str]
 ) -> None:
     """Raise `ConfigError` for a section that the schema does not have."""
-    for section in tree:
+    for section, values in tree.items():
         if section not in schema.model_fields:
             sections = ", ".join(schema.model_fields)
-            hint = suggest(str(section), schema.model_fields) or f"; sections are {sections}"
+            first = [f".{key}" for key in values][:1] if isinstance(values, dict) else []
+            hint = (
+                suggest(str(section), schema.model_fields, 0.8)
+                or did_you_mean("".join([str(section), *first]), known_keys(schema))
+                or f"; sections are {sections}"
+            )
             raise ConfigError(f"{section}: unknown section{_where(section, origins)}{hint}")
 
 
@@ -245,30 +257,31 @@ def validate(tree: dict[str, Any], schema: type[S], origins: Mapping[str, str]) 
 
 
 def _problem(error: dict[str, Any], schema: type[Section], origins: Mapping[str, str]) -> str:
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
+    key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return _unknown(location[-1], key, _known_keys(schema), origins)
+        hint = did_you_mean(key, known_keys(schema))
+        hint = hint or f"; --help {key.partition('.')[0]} lists the keys"
+        return f"{key}: unknown key{_where(key, origins)}{hint}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     got = "" if error["type"] in ("value_error", "missing") else f", got {flow(error['input'])}"
     if len(got) > 80:
         got = got[:77] + "..."
-    return f"{key}: {message}{got}{_where(key, origins)}"
+    return f"{key}: {message}{got}{_where(key, origins)}{_as_written(key, error)}"
 
 
-def _unknown(last: str, key: str, known: Sequence[str], origins: Mapping[str, str]) -> str:
-    siblings = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
-    close = (
-        difflib.get_close_matches(key, siblings, 1, 0.5)
-        or difflib.get_close_matches(key, known, 1, 0.6)
-        or [k for k in known if k.rpartition(".")[2] == last][:1]
-    )
-    hint = f"; did you mean {close[0]}?" if close else "; --help lists the keys"
-    return f"{key}: unknown key{_where(key, origins)}{hint}"
+def _as_written(key: str, error: dict[str, Any]) -> str:
+    """How a list or a mapping is written, where a word or a number was given for one."""
+    given = error["input"]
+    if error["type"] in ("list_type", "tuple_type") and isinstance(given, str | int | float):
+        return f"; a list is written '{key}=[{given}]'"
+    if error["type"] in ("model_type", "dict_type") and isinstance(given, str):
+        return "; braces need quotes in a shell, as in 'data.views=[{count: 2, size: 32}]'"
+    return ""
 
 
-def _known_keys(schema: type[Section]) -> list[str]:
+def known_keys(schema: type[Section]) -> list[str]:
+    """The dotted keys of a tree of sections, those of a group of views included."""
     keys: list[str] = []
     for section, field in schema.model_fields.items():
         kind = field.annotation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ddp_ssl.config.backbones import check_backbone
 from ddp_ssl.config.schema import Config
 from ddp_ssl.errors import ConfigError
 from ddp_ssl.utils.launcher import job_name
@@ -10,6 +11,8 @@ from ddp_ssl.utils.launcher import job_name
 def check(config: Config) -> None:
     """Raise `ValueError` for a combination that no method can run."""
     method, views = config.method, config.num_views
+    if ":" not in method.name:  # a method from outside may still register its own backbone
+        check_backbone(config.model.backbone)
     if views < method.min_views:
         raise ValueError(
             f"data.views: {method.name} compares views of an image and needs at least "

@@ -343,6 +343,10 @@ class MethodConfig(Section):
     def check(self, config: Config) -> None:
         """Raise `ValueError` for a combination that the method cannot run."""
 
+    def remarks(self, config: Config) -> list[str]:
+        """A line for each setting that the method can run but that will disappoint."""
+        return []
+
 
 class Config(Section):
     """A whole run."""

@@ -329,8 +329,6 @@ class GlobalBatchNorm(_BatchNorm):
             out = self._global(input, reduce)
         return cast(Tensor, self.after(out))
 
-    # A collective breaks the compiled graph in any case.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _global(self, input: Tensor, reduce: bool) -> Tensor:
         """Normalise each view by the statistics of all processes."""
         layout = ViewLayout(self.layout.total, self.layout.held)
@@ -392,3 +390,13 @@ def global_batch_norm(module: nn.Module, layout: ViewLayout, reduce: bool = True
     for name, child in list(module.named_children()):
         setattr(module, name, global_batch_norm(child, layout, reduce))
     return module
+
+
+def compile_without_norms(module: nn.Module, **options: Any) -> None:
+    """`torch.compile` the module in place; a collective breaks the graph in any case.
+
+    The compiler comes with this call and not with this file: to import it takes as long as torch.
+    """
+    norms, compiler = cast(Any, GlobalBatchNorm), cast(Any, torch.compiler)
+    norms._global = compiler.disable(norms._global)
+    module.compile(**options)

@@ -4,8 +4,10 @@ docs/export.md says what is in the files.
 """
 
 import contextlib
+import csv
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +18,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
 
 from ddp_ssl import distributed
 from ddp_ssl.config import ConfigError
@@ -57,27 +58,34 @@ def embed(source: Source, settings: EvaluateConfig, wanted: Wanted, world: World
         source, settings, world, lambda found: Network(found, wanted.embeddings)
     )
     network = Network(pretrained, wanted.embeddings)
-    split = on_all_ranks(world, lambda: _split(data, wanted.split))
+    splits = on_all_ranks(world, lambda: _splits(data, wanted.split))
     on_all_ranks(world, lambda: _make_room(wanted) if world.is_main else None)
 
     comm = distributed.comm_of(world)
     widths = network.widths(settings.image_size)
     network.to(world.device)
     extractor = Extractor(network, sum(widths), settings, comm, world.device, tell=teller(world))
-    features, ids = _all(extractor, split, f"{wanted.split} images of {data.name}", world)
-    if not len(ids):
-        raise ConfigError(f"data.name: none of the {len(split)} {wanted.split} images can be read")
+    found = {
+        name: _all(extractor, split, f"{name} images of {data.name}", world)
+        for name, split in splits.items()
+    }
+    if not any(len(ids) for _, ids in found.values()):
+        count = sum(map(len, splits.values()))
+        raise ConfigError(f"data.name: none of the {count} {wanted.split} images can be read")
+    features = np.concatenate([rows for rows, _ in found.values()])
     parts = dict(zip(("r", "z"), np.split(features, np.cumsum(widths)[:-1], 1), strict=False))
-    about = _about(pretrained, settings, data, wanted.split, split)
+    about = _about(pretrained, settings, data, splits)
 
     def write() -> None:
         if world.is_main and wanted.out is not None:
-            write_npz(wanted.out, parts, split.labels[ids], ids, data.class_names, about)
+            images = _images(splits, {name: ids for name, (_, ids) in found.items()})
+            write_features(wanted.out, parts, images, data.class_names, about)
             shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in parts.items())
-            print(f"{wanted.out}: {shapes}, labels, ids, class_names")
+            print(f"{wanted.out}: {shapes}, {', '.join(images)}, class names")
 
     on_all_ranks(world, write)
     if wanted.projector is not None:
+        (split,), ((_, ids),) = splits.values(), found.values()
         project(wanted.projector, wanted.points, parts, ids, data, split, settings, world)
 
 
@@ -189,23 +197,57 @@ class Thumbnails(nn.Module):
         return F.interpolate(x, size=(THUMBNAIL, THUMBNAIL), mode=mode).flatten(1)
 
 
-def write_npz(
+def _images(splits: dict[str, Split], ids: dict[str, Array]) -> dict[str, Array]:
+    """What is known of each image, a row each: path, split, label and id in the split."""
+    paths = [splits[name].where(i) for name, own in ids.items() for i in own.tolist()]
+    return {
+        # A name that is not UTF-8 is written with its bytes as escapes.
+        "paths": np.array([os.fsencode(path).decode(errors="backslashreplace") for path in paths]),
+        "splits": np.concatenate([np.full(len(own), name) for name, own in ids.items()]),
+        "labels": np.concatenate([splits[name].labels[own] for name, own in ids.items()]),
+        "ids": np.concatenate(list(ids.values())),
+    }
+
+
+def write_features(
     path: Path,
     parts: dict[str, Array],
-    labels: Array,
-    ids: Array,
+    images: dict[str, Array],
     class_names: Sequence[str],
     about: dict[str, Any],
 ) -> None:
-    """`r` and `z` float32 `[m, d]`, `labels` and `ids` int64 `[m]`, `class_names`, `about` (JSON).
+    """`parts`: `r` and `z` float32 `[m, d]`; `images`: `_images`; written atomically.
 
-    Loads with `np.load(path)`, without pickles. Written atomically.
+    By the file's ending: NPZ, which `np.load(path)` reads without pickles, with `class_names` and
+    `about` (JSON); CSV or parquet, a row for each image with its class and columns `r0`, `r1`, ...
     """
-    names, text = np.array(class_names, dtype=np.str_), np.array(json.dumps(about))
-    arrays: dict[str, Any] = {"labels": labels, "ids": ids, "class_names": names, "about": text}
-    arrays |= parts
-    with replaced(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+    with replaced(path) as temporary:
+        if path.suffix == ".npz":
+            text = {"class_names": np.array(class_names, np.str_), "about": json.dumps(about)}
+            arrays: dict[str, Any] = {**images, **text, **parts}
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+            return
+        names = dict(enumerate(class_names))
+        columns: dict[str, Any] = {
+            "path": images["paths"].tolist(),
+            "split": images["splits"].tolist(),
+            "class": [names.get(label, "") for label in images["labels"].tolist()],
+            "label": images["labels"],
+            "id": images["ids"],
+        }
+        columns |= {f"{name}{i}": x[:, i] for name, x in parts.items() for i in range(x.shape[1])}
+        if path.suffix == ".csv":
+            with open(temporary, "w", newline="", encoding="utf-8") as table:
+                writer = csv.writer(table)
+                writer.writerow(columns)
+                writer.writerows(zip(*columns.values(), strict=True))
+            return
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+
+        table_of = arrow.table(columns).replace_schema_metadata({"about": json.dumps(about)})
+        parquet.write_table(table_of, temporary)
 
 
 def write_projector(
@@ -213,6 +255,8 @@ def write_projector(
 ) -> None:
     """The files of TensorBoard's embedding projector: tensors, metadata, a sprite of thumbnails."""
     metadata = [[one_line(name), str(i)] for name, i in zip(classes, ids, strict=True)]
+    from torch.utils.tensorboard import SummaryWriter  # here, so that `--help` does not wait
+
     with SummaryWriter(folder) as writer:
         for name, values in parts.items():
             # It prints a useless line where a folder exists already.
@@ -223,7 +267,7 @@ def write_projector(
 
 
 def _about(
-    pretrained: Pretrained, settings: EvaluateConfig, data: Dataset, name: str, split: Split
+    pretrained: Pretrained, settings: EvaluateConfig, data: Dataset, splits: dict[str, Split]
 ) -> dict[str, Any]:
     mean, std = settings.data.normalisation
     return {
@@ -232,9 +276,9 @@ def _about(
         "step": pretrained.step,
         "epoch": pretrained.epoch,
         "data": data.name,
-        "split": name,
-        "images": len(split),
-        "images_digest": split.digest[:12],
+        "split": "+".join(splits),
+        "images": sum(map(len, splits.values())),
+        "images_digest": "+".join(split.digest[:12] for split in splits.values()),
         "image_size": settings.image_size,
         "mean": mean,
         "std": std,
@@ -242,11 +286,13 @@ def _about(
     }
 
 
-def _split(data: Dataset, name: str) -> Split:
-    split = data.train if name == "train" else data.val
-    if split is None or not len(split):
+def _splits(data: Dataset, name: str) -> dict[str, Split]:
+    """The split of that name, or for `all` those that there are."""
+    every = {"train": data.train, "val": data.val}
+    there = {key: split for key, split in every.items() if split is not None and len(split)}
+    if name != "all" and name not in there:
         raise ValueError(f"--split: {data.name} has no images for validation; train is accepted")
-    return split
+    return there if name == "all" else {name: there[name]}
 
 
 def _make_room(wanted: Wanted) -> None:

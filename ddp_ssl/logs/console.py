@@ -122,6 +122,10 @@ class ProgressLine:
         """Show any other line."""
         logger.info("%s", text)
 
+    def warn(self, text: str) -> None:
+        """Show a warning."""
+        logger.warning("%s", text)
+
 
 def line(row: Row, epochs: int, total_steps: int, step_s: float | None) -> str:
     """`epoch  3/12  step   15/60  loss 23.41  1234 img/s  data wait 3 %  eta 0:42  mem 1.2 GiB`

@@ -25,6 +25,34 @@ from ddp_ssl.utils.launcher import ranges
 logger = logging.getLogger("ddp_ssl")
 
 Row = Mapping[str, float | int]
+
+# Figures that TensorBoard does not get: its own axes, and what is one number for a whole run.
+UNSHOWN = ("step", "epoch", "eval/knn_bank", "eval/knn_raw_pixels")
+
+# TensorBoard's tab "Custom Scalars", in this order: groups, and the figure of each chart.
+LAYOUT = {
+    "1. Does it learn? The loss falls, both accuracies rise": {
+        "loss": "train/loss",
+        "k-NN top-1": "eval/knn_top1",
+        "online probe top-1": "eval/probe_top1",
+    },
+    "2. Does it collapse? Then ranks fall below their first value, and uniformity rises to 0": {
+        "effective rank of R": "rep/effective_rank_r",
+        "effective rank of Z": "rep/effective_rank_z",
+        "uniformity of R": "rep/uniformity_r",
+        "uniformity of Z": "rep/uniformity_z",
+    },
+    "3. Optimiser and speed": {
+        "learning rate": "optim/lr",
+        "norm of the gradient": "optim/grad_norm",
+        "images/s": "perf/images_per_s",
+        "share of the time that waits for data": "perf/data_wait",
+    },
+    "4. AdaDim: the balance of VICReg (alpha 0) and InfoNCE (1), and what it moves": {
+        "alpha": "rep/alpha",
+        "I(R;Z) in nats": "rep/mutual_information",
+    },
+}
 FLUSH_S = 5  # seconds after which TensorBoard's readers see new events, at the latest
 
 
@@ -37,6 +65,8 @@ class MetricsWriter:
 
     A full disk does not end the run: rows wait in memory until they can be written, which is said
     once. TensorBoard, which cannot recover, is given up with a warning.
+
+    TensorBoard gets no figure that is one number for a whole run (`UNSHOWN`, no bad images).
     """
 
     def __init__(
@@ -76,6 +106,11 @@ class MetricsWriter:
             purge = 0 if resumed_step is None else resumed_step + 1
             self._events = SummaryWriter(str(folder), purge_step=purge, flush_secs=FLUSH_S)
             self._summary, self._point = Summary, Summary.Value
+            charts = {
+                group: {title: ["Multiline", [f"^{tag}$"]] for title, tag in parts.items()}
+                for group, parts in LAYOUT.items()
+            }
+            self._send("add_custom_scalars", charts)
 
     def scalars(self, row: Row) -> None:
         """Write one row: `step`, `epoch` and any metrics by name."""
@@ -84,7 +119,7 @@ class MetricsWriter:
         line = json.dumps(text, allow_nan=False).encode() + b"\n"
         self._pending, self.crc = self._pending + line, zlib.crc32(line, self.crc)
         self._drain()
-        shown = {n: v for n, v in values.items() if n not in ("step", "epoch")}
+        shown = {n: v for n, v in values.items() if n not in UNSHOWN and not _says_nothing(n, v)}
         if self._events is not None and shown:
             # One event for the row: `add_scalar` for each figure costs ten times as much.
             points = [self._point(tag=name, simple_value=v) for name, v in shown.items()]
@@ -240,6 +275,10 @@ def _step_of(line: bytes) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return math.inf
+
+
+def _says_nothing(name: str, value: float | int) -> bool:
+    return name == "run/bad_images" and value == 0
 
 
 def _plain(value: float | int) -> float | int:

@@ -59,6 +59,17 @@ class AlphaConfig(MethodConfig):
                 f"({self.alpha_every}), got {self.alpha_delay}"
             )
 
+    def remarks(self, config: Config) -> list[str]:
+        """Say if alpha is never measured in time to count."""
+        counts = self.alpha_every + (self.alpha_delay or 0) < config.optim.epochs
+        if self.alpha != "adaptive" or counts:
+            return []
+        return [
+            f"method.alpha_every: alpha is measured every {self.alpha_every} epochs, and the run "
+            f"has {config.optim.epochs}: it stays {self.alpha_init:g} (0 is VICReg alone); a fifth "
+            "of the epochs would be accepted and is usual"
+        ]
+
 
 class Alpha:
     """Alpha on every process, with the same bits; `value` is the one in force.

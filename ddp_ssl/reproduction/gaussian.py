@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.datasets import make_blobs
 
 Array = npt.NDArray[np.float64]
 
@@ -40,6 +39,8 @@ ACCEPTED_BY_STD: dict[tuple[int, int], tuple[float, ...]] = {
 
 def blobs(features: int, std: float, seed: int) -> Array:
     """The paper's data `[1000, features]`: five isotropic clusters in the default box."""
+    from sklearn.datasets import make_blobs  # here, so that `--help` does not wait for it
+
     x, _ = make_blobs(SAMPLES, features, centers=CENTERS, cluster_std=std, random_state=seed)
     return np.asarray(x)
 

@@ -29,6 +29,8 @@ class RunStatus:
 
     def __init__(self) -> None:
         self.folder: Path | None = None
+        self.verdict: str | None = None
+        """Whether the run has collapsed, as far as is known: in each status from then on."""
         self.claim: Claim | None = None
         """On rank 0, from before the folder is this run's until its end."""
         self._witness: Witness | None = None
@@ -46,6 +48,8 @@ class RunStatus:
         """Replace the status; one that cannot be written is a warning."""
         if self.folder is None:
             return
+        if self.verdict is not None:
+            fields["verdict"] = self.verdict
         try:
             write_status(self.folder, state, **fields)
         except OSError as error:

@@ -122,8 +122,8 @@ def build(
         {"identity": identity, "code": code},
     )  # fmt: skip
     job = Job(
-        Setting(config, world, start.folder, watch), data, network, loader, validation, recorder,
-        measurement, checkpointer,
+        Setting(config, world, start.folder, watch, status), data, network, loader, validation,
+        recorder, measurement, checkpointer,
     )  # fmt: skip
     report.describe(job, threads, ranks)
     for seed_all in (torch.manual_seed, random.seed, np.random.seed):
@@ -188,7 +188,7 @@ def on_device(learner: Learner, config: Config, world: World) -> nn.Module:
     if config.model.channels_last:
         learner.to(memory_format=torch.channels_last)
     if config.model.compile:
-        learner.method.backbone.compile()
+        distributed.compile_without_norms(learner.method.backbone)
     return distributed.data_parallel(learner, world, config.optim.gradient_compression)
 
 

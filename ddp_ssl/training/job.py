@@ -16,6 +16,7 @@ from ddp_ssl.distributed import World
 from ddp_ssl.evals.validation import Validation
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods.base import Method
+from ddp_ssl.run.status import RunStatus
 from ddp_ssl.run.watchdog import Watchdog
 from ddp_ssl.training.checkpointer import Checkpointer
 from ddp_ssl.training.measurement import Measurement
@@ -30,6 +31,7 @@ class Setting:
     world: World
     folder: Path
     watch: Watchdog
+    status: RunStatus
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ def train_to_the_end(
         logger.info("stopped on %s at step %d; to go on: %s", reason, state.step, again)
     close(job)
     if world.is_main:
+        status.verdict = report.verdict_of(job, ended=end == "done")
         status.record(end, step=state.step, epoch=state.epoch)
 
 

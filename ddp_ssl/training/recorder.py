@@ -215,6 +215,11 @@ class Recorder:
         if self.writer is not None:
             self.progress.tell(text)
 
+    def warn(self, text: str) -> None:
+        """A warning for people, on rank 0."""
+        if self.writer is not None:
+            self.progress.warn(text)
+
     def image(self, name: str, image: Any) -> None:
         """A picture `[H, W, 3]` in TensorBoard."""
         if self.writer is not None:

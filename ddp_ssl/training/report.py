@@ -14,7 +14,9 @@ from PIL import Image
 from ddp_ssl.data.build import train_loader
 from ddp_ssl.logs.picture import view_grid
 from ddp_ssl.models import export, loading_snippet
+from ddp_ssl.training.forecast import forecast
 from ddp_ssl.training.job import Job
+from ddp_ssl.training.verdict import ADVICE, FINE, verdict
 from ddp_ssl.utils.files import replace_text, replaced, sync
 from ddp_ssl.utils.launcher import cpu_share, layout_lines
 from ddp_ssl.utils.text import markdown_table, one_line
@@ -47,6 +49,27 @@ def describe(job: Job, threads: int, ranks: list[str]) -> None:
         )
     for line in layout_lines(ranks):
         job.recorder.tell(line)
+    on_cpu = job.world.device.type == "cpu"
+    for line in forecast(config, job.loader.steps_per_epoch, on_cpu):
+        job.recorder.warn(line)
+
+
+def verdict_of(job: Job, ended: bool = False) -> str | None:
+    """The verdict on the run so far: `training/verdict.py`."""
+    images = 0 if job.data.val is None else len(job.data.val)
+    return verdict(job.state.first, job.state.latest, images, ended)
+
+
+def judge(job: Job, before: str | None) -> None:
+    """After a validation: say that the run has collapsed, or no longer has, if that is new."""
+    now, status = verdict_of(job), job.setting.status
+    status.verdict = now
+    if now is None or (now == FINE) == (before in (None, FINE)):
+        return
+    text = "it has recovered" if now == FINE else f"{now}; {ADVICE}"
+    (job.recorder.tell if now == FINE else job.recorder.warn)(f"step {job.state.step}: {text}")
+    if job.world.is_main:
+        status.record("running", step=job.state.step, epoch=job.state.epoch)
 
 
 def picture(job: Job) -> None:
@@ -88,11 +111,16 @@ def finish(job: Job) -> None:
             rows.append(
                 (label, f"{before}{state.latest[name]:.4f}" + (" at the end" if before else ""))
             )
+    judged = verdict_of(job, ended=True)
+    if judged is not None:
+        rows.append(("verdict", judged))
     table = markdown_table(rows)
-    snippet = loading_snippet(config.model, str(weights))
+    snippet = loading_snippet(config.model, config.data, weights)
     with warned(folder / "result.md"):
         replace_text(folder / "result.md", f"{table}\n\n```python\n{snippet}\n```\n")
     job.recorder.tell(f"\n{table}\n\nThe backbone, without ddp_ssl:\n\n{snippet}\n")
+    if judged is not None and judged != FINE:
+        job.recorder.warn(f"{judged}; {ADVICE}")
     if config.data.name == "digits":
         job.recorder.tell(
             "These digits are easy: raw pixels classify as well. The run shows that everything "

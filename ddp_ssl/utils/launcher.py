@@ -47,6 +47,16 @@ def cpu_share() -> int:
     return max(1, cores // local_rank_and_size()[1])
 
 
+def has_bf16() -> bool:
+    """Whether this machine's CPU has instructions for bfloat16; true where that is unknown."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((f for f in file if f.startswith(("flags", "Features"))), "bf16")
+    except OSError:
+        return True
+    return "bf16" in flags
+
+
 def ranges(numbers: Iterable[int]) -> str:
     """`{0, 1, 2, 5}` as `0-2,5`."""
     parts: list[list[int]] = []

@@ -9,9 +9,9 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, known: Iterable[str], cutoff: float = 0.4) -> str:
     """`; did you mean X?` with the closest of the known words, or nothing if none is close."""
-    close = difflib.get_close_matches(word, list(known), 1, 0.4)
+    close = difflib.get_close_matches(word, list(known), 1, cutoff)
     return f"; did you mean {close[0]}?" if close else ""
 
 

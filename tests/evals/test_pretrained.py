@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from ddp_ssl.config import Model
+from ddp_ssl.config import Data, Model
 from ddp_ssl.evals.pretrained import Pretrained, _normalisation_of, load_pretrained, normalised
 from ddp_ssl.evals.settings import Backbone, EvaluateConfig
 from ddp_ssl.models import build_backbone, loading_snippet
@@ -304,5 +304,6 @@ def test_weights_that_cannot_be_fetched_are_one_line_at_once(
 
 
 def test_num_classes_stands_once_in_the_snippet() -> None:
-    text = loading_snippet(Model(backbone_args={"num_classes": 0, **SMALL}), "w.pt")
+    model = Model(backbone_args={"num_classes": 0, **SMALL})
+    text = loading_snippet(model, Data(), Path("w.pt"))
     assert text.count("num_classes") == 1

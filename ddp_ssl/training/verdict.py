@@ -1,0 +1,59 @@
+"""Whether a run has collapsed, from the metrics of its validations. docs/troubleshooting.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+Metrics = Mapping[str, float]
+
+FEWEST = 50
+"""With fewer validation images ranks and spreads are mostly chance."""
+LOST = 1 / 3
+"""A rank or a spread below this share of the untrained network's is lost. Methods that train raise
+the spread manyfold, at times after a dip to two thirds of the rank; the rank of Z of one that needs
+few directions, such as DINO, may halve."""
+GAIN = 0.02
+"""k-NN accuracy that is higher by this shows that the representation has learned."""
+FALL = 0.05
+"""k-NN accuracy that is lower by this at the end, and by three standard errors, has fallen."""
+ADVICE = (
+    "what usually helps: a lower optim.lr, a longer optim.warmup_epochs, a larger data.batch_size, "
+    "the method's own weights and temperature at their defaults; see docs/troubleshooting.md"
+)
+FINE = "no sign of a collapse"
+
+
+def verdict(first: Metrics, now: Metrics, images: int, ended: bool) -> str | None:
+    """`FINE`, or what collapsed in a line; None where too little is measured to say.
+
+    `first`: the untrained network's metrics; `now`: the latest; `images`: validation images.
+    k-NN alone counts when the run has ended: it may dip while the ranks rise.
+    """
+    if images < FEWEST or not ("rep/effective_rank_r" in first and "rep/effective_rank_r" in now):
+        return None
+    before, after = (metrics.get("eval/knn_top1", math.nan) for metrics in (first, now))
+    learned = after > before + GAIN
+    found = [*_lost(first, now, "z", learned), *_lost(first, now, "r", learned)]
+    error = math.sqrt(max(before * (1 - before), 0) / images)
+    fell = after < before - max(FALL, 3 * error)
+    kind = "collapsed" if found else "worse than untrained"
+    if fell and (found or ended):
+        found.append(f"k-NN top-1 fell from {before:.3f} to {after:.3f}")
+    return f"{kind}: {'; '.join(found)}" if found else FINE
+
+
+def _lost(first: Metrics, now: Metrics, space: str, learned: bool) -> Iterator[str]:
+    """What the representations (`r`) or the embeddings (`z`) have lost.
+
+    A representation that classifies better has learned, whatever its figures. The embeddings must
+    stay apart in any case, but they may pass through a few dimensions on their way.
+    """
+    name = {"r": "R", "z": "Z"}[space]
+    rank, spread = f"rep/effective_rank_{space}", f"rep/uniformity_{space}"
+    if now[rank] < LOST * first[rank] and not learned:
+        yield f"effective rank of {name} fell from {first[rank]:.1f} to {now[rank]:.1f}"
+    # Uniformity is 0 if all vectors point the same way, and below 0 the more they are spread.
+    wide, left = -first.get(spread, math.nan), -now.get(spread, math.nan)
+    if left < LOST * wide and (space == "z" or not learned):
+        yield f"spread of {name} fell from {wide:.2g} to {left:.2g}"

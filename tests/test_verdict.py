@@ -1,0 +1,156 @@
+"""What a run says about itself: what will disappoint, and whether it has collapsed."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from ddp_ssl.run.configure import load
+from ddp_ssl.training import forecast as forecasts
+from ddp_ssl.training.forecast import forecast
+from ddp_ssl.training.verdict import ADVICE, FINE, verdict
+from ddp_ssl.utils.launcher import has_bf16
+from tests.helpers import SHALLOW
+from tests.ranks import Ranks
+from tests.runs import status, train
+
+FAST = ("optim.name=adamw", "optim.lr=0.02", "model.projector_norm=none")
+PLANTED = {
+    "VICReg without variance and covariance": (
+        "method.name=vicreg", "method.variance=0", "method.covariance=0", *FAST,
+    ),
+    "no predictor and no stop-gradient": ("method.name=tests.outside:Outside", *FAST),
+    "AdaDim at a huge learning rate": ("optim.lr=1000", "method.alpha_every=1"),
+    "InfoNCE at a huge learning rate": ("method.name=simclr", "optim.name=adamw", "optim.lr=20"),
+}  # fmt: skip
+HEALTHY = ("adadim", "barlow_twins")
+
+
+def short(folder: Path, *more: str) -> list[str]:
+    """A run of some seconds on the digits, measured at its start, in between and at its end."""
+    return [
+        f"run.dir={folder}", "run.device=cpu", "run.threads=1", SHALLOW,
+        "model.projector=[64, 32]", "data.batch_size=64",
+        "data.views=[{count: 2, size: 16, recipe: sym, scale: [0.4, 1], blur_p: 0, flip_p: 0}]",
+        "optim.epochs=3", "optim.warmup_epochs=0.5", "eval.every=2", "measure.every=2",
+        "eval.raw_pixels=false", "log.tensorboard=false", "checkpoint.every=10", *more,
+    ]  # fmt: skip
+
+
+def observed(args: list[str]) -> tuple[int | str, str]:
+    """The exit code, and the verdict in `status.json` after step 50."""
+    verdicts = [""]
+
+    def look(job: Any) -> None:
+        if job.state.step == 50:
+            verdicts.append(status(job.setting.folder).get("verdict", ""))
+
+    return train(args, on_step=look), verdicts[-1]
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_collapse_is_said(ranks: Ranks, tmp_path: Path, name: str) -> None:
+    ((code, running),) = ranks.launch(observed, 1, short(tmp_path, *PLANTED[name]))
+    assert code == 0
+    judged = status(tmp_path)["verdict"]
+    assert judged.startswith("collapsed: "), judged
+    log = (tmp_path / "train.log").read_text()
+    if "rate" in name:  # collapsed before the end already
+        assert "WARNING step 44: collapsed: " in log
+        assert running.startswith("collapsed: ")
+    assert log.count(judged) >= 2  # in the result's table, and below it
+    assert ADVICE in log[log.index("The backbone, without ddp_ssl") :]
+    assert f"| {judged}" in (tmp_path / "result.md").read_text()
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_run_that_trains_raises_no_alarm(ranks: Ranks, tmp_path: Path, name: str) -> None:
+    assert ranks.launch(train, 1, short(tmp_path, f"method.name={name}")) == [0]
+    assert status(tmp_path)["verdict"] == FINE
+    assert "WARNING" not in (tmp_path / "train.log").read_text()
+
+
+def figures(knn: float, *others: float) -> dict[str, float]:
+    """Effective ranks of R and Z, uniformities of R and Z."""
+    names = ("effective_rank_r", "effective_rank_z", "uniformity_r", "uniformity_z")
+    found = {f"rep/{name}": value for name, value in zip(names, others, strict=True)}
+    return found if math.isnan(knn) else {"eval/knn_top1": knn, **found}
+
+
+# Measured: the untrained network's figures, and those some epochs later.
+TRAINED = {
+    "MMCR, k-NN dips": ((0.850, 13.6, 15.5, -0.113, -0.108), (0.772, 30.8, 26.5, -1.12, -1.84)),
+    "MMCR, Z passes through two dimensions": (
+        (0.825, 16.6, 20.5, -0.187, -0.161), (0.894, 42.0, 2.43, -1.54, -1.72)),
+    "MMCR from a poor start": (
+        (0.273, 1.65, 1.67, -0.0101, -0.0102), (0.925, 163.0, 94.2, -1.41, -2.60)),
+    "AdaDim after two epochs": (
+        (0.850, 13.6, 21.9, -0.113, -0.104), (0.777, 8.72, 16.0, -0.183, -0.229)),
+    "DINO": ((0.763, 6.49, 5.26, -0.110, -0.0733), (0.872, 38.1, 6.16, -2.0, -0.103)),
+    "DeepCluster v2": ((0.763, 6.49, 8.67, -0.110, -0.0882), (0.864, 42.8, 20.9, -1.99, -0.103)),
+    "ReSSL": ((0.763, 6.49, 8.67, -0.110, -0.0882), (0.844, 41.8, 32.4, -2.13, -0.525)),
+    "SimSiam": ((0.763, 6.49, 11.2, -0.110, -0.107), (0.894, 37.4, 50.6, -2.06, -2.19)),
+    "SwAV": ((0.825, 16.6, 19.1, -0.187, -0.160), (0.908, 36.7, 12.3, -1.84, -2.14)),
+    "Barlow Twins": ((0.850, 13.6, 11.1, -0.113, -0.114), (0.905, 70.3, 36.3, -2.12, -3.01)),
+    "LARS on pictures": ((0.439, 38.0, 34.1, -0.175, -0.138), (0.573, 61.4, 61.6, -1.78, -2.36)),
+}  # fmt: skip
+COLLAPSED = {
+    "BYOL without momentum": (
+        (0.457, 3.95, 6.42, -0.278, -0.256), (0.460, 4.56, 2.26, -0.344, -0.0469)),
+    "AdaDim at a huge rate": (
+        (0.457, 3.95, 6.42, -0.278, -0.256), (0.410, 2.32, 1.09, -0.227, -0.00135)),
+    "AdaDim, AdamW at a huge rate": (
+        (0.457, 3.95, 6.42, -0.278, -0.256), (0.485, 2.03, 1.0, -0.0289, -2.2e-16)),
+    "AdaDim on 800 pictures, R alone": (
+        (0.33, 32.8, 30.0, -0.2, -0.2), (0.23, 1.2, 30.0, -0.2, -0.2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_measured_runs_that_train_are_fine(name: str) -> None:
+    first, now = (figures(*values) for values in TRAINED[name])
+    assert verdict(first, now, 359, ended=False) == FINE
+    assert verdict(first, first, 359, ended=True) == FINE
+
+
+@pytest.mark.parametrize("name", COLLAPSED)
+def test_measured_runs_that_collapsed_are_not(name: str) -> None:
+    first, now = (figures(*values) for values in COLLAPSED[name])
+    assert (verdict(first, now, 359, ended=False) or "").startswith("collapsed: ")
+    unlabelled = (figures(math.nan, *values[1:]) for values in COLLAPSED[name])
+    assert (verdict(*unlabelled, 359, ended=True) or "").startswith("collapsed: ")
+
+
+def test_knn_alone_counts_at_the_end_and_beyond_chance() -> None:
+    first, now = figures(0.85, 10, 10, -1, -1), figures(0.75, 30, 30, -2, -2)
+    assert verdict(first, now, 359, ended=False) == FINE
+    assert verdict(first, now, 359, ended=True) == (
+        "worse than untrained: k-NN top-1 fell from 0.850 to 0.750"
+    )
+    assert verdict(first, now, 100, ended=True) == FINE  # within three standard errors
+    assert verdict(first, now, 20, ended=True) is None
+    assert verdict(first, {"eval/knn_top1": 0.1}, 359, ended=True) is None
+
+
+def test_what_will_disappoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecasts, "has_bf16", lambda: False)
+    config = load(["imagenet100/adadim", "optim.epochs=10", "method.alpha_every=10"]).config
+    lines = [line.partition(":")[0] for line in forecast(config, 50, on_cpu=True)]
+    assert lines == [
+        "method.alpha_every", "optim.warmup_epochs", "optim.precision", "optim.epochs",
+    ]  # fmt: skip
+    config = load(["imagenet100/adadim"]).config
+    assert [*forecast(config, 500, on_cpu=False)] == []
+    assert [*forecast(load([]).config, 11, on_cpu=True)] == []
+
+
+def test_bf16_is_read_from_the_cpus_flags(tmp_path: Path) -> None:
+    with patch("builtins.open", lambda name: io.StringIO("processor : 0\nflags : fpu avx2\n")):
+        assert not has_bf16()
+    with patch("builtins.open", lambda name: io.StringIO("flags : fpu avx512_bf16\n")):
+        assert has_bf16()
