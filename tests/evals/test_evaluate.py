@@ -255,7 +255,7 @@ def test_a_strangers_run_executes_no_code_without_consent(
         for more in ([], ["method.name=other:Outside"]):
             assert command([*words, *more]) == 2
             said = capsys.readouterr().err
-            assert "imported from outside this package: stranger:Outside; if you trust" in said
+            assert "stranger:Outside would be imported from outside this package; if you" in said
             assert said.count("\n") == 1
     assert not executed.exists()
     assert "stranger" not in sys.modules
