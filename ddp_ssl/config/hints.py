@@ -65,19 +65,22 @@ LAUNCHER = "; torchrun --nproc_per_node N or srun starts the processes"
 def similar_keys(dotted: str, known: Sequence[str]) -> list[str]:
     """The known keys that a wrong one may stand for; several if they are equally likely.
 
-    First the one that other tools call so, then one of the same section that is almost the same,
-    those with the same last part in other sections, and any that is close.
+    First the only one with this last part, then the one that other tools call so, one of the same
+    section that is almost the same, all with this last part, and any that is close.
     """
     section, _, last = dotted.lower().replace("-", "_").rpartition(".")
     another = KEY_OF.get(last, "")
     methods = [key for key in known if key.startswith("method.")]
+    names = {key: key.rpartition(".")[2] for key in known}
+    same = [key for key, name in names.items() if name == last]
+    if len(same) == 1:
+        return same
     if another in known or (another.startswith("method.") and methods == ["method.name"]):
         return [another]  # a method's own keys are not known yet where its name alone is
-    names = {key: key.rpartition(".")[2] for key in known}
     siblings = {key: name for key, name in names.items() if key.rpartition(".")[0] == section}
     return (
         _closest(last, siblings, 0.8)
-        or [key for key, name in names.items() if name == last]
+        or same
         or _closest(last, siblings, 0.5)
         or _closest(last, names, 0.7)
     )
