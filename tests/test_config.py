@@ -272,7 +272,7 @@ MISWRITTEN = {
     "data.views=[{count: 2, size: 32}] run.seed=1": "quotes: 'data.views=[{count: 2, size: 32}]'",
     "--gpus 8": "--gpus: torchrun --nproc_per_node N or srun starts the processes",
     "--config cifar/adadim": "--config: the config's name or path stands alone",
-    "imagenet 100": "did you mean imagenet/adadim?",
+    "imagenet 100": "did you mean imagenet/adadim",
 }
 
 

@@ -16,6 +16,7 @@ from ddp_ssl.data import recognise
 from ddp_ssl.methods._registry import builtin_methods
 from ddp_ssl.run import preset
 from ddp_ssl.run.configure import load
+from ddp_ssl.utils.launcher import has_bf16
 from tests.data.images import pack
 from tests.data.tables import as_parquet
 from tests.helpers import SHALLOW
@@ -28,7 +29,7 @@ CPU, GPU = "run.device=cpu", "run.device=cuda"
 @pytest.fixture(autouse=True)
 def bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU with bf16, whatever this one has."""
-    monkeypatch.setattr(preset, "_has_bf16", lambda: True)
+    monkeypatch.setattr(preset, "has_bf16", lambda: True)
 
 
 def picture(path: Path, width: int, height: int) -> None:
@@ -125,8 +126,8 @@ def test_a_cpu_without_bf16_computes_in_fp32(
         "": False,
     }.items():
         info.write_text(text)
-        assert preset._has_bf16(info) is native
-    monkeypatch.setattr(preset, "_has_bf16", lambda: False)
+        assert has_bf16(info) is native
+    monkeypatch.setattr(preset, "has_bf16", lambda: False)
     line = "fp32: this CPU has no instructions for bf16"
     assert chosen(str(photos), CPU)["optim.precision"] == line
     assert "optim.precision" not in chosen(str(photos), GPU)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
@@ -14,7 +12,6 @@ from ddp_ssl.run.configure import load
 from ddp_ssl.training import forecast as forecasts
 from ddp_ssl.training.forecast import forecast
 from ddp_ssl.training.verdict import ADVICE, FINE, verdict
-from ddp_ssl.utils.launcher import has_bf16
 from tests.helpers import SHALLOW
 from tests.ranks import Ranks
 from tests.runs import status, train
@@ -147,10 +144,3 @@ def test_what_will_disappoint(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(["imagenet100/adadim"]).config
     assert [*forecast(config, 500, on_cpu=False)] == []
     assert [*forecast(load([]).config, 11, on_cpu=True)] == []
-
-
-def test_bf16_is_read_from_the_cpus_flags(tmp_path: Path) -> None:
-    with patch("builtins.open", lambda name: io.StringIO("processor : 0\nflags : fpu avx2\n")):
-        assert not has_bf16()
-    with patch("builtins.open", lambda name: io.StringIO("flags : fpu avx512_bf16\n")):
-        assert has_bf16()

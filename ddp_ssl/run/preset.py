@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddp_ssl.config.files import PRESETS
@@ -17,7 +16,7 @@ from ddp_ssl.config.schema import Data, MethodConfig, Optim
 from ddp_ssl.config.text import flow
 from ddp_ssl.data.recognise import MOST, Look, look_at
 from ddp_ssl.driver import gpu_is_meant
-from ddp_ssl.utils.launcher import rank_and_size
+from ddp_ssl.utils.launcher import has_bf16, rank_and_size
 
 # The largest side in pixels of images for which a preset is.
 SIDES = {32: 40, 64: 80, 128: 176, 224: math.inf}
@@ -27,7 +26,6 @@ CPU_SIDE, CPU_BATCH, CPU_STEPS = 64, 64, 1_000
 STEPS_PER_EPOCH = 8  # at least, so that the batch is not most of the images
 STEPS, LEAST_EPOCHS, MOST_EPOCHS = 20_000, 100, 1_000  # on a GPU
 MEASUREMENTS = 20  # of alpha, in a run
-BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # flags of a CPU that computes with it
 
 
 class Choice(NamedTuple):
@@ -102,7 +100,7 @@ class Preset:
                 made.append(Choice(key, value, reason))
 
         count = self.look.images
-        if not self._gpu and not _has_bf16():
+        if not self._gpu and not has_bf16():
             choose("optim.precision", "fp32", "this CPU has no instructions for bf16")
         if count < SMALL and values["model.backbone"] == "resnet50" and count:
             choose("model.backbone", "resnet18", f"fewer than {SMALL} images")
@@ -147,13 +145,3 @@ class Preset:
             return epochs, f"{steps} steps an epoch: {epochs * steps} steps"
         epochs = min(-(-CPU_STEPS // steps), MOST_EPOCHS)
         return epochs, f"{steps} steps an epoch, on a CPU: {epochs * steps} steps; more learn more"
-
-
-def _has_bf16(place: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU has instructions for bf16. Emulated it is several times slower."""
-    try:
-        lines = place.read_text(errors="replace").splitlines()
-    except OSError:
-        return False
-    flags = next((x for x in lines if x.lower().startswith(("flags", "features"))), "")
-    return bool({*BF16} & {*flags.split()})

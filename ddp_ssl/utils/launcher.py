@@ -47,14 +47,17 @@ def cpu_share() -> int:
     return max(1, cores // local_rank_and_size()[1])
 
 
-def has_bf16() -> bool:
-    """Whether this machine's CPU has instructions for bfloat16; true where that is unknown."""
+BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # flags of a CPU that computes with it
+
+
+def has_bf16(place: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this machine's CPU has instructions for bfloat16. Emulated it is far slower."""
     try:
-        with open("/proc/cpuinfo") as file:
-            flags = next((f for f in file if f.startswith(("flags", "Features"))), "bf16")
+        lines = place.read_text(errors="replace").splitlines()
     except OSError:
-        return True
-    return "bf16" in flags
+        return False
+    flags = next((x for x in lines if x.lower().startswith(("flags", "features"))), "")
+    return bool({*BF16} & {*flags.split()})
 
 
 def ranges(numbers: Iterable[int]) -> str:
