@@ -63,6 +63,8 @@ def arguments_of(words: Sequence[str]) -> list[str]:
     method = read_yaml(config).get("method")
     name = str(method.get("name", "")) if isinstance(method, dict) else ""
     check_trust(name, trusted)  # the folder may be anybody's
+    if trusted not in ("", "*", name):
+        raise ConfigError(f"method.name: {folder} is of {name}, not {trusted}")
     consent = [f"method.name={name}"] if ":" in name else []
     # A run that began with the weights of another one goes on with its own.
     own = [f"run.dir={folder}", "run.resume=auto", "run.init_from="]
@@ -76,8 +78,8 @@ def _is_place(word: str) -> bool:
 def _absolute(config: Path) -> list[str]:
     """`key=value` for the config's relative paths, from where the run was started."""
     try:
-        start = json.loads((config.parent / "environment.json").read_text())["cwd"]
-    except (OSError, ValueError, KeyError):  # of an earlier version
+        start = str(json.loads((config.parent / "environment.json").read_text())["cwd"])
+    except (OSError, ValueError, KeyError, TypeError):  # of an earlier version, or damaged
         return []
     tree = read_yaml(config, Config)
     found = []

@@ -125,8 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = sweep(options.arguments)
         options.alone = len(runs) == 1
         for run in runs:
-            config = load(run).config
-            check_world_size(config, options.nodes * per_node)
+            resolved = load(run)
+            config = resolved.config
+            if not resolved.for_this_machine:  # else the job chooses for itself
+                check_world_size(config, options.nodes * per_node)
             if config.run.dir is not None:
                 raise ConfigError("run.dir: --run-dir names the folder of a submitted run")
         if options.cluster != "slurm" and options.nodes > 1:

@@ -260,6 +260,26 @@ def test_a_holder_that_was_replaced_ends_at_once(tmp_path: Path, place: str) -> 
     }[place]  # fmt: skip
 
 
+def test_an_own_claim_that_cannot_be_read_is_written_again(tmp_path: Path) -> None:
+    """As after a crash of the file server; and the newest of ten claims is the last."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    path = tmp_path / process.stdout.readline().strip()
+    text, deadline = path.read_text(), time.monotonic() + 30
+    path.write_text("")
+    while path.read_text() != text and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert path.read_text() == text
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    write(tmp_path, ELSEWHERE, number=10)
+    assert [claim.number for claim in claims.find(tmp_path)] == [1, 10]
+
+
 # --- the choice of a folder ----------------------------------------------------------------------
 
 

@@ -74,7 +74,7 @@ def test_a_method_has_its_own_entry_in_the_embedded_default(tmp_path: Path) -> N
 
 
 RECIPES = ("folder/adadim", "list/adadim", "stl10/adadim", "imagenet100/barlow_twins_multiview",
-           "cifar/ablation/alpha_1", "cifar/mmcr")  # fmt: skip
+           "imagenet100/vicreg", "cifar/ablation/alpha_1", "cifar/mmcr")  # fmt: skip
 
 
 @pytest.mark.parametrize("yaml", RECIPES)
@@ -88,8 +88,9 @@ def test_a_yaml_serves_every_method(name: str, yaml: str) -> None:
         assert (config.model_dump(), resolved.notes) == (own.config.model_dump(), ())
         return
     (note,) = resolved.notes
-    sibling = ROOT / "configs" / yaml.rpartition("/")[0] / f"{name}.yaml"
-    if sibling.is_file():
+    folder, _, stem = yaml.rpartition("/")
+    sibling = ROOT / "configs" / folder / f"{name}.yaml"
+    if sibling.is_file() and stem == own.config.method.name:
         assert note == f"method.name={name}: takes {sibling} in place of {Path(yaml).name}.yaml"
         assert config.model_dump() == load([str(sibling)]).config.model_dump()
         return
@@ -460,3 +461,20 @@ def test_a_file_with_an_equals_sign_in_its_path_is_a_file(tmp_path: Path) -> Non
     folder.mkdir()
     (folder / "config.yaml").write_text("run: {seed: 3}\ndata: {name: digits}\n")
     assert load([str(folder / "config.yaml")]).config.run.seed == 3
+
+
+def test_a_yaml_that_names_no_method_is_for_any(tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text("optim: {name: sgd, lr: 0.77}\nmodel: {projector: [64, 32]}\n")
+    resolved = load([str(base), "method.name=simclr"])
+    assert (resolved.config.optim.name, resolved.config.optim.lr) == ("sgd", 0.77)
+    assert resolved.config.model.projector == [64, 32]
+    assert resolved.notes == ()
+
+
+def test_a_config_of_another_backbone_keeps_it() -> None:
+    """A sibling takes the place of a method's own config alone."""
+    resolved = load(["imagenet/mocov3_vits16", "method.name=adadim"])
+    assert resolved.config.model.backbone == "vit_small_patch16_224"
+    assert resolved.config.optim.epochs == 300
+    assert load(["imagenet/mocov3", "method.name=adadim"]).config.optim.epochs == 400

@@ -13,9 +13,11 @@ from PIL import Image
 from ddp_ssl.config import ConfigError
 from ddp_ssl.config.files import PRESETS, config_names
 from ddp_ssl.data import recognise
+from ddp_ssl.distributed import World
 from ddp_ssl.methods._registry import builtin_methods
 from ddp_ssl.run import preset
 from ddp_ssl.run.configure import load
+from ddp_ssl.training.build import agree
 from ddp_ssl.utils.launcher import has_bf16
 from tests.data.images import pack
 from tests.data.tables import as_parquet
@@ -223,3 +225,18 @@ def test_a_folder_alone_trains(ranks: Ranks, photos: Path, tmp_path: Path) -> No
     assert [row["step"] for row in rows(tmp_path / "run") if "train/loss" in row] == [*range(1, 11)]
     head = (tmp_path / "run/config.yaml").read_text().splitlines()
     assert head[0] == f"# {load(words).notes[0]}"
+
+
+def disagreeing(world: World) -> str:
+    with pytest.raises(ConfigError) as caught:
+        agree(load([f"optim.lr={0.1 * (1 + world.rank)}"]).config, world)
+    agree(load([f"run.threads={world.rank + 1}"]).config, world)  # what is free may differ
+    return str(caught.value)
+
+
+def test_processes_that_chose_differently_are_refused(ranks: Ranks) -> None:
+    said = ranks.run(disagreeing, 2)
+    assert set(said) == {
+        "optim.lr: 0.2 here and 0.1 on rank 0; one value for all processes is accepted, such as "
+        "optim.lr=0.1 [rank 1]"
+    }

@@ -127,7 +127,7 @@ def test_knn_alone_counts_at_the_end_and_beyond_chance() -> None:
     first, now = figures(0.85, 10, 10, -1, -1), figures(0.75, 30, 30, -2, -2)
     assert verdict(first, now, 359, ended=False) == FINE
     assert verdict(first, now, 359, ended=True) == (
-        "worse than untrained: k-NN top-1 fell from 0.850 to 0.750"
+        "worse than at step 0: k-NN top-1 fell from 0.850 to 0.750"
     )
     assert verdict(first, now, 100, ended=True) == FINE  # within three standard errors
     assert verdict(first, now, 20, ended=True) is None

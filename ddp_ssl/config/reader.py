@@ -35,12 +35,14 @@ LARGEST = 1_000_000  # bytes of a YAML file
 class Resolved:
     """The frozen config, and the origin of each dotted key that is not a default.
 
-    `notes`: lines for the user about what was chosen or left out on the way.
+    `notes`: lines for the user about what was chosen or left out on the way. `for_this_machine`:
+    whether values were chosen for the machine and the number of processes, as a preset's are.
     """
 
     config: Config
     origins: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    for_this_machine: bool = False
 
     def to_yaml(self, origins: bool = True) -> str:
         """The whole tree as YAML: one key a line, with its origin as a comment."""

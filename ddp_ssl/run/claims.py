@@ -155,16 +155,16 @@ class Found:
 
 
 def find(folder: Path) -> list[Found]:
-    """The claims in a folder; none where there is no folder."""
-    found = []
+    """The claims in a folder, in the order of their numbers; none where there is no folder."""
+    found: list[Found] = []
     with contextlib.suppress(FileNotFoundError):
-        for name in sorted(os.listdir(folder)):
+        for name in os.listdir(folder):
             if FILE.fullmatch(name):
                 path = folder / name
                 with contextlib.suppress(FileNotFoundError):  # released meanwhile
                     text = path.read_text(errors="replace")
                     found.append(Found(path, text, path.stat().st_mtime))
-    return found
+    return sorted(found, key=lambda claim: claim.number)
 
 
 def _is_over(claim: Found, me: Holder, now: float) -> bool:
@@ -342,9 +342,13 @@ class Claim:
                     os.utime(self.path)
                     heard = _since_boot()
                     continue
-                others = find(self.path.parent)
-                if others or _since_boot() - heard > QUIET * PERIOD_S:
+                found = find(self.path.parent)
+                others = [claim for claim in found if claim.holder not in (None, self._holder)]
+                silent = _since_boot() - heard > QUIET * PERIOD_S
+                if others or (silent and self.path.parent.is_dir() and not found):
                     self._end(others)
+                if any(claim.path == self.path for claim in found):  # not to be read
+                    self.path.unlink()
                 _write(self.path, self._holder)
 
     def _end(self, others: list[Found]) -> None:

@@ -66,8 +66,9 @@ def load(arguments: Sequence[str], trusted: str = "*") -> Resolved:
         layers = _for_method(layers[0][1], method)
     else:
         # Again, now that the types of the method's own keys are known.
-        another = named(layers[0][1]) != name
-        if another and (other := sibling(path, name)):
+        own = layers[0][1].get("method") or {}
+        another = "name" in own and named(layers[0][1]) != name  # else it is for any method
+        if another and (other := sibling(path, named(layers[0][1]), name)):
             notes.append(f"method.name={name}: takes {other} in place of {path.name}")
             path, text, another = other, read_text(other), False
         tree = tree_of(path, text, typed)
@@ -90,7 +91,7 @@ def load(arguments: Sequence[str], trusted: str = "*") -> Resolved:
         config.method.check(config)
     except ValueError as error:
         raise ConfigError(one_line(error)) from None
-    return Resolved(config, origins, tuple(notes))
+    return Resolved(config, origins, tuple(notes), for_this_machine=preset is not None)
 
 
 def check_trust(method: str, trusted: str) -> None:

@@ -21,9 +21,12 @@ def named(tree: Mapping[str, Any]) -> str:
     return str((tree.get("method") or {}).get("name", MethodConfig.model_fields["name"].default))
 
 
-def sibling(path: Path, name: str) -> Path | None:
-    """The project's own config of a method for the data of another one of its configs."""
-    if FOLDER.resolve() not in path.resolve().parents or ":" in name:
+def sibling(path: Path, own: str, name: str) -> Path | None:
+    """The project's config `D/NAME.yaml` in place of its `D/OWN.yaml`, a method for another.
+
+    A config of another name has more to it than its method, such as the backbone; it has none.
+    """
+    if FOLDER.resolve() not in path.resolve().parents or ":" in name or path.stem != own:
         return None
     other = path.with_name(f"{name}.yaml")
     return other if other.is_file() else None

@@ -166,6 +166,8 @@ def _tail(file: BinaryIO) -> tuple[Row, float | None]:
         file.seek(max(end - size, 0))
         text = file.read(size)
         text = text[: text.rfind(b"\n") + 1]
+        if end > size:  # the first line is cut
+            text = text[text.find(b"\n") + 1 :]
         at = text.rfind(b'"rep/embedding_std"')
         if at >= 0 or size >= min(end, LONGEST_TAIL):
             break

@@ -29,7 +29,7 @@ from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import make_method
 from ddp_ssl.methods.base import trainable
 from ddp_ssl.run import environment, folder
-from ddp_ssl.run.identity import whole_identity
+from ddp_ssl.run.identity import identity, whole_identity
 from ddp_ssl.run.status import RunStatus
 from ddp_ssl.run.watchdog import Watchdog
 from ddp_ssl.training import epochs, report
@@ -57,6 +57,7 @@ def build(
     `stopped`: whether the run was asked to stop. Raises `ConfigError` on all ranks.
     """
     config, device = resolved.config, world.device
+    agree(config, world)
     threads = config.run.threads or cpu_share()
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True  # the image sizes never change
@@ -85,9 +86,9 @@ def build(
         some_unlabelled=bool((data.train.labels < 0).any()),
     )
     on_all_ranks(world, lambda: initial_weights(learner, config))
-    identity = whole_identity(config, data)
+    own = whole_identity(config, data)
     watch.next("loading the checkpoint")
-    saved = on_all_ranks(world, lambda: load(identity, start))
+    saved = on_all_ranks(world, lambda: load(own, start))
     watch.next("building the run")
     # An error before leaves no trace: the claim and the folder made for it go with the run.
     on_all_ranks(world, lambda: folder.create(start.folder) if world.is_main else None)
@@ -119,7 +120,7 @@ def build(
     code = environment.code_version() if world.is_main else {}
     checkpointer = Checkpointer(
         start.folder, config.checkpoint, world, watch, status, recorder.sync,
-        {"identity": identity, "code": code},
+        {"identity": own, "code": code},
     )  # fmt: skip
     job = Job(
         Setting(config, world, start.folder, watch, status), data, network, loader, validation,
@@ -132,9 +133,31 @@ def build(
         on_all_ranks(world, lambda: restore(job, saved))
         done = job.state
         recorder.tell(f"resumed from {start.checkpoint} at step {done.step}, epoch {done.epoch}")
+        status.verdict = report.verdict_of(job)
+        if world.is_main:
+            status.record("running", step=done.step)
     else:
         epochs.begin(job)
     return job
+
+
+def agree(config: Config, world: World) -> None:
+    """Raise `ConfigError` unless all processes have the same settings.
+
+    A preset depends on the machine and on the images that it sees.
+    """
+    mine = identity(config)
+    first = world.broadcast_object(mine if world.is_main else None)
+
+    def compare() -> None:
+        for key, value in mine.items():
+            if value != first.get(key):
+                raise ValueError(
+                    f"{key}: {value} here and {first.get(key)} on rank 0; one value for all "
+                    f"processes is accepted, such as {key}={first.get(key)}"
+                )
+
+    on_all_ranks(world, compare)
 
 
 def require_bf16() -> None:

@@ -56,8 +56,10 @@ def describe(job: Job, threads: int, ranks: list[str]) -> None:
 
 def verdict_of(job: Job, ended: bool = False) -> str | None:
     """The verdict on the run so far: `training/verdict.py`."""
-    images = 0 if job.data.val is None else len(job.data.val)
-    return verdict(job.state.first, job.state.latest, images, ended)
+    images, config = 0 if job.data.val is None else len(job.data.val), job.setting.config
+    # A network that had learned before may fall without having collapsed.
+    trained = config.run.init_from or config.model.backbone_args.get("pretrained")
+    return verdict(job.state.first, job.state.latest, images, ended and not trained)
 
 
 def judge(job: Job, before: str | None) -> None:

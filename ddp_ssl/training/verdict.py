@@ -27,17 +27,18 @@ FINE = "no sign of a collapse"
 def verdict(first: Metrics, now: Metrics, images: int, ended: bool) -> str | None:
     """`FINE`, or what collapsed in a line; None where too little is measured to say.
 
-    `first`: the untrained network's metrics; `now`: the latest; `images`: validation images.
+    `first`: the metrics at step 0; `now`: the latest; `images`: validation images.
     k-NN alone counts when the run has ended: it may dip while the ranks rise.
     """
-    if images < FEWEST or not ("rep/effective_rank_r" in first and "rep/effective_rank_r" in now):
+    ranks = {"rep/effective_rank_r", "rep/effective_rank_z"}
+    if images < FEWEST or not ranks <= first.keys() & now.keys():
         return None
     before, after = (metrics.get("eval/knn_top1", math.nan) for metrics in (first, now))
     learned = after > before + GAIN
     found = [*_lost(first, now, "z", learned), *_lost(first, now, "r", learned)]
     error = math.sqrt(max(before * (1 - before), 0) / images)
     fell = after < before - max(FALL, 3 * error)
-    kind = "collapsed" if found else "worse than untrained"
+    kind = "collapsed" if found else "worse than at step 0"
     if fell and (found or ended):
         found.append(f"k-NN top-1 fell from {before:.3f} to {after:.3f}")
     return f"{kind}: {'; '.join(found)}" if found else FINE
@@ -51,7 +52,9 @@ def _lost(first: Metrics, now: Metrics, space: str, learned: bool) -> Iterator[s
     """
     name = {"r": "R", "z": "Z"}[space]
     rank, spread = f"rep/effective_rank_{space}", f"rep/uniformity_{space}"
-    if now[rank] < LOST * first[rank] and not learned:
+    if not math.isfinite(now[rank]):
+        yield f"effective rank of {name} is {now[rank]}"
+    elif now[rank] < LOST * first[rank] and not learned:
         yield f"effective rank of {name} fell from {first[rank]:.1f} to {now[rank]:.1f}"
     # Uniformity is 0 if all vectors point the same way, and below 0 the more they are spread.
     wide, left = -first.get(spread, math.nan), -now.get(spread, math.nan)

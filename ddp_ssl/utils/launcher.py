@@ -104,6 +104,8 @@ def resume_command(folder: str) -> str:
     here = Path(sys.executable).parent
     python = "python" if _is_found("python", here) else shlex.quote(sys.executable)
     script = Path(__file__).parents[2] / "slurm/resume.sh"
+    if under_srun() and not script.is_file():
+        return f"srun --ntasks={size} {python} -m ddp_ssl.resume {place}"
     if "SLURM_JOB_ID" in env and script.is_file():
         gpus = env.get("SLURM_GPUS_ON_NODE")
         what = (
