@@ -131,6 +131,7 @@ def test_local_runs_several_processes(photos: Path, tmp_path: Path) -> None:
     assert f"touch {tmp_path}/out/STOP" in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.faults
 def test_a_sweep_goes_on_after_a_run_that_fails(photos: Path, tmp_path: Path) -> None:
     """One run after the other; the first one finds no images."""

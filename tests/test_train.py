@@ -57,6 +57,7 @@ def test_missing_dali_is_one_line_that_names_the_extra(photos: Path, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 @pytest.mark.faults
 def test_eight_processes_on_any_machine(tmp_path: Path) -> None:
     """The README's command, on the embedded default cut short."""

@@ -83,6 +83,7 @@ def test_the_commands_of_the_wheel_run_in_an_empty_folder(python: Path, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.faults
 def test_the_demo_of_the_wheel_runs_in_an_empty_folder(python: Path, tmp_path: Path) -> None:
     keys = ("optim.epochs=1", "run.device=cpu", "run.threads=1", "run.dir=made")

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 STEPS = ("choices", "train", "resume", "method", "evaluate", "export", "load")
 
 
+@pytest.mark.long
 @pytest.mark.faults
 def test_the_first_hour(tmp_path: Path) -> None:
     """On Debian's stamps where they are installed, else on pictures that it draws."""

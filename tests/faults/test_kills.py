@@ -58,6 +58,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.long
 def test_ten_kills_of_any_rank_at_any_step(photos: Path, whole: Path, tmp_path: Path) -> None:
     """kill -9, ten times in one run, seeded; torchrun restarts, and no number is another."""
     folder, draw = tmp_path / "run", random.Random(0)
@@ -77,6 +78,7 @@ def test_ten_kills_of_any_rank_at_any_step(photos: Path, whole: Path, tmp_path: 
     assert run.text().count("died or was stopped") >= 5  # the others said who was missing
 
 
+@pytest.mark.long
 def test_ten_kills_of_rank_0_while_it_saves(photos: Path, tmp_path: Path) -> None:
     """The newest good checkpoint is never older than the newest that was committed."""
     folder, draw = tmp_path / "run", random.Random(1)
@@ -117,6 +119,7 @@ def test_ten_kills_of_rank_0_while_it_saves(photos: Path, tmp_path: Path) -> Non
     assert not list((folder / "checkpoints").glob("*.tmp"))
 
 
+@pytest.mark.long
 def test_a_killed_agent_takes_its_workers_along_and_loses_no_step(
     photos: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -256,6 +259,7 @@ def test_a_cut_link_ends_both_sides(photos: Path, tmp_path: Path, two_machines: 
     assert newest.step >= 8
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_printed_command_goes_on(
     photos: Path, ranks: Ranks, whole: Path, tmp_path: Path, size: int

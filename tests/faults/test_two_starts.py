@@ -40,6 +40,7 @@ def assert_once(folder: Path) -> None:
     assert not list(folder.glob("claim-*"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("trial", range(4))
 def test_the_same_command_twice(photos: Path, tmp_path: Path, trial: int) -> None:
     """With `run.resume=auto` the second waits for the first, or is refused; never both."""
@@ -76,6 +77,7 @@ def test_two_seeds_into_one_new_folder(photos: Path, tmp_path: Path) -> None:
     assert f"  seed: {1 + codes.index(0)} " in (folder / "config.yaml").read_text()
 
 
+@pytest.mark.long
 def test_starts_of_one_second_without_a_folder(photos: Path, tmp_path: Path) -> None:
     words = [w for w in short(photos, tmp_path) if not w.startswith("run.dir=")]
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])

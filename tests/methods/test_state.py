@@ -123,7 +123,11 @@ def five_steps(world: World, view_shards: int, name: str, views: str) -> Any:
 
 @pytest.mark.parametrize("name", builtin_methods())
 @pytest.mark.parametrize(
-    "grids", [[(2, 1), (4, 2)], pytest.param([(2, 2), (4, 1)], marks=pytest.mark.faults)]
+    "grids",
+    [
+        [(2, 1), (4, 2)],
+        pytest.param([(2, 2), (4, 1)], marks=[pytest.mark.faults, pytest.mark.long]),
+    ],
 )
 def test_five_steps_are_the_same_at_any_world_size(
     ranks: Ranks, name: str, grids: list[tuple[int, int]]

@@ -120,6 +120,7 @@ def test_scancel_signal(
     assert "requeued" in text
 
 
+@pytest.mark.long
 @on_both
 def test_scancel_signal_under_torchrun(
     slurm: Cluster, tmp_path: Path, images: Path, whole: tuple[Path, str]
@@ -145,6 +146,7 @@ def test_requeue_by_scontrol(
     assert "Slurm has requeued the job by itself" in text
 
 
+@pytest.mark.long
 def test_requeue_by_scontrol_under_torchrun(
     slurm: Cluster, tmp_path: Path, images: Path, whole: tuple[Path, str]
 ) -> None:
@@ -171,6 +173,7 @@ def test_the_time_limit(
     assert "requeued" in text
 
 
+@pytest.mark.long
 def test_preemption(slurm: Cluster, tmp_path: Path, images: Path, whole: tuple[Path, str]) -> None:
     """A job of a partition with a higher priority wants the nodes."""
     other = ""
@@ -187,6 +190,7 @@ def test_preemption(slurm: Cluster, tmp_path: Path, images: Path, whole: tuple[P
     assert slurm.wait(other) == "COMPLETED"
 
 
+@pytest.mark.long
 @on_cgroup
 def test_a_stop_file_and_scancel_end_the_job_for_good(
     slurm: Cluster, tmp_path: Path, images: Path, whole: tuple[Path, str]
@@ -224,6 +228,7 @@ def test_a_stop_file_and_scancel_end_the_job_for_good(
     assert rows(folder) == rows(whole[0])
 
 
+@pytest.mark.long
 def test_a_crash_that_repeats_is_given_up(slurm: Cluster, tmp_path: Path, images: Path) -> None:
     """Rank 1 is killed at the same step again and again: three times, and not for ever."""
     job, folder = submit(slurm, tmp_path, images, DIE_AT="14")
@@ -259,6 +264,7 @@ def test_a_mistake_is_said_in_one_line_and_not_repeated(
     assert "LAUNCHER=mpirun is unknown; srun or torchrun would be accepted" in output(tmp_path)
 
 
+@pytest.mark.long
 def test_the_ablation_is_an_array(slurm: Cluster, tmp_path: Path, images: Path) -> None:
     """Two rows side by side, each in a folder of its name; a task beyond the last row ends."""
     configs = sorted((ROOT / "configs/imagenet100/ablation").glob("*.yaml"))
@@ -278,6 +284,7 @@ def test_the_ablation_is_an_array(slurm: Cluster, tmp_path: Path, images: Path) 
     assert f"no row {len(configs)}; there are {len(configs)}" in output(tmp_path)
 
 
+@pytest.mark.long
 def test_the_scripts_find_their_repository(slurm: Cluster, tmp_path: Path) -> None:
     """Where that cannot be known, of a copy elsewhere, they say what to do."""
     text = Path(SCRIPT).read_text()

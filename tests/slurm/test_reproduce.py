@@ -33,6 +33,7 @@ def reproduce(slurm: Cluster, out: Path, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_seeds_are_an_array_submitted_once(slurm: Cluster, tmp_path: Path) -> None:
     launch = ("--launcher", "slurm", "--submit", "--partition main --time 1:00:00", *TINY)
     slurm.run("scontrol", "update", "PartitionName=main", "State=DOWN")  # jobs wait

@@ -35,6 +35,7 @@ def output(place: Path) -> str:
     return "\n".join(p.read_text(errors="replace") for p in place.rglob("*_log.*"))
 
 
+@pytest.mark.long
 def test_a_stop_requeues_and_nothing_is_lost(
     slurm: Cluster,
     tmp_path: Path,
@@ -75,6 +76,7 @@ def test_a_cancelled_job_is_not_requeued(slurm: Cluster, tmp_path: Path, images:
     assert "the job was cancelled, so it is not requeued" in output(tmp_path)
 
 
+@pytest.mark.long
 def test_a_sweep_is_an_array(slurm: Cluster, tmp_path: Path, images: Path) -> None:
     arguments = tiny(images, "optim.epochs=1", "optim.lr=0.1,0.2")
     arguments = [a for a in arguments if a not in ("optim.epochs=3", "optim.lr=0.5")]

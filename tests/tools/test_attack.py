@@ -30,6 +30,7 @@ def counts(table: str, family: str) -> list[int]:
     return [int(cell) for cell in row.strip("|").split("|")[1:]]
 
 
+@pytest.mark.long
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("family", "trials"),

@@ -26,6 +26,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.faults
 def test_the_rehearsal_has_every_row_and_no_error(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHON": sys.executable}

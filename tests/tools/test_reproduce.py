@@ -712,6 +712,7 @@ def test_two_shells_do_not_train_in_one_folder(
     assert run.state() == "done"
 
 
+@pytest.mark.long
 @pytest.mark.faults  # a minute and a half of training
 def test_a_real_run_is_trained_evaluated_collected_and_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
