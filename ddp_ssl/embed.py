@@ -63,7 +63,8 @@ def _parse(arguments: Sequence[str]) -> tuple[Source, EvaluateConfig, Wanted]:
 def _check(parser: common.Parser, options: argparse.Namespace) -> None:
     """Raise `ConfigError` for what cannot be written."""
     if options.out is None and options.projector is None:
-        parser.error("nowhere to write to: --out FILE.npz or --projector DIR is needed")
+        files = ", ".join(f"FILE{ending}" for ending in FORMATS)
+        parser.error(f"nowhere to write to: --out ({files}) or --projector DIR is needed")
     if options.out is not None and options.out.suffix not in FORMATS:
         parser.error(f"--out: {options.out} does not end in {', '.join(FORMATS)}")
     if options.out is not None and options.out.suffix == ".parquet" and not find_spec("pyarrow"):

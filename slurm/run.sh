@@ -40,6 +40,11 @@ held_by_another() {
   [ -n "$fresh" ] && ! grep -qs "\"job\": \"$job\"" "$RUN_DIR"/claim-*.json
 }
 
+no_run() {
+  complain "$1: the folder of a run, with its config.yaml, would be accepted"
+  exit 2
+}
+
 # --- on every node: torchrun -----------------------------------------------------------------------
 
 # The agent is no child of slurmstepd, so that signals reach it only where Slurm signals whole
@@ -155,11 +160,8 @@ case $config in /*) ;; *) config=$repo/$config ;; esac
 [ "$name" = resume ] && what=resume # RUN stands where a config does
 [ -n "${SLURM_JOB_ID:-}" ] || usage
 if [ "$what" = resume ]; then
-  if ! [ -f "${1:-}/config.yaml" ]; then
-    complain "${1:-no folder given}: the folder of a run, with its config.yaml, would be accepted"
-    exit 2
-  fi
-  RUN_DIR=$1
+  [ -n "${1:-}" ] || no_run "no folder given"
+  RUN_DIR=$1 given=$1
   shift
 fi
 
@@ -174,10 +176,10 @@ own=$task
 resuming=run.resume=auto
 arguments=()
 for argument in "$@"; do
-  case $argument in
-    run.dir= | run.dir=null) ;;
-    run.dir=*) RUN_DIR=${argument#run.dir=} ;;
-    run.resume=*) resuming=$argument ;; # a restart implies auto
+  case $what:$argument in # ddp_ssl.resume refuses another folder itself
+    train:run.dir= | train:run.dir=null) ;;
+    train:run.dir=*) RUN_DIR=${argument#run.dir=} ;;
+    train:run.resume=*) resuming=$argument ;; # a restart implies auto
     *) arguments+=("$argument") ;;
   esac
 done
@@ -190,6 +192,7 @@ again="RUN_DIR=$RUN_DIR sbatch ... slurm/$name.sh with the same arguments"
 [ "$name" = resume ] && again="sbatch ... slurm/resume.sh $RUN_DIR"
 resume="To go on: $again"
 export RUN_DIR=$RUN_DIR$own
+[ "$what" = train ] || [ -f "$RUN_DIR/config.yaml" ] || no_run "$given$own"
 
 # One process per GPU; on CPU nodes, as many as --ntasks-per-node says. All CPUs of the node are
 # shared out, however they were asked for (sbatch's --cpus-per-task does not reach srun).

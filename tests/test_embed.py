@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ddp_ssl.config import NORMALISATION
 from ddp_ssl.config.views import CentralCrop
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import Dataset
+from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.formats import PixelFormat
 from ddp_ssl.data.loading.loader import EvalLoader
 from ddp_ssl.data.loading.settings import LoaderSettings
@@ -129,6 +131,37 @@ def test_all_images_with_their_paths(
             distances = np.linalg.norm(r - found, axis=1) / np.linalg.norm(found)
             assert int(distances.argmin()) == i
             assert distances[i] < 0.1
+
+
+@pytest.mark.parametrize("ending", ["npz", "csv", "parquet"])
+def test_class_names_that_are_not_utf8_are_written_as_their_paths_are(
+    ending: str, tmp_path: Path
+) -> None:
+    if ending == "parquet":
+        pytest.importorskip("pyarrow")
+    split = Split.of_files("/x", [b"caf\xe9/0.png"], np.array([0]))
+    images = embedding._images({"val": split}, {"val": np.array([0])})
+    out, names = tmp_path / f"x.{ending}", [os.fsdecode(b"caf\xe9")]
+    embedding.write_features(out, {"r": np.ones((1, 2), np.float32)}, images, names, {})
+    if ending == "npz":
+        file = np.load(out)
+        found = str(file["paths"][0]), str(file["class_names"][0])
+    elif ending == "csv":
+        with open(out, newline="", encoding="utf-8") as text:
+            (row,) = csv.DictReader(text)
+        found = row["path"], row["class"]
+    else:
+        import pyarrow.parquet as parquet
+
+        (row,) = parquet.read_table(out).to_pylist()
+        found = row["path"], row["class"]
+    assert found == (r"/x/caf\xe9/0.png", r"caf\xe9")
+    if ending == "npz":
+        picture = torch.zeros(1, 3, 32, 32)
+        embedding.write_projector(
+            tmp_path / "p", {"r": np.ones((1, 2))}, names, np.array([0]), picture
+        )
+        assert r"caf\xe9" in (tmp_path / "p/00000/r/metadata.tsv").read_text()
 
 
 def test_training_images_are_the_whole_splits_also_of_a_run_on_a_share_of_them(
@@ -257,7 +290,10 @@ def test_what_cannot_be_done_is_one_line(
     out = ["--out", str(tmp_path / "x.npz"), *QUIET]
     folder = ["--data", "folder", f"data.root={photos}"]
     cases: list[tuple[list[str], str]] = [
-        ([place], "nowhere to write to: --out FILE.npz or --projector DIR is needed"),
+        (
+            [place],
+            "nowhere to write to: --out (FILE.npz, FILE.csv, FILE.parquet) or --projector DIR is",
+        ),
         ([place, "--out", "x.npy"], "--out: x.npy does not end in .npz, .csv, .parquet"),
         ([place, "--split", "test", *out], "argument --split: invalid choice: 'test'"),
         ([place, "--points", "1", *out], "--points: 1 given; 2 to 65536 are accepted"),

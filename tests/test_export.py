@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -19,9 +20,11 @@ from ddp_ssl import export
 from ddp_ssl.config import NORMALISATION
 from ddp_ssl.methods.base import Method
 from ddp_ssl.models import build_backbone, loading_snippet
+from ddp_ssl.run.configure import load
 from tests.exports import run_folder
 from tests.helpers import config_of, relative
 
+ROOT = Path(__file__).parent.parent
 SMALL = ("model.backbone=resnet18", "model.stem=small", "data.views=[{size: 24}]")
 PADDED = ("model.backbone=resnet18", "model.stem=small_pad2", "data.views=[{size: 24}]")
 VIT = (
@@ -210,6 +213,17 @@ def test_the_lines_that_load_fetch_no_weights_of_others() -> None:
     lines = loading_snippet(config.model, config.data, Path("x.pt"))
     assert "drop_path_rate=0.1" in lines
     assert "pretrained" not in lines
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
+def test_the_documents_show_the_lines_that_a_run_prints(name: str) -> None:
+    config = load(["preset/224", "data.root=DIR", "model.backbone=resnet18"]).config
+    lines = loading_snippet(config.model, config.data, Path("/here/runs/NAME/backbone.pt"))
+    shown = re.findall("```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+    same = [ast.dump(ast.parse(text)) == ast.dump(ast.parse(lines)) for text in shown]
+    assert any(same)
+    comment = lines.splitlines()[-1]
+    assert comment in shown[same.index(True)]
 
 
 def test_only_a_card_of_ours_is_replaced(

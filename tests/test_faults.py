@@ -397,7 +397,7 @@ def test_every_request_to_stop_loses_no_step(
     log = (tmp_path / "run/train.log").read_text()
     assert f"stopped on {what} at step {stopped}; to go on: " in log
     assert f"-m ddp_ssl.resume {tmp_path / 'run'}" in log
-    assert log.count("STOP: stopping after this step") == (what == "STOP")
+    assert log.count("STOP: stopping as soon as possible") == (what == "STOP")
     assert log.count("first step: ") == 1
     assert ranks.launch(train, 1, [*args, "run.resume=auto"]) == [0]
     assert not (tmp_path / "run/STOP").exists()
@@ -552,7 +552,7 @@ def test_a_second_ctrl_c_ends_a_process_that_is_blocked() -> None:
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     # Answered while the main thread is blocked.
-    assert process.stderr.readline() == "stopping after this step; Ctrl-C again stops now\n"
+    assert process.stderr.readline() == "stopping as soon as possible; Ctrl-C again stops now\n"
     time.sleep(1.3)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
@@ -564,7 +564,7 @@ def test_other_signals_are_answered_once_and_by_rank_0(
 ) -> None:
     before = {number: signal.getsignal(number) for number in REQUESTS}
     try:
-        for rank, said in (("1", ""), ("0", "SIGTERM: stopping after this step\n")):
+        for rank, said in (("1", ""), ("0", "SIGTERM: stopping as soon as possible\n")):
             monkeypatch.setenv("RANK", rank)
             monkeypatch.setenv("WORLD_SIZE", "2")
             stop = StopRequest().install()

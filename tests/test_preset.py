@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,12 @@ def test_typed_keys_are_left_alone_and_others_follow_them(photos: Path) -> None:
     lars = load([str(photos), CPU, "optim.name=lars"])
     assert lars.config.optim.lr == 0.4
     assert lars.origins["optim.lr"] == "the recipe's rate; the preset's is for adamw"
+    assert lars.config.optim.weight_decay == 1e-4
+    assert lars.origins["optim.weight_decay"] == "the recipe's decay; the preset's is for adamw"
+    words = [str(photos), CPU, "optim.name=sgd", "method.name=simsiam"]
+    sgd = load(words).config.optim
+    assert (sgd.lr, sgd.weight_decay) == (0.5, 1e-5)
+    assert load([*words, "optim.weight_decay=0.3"]).config.optim.weight_decay == 0.3
 
 
 @pytest.mark.parametrize("side", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -114,6 +122,73 @@ def test_the_preset_goes_by_size_number_and_machine(
     assert chosen(place, GPU)["data.batch_size"].startswith("6: ")
     monkeypatch.setattr(preset, "SMALL", 5)
     assert "model.backbone" not in chosen(place, GPU)
+
+
+def test_what_was_counted_in_part_is_told_as_a_lower_bound(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recognise, "MOST", 40)
+    note = load([str(photos), CPU]).notes[0]
+    assert ": at least 36 images in at least 4 folders to train on" in note
+    lines = chosen(str(photos), CPU)
+    assert lines["data.batch_size"] == "4: at least 36 images: at least 8 steps an epoch"
+    assert lines["optim.epochs"] == "112: at least 36 images, on a CPU; more learn more"
+    assert chosen(str(photos), GPU)["optim.epochs"] == "1000: at least 36 images"
+    file = tmp_path / "images.txt"
+    file.write_text("".join(f"{path}\n\n" for path in sorted(photos.rglob("*.jpg"))))
+    assert ": at least 18 images in a list to" in load([str(file), CPU]).notes[0]
+
+
+def test_too_few_images_for_the_processes_is_one_line(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "21")
+    lines = chosen(str(photos), GPU)
+    assert lines["data.batch_size"] == "42: 21 processes"
+    assert lines["optim.epochs"] == "1000: 1 step an epoch: 1000 steps"
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    said = "^data.batch_size: 43 images to train on, and a step takes at least 2 for each of 64 "
+    with pytest.raises(ConfigError, match=said + "processes; accepted: at most 21 processes, or m"):
+        load([str(photos), GPU])
+    assert "data.batch_size" not in chosen(str(photos), GPU, "data.batch_size=128")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for name in ("train/a/0.png", "train/a/1.png", "val/a/0.png"):
+        picture(tmp_path / "two" / name, 9, 9)
+    resolved = load([str(tmp_path / "two"), CPU])
+    assert ": 2 images in 1 folder to train on" in resolved.notes[0]
+    assert resolved.origins["data.batch_size"] == "few images"
+    (tmp_path / "two/train/a/1.png").unlink()
+    assert ": 1 image in 1 folder to train on" in load([str(tmp_path / "two"), CPU]).notes[0]
+
+
+def test_what_cannot_be_read_is_one_line(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = os.scandir
+
+    def closed(folder: bytes) -> Any:
+        if folder.endswith(b"class3/"):  # behind the first image, which `find` looks for
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return whole(folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", closed)
+        with pytest.raises(ConfigError, match=r"^data\.root: .*class3/? cannot be read: Perm"):
+            load([str(photos), CPU])
+    file = tmp_path / "images.txt"
+    file.write_text("a.png\n")
+
+    def broken(file: Path) -> Any:
+        raise OSError(errno.EIO, "Input/output error", str(file))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recognise, "opened", broken)
+        with pytest.raises(ConfigError, match=r"^data\.files: .*images.txt cannot be .*/output"):
+            load([str(file), CPU])
+    # A list in UTF-16 has names that no file system takes; the run tells of them.
+    file.write_text("a.png\n", encoding="utf-16")
+    assert "about 224 pixels" in load([str(file), CPU, "data.batch_size=2"]).notes[0]
 
 
 def test_a_cpu_without_bf16_computes_in_fp32(
@@ -172,6 +247,7 @@ def test_shards_and_lists_are_known_too(photos: Path, tmp_path: Path) -> None:
     assert pack(photos, tmp_path / "shards") == 0
     config = load([str(tmp_path / "shards"), CPU]).config
     assert (config.data.name, config.data.batch_size) == ("folder", 4)
+    assert ": 43 images in shards to train on" in load([str(tmp_path / "shards"), CPU]).notes[0]
     names = [path.relative_to(photos) for path in sorted(photos.rglob("*.jpg"))]
     file = tmp_path / "images.csv"
     file.write_text("".join(f"{name},{name.parts[0]}\n" for name in names))
@@ -197,11 +273,16 @@ def test_what_holds_no_images_is_one_line(tmp_path: Path) -> None:
     (both / "cifar-100-python").mkdir()
     (both / "cifar-100-python/train").touch()
     empty = str(tmp_path / "empty")
+    run = tmp_path / "a run"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "views.png"):
+        (run / name).touch()
     for words, said in {
         (empty,): r"^data\.root: .*empty has no images",
         (empty, str(both)): r"both: one data\.root is accepted, and one is given already",
         ("data.root=nowhere",): r"^data\.root: .*nowhere does not exist",
         (str(both),): r"both holds cifar10 and cifar100; data\.name=cifar10 chooses one",
+        (str(run),): "a run: the folder of a run; ddp-ssl resume '.*/a run' goes on with it$",
         (empty, "optim.epoch=3"): r"^optim\.epoch: unknown key; did you mean optim\.epochs",
         ("nowhere",): "^nowhere: expected CONFIG.yaml, .*, a folder of images, or key=value",
     }.items():

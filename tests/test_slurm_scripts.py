@@ -348,6 +348,25 @@ def test_a_job_goes_on_with_a_run(fake: Fake) -> None:
     start = fake.srun.index("py")
     assert fake.srun[start:] == ["py", "-m", "ddp_ssl.resume", str(folder), "eval.every=2"]
     assert f"resume      sbatch ... slurm/resume.sh {folder}" in out
+    refused = ["run.dir=runs/B", "run.resume=never", "run.dir="]
+    for word in refused:  # by ddp_ssl.resume, which gets them
+        fake.run("a run", word, script=script, FAKE_STATUS=DONE, PYTHON="py")
+        assert fake.srun[-3:] == ["ddp_ssl.resume", str(folder), word]
+
+
+def test_the_config_is_looked_for_in_the_row_that_goes_on(fake: Fake) -> None:
+    script, folder = ROOT / "slurm/resume.sh", fake.place / "runs/A/low"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    row = {"DDP_SSL_ROW": "low", "FAKE_STATUS": DONE}
+    assert fake.run("runs/A", script=script, **row)[0] == 0
+    assert fake.srun[-1] == str(folder)
+    (folder / "config.yaml").rename(folder.parent / "config.yaml")
+    code, _, err = fake.run("runs/A", script=script, **row)
+    assert code == 2
+    assert err.startswith("resume: runs/A/low: the folder of a run, with its config.yaml, ")
+    code, _, err = fake.run(script=script)
+    assert (code, err[:24]) == (2, "resume: no folder given:")
 
 
 def test_the_runner_is_not_submitted_itself(fake: Fake) -> None:

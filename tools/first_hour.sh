@@ -11,6 +11,9 @@ set -euo pipefail
 place=${1:?tools/first_hour.sh FOLDER [IMAGES]}
 python=${PYTHON:-python}
 images=${2:-/usr/share/tuxpaint/stamps}
+# Both are used from another folder.
+case $python in /*) ;; */*) python=$PWD/$python ;; esac
+case $images in /*) ;; *) images=$PWD/$images ;; esac
 mkdir "$place"
 place=$(cd "$place" && pwd)
 # Smaller than a user's run, and the same on any machine.
@@ -65,7 +68,7 @@ stopped() {
   wait $run
 }
 try train stopped "$python" -m ddp_ssl.train "$images" "${small[@]}" run.dir=run
-grep 'stopping after this step' train.log
+grep 'stopping as soon as possible' train.log
 [ "$(state run)" = preempted ]
 again=$(sed -n 's/.*to go on: //p' train.log)
 try resume bash -c "$again"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,10 +43,22 @@ def with_places(arguments: Sequence[str]) -> list[str]:
             key = "data.files="
         elif os.path.isdir(argument) and find_config(argument) is None:
             key = "data.root="
+            if _is_run(Path(argument)):
+                raise ConfigError(
+                    f"{argument}: the folder of a run; ddp-ssl resume {shlex.quote(argument)} goes "
+                    "on with it"
+                )
         if key and any(word.startswith(key) for word in words):
             raise ConfigError(f"{argument}: one {key[:-1]} is accepted, and one is given already")
         words.append(key + argument)
     return words
+
+
+def _is_run(folder: Path) -> bool:
+    config, *others = (
+        os.path.exists(folder / name) for name in ("config.yaml", "checkpoints", "metrics.jsonl")
+    )
+    return config and any(others)
 
 
 def config_names() -> list[str]:

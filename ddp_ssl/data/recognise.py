@@ -19,6 +19,7 @@ from ddp_ssl.data.datasets.lists import opened
 from ddp_ssl.data.datasets.scan import scan
 from ddp_ssl.data.loading.decodable import pixels
 from ddp_ssl.errors import ConfigError
+from ddp_ssl.utils.text import counted
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
@@ -55,32 +56,50 @@ KNOWN = {
 class Look(NamedTuple):
     """What was seen: the name of the data set, words for it, training images, and their side.
 
-    `images` is 0 where it is not known.
+    `images` is 0 where it is not known, and a lower bound where `capped`.
     """
 
     name: str
     what: str
     images: int
     side: int
+    capped: bool = False
+
+    @property
+    def number(self) -> str:
+        """`images` in words."""
+        return f"at least {self.images}" if self.capped else str(self.images or "some")
 
 
 def look_at(data: Data, name: str | None) -> Look:
     """Look at the images of a config. `name`: of the data set, if the user gave one.
 
     Lists folders up to `MOST` images and reads the sizes of a few. Raises `ConfigError` for a
-    place that holds no images.
+    place that holds no images or cannot be read.
     """
+    try:
+        return _look(data, name)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        text = str(error)
+        if not text.startswith("data."):  # not by the readers, which name the key
+            key = "files" if data.files else "root"
+            place = absolute(data.files or data.root or "")
+            text = f"data.{key}: {place} cannot be read: {text}; accepted: images that can be read"
+        raise ConfigError(text) from None
+
+
+def _look(data: Data, name: str | None) -> Look:
     name = name or _name_of(data)
     data = data.model_copy(update={"name": name})
-    try:
-        if data.root or data.files:
-            registry.find(data)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    if data.root or data.files:
+        registry.find(data)
     root = absolute(data.root) if data.root else None
     if root is not None and shards.is_shards(root):
-        count = int(shards.describe(root, data.url is not None)["splits"]["train"]["count"])
-        return Look(name, f"shards of {name}", count, KNOWN.get(name, (224, 0))[0])
+        splits = shards.describe(root, data.url is not None)["splits"]
+        count = _training(data, int(splits["train"]["count"]), "val" in splits)
+        return Look(name, f"{_images(count)} in shards", count, KNOWN.get(name, (224, 0))[0])
     if name in KNOWN:
         side, count = KNOWN[name]
         if name in arrays.MEDMNIST and root is not None:
@@ -90,7 +109,7 @@ def look_at(data: Data, name: str | None) -> Look:
         rows, some = parquet.look(data, SAMPLE)
         count = _training(data, rows, bool(parquet.files_of(data).val))
         side = _median([pixels(np.frombuffer(content, np.uint8)) for content in some])
-        return Look(name, "images in parquet files", count, side)
+        return Look(name, f"{_images(count)} in parquet files", count, side)
     if name == "list" and data.files:
         return _listed(data)
     return _folder(data, root) if root is not None else Look(name, name, 0, 224)
@@ -123,10 +142,14 @@ def _folder(data: Data, root: Path) -> Look:
     train, val, _ = folders.splits_of(root)
     where = train or root
     names = list(itertools.islice(scan(os.fsencode(where)), MOST))
+    capped = len(names) == MOST
     classes = len({name.partition(b"/")[0] for name in names if b"/" in name})
     side = _side([where / os.fsdecode(name) for name in _some(names)])
-    what = f"images in {classes} folders" if classes else "images without classes"
-    return Look("folder", what, _training(data, len(names), val is not None), side)
+    count = _training(data, len(names), val is not None)
+    kind = "without classes"
+    if classes:
+        kind = f"in {'at least ' if capped else ''}{counted(classes, 'folder')}"
+    return Look("folder", f"{_images(count)} {kind}", count, side, capped)
 
 
 def _listed(data: Data) -> Look:
@@ -134,15 +157,22 @@ def _listed(data: Data) -> Look:
     file = absolute(data.files)
     base = absolute(data.root) if data.root else file.parent
     with opened(file) as lines:
-        names = [line.strip() for line in itertools.islice(lines, MOST) if line.strip()]
+        some = list(itertools.islice(lines, MOST))
+    names = [line.strip() for line in some if line.strip()]
     paths = [base / name.partition(mark)[0] for name in _some(names) for mark in ",\t; "]
-    side = _side([path for path in paths if path.is_file()])
-    return Look("list", "images in a list", _training(data, len(names), bool(data.val_files)), side)
+    # Names that no file system takes are False for `isfile`; the run itself tells of them.
+    side = _side([path for path in paths if os.path.isfile(path)])
+    count = _training(data, len(names), bool(data.val_files))
+    return Look("list", f"{_images(count)} in a list", count, side, len(some) == MOST)
+
+
+def _images(count: int) -> str:
+    return "image" if count == 1 else "images"
 
 
 def _training(data: Data, count: int, has_val: bool) -> int:
     """Images that are left for training."""
-    held = 0 if has_val else round(count * data.val_fraction)
+    held = 0 if has_val or count < 2 else max(1, round(count * data.val_fraction))
     return round((count - held) * data.fraction)
 
 

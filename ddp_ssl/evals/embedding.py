@@ -201,12 +201,16 @@ def _images(splits: dict[str, Split], ids: dict[str, Array]) -> dict[str, Array]
     """What is known of each image, a row each: path, split, label and id in the split."""
     paths = [splits[name].where(i) for name, own in ids.items() for i in own.tolist()]
     return {
-        # A name that is not UTF-8 is written with its bytes as escapes.
-        "paths": np.array([os.fsencode(path).decode(errors="backslashreplace") for path in paths]),
+        "paths": np.array([_escaped(path) for path in paths]),
         "splits": np.concatenate([np.full(len(own), name) for name, own in ids.items()]),
         "labels": np.concatenate([splits[name].labels[own] for name, own in ids.items()]),
         "ids": np.concatenate(list(ids.values())),
     }
+
+
+def _escaped(name: str) -> str:
+    """A name that is not UTF-8 with its bytes as escapes."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def write_features(
@@ -221,6 +225,7 @@ def write_features(
     By the file's ending: NPZ, which `np.load(path)` reads without pickles, with `class_names` and
     `about` (JSON); CSV or parquet, a row for each image with its class and columns `r0`, `r1`, ...
     """
+    class_names = [_escaped(name) for name in class_names]
     with replaced(path) as temporary:
         if path.suffix == ".npz":
             text = {"class_names": np.array(class_names, np.str_), "about": json.dumps(about)}
@@ -254,7 +259,7 @@ def write_projector(
     folder: Path, parts: dict[str, Array], classes: Sequence[str], ids: Array, pictures: Tensor
 ) -> None:
     """The files of TensorBoard's embedding projector: tensors, metadata, a sprite of thumbnails."""
-    metadata = [[one_line(name), str(i)] for name, i in zip(classes, ids, strict=True)]
+    metadata = [[one_line(_escaped(name)), str(i)] for name, i in zip(classes, ids, strict=True)]
     from torch.utils.tensorboard import SummaryWriter  # here, so that `--help` does not wait
 
     with SummaryWriter(folder) as writer:

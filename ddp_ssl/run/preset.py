@@ -14,9 +14,11 @@ from ddp_ssl.config.files import PRESETS
 from ddp_ssl.config.reader import Layer
 from ddp_ssl.config.schema import Data, MethodConfig, Optim
 from ddp_ssl.config.text import flow
-from ddp_ssl.data.recognise import MOST, Look, look_at
+from ddp_ssl.data.recognise import Look, look_at
 from ddp_ssl.driver import gpu_is_meant
+from ddp_ssl.errors import ConfigError
 from ddp_ssl.utils.launcher import has_bf16, rank_and_size
+from ddp_ssl.utils.text import counted
 
 # The largest side in pixels of images for which a preset is.
 SIDES = {32: 40, 64: 80, 128: 176, 224: math.inf}
@@ -48,9 +50,8 @@ class Preset:
         side, bound = self._side()
         self.path = PRESETS / f"{side}.yaml"
         place = data.root or data.files
-        number = f"{MOST} or more" if self.look.images >= MOST else str(self.look.images or "some")
         self.headline = (
-            f"{place or self.look.name}: {number} {self.look.what} to train on, about "
+            f"{place or self.look.name}: {self.look.number} {self.look.what} to train on, about "
             f"{self.look.side} pixels a side: preset/{side}{bound}"
         )
         self.name: list[Layer] = []
@@ -83,7 +84,8 @@ class Preset:
     def choices(self, preset: Mapping[str, Any], method: type[MethodConfig]) -> list[Choice]:
         """What replaces the preset's values; keys that the user typed are left alone.
 
-        `preset`: the tree of its YAML.
+        `preset`: the tree of its YAML. Raises `ConfigError` if the images are too few for the
+        processes.
         """
         values = {
             f"{section}.{key}": value
@@ -105,14 +107,16 @@ class Preset:
         if count < SMALL and values["model.backbone"] == "resnet50" and count:
             choose("model.backbone", "resnet18", f"fewer than {SMALL} images")
         before, name = preset["data"]["batch_size"], preset["optim"]["name"]
-        if count:
+        if count and "batch_size" not in self._typed.get("data", {}):
             choose("data.batch_size", *self._batch(before))
-        elif not self._gpu:
+        elif not count and not self._gpu:
             choose("data.batch_size", CPU_BATCH, "a CPU")
         batch = values["data.batch_size"]
         if values["optim.name"] != name:
-            rate = method.recipe.get("optim", {}).get("lr", Optim().lr)
-            choose("optim.lr", rate, f"the recipe's rate; the preset's is for {name}")
+            recipe = {**Optim().model_dump(), **method.recipe.get("optim", {})}
+            for key, what in (("lr", "rate"), ("weight_decay", "decay")):
+                reason = f"the recipe's {what}; the preset's is for {name}"
+                choose(f"optim.{key}", recipe[key], reason)
         elif name == "adamw":
             peak = preset["optim"]["lr"] * before / 256
             rate = float(f"{peak * 256 / batch:.3g}")
@@ -122,26 +126,42 @@ class Preset:
             choose("optim.epochs", *self._epochs(steps))
         epochs = values["optim.epochs"]
         warmup = min(preset["optim"]["warmup_epochs"], epochs / 10)
-        choose("optim.warmup_epochs", warmup, f"a tenth of {epochs} epochs")
+        choose("optim.warmup_epochs", warmup, f"a tenth of {counted(epochs, 'epoch')}")
         if "alpha_every" in method.model_fields:
             every = max(1, epochs // MEASUREMENTS)
-            choose("method.alpha_every", every, f"about {MEASUREMENTS} measurements of alpha")
+            often = counted(epochs // every, "measurement")
+            choose("method.alpha_every", every, f"about {often} of alpha")
         return made
 
     def _batch(self, largest: int) -> tuple[int, str]:
         """The images of a step: a power of two, or a multiple of the processes."""
         count, size = self.look.images, rank_and_size()[1]
+        if 1 < count < 2 * size:  # one image is refused with the reason when the data are there
+            raise ConfigError(
+                f"data.batch_size: {count} images to train on, and a step takes at least 2 for "
+                f"each of {size} processes; accepted: at most "
+                f"{counted(count // 2, 'process', 'processes')}, or more images"
+            )
         bound = largest if self._gpu else min(largest, CPU_BATCH)
         fits = max(2, count // STEPS_PER_EPOCH)
-        batch = min(bound, 2 ** int(math.log2(fits)))
-        least = 2 * size
-        batch = max(least, -(-batch // size) * size)
-        few = f"{count} images: at least {STEPS_PER_EPOCH} steps an epoch"
-        return batch, few if fits < bound else "a CPU" if not self._gpu else f"{size} processes"
+        wanted = min(bound, 2 ** int(math.log2(fits)))
+        batch = max(2 * size, -(-wanted // size) * size)
+        if batch > wanted:
+            return batch, f"{size} processes"
+        if fits >= bound:
+            return batch, "a CPU"
+        if count // batch < STEPS_PER_EPOCH:
+            return batch, "few images"
+        return batch, f"{self.look.number} images: at least {STEPS_PER_EPOCH} steps an epoch"
 
     def _epochs(self, steps: int) -> tuple[int, str]:
         if self._gpu:
             epochs = min(max(LEAST_EPOCHS, -(-STEPS // steps)), MOST_EPOCHS)
-            return epochs, f"{steps} steps an epoch: {epochs * steps} steps"
-        epochs = min(-(-CPU_STEPS // steps), MOST_EPOCHS)
-        return epochs, f"{steps} steps an epoch, on a CPU: {epochs * steps} steps; more learn more"
+        else:
+            epochs = min(-(-CPU_STEPS // steps), MOST_EPOCHS)
+        an_epoch, total = f"{counted(steps, 'step')} an epoch", f": {epochs * steps} steps"
+        if self.look.capped:  # the steps are not known
+            an_epoch, total = f"{self.look.number} images", ""
+        if self._gpu:
+            return epochs, an_epoch + total
+        return epochs, f"{an_epoch}, on a CPU{total}; more learn more"

@@ -21,7 +21,7 @@ from ddp_ssl.utils.launcher import rank_and_size
 logger = logging.getLogger("ddp_ssl")
 
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-ANSWER = "stopping after this step"
+ANSWER = "stopping as soon as possible"  # during a start, a validation or a save too
 # The terminal sends a Ctrl-C to all workers, and torchrun sends it to them again.
 ONE_KEYSTROKE_S = 1.0
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h

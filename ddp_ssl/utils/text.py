@@ -9,6 +9,11 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """`1 step`, `2 steps`; `plural` where it is not the noun and an s."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
 def suggest(word: str, known: Iterable[str], cutoff: float = 0.4) -> str:
     """`; did you mean X?` with the closest of the known words, or nothing if none is close."""
     close = difflib.get_close_matches(word, list(known), 1, cutoff)
