@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -175,6 +177,24 @@ def raises_on_one(z: Tensor) -> Tensor:
 
 def dies(z: Tensor) -> Tensor:
     os._exit(3)
+
+
+def leaves(z: Tensor) -> Tensor:
+    sys.exit(0)
+
+
+def slow(a: Tensor, b: Tensor) -> Tensor:
+    """Right, and slow on the whole batch, for which the other processes wait."""
+    if dist.get_world_size() == 1:
+        time.sleep(0.5)
+    return right(a, b)
+
+
+def __getattr__(name: str) -> object:
+    """`missing_on_one`, which process 1 cannot load."""
+    if name == "missing_on_one" and os.environ["RANK"] != "1":
+        return right
+    raise AttributeError(f"module 'tests.planted' has no attribute {name!r}")
 
 
 def constant(z: Tensor) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import queue
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from ddp_ssl import distributed
 from ddp_ssl.checks import oracle
 from ddp_ssl.commands import verify
 from ddp_ssl.config import ConfigError
@@ -68,6 +72,7 @@ def test_local_batch_norm_is_found(ranks: Ranks) -> None:
     ("target", "text"),
     [
         ("tests.planted:raises_on_one", "RuntimeError: no such row [W = 2, rank 1]"),
+        ("tests.planted:leaves", "SystemExit: 0 [W = 1, rank 0]"),
         ("tests.planted:constant", "returned a loss that has no gradient [W = 1, rank 0]"),
         ("tests.planted:rows", "returned a tensor [12]; a scalar tensor, or `.loss`, is accepted"),
         ("tests.planted:three", "has 3 positional parameters without a default; one ([K, N, d])"),
@@ -99,6 +104,87 @@ def test_the_gradient_of_each_part_counts() -> None:
     assert word(float("nan"), 0.0) == "gradient wrong"
     with pytest.raises(ConfigError, match="value or gradient is not finite in one process"):
         oracle.judge({1: [result(float("inf"), 0.0)]})
+
+
+def test_a_value_of_zero_but_for_rounding_is_right() -> None:
+    def word(value: float) -> str:
+        one, others = (
+            oracle.Measured(found, found, 1.5e-8, dict.fromkeys((2, 3, 4), found))
+            for found in (oracle.Result(v, {"z": np.ones(2)}) for v in (1e-17, value))
+        )
+        return oracle.judge({1: [one], 2: [others] * 2, 3: [others] * 3, 4: [others] * 4})[1]
+
+    assert word(-2e-17) == "exact"
+    assert word(1e-10) == "value wrong"
+
+
+class Sent(list[Any]):
+    """What `verify` sends results into."""
+
+    put = list.append
+
+
+def all_sizes(rank_port: int, target: str, limit_s: float) -> Sent:
+    """What a process of `verify` sends, with another limit of the collectives."""
+    sent = Sent()
+    with (
+        mock.patch.dict(os.environ),
+        mock.patch.object(oracle, "TIMEOUT_S", limit_s),
+    ):
+        verify._work(int(os.environ["RANK"]), rank_port, [target], SHAPE, (), sent)
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("target", "word"), [("slow", "exact"), ("one_more", "collectives differ")]
+)
+def test_a_slow_loss_is_no_other_collective(ranks: Ranks, target: str, word: str) -> None:
+    """Alone, it takes longer than the limit, while the other processes wait for the next size."""
+    store, port = distributed.open_store()
+    sent = ranks.launch(all_sizes, 4, port, f"tests.planted:{target}", 4.0)
+    del store
+    found = {key: result for each in sent for key, result in each}
+    assert len(found) == 10
+    by_size = {W: [found[0, W, rank] for rank in range(W)] for W in oracle.SIZES}
+    lines, given = oracle.judge(by_size)
+    assert given == word, lines
+
+
+def test_a_module_that_one_process_cannot_load_is_said_at_once(ranks: Ranks) -> None:
+    """The others do not wait for it in a group."""
+    store, port = distributed.open_store()
+    sent = ranks.launch(all_sizes, 4, port, "tests.planted:missing_on_one", 60.0)
+    del store
+    found = {key: result for each in sent for key, result in each}
+    by_size = {W: [found[0, W, rank] for rank in range(W)] for W in oracle.SIZES}
+    assert isinstance(by_size[1][0], oracle.Measured)
+    others = [by_size[W][rank] for W in (2, 3, 4) for rank in range(W) if rank != 1]
+    why = oracle.Failed("another process could not load it", True)
+    assert all(other == why for other in others)
+    with pytest.raises(ConfigError, match=r"cannot be imported: .* \[W = 2, rank 1\]"):
+        oracle.judge(by_size)
+
+
+class Ended:
+    """Processes of which one has ended without an error."""
+
+    def __init__(self, codes: list[int | None]) -> None:
+        self.processes = [mock.Mock(exitcode=code) for code in codes]
+
+    def join(self, timeout: float) -> bool:
+        return all(process.exitcode is not None for process in self.processes)
+
+
+def test_a_process_that_ends_without_a_result_is_an_error() -> None:
+    """Of one that has sent its last result, the others are waited for."""
+    results: queue.Queue[Any] = queue.Queue()
+    for codes in ([0, 0, 0, 0], [None, None, 0, None]):
+        processes = Ended(list(codes))
+        with pytest.raises(ConfigError, match=r"died while it ran a:b: process \d ended without"):
+            verify._receive("a:b", processes, results, {}, (0, 4))
+        assert all(process.terminate.called for process in processes.processes)
+    received: dict[Any, Any] = {(0, 4, 2): oracle.Failed("", False)}
+    verify._receive("a:b", Ended([None, None, 0, None]), results, received, (0, 4))
 
 
 def test_mistakes_on_the_command_line_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

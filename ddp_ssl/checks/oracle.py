@@ -31,6 +31,7 @@ from ddp_ssl.utils.text import one_line
 
 SIZES = (1, 2, 3, 4)
 TIMEOUT_S = 60.0  # of a collective that another process does not reach
+FLOOR = 1e-3  # a number that is smaller is compared as if it had this size
 EXACT = "exact"
 
 Shape = tuple[int, int, int]
@@ -68,19 +69,31 @@ class Failed:
 # --- in every process ----------------------------------------------------------------------------
 
 
-def measure(target: str, shape: Shape, settings: Sequence[str] = ()) -> Measured | Failed:
+def measure(
+    target: str,
+    shape: Shape,
+    settings: Sequence[str] = (),
+    meet: Callable[[bool], bool] = lambda ready: ready,
+) -> Measured | Failed:
     """The loss and gradient of this process's part, in a group of its own for this call.
 
     `target`: `module:callable`, or a method, which gets the `key=value` in `settings`. `shape`:
     K views of N images, and the width d of the embeddings. The launcher's variables say which
-    process this is.
+    process this is. `meet` waits for all processes, says them whether this one is ready, and
+    returns whether all are; the others may still be at work on another world size.
     """
-    subject = None
+    subject, failed = None, None
     try:
         subject = _subject(target, shape, settings)  # before the group: imports take their time
+    except (Exception, SystemExit) as error:
+        failed = Failed(_text(error), False)
+    together = meet(failed is None)
+    if subject is None or not together:
+        return failed or Failed("another process could not load it", True)
+    try:
         world = distributed.start("cpu", TIMEOUT_S, checked=True)
     except Exception as error:
-        return Failed(_text(error), subject is not None and _differ(error))
+        return Failed(_text(error), False)
     try:
         comm = distributed.comm_of(world)
         rows = comm.rows(shape[1] // world.size)
@@ -88,8 +101,7 @@ def measure(target: str, shape: Shape, settings: Sequence[str] = ()) -> Measured
             first, tolerance = _evaluate(subject, rows, comm)
             second, _ = _evaluate(subject, rows, comm)
             local = _local(subject, shape[1]) if world.size == 1 else {}
-            failed = None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             failed = Failed(_text(error), world.size > 1 and _differ(error))
         if failed is None or not failed.differ:
             try:
@@ -103,12 +115,12 @@ def measure(target: str, shape: Shape, settings: Sequence[str] = ()) -> Measured
         distributed.stop()
 
 
-def _text(error: Exception) -> str:
+def _text(error: BaseException) -> str:
     kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
     return kind + one_line(error)[:300]
 
 
-def _differ(error: Exception) -> bool:
+def _differ(error: BaseException) -> bool:
     return "mismatch between collectives" in str(error) or distributed.others_failed(error)
 
 
@@ -339,9 +351,9 @@ def _errors(ours: Gradients, theirs: Gradients) -> dict[str, float]:
 
 
 def _error(ours: Any, theirs: Any, at_least: float = 0.0) -> float:
-    """|ours - theirs| / |theirs|; infinite where only one of them is finite."""
+    """|ours - theirs| / |theirs|, which is at least `FLOOR`; infinite if only one is finite."""
     if np.array_equal(ours, theirs, equal_nan=True):
         return 0.0
-    size = max(float(np.linalg.norm(theirs)), at_least, 1e-300)
+    size = max(float(np.linalg.norm(theirs)), at_least, FLOOR)
     error = float(np.linalg.norm(np.subtract(ours, theirs))) / size
     return error if math.isfinite(error) else math.inf

@@ -143,7 +143,7 @@ def _pack(data: Any, out: Path, shard_size: int, seed: int, workers: int) -> tup
         stamp.update(packed[name].data)
         stamp.update(sizes[name].data)
     try:
-        written = write_shards(splits, plan, out, stamp.hexdigest(), workers)
+        written = write_shards(splits, plan, out, stamp.hexdigest(), workers, data.max_pixels)
         for name, split in splits.items():
             about["splits"][name]["tars"] = [written[shard.tar]["tar"] for shard in plan[name]]
             sums = write_arrays(name, split, plan[name], written, out)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from ddp_ssl.data.datasets import shards
 from ddp_ssl.data.datasets.scan import EXTENSIONS
 from ddp_ssl.data.datasets.split import Split
-from ddp_ssl.data.loading.decodable import is_for_pil, rewritten
+from ddp_ssl.data.loading.decodable import is_for_pil, rewritten, too_large
 from ddp_ssl.utils.files import sync_folder
 from ddp_ssl.utils.progress import Progress, tell
 from ddp_ssl.utils.sealed import checksum
@@ -103,7 +103,12 @@ def refuse(bad: Unreadable, out: Path, remedy: str = "") -> None:
 
 
 def write_shards(
-    splits: dict[str, Split], plan: dict[str, list[Shard]], out: Path, stamp: str, workers: int
+    splits: dict[str, Split],
+    plan: dict[str, list[Shard]],
+    out: Path,
+    stamp: str,
+    workers: int,
+    max_pixels: int,
 ) -> dict[str, Any]:
     """Write the shards that are not there and whole; returns the journal's entry of each."""
     done = _resume(out, stamp)
@@ -122,7 +127,8 @@ def write_shards(
             progress.keep(len(shard.ids))
             return
         with _part_of(out / shard.tar) as part:
-            made = _write_shard(splits[shard.split], shard, out, bad, progress, stop, part)
+            split = splits[shard.split]
+            made = _write_shard(split, shard, out, bad, progress, stop, part, max_pixels)
         if made is not None:
             with lock:
                 done[shard.tar] = made
@@ -221,6 +227,7 @@ def _write_shard(
     progress: Progress,
     stop: threading.Event,
     part: Path,
+    max_pixels: int,
 ) -> dict[str, Any] | None:
     """Write, read back and name one shard; None if an image of it cannot be read."""
     written, at, lines, sums = hashlib.sha256(), 0, [], []
@@ -244,7 +251,7 @@ def _write_shard(
         for place, i in enumerate(shard.ids.tolist()):
             if stop.is_set():
                 return None
-            content = _read(split, i, bad)
+            content = _read(split, i, bad, max_pixels)
             if content is None:
                 complete = False
             if complete:
@@ -293,7 +300,7 @@ def _write_shard(
     }
 
 
-def _read(split: Split, i: int, bad: Unreadable) -> Any:
+def _read(split: Split, i: int, bad: Unreadable, max_pixels: int) -> Any:
     """The encoded image, noted as unreadable if there is none; an array's as a PNG."""
     if split.images is not None:
         from PIL import Image
@@ -311,7 +318,9 @@ def _read(split: Split, i: int, bad: Unreadable) -> Any:
             time.sleep(pause)
         else:
             # What DALI does not decode is packed as a PNG, so that a stream needs no PIL.
-            packed = rewritten(content) if is_for_pil(content) else content
+            packed: Any = content
+            if is_for_pil(content):
+                packed = too_large(content, max_pixels) or rewritten(content)
             if isinstance(packed, str) or not len(packed):
                 bad.add(split.where(i), packed if isinstance(packed, str) else "empty")
                 return None

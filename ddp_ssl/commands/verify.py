@@ -7,6 +7,7 @@ value and gradient, both the mean over processes as DDP takes it. docs/verify.md
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import queue
 from collections.abc import Iterator, Sequence
@@ -15,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 from ddp_ssl.commands import common
 from ddp_ssl.config import ConfigError
 from ddp_ssl.methods._registry import builtin_methods
-from ddp_ssl.utils.text import suggest
+from ddp_ssl.utils.text import one_line, suggest
 
 if TYPE_CHECKING:
     from ddp_ssl.checks.oracle import Failed, Measured, Shape
 
     Found = dict[int, list[Measured | Failed]]
+    Key = tuple[int, int, int]  # target, world size, rank
 
 SIZES = (1, 2, 3, 4)  # as the oracle's, which would bring torch
+MEETING_S = 24 * 3600.0  # a loss may be slow; processes that die are noticed at once
 PARTS = 12  # a batch of a multiple of 12 images can be split over 1 to 4 processes
 
 
@@ -105,13 +108,14 @@ def _measured(
     results = mp.get_context("spawn").Queue()
     work = (port, targets, shape, settings, results)
     processes = spawn(_work, work, SIZES[-1], join=False)  # type: ignore[no-untyped-call]
-    waiting: dict[tuple[int, int, int], Measured | Failed] = {}
+    waiting: dict[Key, Measured | Failed] = {}
+    last = len(targets) - 1, SIZES[-1]
     for number, target in enumerate(targets):
         found: Found = {}
         for size in SIZES:
             for rank in range(size):
                 while (number, size, rank) not in waiting:
-                    _receive(target, processes, results, waiting)
+                    _receive(target, processes, results, waiting, last)
             found[size] = [waiting.pop((number, size, rank)) for rank in range(size)]
         yield target, found
     while not processes.join():
@@ -119,18 +123,37 @@ def _measured(
     del store  # it lives as long as the processes
 
 
-def _receive(target: str, processes: Any, results: Any, waiting: dict[Any, Any]) -> None:
-    """One more result; raises `ConfigError` if a process has died."""
-    from torch.multiprocessing.spawn import ProcessExitedException
+def _receive(
+    target: str,
+    processes: Any,
+    results: Any,
+    waiting: dict[Key, Measured | Failed],
+    last: tuple[int, int],
+) -> None:
+    """One more result; raises `ConfigError` if a process has died.
 
+    `last` are the target and the world size of every process's last result.
+    """
+    from torch.multiprocessing.spawn import ProcessException
+
+    ended = [rank for rank, p in enumerate(processes.processes) if p.exitcode is not None]
     try:
         key, result = results.get(timeout=0.2)
         waiting[key] = result
     except queue.Empty:
         try:
             processes.join(0)
-        except ProcessExitedException as error:
-            raise ConfigError(f"a process died while it ran {target}: {error}") from None
+        except ProcessException as error:
+            why = one_line(str(error).strip().rpartition("\n")[2])
+            raise ConfigError(f"a process died while it ran {target}: {why}") from None
+        # One that has ended had sent all that it sent.
+        early = [rank for rank in ended if (*last, rank) not in waiting]
+        if early:
+            for process in processes.processes:
+                process.terminate()
+            raise ConfigError(
+                f"a process died while it ran {target}: process {early[0]} ended without a result"
+            ) from None
 
 
 def _work(
@@ -144,10 +167,17 @@ def _work(
     import torch
 
     from ddp_ssl.checks.oracle import measure
+    from ddp_ssl.distributed import meet
 
     torch.set_num_threads(1)
     for number, target in enumerate(targets):
-        for size in SIZES[rank:]:
+        for size in SIZES:
+            name = f"target {number}, {size} processes"
+            # All of them, so that nobody waits in a group for one that is at work on another size.
+            meeting = functools.partial(meet, port, name, SIZES[-1], timeout_s=MEETING_S)
+            if rank >= size:
+                meeting(True)
+                continue
             os.environ.update(
                 RANK=str(rank), WORLD_SIZE=str(size),
                 LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size), GROUP_WORLD_SIZE="1",
@@ -155,4 +185,4 @@ def _work(
                 TORCHELASTIC_USE_AGENT_STORE="True",
                 TORCHELASTIC_RESTART_COUNT=str(SIZES[-1] * number + size),
             )  # fmt: skip
-            results.put(((number, size, rank), measure(target, shape, settings)))
+            results.put(((number, size, rank), measure(target, shape, settings, meeting)))

@@ -28,6 +28,7 @@ from ddp_ssl.distributed.stop_flag import StopFlag as StopFlag
 from ddp_ssl.distributed.world import Disagreement as Disagreement
 from ddp_ssl.distributed.world import World as World
 from ddp_ssl.distributed.world import layout as layout
+from ddp_ssl.distributed.world import meet as meet
 from ddp_ssl.distributed.world import open_store as open_store
 from ddp_ssl.distributed.world import start as start
 from ddp_ssl.distributed.world import stop as stop

@@ -225,6 +225,21 @@ def open_store() -> tuple[Any, int]:
     return store, port
 
 
+def meet(port: int, name: str, size: int, ready: bool, timeout_s: float) -> bool:
+    """Wait until `size` processes have called this with `name`; whether all of them are `ready`.
+
+    `port` is that of `open_store`. Raises `RuntimeError` after `timeout_s`.
+    """
+    limit = datetime.timedelta(seconds=timeout_s)
+    store = dist.TCPStore("127.0.0.1", port, timeout=limit)  # type: ignore[attr-defined]
+    if not ready:
+        store.add(f"{name} not ready", 1)
+    if store.add(f"{name} here", 1) == size:
+        store.set(f"{name} all", "")
+    store.wait([f"{name} all"], limit)
+    return bool(store.add(f"{name} not ready", 0) == 0)
+
+
 def _place(device: torch.device) -> str:
     if device.type != "cuda":
         return "cpu"

@@ -61,11 +61,16 @@ def identity(config: Config) -> dict[str, str]:
 
 
 def whole_identity(config: Config, data: Dataset) -> dict[str, str]:
-    """The identity of the config, and digests of the images: of names and labels, of labels."""
+    """The identity of the config, and digests of the images: of names and labels, of labels.
+
+    In containers that have checksums, of these too.
+    """
     digests = {"classes": hashlib.sha256(repr(data.class_names).encode()).hexdigest()}
     for name, split in (("train", data.train), ("validation", data.val)):
         images, labels = ("none", "none") if split is None else split.identity
         digests |= {f"{name} images": images, f"{name} labels": labels}
+        if split is not None and (contents := split.contents) is not None:
+            digests[f"{name} contents in {contents[0]}"] = contents[1]
     return identity(config) | {
         name: digest if digest == UNNAMED else digest[:12] for name, digest in digests.items()
     }
@@ -77,11 +82,15 @@ def check_identity(now: dict[str, str], saved: dict[str, str], path: Path) -> No
     A setting that the checkpoint does not know counts as null. So the null of a new setting must
     mean the behaviour before that setting existed. Where one of the two has no names of images,
     their labels and classes decide; earlier checkpoints have names and know no digest of the rest.
+    What the images contain is compared where both are in a container of the same kind.
     """
     off = {key: value for key, value in now.items() if value == "null"}
     for name in ("train", "validation"):
         out = not_compared(f"{name} images", f"{name} labels", saved, now)
         saved, now = ({k: v for k, v in x.items() if k != out} for x in (saved, now))
+    both = {key for key in saved if key in now or " contents in " not in key}
+    saved = {key: value for key, value in saved.items() if key in both}
+    now = {k: v for k, v in now.items() if k in both or " contents in " not in k}
     if "classes" not in saved:
         now = {key: value for key, value in now.items() if key != "classes"}
     # Earlier versions may have counted a setting that is free now.

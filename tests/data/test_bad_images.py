@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ddp_ssl.commands import check_data
+from ddp_ssl.config import Data
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.datasets.shards import open_shards
 from ddp_ssl.data.datasets.split import Split
@@ -22,7 +23,8 @@ from ddp_ssl.data.loading import reader
 from ddp_ssl.data.loading.bad_images import BadImages, write_list
 from ddp_ssl.data.loading.loader import EvalLoader, TrainLoader
 from ddp_ssl.data.loading.order import permutation
-from ddp_ssl.data.loading.reader import UnreadableError
+from ddp_ssl.data.loading.reader import Reader, UnreadableError
+from ddp_ssl.data.loading.settings import LoaderSettings
 from ddp_ssl.distributed import MeshComm, World
 from tests.data.bad import BAD, IMAGES, broken_tables, empty, garbage, victim
 from tests.data.images import (
@@ -131,6 +133,26 @@ def test_pil_decodes_what_dali_does_not(
     trained = torch.cat([next(loader).ids for _ in range(2)])
     assert trained.tolist() == permutation(3, 0, 6).tolist()
     assert not bad.known
+
+
+def test_what_other_threads_read_explains_nothing(tmp_path: Path) -> None:
+    """`examine` says whether one of its own images is for PIL."""
+    split = folder_of(tmp_path, 3)
+    for i in (1, 2):
+        jpeg_2000(picture(i), Path(split.where(i)))
+    how = LoaderSettings.of(Data(name="folder", root=str(tmp_path)), torch.device("cpu"))
+    reader = Reader(split, lambda step: np.arange(3), how, BadImages())
+    usable = reader.usable
+
+    def meanwhile(encoded: Any, i: int) -> Any:
+        reader.load([1])
+        return usable(encoded, i)
+
+    reader.usable = meanwhile  # type: ignore[method-assign]
+    assert not reader.examine([0])
+    assert not reader.examine([1])  # known, and read as a PNG
+    assert reader.examine([0, 2])
+    reader.close()
 
 
 def test_shards_hold_images_that_dali_decodes(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from ddp_ssl.commands import pack_shards, shard_writer
 from ddp_ssl.data.datasets.shards import open_shards
@@ -49,6 +50,19 @@ def left(out: Path) -> list[str]:
 
 def has_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free, total=10**9))
+
+
+def test_an_image_too_large_for_the_config_is_not_decoded(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of those that PIL would write anew: its header is enough."""
+    Image.new("RGB", (40, 30)).save(files / "train" / "c0" / "large.jp2", "JPEG2000")
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_writer, "rewritten", None)
+        assert pack(files, tmp_path / "out", "data.max_pixels=1199") == 2
+    assert "large.jp2 (1,200 pixels, more than data.max_pixels)" in said(capsys)
+    assert pack(files, tmp_path / "other", "data.max_pixels=1200") == 0
 
 
 def test_a_small_disk_is_known_at_once(

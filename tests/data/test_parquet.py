@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -10,6 +11,7 @@ import pickle
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,14 +22,16 @@ import torch
 from PIL import Image
 
 from ddp_ssl.commands import check_data
-from ddp_ssl.config import Data
+from ddp_ssl.config import ConfigError, Data
 from ddp_ssl.data.datasets import imagenet, index, pages, parquet, registry
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.bad_images import BadImages
+from ddp_ssl.run import configure
+from ddp_ssl.run.identity import check_identity, whole_identity
 from ddp_ssl.utils.once import warn_once
 from tests.data.images import eval_of, loader_of, pack, picture, same, through_a_file, write
-from tests.data.tables import Cell, as_parquet, table_of, write_table
+from tests.data.tables import IMAGE, Cell, as_parquet, table_of, write_table
 
 
 @pytest.fixture(autouse=True)
@@ -359,6 +363,46 @@ def test_other_files_have_other_columns(tmp_path: Path) -> None:
     assert "has no column of images; it has text; accepted: a column of" in refused(tmp_path)
 
 
+def test_numbers_that_are_no_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A column of indices is no column of classes, unless the config says so."""
+    images = [cell and cell["bytes"] for cell in cells_of(2)]
+    for split in ("train", "val"):
+        table = pa.table({"image": images, "id": [7, 8]})
+        write_table(tmp_path / f"{split}.parquet", table)
+    assert loaded(tmp_path).train.labels.tolist() == [-1, -1]
+    assert "so the images have no labels: id of the parquet files may be no" in caplog.text
+    assert loaded(tmp_path, columns=["image", "id"]).train.labels.tolist() == [7, 8]
+    for split in ("train", "val"):
+        table = pa.table({"image": images, "id": [7, 8], "labels": [0, 1]})
+        write_table(tmp_path / f"{split}.parquet", table)
+    assert loaded(tmp_path).train.labels.tolist() == [0, 1]
+
+
+def test_columns_that_are_not_supported(tmp_path: Path) -> None:
+    def of(**columns: Any) -> str:
+        write_table(tmp_path / "train.parquet", pa.table(columns))
+        said = refused(tmp_path)
+        assert "fetch it again" not in said
+        return said
+
+    deep = pa.struct([("bytes", pa.struct([("bytes", pa.binary())]))])
+    said = of(image=pa.array([{"bytes": {"bytes": b"x"}}], deep))
+    assert "has no column of images; it has image" in said
+    said = of(image=[b"x", b"y"], label=pa.array([0, 2**64 - 1], pa.uint64()))
+    assert said.startswith("data.columns: 'label' of ")
+    assert "has numbers that are not supported as labels" in said
+    said = of(**{"image": pa.array([{"bytes": b"x"}]), "image.bytes": [7], "label": [0]})
+    assert "has both a column 'image.bytes' and a field of this name" in said
+
+
+def test_files_of_paths_alone_are_refused(tmp_path: Path) -> None:
+    cells: list[Cell] = [{"bytes": None, "path": f"{i}.jpg"} for i in range(3)]
+    write_table(tmp_path / "train.parquet", table_of(cells, [0, 0, 0], ["a"]))
+    for _ in range(2):  # found, and kept
+        said = refused(tmp_path)
+        assert "all 3 images to train on have no bytes in 'image', only paths; accepted: " in said
+
+
 def test_keys_that_are_for_other_data(files: Path, tables: Path) -> None:
     assert refused(files, "folder", columns=["image"]).startswith("data.columns: is for parquet")
     assert refused(tables, reader="streamed").startswith("data.reader: streamed is for shards")
@@ -408,6 +452,21 @@ def test_imagenet100_in_an_order_of_its_own(tmp_path: Path) -> None:
     hundred = imagenet.imagenet100()
     assert found.class_names == hundred
     assert found.train.labels.tolist() == [hundred.index("n02869837"), 0, 99]
+
+
+def test_a_wnid_is_its_class_in_any_order(tmp_path: Path) -> None:
+    """Also where most of the others are in ImageNet's own order."""
+    wnids = list(imagenet.table())
+    names = [*wnids[1:4], wnids[0], *wnids[4:]]
+    found = loaded(imagenet_of(tmp_path, names, [0, 3, 9]), "imagenet")
+    assert found.train.labels.tolist() == [1, 0, 9]
+
+
+@pytest.mark.parametrize("largest", [99, 998, 1000])
+def test_other_numbers_than_imagenet_s_need_names(tmp_path: Path, largest: int) -> None:
+    root = imagenet_of(tmp_path, None, [0, largest])
+    for name in ("imagenet", "imagenet100"):
+        assert f"has labels up to {largest} without names of the classes" in refused(root, name)
 
 
 def test_an_imagenet100_of_other_classes_is_refused(tmp_path: Path) -> None:
@@ -518,6 +577,43 @@ def test_a_damaged_part_of_a_file_costs_its_images(
             assert cell is not None
             assert split.read(i).tobytes() == cell["bytes"]
 
+    # It is not kept: the file is looked at again, and an undamaged one of the same time is read.
+    caplog.clear()
+    loaded(tmp_path)
+    assert "4 images in row group 1 are damaged" in caplog.text
+    before = path.stat()
+    write_table(path, table, row_group_size=4, use_dictionary=False)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert len(encoded(loaded(tmp_path).train)) == 12
+
+
+@pytest.mark.parametrize("failures", [1, 9])
+def test_an_error_of_the_file_system_is_no_damage(
+    tables: Path, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """A stale file is opened again; where it stays so, nothing is kept."""
+    real, raised = pages.pages, 0
+
+    def stale(*arguments: Any) -> Any:
+        nonlocal raised
+        for number, page in enumerate(real(*arguments)):
+            if number and raised < failures:
+                raised += 1
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            yield page
+
+    monkeypatch.setattr(index, "RETRIES", (0.0, 0.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "pages", stale)
+        if failures > 1:
+            said = refused(tables)
+            assert said.startswith("data.root: ")
+            assert said.endswith(".parquet cannot be read: [Errno 116] Stale file handle")
+        else:
+            assert all(encoded(loaded(tables).train))
+    assert raised
+    assert all(encoded(loaded(tables).train))
+
 
 def test_files_that_are_not_whole(tables: Path, tmp_path: Path) -> None:
     root = shutil.copytree(tables, tmp_path / "root")
@@ -536,6 +632,20 @@ def test_encodings_that_are_not_read(tmp_path: Path, encoding: str) -> None:
         column_encoding={"image.bytes": encoding},
     )  # fmt: skip
     assert f"its images have the encoding {encoding}, which is not read" in refused(tmp_path)
+
+
+def test_an_offset_of_zero_is_no_dictionary(tmp_path: Path) -> None:
+    """Some writers write 0 where there is no dictionary."""
+    path = write_table(
+        tmp_path / "t.parquet", pa.table({"x": [b"one", b"two"]}), use_dictionary=False
+    )
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    fields = ("compression", "data_page_offset", "total_compressed_size", "num_values")
+    about = {name: getattr(chunk, name) for name in fields}
+    zero = SimpleNamespace(**about, has_dictionary_page=True, dictionary_page_offset=0)
+    with path.open("rb") as file:
+        (page,) = pages.pages(file, zero, 1)
+    assert [bytes(value) for value, _ in page.places()] == [b"one", b"two"]
 
 
 # --- what is kept --------------------------------------------------------------------------------
@@ -601,3 +711,62 @@ def test_a_staged_copy_is_read_and_named_as_the_original(
     pattern = data.model_copy(update={"root": f"{tables}/data/*.parquet", "name": "parquet"})
     monkeypatch.undo()
     assert registry.load(pattern, 0).val is not None
+
+
+def test_a_copy_that_the_disk_changes_is_not_kept(
+    tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Data(name="folder", root=str(tables), stage=str(tmp_path / "local"))
+    sync = os.fsync
+
+    def changed(file: int) -> None:
+        sync(file)
+        os.pwrite(file, b"?", 100)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", changed)
+        with pytest.raises(ValueError, match=r"^data.stage: the copy of .* does not read back as"):
+            registry.stage(data)
+    copy = Path(str(registry.stage(data).root))
+    for path in copy.rglob("*.parquet"):
+        assert path.read_bytes() == (tables / "data" / path.name).read_bytes()
+
+
+def test_copies_whose_names_are_alike_are_kept_apart(tmp_path: Path) -> None:
+    for i, name in enumerate(("train-0.parquet", "train/0.parquet", "val.parquet")):
+        cells: list[Cell] = [{"bytes": b"%d" % i, "path": None}]
+        write_table(tmp_path / "from" / name, table_of(cells, [0], ["a"]))
+    data = Data(name="parquet", root=str(tmp_path / "from"), stage=str(tmp_path / "local"))
+    assert encoded(registry.load(data, 0).train) == [b"1", b"0"]
+
+
+def test_what_images_contain_is_part_of_the_identity(tmp_path: Path) -> None:
+    """Of two columns with the same names; not in another container, nor in older checkpoints."""
+    first, second = cells_of(4), cells_of(8)[4:]
+    renamed = [
+        {"bytes": b["bytes"], "path": a["path"]}
+        for a, b in zip(first, second, strict=True)
+        if a and b
+    ]
+    for split in ("train", "val"):
+        table = table_of(first, [0, 1, 0, 1], ["a", "b"], other=pa.array(renamed, IMAGE))
+        write_table(tmp_path / "two" / f"{split}.parquet", table)
+
+    def identity_of(root: Path, *changes: str) -> dict[str, str]:
+        words = ["method.name=simclr", "data.name=parquet", f"data.root={root}", *changes]
+        config = configure.load(words).config
+        return whole_identity(config, registry.load(config.data, 0))
+
+    columns = [f"data.columns=[{name},label]" for name in ("image", "other")]
+    mine, other = (identity_of(tmp_path / "two", change) for change in columns)
+    check_identity(mine, dict(mine), tmp_path)
+    with pytest.raises(ConfigError, match=r"another experiment: train contents in parquet: "):
+        check_identity(other, mine, tmp_path)
+    earlier = {key: value for key, value in mine.items() if " contents " not in key}
+    check_identity(other, earlier, tmp_path)
+    check_identity(earlier, other, tmp_path)
+    assert pack(tmp_path / "two", tmp_path / "out", "data.name=parquet", columns[0]) == 0
+    packed = identity_of(tmp_path / "out")
+    check_identity(packed, other, tmp_path)
+    with pytest.raises(ConfigError, match=r"another experiment: train contents in shards: "):
+        check_identity(packed | {"train contents in shards": "0"}, packed, tmp_path)

@@ -72,7 +72,7 @@ def _wnids(name: str, given: tuple[str, ...], largest: int, where: str) -> list[
     """The WNID of each label."""
     every = list(table())
     if not given:
-        if largest >= len(every) or (name == "imagenet100" and largest < 100):
+        if largest != len(every) - 1:
             raise ValueError(
                 f"data.root: {where} has labels up to {largest} without names of the classes; "
                 f"data.name={name} looks for names, or for ImageNet-1k's numbers 0 to 999"
@@ -81,7 +81,8 @@ def _wnids(name: str, given: tuple[str, ...], largest: int, where: str) -> list[
     if len(given) == len(every):
         agreeing = sum(wnid in _candidates(word) for wnid, word in zip(every, given, strict=True))
         if agreeing > len(every) / 2:  # ImageNet's own order, whatever words some classes have
-            return every
+            pairs = zip(every, given, strict=True)
+            return [word if word in table() else wnid for wnid, word in pairs]
     preferred = set(imagenet100()) if name == "imagenet100" else set()
     found, unknown = [], []
     for word in given:

@@ -12,7 +12,9 @@ import hashlib
 import json
 import logging
 import os
+import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,14 +25,17 @@ from numpy.typing import NDArray
 
 from ddp_ssl.data.datasets.cache import cache_folder
 from ddp_ssl.data.datasets.pages import Page, Place, UnsupportedError, arrow, pages
+from ddp_ssl.data.datasets.tar import DAMAGED, EMPTY
 from ddp_ssl.errors import printable
 from ddp_ssl.utils.once import warn_once
 
 logger = logging.getLogger("ddp_ssl")
 
-VERSION = 1
+VERSION = 2
 BATCH = 32  # images that pyarrow reads at a time
-EMPTY, DAMAGED = -1, -2  # offsets of images that are not there (`tar.ABSENT`)
+BUFFER = 1 << 20  # bytes read at a time
+RETRIES = (0.1, 1.0)  # seconds, after an error of the file system that may pass
+LABELS = ("labels", "class")  # columns of labels, after `label`; other numbers may be anything
 
 Ints = NDArray[np.int64]
 
@@ -57,17 +62,31 @@ def columns_of(path: Path, wanted: list[str] | None) -> Columns:
 
     Raises `ValueError` where there is no such column or more than one.
     """
-    schema = opened(path).schema_arrow
+    file = opened(path)
+    schema = file.schema_arrow
     images = [field.name for field in schema if _holds_images(field.type)]
     numbers = [field.name for field in schema if _is_whole(field.type)]
     features = _features(schema)
     classes = [name for name in numbers if features.get(name, {}).get("_type") == "ClassLabel"]
     image, label = _chosen(path, schema.names, wanted, images, numbers, classes)
     kind = schema.field(image).type
+    if label is None and numbers and not wanted:
+        warn_once(
+            f"data.columns: unset, so the images have no labels: {', '.join(numbers)} of the "
+            f"parquet files may be no classes; data.columns=[{image},{numbers[0]}] takes it"
+        )
     nested = arrow().types.is_struct(kind)
     named = nested and "path" in [field.name for field in kind]
     names = features.get(label or "", {}).get("names") or ()
-    return Columns(image, nested, named, label, tuple(str(name) for name in names))
+    found = Columns(image, nested, named, label, tuple(str(name) for name in names))
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    for name in (found.leaf, label):
+        if leaves.count(name) > 1:  # a column's name has a dot
+            raise ValueError(
+                f"data.columns: {path} has both a column {name!r} and a field of this name in a "
+                "struct, which is not supported; accepted: files with one of them"
+            )
+    return found
 
 
 def _chosen(
@@ -88,7 +107,8 @@ def _chosen(
                     f"accepted: {', '.join(accepted) or 'none of its columns'}"
                 )
         return wanted[0], wanted[1] if len(wanted) > 1 else None
-    labels = classes or [name for name in numbers if name == "label"] or numbers
+    labels = classes or [name for name in numbers if name == "label"]
+    labels = labels or [name for name in numbers if name in LABELS]
     if not images:
         raise ValueError(
             f"data.root: {path} has no column of images; it has {', '.join(names)}; accepted: a "
@@ -106,9 +126,10 @@ def _chosen(
 
 def _holds_images(kind: Any) -> bool:
     types = arrow().types
+    kinds = [kind]
     if types.is_struct(kind):
-        return any(field.name == "bytes" and _holds_images(field.type) for field in kind)
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+        kinds = [field.type for field in kind if field.name == "bytes"]
+    return any(types.is_binary(leaf) or types.is_large_binary(leaf) for leaf in kinds)
 
 
 def _is_whole(kind: Any) -> bool:
@@ -125,15 +146,34 @@ def _features(schema: Any) -> dict[str, Any]:
 
 
 def opened(path: Path) -> Any:
-    """pyarrow's `ParquetFile`; raises `ValueError` if it is damaged."""
-    try:
-        return arrow("pyarrow.parquet").ParquetFile(
-            path, memory_map=True, pre_buffer=False, page_checksum_verification=True
-        )
-    except (OSError, arrow().ArrowException) as error:
-        raise ValueError(
-            f"data.root: {path} is damaged or cannot be read: {_first(error)}; fetch it again"
-        ) from None
+    """pyarrow's `ParquetFile`; raises `ValueError` if it is damaged or cannot be read."""
+    for pause in (*RETRIES, None):
+        try:
+            # Not mapped: reading a mapped file that was cut meanwhile would end the process.
+            return arrow("pyarrow.parquet").ParquetFile(
+                path, memory_map=False, buffer_size=BUFFER, pre_buffer=False,
+                page_checksum_verification=True,
+            )  # fmt: skip
+        except (OSError, arrow().ArrowException) as error:
+            if not _may_pass(error):
+                raise ValueError(
+                    f"data.root: {path} is damaged or cannot be read: {_first(error)}; fetch it "
+                    "again"
+                ) from None
+            _wait(path, error, pause)
+    raise AssertionError
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether it is the file system's error: pyarrow's own about a damaged file has no number."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def _wait(path: Path, error: BaseException, pause: float | None) -> None:
+    """Wait before the next attempt; raises `ValueError` if there is none."""
+    if pause is None or isinstance(error, FileNotFoundError | PermissionError):
+        raise ValueError(f"data.root: {path} cannot be read: {_first(error)}") from None
+    time.sleep(pause)
 
 
 def _first(error: BaseException) -> str:
@@ -158,7 +198,7 @@ class Table(NamedTuple):
 def read_table(path: Path, columns: Columns, stop: threading.Event) -> Table:
     """Find the images of a file. Those of a damaged part of it get no place.
 
-    Raises `ValueError` for a file that is not read.
+    Raises `ValueError` for a file that is not read, and where the file system does not give it.
     """
     file = opened(path)
     _check_schema(path, columns)
@@ -167,36 +207,23 @@ def read_table(path: Path, columns: Columns, stop: threading.Event) -> Table:
     for group in range(file.num_row_groups):
         if stop.is_set():
             break
-        count = file.metadata.row_group(group).num_rows
-        label, texts = _labels_and_paths(file, group, columns, path)
+        for pause in (*RETRIES, None):
+            try:
+                label, texts = _labels_and_paths(file, group, columns, path)
+                places = _places_of(file, path, group, columns)
+                break
+            except OSError as error:
+                _wait(path, error, pause)
+                file = opened(path)  # a stale one stays so
         labels.append(label)
         for text in texts:
             paths += text
             lengths.append(len(text))
-        places = _places(file, path, group, columns)
-        done = 0
-        try:
-            for place, value in places:
-                offset.append(place.offset)
-                size.append(place.size)
-                part.append(place.part)
-                crc.append(value)
-                done += 1
-        except UnsupportedError as error:
-            raise ValueError(
-                f"data.root: {path}: its images have {error}, which is not read; accepted: plain "
-                "values as `datasets` and pyarrow write them"
-            ) from None
-        except (OSError, ValueError, IndexError, KeyError, arrow().ArrowException) as error:
-            logger.warning(
-                "data.root: %s: %d images in row group %d are damaged: %s",
-                *(path, count - done, group, _first(error)),
-            )
-        for _ in range(count - done):
-            offset.append(DAMAGED)
-            size.append(0)
-            part.append((0, 0, 0, 0, 0))
-            crc.append(0)
+        for place, value in places:
+            offset.append(place.offset)
+            size.append(place.size)
+            part.append(place.part)
+            crc.append(value)
     return Table(
         np.concatenate(labels) if labels else np.empty(0, np.int64),
         np.array(offset, np.int64),
@@ -216,6 +243,29 @@ def _check_schema(path: Path, columns: Columns) -> None:
         raise ValueError(f"data.root: {path} has other {what} than the first file to train on")
 
 
+def _places_of(file: Any, path: Path, group: int, columns: Columns) -> list[tuple[Place, int]]:
+    """Those of `_places`, `DAMAGED` from a damaged part on; raises the file system's `OSError`."""
+    count = file.metadata.row_group(group).num_rows
+    found: list[tuple[Place, int]] = []
+    try:
+        found.extend(_places(file, path, group, columns))
+    except UnsupportedError as error:
+        raise ValueError(
+            f"data.root: {path}: its images have {error}, which is not read; accepted: plain "
+            "values as `datasets` and pyarrow write them"
+        ) from None
+    except (
+        OSError, ValueError, IndexError, KeyError, struct.error, arrow().ArrowException
+    ) as error:  # fmt: skip
+        if _may_pass(error):
+            raise
+        logger.warning(
+            "data.root: %s: %d images in row group %d are damaged: %s",
+            *(path, count - len(found), group, _first(error)),
+        )
+    return found + [(Place(DAMAGED, 0), 0)] * (count - len(found))
+
+
 def _labels_and_paths(
     file: Any, group: int, columns: Columns, path: Path
 ) -> tuple[Ints, list[bytes]]:
@@ -226,12 +276,14 @@ def _labels_and_paths(
     try:
         if columns.label is not None:
             cells = file.read_row_group(group, [columns.label], use_threads=False)[0]
-            label = cells.cast(pa.int64()).fill_null(-1).to_numpy()
+            label = _numbers(cells, columns.label, path)
         if columns.named:
             cells = file.read_row_group(group, [f"{columns.image}.path"], use_threads=False)[0]
             cells = _flat(cells.combine_chunks(), "path").cast(pa.binary())
             texts = [text or b"" for text in cells.to_pylist()]
     except (OSError, pa.ArrowException) as error:
+        if _may_pass(error):
+            raise
         raise ValueError(
             f"data.root: {path} is damaged, labels or names of row group {group}: "
             f"{_first(error)}; fetch it again"
@@ -243,6 +295,19 @@ def _labels_and_paths(
             f"{len(columns.classes) - 1}, one of its {len(columns.classes)} classes"
         )
     return label, texts
+
+
+def _numbers(cells: Any, name: str, path: Path) -> Ints:
+    """Labels as int64, -1 for none."""
+    pa = arrow()
+    try:
+        label: Ints = cells.cast(pa.int64()).fill_null(-1).to_numpy()
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"data.columns: {name!r} of {path} has numbers that are not supported as labels "
+            f"({_first(error)}); accepted: whole numbers up to 2^63 - 1"
+        ) from None
+    return label
 
 
 def _flat(cells: Any, name: str) -> Any:
@@ -306,7 +371,8 @@ def kept(file: Path) -> dict[str, Any] | None:
 
 def keep(file: Path, arrays: Mapping[str, Any]) -> None:
     """Write an archive, whole or not at all; says so where that is not possible."""
-    part = file.with_name(f".{file.stem}-{os.getpid()}.npz")
+    # Nodes share the folder, and two of them may give the same number to a process.
+    part = file.with_name(f".{file.stem}-{os.uname().nodename}-{os.getpid()}.npz")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -331,11 +397,14 @@ def place_of(*key: object) -> Path:
 def table_of(
     base: Path, name: str, columns: Columns, stamp: tuple[int, int], stop: threading.Event
 ) -> Table:
-    """The images of a file of this size and time: as they are kept, or found now and kept."""
+    """The images of a file of this size and time: as they are kept, or found now and kept.
+
+    A table with damaged images is not kept, because the damage may be gone at the next start.
+    """
     place = place_of(name, columns, stamp)
     if (found := kept(place)) is not None:
         return Table(**found)
     table = read_table(base / name, columns, stop)
-    if not stop.is_set():
+    if not stop.is_set() and DAMAGED not in table.offset:
         keep(place, table._asdict())
     return table

@@ -9,6 +9,7 @@ numpy and the standard library only; pyarrow has the codecs.
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import struct
@@ -58,7 +59,11 @@ def made_of(stored: NDArray[np.uint8], size: int, part: tuple[int, ...]) -> NDAr
     if codec == SNAPPY:
         begin = _varint(total) + (_literal(head) if head else b"")
         content = b"".join((begin, stored.data, bytes(max(after, 0))))
-    return np.frombuffer(_decompress(codec, content, total), np.uint8, size, before)
+    try:
+        made = _decompress(codec, content, total)
+    except ValueError as error:
+        raise OSError(errno.EIO, str(error)) from None
+    return np.frombuffer(made, np.uint8, size, before)
 
 
 @functools.cache
@@ -77,10 +82,10 @@ def _decompress(codec: int, content: Any, total: int) -> Any:
     name = "lz4_raw" if CODECS[codec] == "LZ4" else CODECS[codec].lower()
     try:
         made = arrow().Codec(name).decompress(content, decompressed_size=total)
-    except (ValueError, MemoryError) as error:
-        raise OSError(5, f"cannot be decompressed ({error})") from None
+    except (OSError, ValueError, MemoryError) as error:
+        raise ValueError(f"cannot be decompressed ({error})") from None
     if len(made) != total:
-        raise OSError(5, f"decompressed to {len(made)} instead of {total} bytes")
+        raise ValueError(f"decompressed to {len(made)} instead of {total} bytes")
     return made
 
 
@@ -205,13 +210,13 @@ class Page(NamedTuple):
 def pages(file: BinaryIO, chunk: Any, max_definition: int) -> Iterator[Page]:
     """The pages of a column chunk (pyarrow's `ColumnChunkMetaData`), the dictionary's first.
 
-    Raises `UnsupportedError`, and `OSError` or `ValueError` for a damaged page.
+    Raises `UnsupportedError`, `ValueError` for a damaged page, and the file system's `OSError`.
     """
     if chunk.compression not in CODECS:
         raise UnsupportedError(f"the codec {chunk.compression}")
     codec = CODECS.index(chunk.compression)
     at = chunk.data_page_offset
-    if chunk.has_dictionary_page and chunk.dictionary_page_offset is not None:
+    if chunk.has_dictionary_page and (chunk.dictionary_page_offset or 0) > 0:  # some write 0
         at = min(at, chunk.dictionary_page_offset)
     end, cells = at + chunk.total_compressed_size, chunk.num_values
     while cells > 0 and at < end:
@@ -244,7 +249,9 @@ def _page(
         raise UnsupportedError(f"the encoding {ENCODINGS.get(encoding, encoding)}")
     if encoding in DICTIONARY:
         return Page(cells, True, offset, codec, b"", b"", [])
-    content = bytes(_decompress(codec, stored, total)) if codec and total else stored
+    content = stored
+    if codec:  # also what is compressed of nothing, as where all cells are empty
+        content = bytes(_decompress(codec, stored, total)) if total else b""
     if levels < 0:  # which cells are empty; pyarrow says so too
         levels = 4 + struct.unpack_from("<I", content)[0] if max_definition else 0
     spans = []
@@ -263,7 +270,7 @@ def _read(file: BinaryIO, at: int, count: int) -> bytes:
     file.seek(at)
     content = file.read(count)
     if len(content) != count:
-        raise OSError(5, f"ends before byte {at + count}")
+        raise ValueError(f"it ends before byte {at + count}")
     return content
 
 

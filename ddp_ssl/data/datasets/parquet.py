@@ -30,7 +30,7 @@ from ddp_ssl.data.datasets.index import Columns, Ints, Table, columns_of
 from ddp_ssl.data.datasets.scan import scan
 from ddp_ssl.data.datasets.shards import ORIGIN
 from ddp_ssl.data.datasets.split import Split
-from ddp_ssl.data.datasets.tar import Shards
+from ddp_ssl.data.datasets.tar import DAMAGED, Shards
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.progress import EVERY_S
 
@@ -215,10 +215,23 @@ def load(data: Data) -> Dataset:
             made = _restore(place, data, files)
             if made is None:
                 made = _read_all(data, files, columns, stamps)
-                _keep(place, made)
+                if not any(map(_damaged, (made.train, made.val))):
+                    _keep(place, made)
     if not len(made.train):
         raise ValueError(f"data.root: {files.base}: its files to train on have no images")
+    if made.train.shards is not None and (made.train.shards.offset < 0).all():
+        why = "are damaged"
+        if not _damaged(made.train):
+            why = f"have no bytes in {columns.image!r}" + (", only paths" if columns.named else "")
+        raise ValueError(
+            f"data.root: {files.base}: all {len(made.train)} images to train on {why}; accepted: "
+            "files that hold the images' bytes, as the hub has them"
+        )
     return made
+
+
+def _damaged(split: Split | None) -> bool:
+    return split is not None and split.shards is not None and DAMAGED in split.shards.offset
 
 
 def _stamp(path: Path) -> tuple[int, int]:

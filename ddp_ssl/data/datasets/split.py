@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp_ssl.data.datasets.tar import Shards
+from ddp_ssl.data.datasets.tar import DAMAGED, Shards
 from ddp_ssl.errors import printable
 
 UNNAMED = "without names"  # in the place of a digest of names
@@ -86,6 +86,20 @@ class Split:
         """The digest, or `UNNAMED`, and SHA-256 over the labels alone: see `not_compared`."""
         labels = hashlib.sha256(np.ascontiguousarray(self.labels).data).hexdigest()
         return self.digest if self.named else UNNAMED, labels
+
+    @property
+    def contents(self) -> tuple[str, str] | None:
+        """The kind of container, and SHA-256 over the images' checksums; None without checksums.
+
+        Shards have some images as PNGs, so only the same kind of container compares. Images of a
+        damaged part of a file have no checksum.
+        """
+        if (shards := self.shards) is None or shards.crc is None:
+            return None
+        if (shards.offset == DAMAGED).any():
+            return None
+        kind = "shards" if shards.part is None else "parquet"
+        return kind, hashlib.sha256(np.ascontiguousarray(shards.crc).data).hexdigest()
 
     def known_by(self, digest: str) -> Split:
         """This split with a digest that was computed before, so that no process computes it again.

@@ -75,7 +75,8 @@ def stage_files(
 ) -> Path:
     """The same for files below `base`, of the data set `data` in `root`.
 
-    A file of the copy is known by its size and time.
+    A file of the copy is known by its size and time. There are no checksums of the original, so
+    each copy is read back and compared with what was read.
     """
 
     def stamp(file: Path) -> tuple[int, int]:
@@ -196,13 +197,14 @@ def _copy_all(
                     f"{rate / 1e6:.0f} MB/s, {(needed - copied) / rate:.0f} s left"
                 )
 
-    def copy(file: str) -> None:
+    def copy(number: int, file: str) -> None:
+        part = target / f".part-{number}"  # `a-b` and `a/b` may both be there
         if not stop.is_set():
-            _copy(root / file, target / file, target, *files[file], progress, stop)
+            _copy(root / file, target / file, part, *files[file], progress, stop)
 
     with ThreadPoolExecutor(THREADS, "ddp_ssl-stage") as pool:
         try:
-            for _ in pool.map(copy, files):
+            for _ in pool.map(copy, range(len(files)), files):
                 pass
         finally:
             stop.set()
@@ -213,27 +215,29 @@ def _copy_all(
 def _copy(
     source: Path,
     to: Path,
-    target: Path,
+    part: Path,
     size: int,
     checksum: str | None,
     progress: Callable[[int], None],
     stop: threading.Event,
 ) -> None:
-    """Copy one file, under another name until it is complete."""
-    name = "-".join(to.relative_to(target).parts)
-    part, content, done = target / f".part-{name}", hashlib.sha256(), 0
+    """Copy one file, under another name until it is complete.
+
+    Without a known checksum the copy is read back and compared with what was read of the source.
+    """
+    content, done = hashlib.sha256(), 0
     with source.open("rb", buffering=0) as read, part.open("wb", buffering=0) as write:
         while chunk := read.read(CHUNK):
             if stop.is_set():
                 return
-            if checksum is not None:
-                content.update(chunk)
+            content.update(chunk)
             view = memoryview(chunk)
             while view:
                 view = view[write.write(view) :]
             done += len(chunk)
             progress(len(chunk))
         os.fsync(write.fileno())
+        os.posix_fadvise(write.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that a disk is read
     if checksum is None and done != size:
         part.unlink()
         raise ValueError(f"data.root: {source} has {done} instead of {size} bytes; call again")
@@ -242,6 +246,19 @@ def _copy(
         raise ValueError(
             f"data.root: {source} is damaged (its checksum differs from {ABOUT}'s); "
             "pack it again with ddp-ssl pack-shards"
+        )
+    held = content if checksum is not None else hashlib.sha256()
+    if held is not content:
+        with part.open("rb", buffering=0) as read:
+            while chunk := read.read(CHUNK):
+                if stop.is_set():
+                    return
+                held.update(chunk)
+    if held.digest() != content.digest():
+        part.unlink()
+        raise ValueError(
+            f"data.stage: the copy of {source} in {to.parent} does not read back as written: "
+            "is the disk failing? accepted: a folder on another disk"
         )
     status = source.stat()
     os.utime(part, ns=(status.st_atime_ns, status.st_mtime_ns))

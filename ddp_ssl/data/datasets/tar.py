@@ -20,7 +20,8 @@ from ddp_ssl.data.datasets.pages import made_of
 from ddp_ssl.utils.sealed import checksum
 
 # Offsets of images that are not there, and why.
-ABSENT = {-1: "its cell is empty", -2: "its part of the file is damaged"}
+EMPTY, DAMAGED = -1, -2
+ABSENT = {EMPTY: "its cell is empty", DAMAGED: "its part of the file is damaged"}
 
 
 @dataclass(frozen=True, eq=False)

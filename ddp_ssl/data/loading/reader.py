@@ -152,8 +152,11 @@ class Reader:
 
     def examine(self, ids: Iterable[int]) -> bool:
         """Decode images; remember those that fail or that PIL must decode; whether any did."""
-        found, for_pil = {}, len(self._for_pil)
-        for i in dict.fromkeys(int(i) for i in ids):
+        # Other threads read other images ahead, which say nothing about these.
+        wanted, found = {int(i) for i in ids}, dict[int, str]()
+        with self._one_at_a_time:
+            known = wanted & self._for_pil
+        for i in sorted(wanted):
             if i < 0 or i in self.problems:
                 continue
             (loaded,) = self.load([i])
@@ -161,7 +164,8 @@ class Reader:
             if isinstance(result, str):
                 found[i] = result
         self.remember(found)
-        return bool(found) or len(self._for_pil) > for_pil
+        with self._one_at_a_time:
+            return bool(found) or known != wanted & self._for_pil
 
 
 class TrainBatches:
