@@ -184,7 +184,7 @@ def test_what_cannot_be_read_is_one_line(
 
     with monkeypatch.context() as patched:
         patched.setattr(recognise, "opened", broken)
-        with pytest.raises(ConfigError, match=r"^data\.files: .*images.txt cannot be .*/output"):
+        with pytest.raises(ConfigError, match=r"^data\.files: .*images.txt cannot be read: Inp"):
             load([str(file), CPU])
     # A list in UTF-16 has names that no file system takes; the run tells of them.
     file.write_text("a.png\n", encoding="utf-16")

@@ -17,7 +17,7 @@ from ddp_ssl.data.datasets import arrays, folders, parquet, registry, shards
 from ddp_ssl.data.datasets.base import absolute
 from ddp_ssl.data.datasets.lists import opened
 from ddp_ssl.data.datasets.scan import scan
-from ddp_ssl.data.loading.decodable import pixels
+from ddp_ssl.data.loading.decodable import first_line, pixels
 from ddp_ssl.errors import ConfigError
 from ddp_ssl.utils.text import counted
 
@@ -85,8 +85,11 @@ def look_at(data: Data, name: str | None) -> Look:
         text = str(error)
         if not text.startswith("data."):  # not by the readers, which name the key
             key = "files" if data.files else "root"
-            place = absolute(data.files or data.root or "")
-            text = f"data.{key}: {place} cannot be read: {text}; accepted: images that can be read"
+            place = getattr(error, "filename", None) or absolute(data.files or data.root or "")
+            text = (
+                f"data.{key}: {os.fsdecode(place)} cannot be read: {first_line(error)}; accepted: "
+                "images that whoever runs this may read"
+            )
         raise ConfigError(text) from None
 
 
