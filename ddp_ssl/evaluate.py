@@ -38,7 +38,8 @@ SOURCE
   --help           this text and every key with its type and default; of one
                    COMMAND, a section or a key if it is given
   --print-config   the resolved settings and where each value came from
-  --trust          let the run import a method from outside this package (module:Class)
+  --trust          let the run import a method from outside this package
+                   (module:Class)
 """
 
 # Keys of `run` that `dynamics` does not use: it takes them from the finished run.

@@ -18,11 +18,13 @@ from ddp_ssl.run.configure import check_trust
 USAGE = """usage: ddp-ssl resume RUN [key=value ...]
        torchrun --nproc_per_node N -m ddp_ssl.resume RUN [key=value ...]
 
-RUN: the folder of a run. Its config.yaml is used, and it goes on after its newest good checkpoint.
-key=value changes what may change when a run goes on, such as eval.every or data.root.
+RUN: the folder of a run. Its config.yaml is used, and it goes on after its
+newest good checkpoint. key=value changes what may change when a run goes on,
+such as eval.every or data.root.
   --help          this text
   --print-config  the resolved configuration and where each value came from
-  --trust         let the run import a method from outside this package (module:Class)
+  --trust         let the run import a method from outside this package
+                  (module:Class)
 """
 # Paths of a config. A relative one is meant from where the run was started.
 PATHS = {"run": ("init_from",), "data": ("root", "files", "val_files", "skip", "stage")}

@@ -55,10 +55,10 @@ def _main(words: Sequence[str], stop: StopRequest, on_step: Callable[[Any], None
     if wants_config:
         common.say(resolved.to_yaml().rstrip("\n"))
         return 0
-    for note in resolved.notes:
-        common.say(note)
     if rank_and_size()[1] == 1:  # several processes find the data together, in `training/build.py`
         common.check_data(resolved.config.data)
+    for note in resolved.notes:
+        common.say(note)
     from ddp_ssl.training.lifecycle import run
 
     return run(resolved, stop, on_step)

@@ -375,9 +375,9 @@ def test_run_folders_stay_where_they_are_named(monkeypatch: pytest.MonkeyPatch) 
     assert folder.choose(config_of("run.dir=../elsewhere")).folder == Path("../elsewhere")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "../../tmp/x")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    name = folder.default_name(config_of("model.backbone=hf-hub:timm/resnet18.a1_in1k"))
+    name = folder.default_name(config_of("method.name=tests.outside:Outside"))
     assert Path(name).name == name
-    assert name.startswith("digits-adadim-")
+    assert name.startswith("digits-outside-")
 
 
 # --- stopping ----------------------------------------------------------------------------------

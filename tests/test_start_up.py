@@ -52,6 +52,8 @@ WITHOUT_TORCH = {
     ("commands.prepare_data", "--help"): "usage",
     ("commands.check_data", "--help"): "usage",
     ("commands.pack_shards", "--help"): "usage",
+    ("commands.runs", "--help"): "usage",
+    ("resume", "--help"): "usage",
     ("commands.reproduce", "--help"): "usage",
 }
 WITH_TORCH = {
@@ -71,6 +73,7 @@ WITH_TORCH = {
     ("embed", "--help"): "usage",
     ("export", "--help"): "usage",
     ("commands.plot", "--help"): "usage",
+    ("commands.verify", "--help"): "usage",
     ("commands.simulate", "--help"): "usage",
 }
 

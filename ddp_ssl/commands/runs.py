@@ -1,7 +1,7 @@
 """List runs, or compare some of them.
 
-    ddp-ssl runs [DIR]         every run in DIR (default: runs), the one that wrote last at the end
-    ddp-ssl runs RUN RUN ...   the settings in which they differ, and their last figures
+    ddp-ssl runs [DIR]         every run in DIR (default: runs), the newest last
+    ddp-ssl runs RUN RUN ...   the settings that differ, and the last figures
 
 Reads the run folders only. docs/runs.md says what the states mean.
 """

@@ -1,7 +1,8 @@
 """Is a loss on W processes the loss of one process with the whole batch?
 
-Runs it on 1 to 4 processes of this machine, which hold different parts of one batch, and compares
-value and gradient, both the mean over processes as DDP takes it. docs/verify.md explains.
+Runs it on 1 to 4 processes of this machine, which hold different parts of one
+batch, and compares value and gradient, both the mean over processes as DDP
+takes it. docs/verify.md explains.
 """
 
 from __future__ import annotations

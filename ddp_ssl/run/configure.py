@@ -66,8 +66,8 @@ def load(arguments: Sequence[str], trusted: str = "*") -> Resolved:
         layers = _for_method(layers[0][1], method)
     else:
         # Again, now that the types of the method's own keys are known.
-        own = layers[0][1].get("method") or {}
-        another = "name" in own and named(layers[0][1]) != name  # else it is for any method
+        own = layers[0][1].get("method")  # without this section it is for any method
+        another = bool(own) and named(layers[0][1]) != name
         if another and (other := sibling(path, named(layers[0][1]), name)):
             notes.append(f"method.name={name}: takes {other} in place of {path.name}")
             path, text, another = other, read_text(other), False

@@ -11,7 +11,7 @@ from ddp_ssl.config import Resolved
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.models import export
-from ddp_ssl.run.configure import load
+from ddp_ssl.run.configure import DIGITS, load
 from tests.helpers import TINY, method_of
 
 DATA = ("data.val_fraction=0.3", "eval.batch_size=16")
@@ -20,7 +20,8 @@ DATA = ("data.val_fraction=0.3", "eval.batch_size=16")
 def make_run(folder: Path, photos: Path, *overrides: str) -> Learner:
     """A run on `photos` that ended at step 7; the newest checkpoint differs from the best."""
     data = ("data.name=folder", f"data.root={photos}")
-    resolved: Resolved = load([*TINY, *data, *DATA, *overrides])
+    base = str(DIGITS / "default.yaml")
+    resolved: Resolved = load([base, *TINY, *data, *DATA, *overrides])
     config = resolved.config
     learner = Learner(method_of(config, dtype=torch.float32), 4)
     val = registry.load(config.data, config.run.seed).val
