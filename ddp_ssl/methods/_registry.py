@@ -59,7 +59,19 @@ def load_method(name: str) -> Any:
 
 
 def make_method(config: Config, comm: Comm) -> Method[Any]:
-    """The configured method, with its batch norms made global."""
-    method = cast("Method[Any]", load_method(config.method.name)(config, comm))
+    """The configured method, with its batch norms made global.
+
+    Raises `ValueError`, one line, for one that does not fit into memory.
+    """
+    try:
+        method = cast("Method[Any]", load_method(config.method.name)(config, comm))
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        raise ValueError(
+            f"method.name: {config.method.name} does not fit into this machine's memory with these "
+            f"settings: {one_line(error)[:200]}; smaller widths, queues or numbers of prototypes "
+            "are accepted"
+        ) from None
     method.finish()
     return method

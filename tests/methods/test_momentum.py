@@ -11,10 +11,12 @@ from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor
 
 from ddp_ssl import optim
+from ddp_ssl.comm import ONE_PROCESS
 from ddp_ssl.config import ConfigError
 from ddp_ssl.losses.common import unit_rows
 from ddp_ssl.methods._momentum import follow, momentum_at
 from ddp_ssl.methods._queue import Queue
+from ddp_ssl.methods._registry import make_method
 from ddp_ssl.methods.base import Method, Progress
 from tests.helpers import batch_of, config_of, images, method_of, relative
 from tests.losses import oracles
@@ -140,6 +142,13 @@ def test_a_queue_smaller_than_a_batch_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"method\.queue_size: 11 rows cannot take the 12 images"):
         config_of(f"method.name={name}", "method.queue_size=11")
     config_of(f"method.name={name}", "method.queue_size=12")
+
+
+def test_a_queue_beyond_the_memory_is_one_line() -> None:
+    large = ("method.queue_size=2000000000", "model.projector=[24, 65536]")  # 500 TB
+    config = config_of("method.name=mocov2plus", *large)
+    with pytest.raises(ValueError, match=r"^method\.name: mocov2plus does not fit into .* memory"):
+        make_method(config, ONE_PROCESS)
 
 
 # --- which view predicts which -----------------------------------------------------------------
