@@ -36,7 +36,7 @@ from ddp_ssl.config import Config, Model
 from ddp_ssl.evals.settings import config_of_run
 from ddp_ssl.evals.weights import fill, find_source, read_source
 from ddp_ssl.models import STEM_PADDING, architecture, build_backbone, loading_snippet
-from ddp_ssl.utils.files import path_of
+from ddp_ssl.utils.files import json_file, path_of
 from ddp_ssl.utils.text import one_line
 
 Form = Literal["timm", "torchvision", "safetensors", "onnx"]
@@ -371,12 +371,8 @@ def _settings(identity: dict[str, str]) -> list[str]:
 
 def _command(path: Path) -> str:
     """The command that started the run, as its folder says."""
-    try:
-        home = path.parent.parent
-        command: str = json.loads((home / "environment.json").read_text())["command"]
-        return command
-    except (OSError, ValueError, KeyError):
-        return "ddp-ssl train, with the settings below"
+    about = json_file(path.parent.parent / "environment.json")
+    return str(about.get("command", "ddp-ssl train, with the settings below"))
 
 
 def _sha256(path: Path) -> str:

@@ -3,7 +3,6 @@
 Under torchrun and srun `-m ddp_ssl.resume RUN` takes the place of `-m ddp_ssl.train CONFIG ...`.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from ddp_ssl import train
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, ConfigError, read_yaml
 from ddp_ssl.run.configure import check_trust
+from ddp_ssl.utils.files import json_file
 
 USAGE = """usage: ddp-ssl resume RUN [key=value ...]
        torchrun --nproc_per_node N -m ddp_ssl.resume RUN [key=value ...]
@@ -65,8 +65,6 @@ def arguments_of(words: Sequence[str]) -> list[str]:
     method = read_yaml(config).get("method")
     name = str(method.get("name", "")) if isinstance(method, dict) else ""
     check_trust(name, trusted)  # the folder may be anybody's
-    if trusted not in ("", "*", name):
-        raise ConfigError(f"method.name: {folder} is of {name}, not {trusted}")
     consent = [f"method.name={name}"] if ":" in name else []
     # A run that began with the weights of another one goes on with its own.
     own = [f"run.dir={folder}", "run.resume=auto", "run.init_from="]
@@ -79,9 +77,8 @@ def _is_place(word: str) -> bool:
 
 def _absolute(config: Path) -> list[str]:
     """`key=value` for the config's relative paths, from where the run was started."""
-    try:
-        start = str(json.loads((config.parent / "environment.json").read_text())["cwd"])
-    except (OSError, ValueError, KeyError, TypeError):  # of an earlier version, or damaged
+    start = json_file(config.parent / "environment.json").get("cwd")
+    if not isinstance(start, str):  # of an earlier version, or damaged
         return []
     tree = read_yaml(config, Config)
     found = []

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import random
 import re
@@ -34,6 +33,7 @@ from ddp_ssl.commands.runs import overviews, table
 from ddp_ssl.config import ConfigError, check_world_size
 from ddp_ssl.config.files import find_config
 from ddp_ssl.run.configure import load
+from ddp_ssl.utils.files import json_file
 
 # Run once per job, before srun. Node addresses are used because node names need not resolve. The
 # CPUs of a node are shared among its tasks here, because sbatch's CPUs per task do not reach srun.
@@ -330,10 +330,7 @@ def _free_port() -> int:
 
 def _status(folder: Path) -> str:
     """The state in `status.json`, or `not started`."""
-    try:
-        return str(json.loads((folder / "status.json").read_text())["state"])
-    except (OSError, ValueError, KeyError):
-        return "not started"
+    return str(json_file(folder / "status.json").get("state", "not started"))
 
 
 def _about_job(job_id: str) -> dict[str, str]:

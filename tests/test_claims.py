@@ -226,15 +226,20 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("place", ["next", "same name", "gone"])
-def test_a_holder_that_was_replaced_ends_at_once(tmp_path: Path, place: str) -> None:
-    """As after a suspension that was longer than its limit; a claim alone that goes comes back."""
+def holder(folder: Path) -> tuple[subprocess.Popen[str], Path]:
+    """A process that holds the folder, and its claim."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)],
+        [sys.executable, "-c", HOLD, str(folder)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
-    path = tmp_path / process.stdout.readline().strip()
+    return process, folder / process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("place", ["next", "same name", "gone"])
+def test_a_holder_that_was_replaced_ends_at_once(tmp_path: Path, place: str) -> None:
+    """As after a suspension that was longer than its limit; a claim alone that goes comes back."""
+    process, path = holder(tmp_path)
     first = path.stat().st_mtime
     deadline = time.monotonic() + 30
     while path.stat().st_mtime == first and time.monotonic() < deadline:
@@ -262,12 +267,7 @@ def test_a_holder_that_was_replaced_ends_at_once(tmp_path: Path, place: str) -> 
 
 def test_an_own_claim_that_cannot_be_read_is_written_again(tmp_path: Path) -> None:
     """As after a crash of the file server; and the newest of ten claims is the last."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    path = tmp_path / process.stdout.readline().strip()
+    process, path = holder(tmp_path)
     text, deadline = path.read_text(), time.monotonic() + 30
     path.write_text("")
     while path.read_text() != text and time.monotonic() < deadline:

@@ -66,11 +66,8 @@ def of_run(folder: Path, accuracy: str) -> Model:
     wanted = ("rep/effective_rank_r", "rep/mutual_information", accuracy)
     last: dict[str, float] = {}
     path = folder / "metrics.jsonl"
-    try:
-        for row in read_metrics(path):
-            last.update({name: float(row[name]) for name in wanted if name in row})
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: a line is no row of metrics: {error}") from None
+    for row in read_metrics(path):
+        last.update({name: float(row[name]) for name in wanted if name in row})
     lacking = [name for name in wanted if not math.isfinite(last.get(name, math.nan))]
     if lacking:
         raise ValueError(f"{folder}: {lacking[0]} is not in its metrics.jsonl")

@@ -64,8 +64,6 @@ def read(folder: Path) -> Run:
                 run.add(float(row["epoch"]), row)
         except KeyError:
             raise ValueError(f"{metrics}: a row has no epoch") from None
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{metrics}: a line is no row of metrics: {error}") from None
     for measured in dynamics.latest(folder / dynamics.FILE):
         run.add(measured.epoch, measured.metrics)
     if not any(name.startswith(("rep/", "eval/")) for name in run.curves):

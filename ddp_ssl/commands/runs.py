@@ -160,5 +160,5 @@ def _figures(folder: Path) -> dict[str, str]:
         }
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: a line is no row of metrics: {error}") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

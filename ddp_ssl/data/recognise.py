@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import statistics
@@ -19,6 +18,7 @@ from ddp_ssl.data.datasets.lists import opened
 from ddp_ssl.data.datasets.scan import scan
 from ddp_ssl.data.loading.decodable import first_line, pixels
 from ddp_ssl.errors import ConfigError
+from ddp_ssl.utils.files import json_file
 from ddp_ssl.utils.text import counted
 
 if TYPE_CHECKING:
@@ -124,10 +124,7 @@ def _name_of(data: Data) -> str:
         return "list" if data.files else data.name
     root = absolute(data.root)
     if shards.is_shards(root):
-        try:
-            name = str(json.loads((root / shards.ABOUT).read_text())["name"])
-        except (OSError, ValueError, KeyError, TypeError):  # `find` says so
-            return "folder"
+        name = str(json_file(root / shards.ABOUT).get("name"))  # `find` says what is wrong
         return name if name in registry.DATASETS else "folder"
     found = [
         name

@@ -1,6 +1,5 @@
 """Results of an evaluation: tables to read and paste, JSON for programs."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from ddp_ssl.evals.accuracy import Accuracy, Interval, over_images, over_seeds
 from ddp_ssl.evals.finetune import FinetuneResult
 from ddp_ssl.evals.linear import LinearResult
 from ddp_ssl.evals.settings import Protocol
+from ddp_ssl.utils.files import json_file
 from ddp_ssl.utils.text import markdown_lines
 
 FEW_CLASSES = 20  # up to this many classes are all listed; of more, the worst and the best
@@ -182,11 +182,8 @@ def free_name(folder: Path, name: str, settings: Mapping[str, Any]) -> Path:
     """`NAME` in the folder, or `NAME-2`, ... if the file of that name has other settings."""
     path, count = folder / name, 1
     while (old := path.with_name(path.name + ".json")).exists():
-        try:
-            if json.loads(old.read_text())["settings"] == settings:
-                break
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+        if json_file(old).get("settings") == settings:
+            break
         count += 1
         path = folder / f"{name}-{count}"
     return path

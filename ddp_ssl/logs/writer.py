@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ddp_ssl.utils.files import replaced, sync
+from ddp_ssl.utils.files import json_mapping, replaced, sync
 from ddp_ssl.utils.launcher import ranges
 
 logger = logging.getLogger("ddp_ssl")
@@ -196,15 +196,21 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float | int]]:
-    """The rows of a `metrics.jsonl`, numbers restored; a half-written last line is left out."""
+    """The rows of a `metrics.jsonl`, numbers restored; a half-written last line is left out.
+
+    Raises `ValueError`, one line, for a line that is no row of numbers.
+    """
     with open(path, "rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
-            yield {
-                name: float(value) if isinstance(value, str) else value
-                for name, value in json.loads(line).items()
-            }
+            try:
+                row = {name: _as_number(value) for name, value in json_mapping(line).items()}
+            except ValueError:
+                row = {}
+            if not row:
+                raise ValueError(f"{path}: a line is no row of metrics: line {number}")
+            yield row
 
 
 def mend(path: Path, step: int, offset: int, crc: int | None) -> None:
@@ -283,6 +289,15 @@ def _says_nothing(name: str, value: float | int) -> bool:
 
 def _plain(value: float | int) -> float | int:
     return value if type(value) is int else float(value)
+
+
+def _as_number(value: Any) -> float | int:
+    """A number as `_as_json` wrote it; raises `ValueError`."""
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, str):
+        return float(value)
+    raise ValueError
 
 
 def _as_json(value: float | int) -> float | int | str:

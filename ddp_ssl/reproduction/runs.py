@@ -1,7 +1,6 @@
 """The runs of a table: their folders, whether they ended, and starting those that did not."""
 
 import fcntl
-import json
 import os
 import queue
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from ddp_ssl.config import ConfigError
 from ddp_ssl.reproduction import configs
 from ddp_ssl.reproduction.cells import Cell, Table
+from ddp_ssl.utils.files import json_file
 from ddp_ssl.utils.text import one_line
 
 OFFLINE = "linear"  # the measure that the offline evaluation makes
@@ -62,10 +62,7 @@ class Run:
 
         While Slurm has its job: `queued`, whatever an earlier start left, or `evaluation queued`.
         """
-        try:
-            state = str(json.loads((self.folder / "status.json").read_text())["state"])
-        except (OSError, ValueError, KeyError):
-            state = "not run"
+        state = str(json_file(self.folder / "status.json").get("state", "not run"))
         if state == "done" and self.linear and not self.evaluated.exists():
             return "evaluation queued" if _in_slurm(self.marker("to evaluate")) else "to evaluate"
         if state != "done" and _in_slurm(self.marker(state)):

@@ -95,12 +95,17 @@ def load(arguments: Sequence[str], trusted: str = "*") -> Resolved:
 
 
 def check_trust(method: str, trusted: str) -> None:
-    """Raise `ConfigError` for a method from outside the package that is not `trusted`."""
+    """Raise `ConfigError` for a method from outside the package that is not `trusted`.
+
+    Another method that is `trusted` by its name is a mistake.
+    """
     if ":" in method and trusted not in (method, "*"):
         raise ConfigError(
             f"method.name: {method} would be imported from outside this package; if you trust it, "
             f"method.name={method} or --trust is accepted"
         )
+    if trusted not in ("", "*", method):
+        raise ConfigError(f"method.name: the run's is {method}, not {trusted}")
 
 
 def _preset(overrides: Sequence[str]) -> Preset | None:

@@ -16,7 +16,7 @@ from ddp_ssl.config import Config, ConfigError
 from ddp_ssl.run import claims, environment
 from ddp_ssl.run.identity import identity
 from ddp_ssl.run.status import write_status
-from ddp_ssl.utils.files import TEMPORARY, replace_text
+from ddp_ssl.utils.files import TEMPORARY, json_file, replace_text
 from ddp_ssl.utils.launcher import job_name, restarts
 
 # Files of a run that are written beside and renamed.
@@ -205,8 +205,8 @@ def write_about(folder: Path, config: str, ranks: list[str], step: int) -> None:
 def _remove_old_stop(folder: Path) -> None:
     """Remove the STOP file that an earlier start obeyed; another one is for this start."""
     stop, status = folder / "STOP", folder / "status.json"
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-        obeyed = json.loads(status.read_text())["state"] in ("preempted", "done")
+    with contextlib.suppress(FileNotFoundError):
+        obeyed = json_file(status).get("state") in ("preempted", "done")
         if obeyed and stop.stat().st_mtime <= status.stat().st_mtime:
             stop.unlink()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO, Literal
 
 from ddp_ssl.run import claims
 from ddp_ssl.run.witness import DIED
+from ddp_ssl.utils.files import json_file, json_mapping
 
 DEEPEST = 4  # folders below the one that is searched: a sweep's runs are two below `runs`
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that are read at first
@@ -70,7 +70,7 @@ def _runs_in(folder: str, depth: int) -> Iterator[str]:
 
 def overview(folder: Path, me: claims.Holder, now: float) -> Overview:
     """A run's overview; damaged files tell nothing. `me`: this process, `now`: the time."""
-    status = _json(folder / "status.json")
+    status = json_file(folder / "status.json")
     config = _text(folder / "config.yaml")
     metrics = folder / "metrics.jsonl"
     last: Row = {}
@@ -112,19 +112,6 @@ def _text(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
-
-
-def _json(path: Path) -> Row:
-    return _row(_text(path))
-
-
-def _row(line: str | bytes) -> Row:
-    """The mapping in a line of JSON; empty if there is none."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return {}
-    return row if isinstance(row, dict) else {}
 
 
 def _changed(path: Path) -> float:
@@ -172,16 +159,16 @@ def _tail(file: BinaryIO) -> tuple[Row, float | None]:
         if at >= 0 or size >= min(end, LONGEST_TAIL):
             break
         size = LONGEST_TAIL
-    last = _row(text[text.rfind(b"\n", 0, -1) + 1 :])
+    last = json_mapping(text[text.rfind(b"\n", 0, -1) + 1 :])
     measured: Row = {}
     if at >= 0:
-        measured = _row(text[text.rfind(b"\n", 0, at) + 1 : text.find(b"\n", at)])
+        measured = json_mapping(text[text.rfind(b"\n", 0, at) + 1 : text.find(b"\n", at)])
     return last, _number(measured.get("rep/embedding_std")) if measured.get("step") else None
 
 
 def _best(file: BinaryIO, folder: Path, metric: str) -> float | None:
     """The figure at the step of `best.pt`, found by bisection: rows come in the order of steps."""
-    step = _json(folder / "checkpoints" / "best.json").get("step")
+    step = json_file(folder / "checkpoints" / "best.json").get("step")
     if not isinstance(step, int):
         return None
     low, high = 0, file.seek(0, os.SEEK_END)
@@ -189,7 +176,7 @@ def _best(file: BinaryIO, folder: Path, metric: str) -> float | None:
         middle = (low + high) // 2
         file.seek(middle)
         file.readline()
-        at = _row(file.readline()).get("step")
+        at = json_mapping(file.readline()).get("step")
         if isinstance(at, int) and at < step:
             low = middle
         else:
@@ -198,7 +185,7 @@ def _best(file: BinaryIO, folder: Path, metric: str) -> float | None:
     if low:
         file.readline()
     for line in file:
-        row = _row(line)
+        row = json_mapping(line)
         if _whole(row.get("step")) > step:
             return None
         if row.get("step") == step and metric in row:

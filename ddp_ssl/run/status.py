@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import time
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from ddp_ssl.run.claims import Claim
 from ddp_ssl.run.witness import DIED, Witness
-from ddp_ssl.utils.files import replace_text
+from ddp_ssl.utils.files import json_file, replace_text
 
 logger = logging.getLogger("ddp_ssl")
 
@@ -59,10 +58,9 @@ class RunStatus:
         """Record `failed`, unless the process that failed did so itself."""
         if self.folder is None:
             return
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            status = json.loads((self.folder / "status.json").read_text())
-            if status["state"] != "running" and status.get("error") != DIED:
-                return
+        status = json_file(self.folder / "status.json")
+        if status.get("state", "running") != "running" and status.get("error") != DIED:
+            return
         self.record("failed", error=reason, retry=True)
 
     def release(self) -> None:

@@ -98,14 +98,7 @@ def build(
     validation = None
     if data.val is not None and len(data.val):
         validation = Validation(data, config, comm, device, bad)
-    network = Network(
-        learner,
-        on_device(learner, config, world),
-        optim.build(config.optim, parameter_groups(learner, config)),
-        torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16"),
-    )
-    if world.size > 1:
-        warm_up(network.module, learner, config, comm, device)
+    network = network_of(learner, config, comm, world)
     ranks = distributed.layout(world)
     continued = saved if start.same_folder else None
     writer = on_all_ranks(
@@ -127,18 +120,23 @@ def build(
         recorder, measurement, checkpointer,
     )  # fmt: skip
     report.describe(job, threads, ranks)
-    for seed_all in (torch.manual_seed, random.seed, np.random.seed):
-        seed_all(derive(config.run.seed, "rank", world.rank))
-    if saved:
-        on_all_ranks(world, lambda: restore(job, saved))
-        done = job.state
-        recorder.tell(f"resumed from {start.checkpoint} at step {done.step}, epoch {done.epoch}")
-        status.verdict = report.verdict_of(job)
-        if world.is_main:
-            status.record("running", step=done.step)
-    else:
-        epochs.begin(job)
+    begin(job, start, saved)
     return job
+
+
+def begin(job: Job, start: folder.Start, saved: dict[str, Any] | None) -> None:
+    """Begin the run, or go on from the checkpoint `saved`."""
+    world, done, status = job.world, job.state, job.setting.status
+    for seed_all in (torch.manual_seed, random.seed, np.random.seed):
+        seed_all(derive(job.setting.config.run.seed, "rank", world.rank))
+    if saved is None:
+        epochs.begin(job)
+        return
+    on_all_ranks(world, lambda: restore(job, saved))
+    job.recorder.tell(f"resumed from {start.checkpoint} at step {done.step}, epoch {done.epoch}")
+    status.verdict = report.verdict_of(job)
+    if world.is_main:
+        status.record("running", step=done.step)
 
 
 def agree(config: Config, world: World) -> None:
@@ -203,6 +201,19 @@ def images_of(data: Dataset) -> int:
     """Number of images that a run reads."""
     parts = (max(data.train, data.labelled or data.train, key=len), data.val)
     return sum(len(part) for part in parts if part is not None)
+
+
+def network_of(learner: Learner, config: Config, comm: Comm, world: World) -> Network:
+    """The learner on its device with its optimiser, after a throwaway pass on several processes."""
+    network = Network(
+        learner,
+        on_device(learner, config, world),
+        optim.build(config.optim, parameter_groups(learner, config)),
+        torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16"),
+    )
+    if world.size > 1:
+        warm_up(network.module, learner, config, comm, world.device)
+    return network
 
 
 def on_device(learner: Learner, config: Config, world: World) -> nn.Module:

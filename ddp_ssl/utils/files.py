@@ -1,10 +1,12 @@
 """Small files that are whole or absent, and on disk when a call returns."""
 
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 TEMPORARY = ".tmp"
 
@@ -12,6 +14,23 @@ TEMPORARY = ".tmp"
 def path_of(text: str) -> Path:
     """The path in an argument. `~` is the home folder; a shell leaves it alone in `--out=~/x`."""
     return Path(os.path.expanduser(text))
+
+
+def json_file(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; empty if there is no file, or another thing in it."""
+    try:
+        return json_mapping(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def json_mapping(text: str | bytes) -> dict[str, Any]:
+    """The mapping in a JSON text; empty if there is none."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def replace_text(path: Path, text: str) -> None:

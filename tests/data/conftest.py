@@ -8,9 +8,19 @@ from pathlib import Path
 import pytest
 from nvidia.dali._utils import dali_trace
 
-from tests.data.images import pack
+from tests.data.images import pack, write
 
 dali_trace.set_tracing(enabled=False)  # of each operator to its line of code: a fifth of the time
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 images to train on and 7 to validate on, in three classes."""
+    root = tmp_path_factory.mktemp("files")
+    for i in range(37):
+        kind = ".png" if i % 9 == 0 else ".jpg"
+        write(root / ("train" if i < 30 else "val") / f"c{i % 3}" / f"{i:02d}{kind}", i)
+    return root
 
 
 @pytest.fixture(scope="module")

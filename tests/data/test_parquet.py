@@ -43,16 +43,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 images to train on and 7 to validate on, in three classes."""
-    root = tmp_path_factory.mktemp("files")
-    for i in range(37):
-        kind = ".png" if i % 9 == 0 else ".jpg"
-        write(root / ("train" if i < 30 else "val") / f"c{i % 3}" / f"{i:02d}{kind}", i)
-    return root
-
-
-@pytest.fixture(scope="module")
 def tables(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return as_parquet(files, tmp_path_factory.mktemp("tables"))
 

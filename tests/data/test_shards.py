@@ -24,23 +24,13 @@ from ddp_ssl.data.datasets import registry, shards, staging
 from ddp_ssl.data.datasets.base import Dataset, Definition
 from ddp_ssl.data.datasets.shards import open_shards
 from ddp_ssl.data.datasets.split import Split
-from tests.data.images import pack, picture, write
+from tests.data.images import pack, picture
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DDP_SSL_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(shard_writer, "RETRIES", ())
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 images to train on and 7 to validate on, in three classes."""
-    root = tmp_path_factory.mktemp("files")
-    for i in range(37):
-        kind = ".png" if i % 9 == 0 else ".jpg"
-        write(root / ("train" if i < 30 else "val") / f"c{i % 3}" / f"{i:02d}{kind}", i)
-    return root
 
 
 def source(root: Path) -> Dataset:
@@ -484,8 +474,9 @@ def test_staging_in_a_folder_that_others_write_to(
         staging.stage(packed, tmp_path, lambda _: None)
     copy.unlink()
     (tmp_path / "theirs").rename(copy)
-    monkeypatch.setattr(staging, "_owner", lambda: os.geteuid() + 1)
-    copy.rename(tmp_path / copy.name.replace(f"user{os.geteuid()}", f"user{os.geteuid() + 1}"))
+    mine = os.geteuid()
+    copy.rename(tmp_path / copy.name.replace(f"user{mine}", f"user{mine + 1}"))
+    monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
     with pytest.raises(ValueError, match=refusal):
         staging.stage(packed, tmp_path, lambda _: None)
 

@@ -124,11 +124,8 @@ def _once(
     return target
 
 
-_owner = os.geteuid
-
-
 def _place(to: Path, name: str) -> Path:
-    return to / f"{name}-user{_owner()}"
+    return to / f"{name}-user{os.geteuid()}"
 
 
 def _take(target: Path) -> None:
@@ -148,7 +145,7 @@ def _take(target: Path) -> None:
 def _own(target: Path) -> None:
     """Raise `ValueError` for a folder that another user made or may have changed."""
     about = target.lstat()
-    if not stat.S_ISDIR(about.st_mode) or about.st_uid != _owner() or about.st_mode & 0o022:
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o022:
         raise ValueError(
             f"data.stage: {target} is no folder of this user alone, so its files could be another "
             "user's; accepted: another folder, or the same one without it"
