@@ -5,6 +5,7 @@ import os
 import sys
 
 from ddp_ssl import __version__
+from ddp_ssl.commands import common
 from ddp_ssl.utils.text import suggest
 
 # A command is a module with a `main(arguments)` that returns the exit code.
@@ -30,6 +31,7 @@ USAGE = "usage: ddp-ssl COMMAND [CONFIG] [key=value ...]"
 
 def main() -> int:
     """Dispatch to a command; returns the exit code."""
+    common.open_streams()
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
         # As `python -m` does, so that `method.name=my_module:MyMethod` finds a file lying here.
@@ -39,12 +41,12 @@ def main() -> int:
         module = importlib.import_module(f"ddp_ssl.{COMMANDS[command][0]}")
         return int(module.main(arguments))
     if command == "--version":
-        print(f"ddp_ssl {__version__}")
+        common.say(f"ddp_ssl {__version__}")
         return 0
     if command in ("-h", "--help"):
         lines = (f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items())
-        print("\n".join([USAGE, "", *lines]))
-        print("\nddp-ssl COMMAND --help says more; ddp-ssl --version tells the version.")
+        common.say("\n".join([USAGE, "", *lines]))
+        common.say("\nddp-ssl COMMAND --help says more; ddp-ssl --version tells the version.")
         return 0
     hint = suggest(command, COMMANDS) or f"; accepted: {', '.join(COMMANDS)}"
     print(f"ddp-ssl: error: unknown command {command!r}{hint}", file=sys.stderr)

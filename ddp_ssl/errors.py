@@ -1,4 +1,11 @@
-"""The errors that end a run. Each message is one line for people."""
+"""The errors that end a run, and what users' input causes. Each message is one line for people."""
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+LONGEST = 300  # characters of another library's text in a message
 
 
 def printable(text: str) -> str:
@@ -11,6 +18,39 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str = "") -> None:
         super().__init__(printable(message))
+
+
+def reason(error: BaseException) -> str:
+    """An error as one line: what the system says of a file, else the text of the error.
+
+    A type that says more than its text is named, with the place in the code.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    if text and isinstance(error, OSError | ValueError | RuntimeError | ImportError):
+        return text
+    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and not isinstance(error, SyntaxError):  # whose text names the place
+        text += f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+    return text
+
+
+@contextlib.contextmanager
+def refused(what: str, accepted: str = "") -> Iterator[None]:
+    """Whatever a user's input causes in the block becomes a `ConfigError`: what, why, accepted.
+
+    `what`: the key, the file or the argument, and what is wrong with it. `accepted`: what would be
+    accepted instead. The cause stays with the error: `train.log` gets its traceback.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        end = f"; {accepted}" if accepted else ""
+        raise ConfigError(f"{what}: {reason(error)[:LONGEST]}{end}") from error
 
 
 class BuildError(ConfigError):

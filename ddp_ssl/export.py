@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from ddp_ssl import models
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, Model
+from ddp_ssl.errors import reason
 from ddp_ssl.evals.settings import config_of_run
 from ddp_ssl.evals.weights import fill, find_source, read_source
 from ddp_ssl.models import STEM_PADDING, architecture, build_backbone, loading_snippet
@@ -438,15 +439,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--out", type=path_of, help="folder; RUN/export/FORMAT if not given")
     parser.add_argument("--trust", action="store_true", help=common.TRUST)
-    try:
+
+    def run() -> int:
         trusted, words = common.split_trust(sys.argv[1:] if arguments is None else arguments)
         options = parser.parse_args(words)
-        file, off = export(options.source, options.form, options.out, trusted)
-    except (OSError, ValueError, MismatchError) as error:
-        code = 1 if isinstance(error, MismatchError) else common.UNUSABLE
-        return common.refuse(one_line(error), code)
-    print(f"{file}, and README.md beside it; read back, its features are {equal(off)}")
-    return 0
+        try:
+            file, off = export(options.source, options.form, options.out, trusted)
+        except MismatchError as error:
+            return common.refuse(reason(error), 1)
+        print(f"{file}, and README.md beside it; read back, its features are {equal(off)}")
+        return 0
+
+    return common.exit_code(run)
 
 
 if __name__ == "__main__":

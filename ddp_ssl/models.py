@@ -13,6 +13,7 @@ from torch import nn
 
 from ddp_ssl.config import Config, Data, Model
 from ddp_ssl.config.backbones import check_backbone
+from ddp_ssl.errors import refused
 from ddp_ssl.utils.text import one_line
 
 # Padding of the first convolution, by `model.stem`.
@@ -91,13 +92,11 @@ def recompute(backbone: nn.Module, config: Config) -> None:
             "such as vit_small_patch16_224) is accepted"
         )
     if config.model.checkpointing:
-        try:
+        with refused(
+            f"model.checkpointing: timm's {config.model.backbone} cannot",
+            "false is accepted, or optim.accumulate",
+        ):
             backbone.set_grad_checkpointing(True)  # type: ignore[operator]
-        except (AttributeError, AssertionError, NotImplementedError):
-            raise ValueError(
-                f"model.checkpointing: timm's {config.model.backbone} cannot; false is accepted, "
-                "or optim.accumulate"
-            ) from None
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from ddp_ssl.config import ConfigError, check_world_size
 from ddp_ssl.config.files import find_config
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.files import json_file
+from ddp_ssl.utils.programs import output_of
 
 # Run once per job, before srun. Node addresses are used because node names need not resolve. The
 # CPUs of a node are shared among its tasks here, because sbatch's CPUs per task do not reach srun.
@@ -119,29 +119,30 @@ class Training:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Submit from the command line; returns the exit code."""
-    try:
-        options = submit_options.parser().parse_intermixed_args(arguments)
-        per_node = options.tasks_per_node or options.gpus_per_node or 1
-        runs = sweep(options.arguments)
-        options.alone = len(runs) == 1
-        for run in runs:
-            resolved = load(run)
-            config = resolved.config
-            if not resolved.for_this_machine:  # else the job chooses for itself
-                check_world_size(config, options.nodes * per_node)
-            if config.run.dir is not None:
-                raise ConfigError("run.dir: --run-dir names the folder of a submitted run")
-        if options.cluster != "slurm" and options.nodes > 1:
-            raise ConfigError(f"--nodes: {options.cluster} is this machine alone; 1 is accepted")
-        if options.cluster == "debug" and per_node > 1:
-            raise ConfigError("--cluster debug: one process; --cluster local starts several")
-        if options.cluster == "slurm" and shutil.which("sbatch") is None:
-            raise ConfigError(
-                "--cluster slurm: there is no sbatch on this machine; submit from a login node of "
-                "the cluster, or use --cluster local or torchrun"
-            )
-    except ConfigError as error:
-        return common.refuse(error)
+    return common.exit_code(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    options = submit_options.parser().parse_intermixed_args(arguments)
+    per_node = options.tasks_per_node or options.gpus_per_node or 1
+    runs = sweep(options.arguments)
+    options.alone = len(runs) == 1
+    for run in runs:
+        resolved = load(run)
+        config = resolved.config
+        if not resolved.for_this_machine:  # else the job chooses for itself
+            check_world_size(config, options.nodes * per_node)
+        if config.run.dir is not None:
+            raise ConfigError("run.dir: --run-dir names the folder of a submitted run")
+    if options.cluster != "slurm" and options.nodes > 1:
+        raise ConfigError(f"--nodes: {options.cluster} is this machine alone; 1 is accepted")
+    if options.cluster == "debug" and per_node > 1:
+        raise ConfigError("--cluster debug: one process; --cluster local starts several")
+    if options.cluster == "slurm" and shutil.which("sbatch") is None:
+        raise ConfigError(
+            "--cluster slurm: there is no sbatch on this machine; submit from a login node of "
+            "the cluster, or use --cluster local or torchrun"
+        )
     common.share_import_path()  # the jobs inherit the environment
     name = run_name(options.arguments)
     trainings = [
@@ -335,10 +336,9 @@ def _status(folder: Path) -> str:
 
 def _about_job(job_id: str) -> dict[str, str]:
     """Slurm's fields of a job: JobState, Restarts, ...; empty if Slurm does not answer."""
-    command = ["scontrol", "show", "job", "-o", job_id]
     try:
-        text = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.TimeoutExpired):
+        text = output_of(["scontrol", "show", "job", "-o", job_id])
+    except OSError:
         return {}
     return dict(re.findall(r"(\w+)=(\S*)", text))
 

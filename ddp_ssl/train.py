@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ddp_ssl.commands import common
-from ddp_ssl.config import Config, check_resume, check_world_size, reference
+from ddp_ssl.config import Config, check_folder, check_world_size, reference
 from ddp_ssl.run.configure import load
 from ddp_ssl.run.signals import StopRequest, stop_with_parent
 from ddp_ssl.utils.launcher import rank_and_size
@@ -35,6 +35,7 @@ def main(
     arguments: Sequence[str] | None = None, on_step: Callable[[Any], None] | None = None
 ) -> int:
     """Run from the command line; returns the exit code. `on_step` is called before every step."""
+    common.open_streams()
     if not faulthandler.is_enabled():
         faulthandler.enable(2)  # stderr: a crash in native code leaves a stack
     # Before all imports, so that no signal is lost while torch and DALI are imported.
@@ -51,7 +52,7 @@ def _main(words: Sequence[str], stop: StopRequest, on_step: Callable[[Any], None
         return 0
     resolved = load(arguments)
     check_world_size(resolved.config, rank_and_size()[1])
-    check_resume(resolved.config)
+    check_folder(resolved.config)
     if wants_config:
         common.say(resolved.to_yaml().rstrip("\n"))
         return 0

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ddp_ssl.checkpoint import store
-from ddp_ssl.config import ConfigError, check_resume
+from ddp_ssl.config import ConfigError, check_folder
 from ddp_ssl.resume import arguments_of
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.launcher import resume_command
@@ -291,16 +291,16 @@ def test_a_run_goes_on_with_its_own_config(tmp_path: Path, monkeypatch: pytest.M
 def test_auto_needs_a_folder_or_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(["run.resume=auto"]).config
     with pytest.raises(ConfigError, match=r"^run\.resume: auto needs run\.dir, since no"):
-        check_resume(config)
-    check_resume(load(["run.resume=auto", "run.dir=x"]).config)
+        check_folder(config)
+    check_folder(load(["run.resume=auto", "run.dir=x"]).config)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    check_resume(config)
+    check_folder(config)
     monkeypatch.delenv("SLURM_JOB_ID")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "night")
     with pytest.raises(ConfigError):
-        check_resume(config)  # one node: a start has the agent's name, not the job's
+        check_folder(config)  # one node: a start has the agent's name, not the job's
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    check_resume(config)
+    check_folder(config)
 
 
 def test_a_strangers_folder_executes_no_code_without_consent(tmp_path: Path) -> None:

@@ -159,17 +159,6 @@ def test_no_torch_and_no_runs(tmp_path: Path) -> None:
         (tmp_path / "runs").mkdir(exist_ok=True)
 
 
-def test_a_reader_may_close_early(made: Path) -> None:
-    command = [sys.executable, "-m", "ddp_ssl.cli", "runs", str(made)]
-    reading, writing = os.pipe()
-    os.close(reading)
-    done = subprocess.run(
-        command, stdout=writing, stderr=subprocess.PIPE, cwd=Path(runs.__file__).parents[2]
-    )
-    os.close(writing)
-    assert (done.returncode, done.stderr) == (0, b"")
-
-
 def test_a_comparison(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = run_in(tmp_path / "b", "failed", "optim.lr=0.7", "run.dir=x", error="a\nb", std=0.05)
     assert runs.main([str(made), str(other)]) == 0

@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 
-from ddp_ssl.errors import CheckpointError
+from ddp_ssl.errors import CheckpointError, refused
 from ddp_ssl.utils.files import (
     TEMPORARY,
+    if_readable,
     removed_on_error,
     replace_text,
     sync,
@@ -82,10 +83,8 @@ class CheckpointInfo:
         fields = json.loads(text)
         if isinstance(fields, dict) and CHECKSUM in fields:  # earlier versions wrote none
             fields = unsealed(text)
-        try:
+        with refused(f"{manifest}: not a manifest"):
             return CheckpointInfo(path=manifest.with_name(fields.pop("file")), **fields)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"not a manifest: {error}") from None
 
 
 # --- saving ----------------------------------------------------------------------------------
@@ -203,12 +202,8 @@ def _waiting(manifest: Path) -> Path:
 
 def _finish_best(home: Path) -> None:
     waiting = _waiting(home / "best.json")
-    try:
-        found = CheckpointInfo.read(waiting)
-        problem = _problem(found)
-    except (OSError, ValueError):
-        return
-    if problem is None:
+    found = if_readable(lambda: CheckpointInfo.read(waiting))
+    if found is not None and _problem(found) is None:
         os.replace(waiting, home / "best.json")
 
 

@@ -3,7 +3,6 @@
 import os
 import resource
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ import torch
 
 from ddp_ssl.checks.base import Check, Context, Finding, Findings, by_value, fail, ok, size, warn
 from ddp_ssl.driver import why_no_gpu
+from ddp_ssl.utils.files import if_readable
 from ddp_ssl.utils.launcher import cpu_share
+from ddp_ssl.utils.programs import output_of
 
 IN_USE = 2 << 30  # bytes in use on a GPU that this process alone does not explain
 SHM = Path("/dev/shm")
@@ -43,10 +44,10 @@ def _others_on(uuid: str) -> list[str]:
     command = ["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name,used_memory",
                "--format=csv,noheader"]  # fmt: skip
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
+        told = output_of(command, timeout_s=30)
+    except OSError:
         return []
-    rows = [line.split(", ") for line in told.stdout.splitlines() if uuid in line]
+    rows = [line.split(", ") for line in told.splitlines() if uuid in line]
     return [" ".join(row[1:]) for row in rows if row[1] != str(os.getpid())]
 
 
@@ -158,11 +159,8 @@ def look_at_cores(ctx: Context, before: list[Any]) -> dict[str, Any]:
 
 def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
     """Number of cores that the container's CPU quota allows; None without a quota."""
-    try:
-        quota, period = path.read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
+    quota, period = (if_readable(path.read_text) or "max 1").split()
+    return None if quota == "max" else int(quota) / int(period)
 
 
 def judge_cores(ctx: Context, facts: list[dict[str, Any]]) -> Findings:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ddp_ssl import distributed
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.data.batch import Batch
-from ddp_ssl.errors import ConfigError
+from ddp_ssl.errors import ConfigError, refused
 from ddp_ssl.methods._registry import load_method, make_method
 from ddp_ssl.methods.base import Context, Method
 from ddp_ssl.run.configure import load
@@ -168,10 +168,8 @@ def _subject(target: str, shape: Shape, settings: Sequence[str]) -> Subject:
 
 def _import(target: str) -> Any:
     module, _, name = target.partition(":")
-    try:
+    with refused("cannot be imported"):
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"cannot be imported: {one_line(error)}") from None
 
 
 def _loss(given: Any, shape: Shape) -> Subject:

@@ -1,14 +1,15 @@
 """Settings of Slurm that are known to cause trouble."""
 
+import contextlib
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping
 from typing import Any
 
 from ddp_ssl.checks.base import Check, Context, Findings, ok, warn
 from ddp_ssl.utils.launcher import under_srun
+from ddp_ssl.utils.programs import output_of
 
 STEP_S = 10.0  # for the step under way to end, and for the others to agree
 SHORT_MIN = 15  # a job shorter than this spends its time on starting
@@ -21,34 +22,23 @@ def look_at_slurm(ctx: Context, before: list[Any]) -> dict[str, Any] | None:
     job = os.environ.get("SLURM_JOB_ID")
     try:
         config = pairs(ask("show", "config"))
-    except (OSError, subprocess.SubprocessError) as error:
+    except OSError:
         if job is None:
             return None  # a machine with Slurm's programs, but of no cluster
-        raise RuntimeError(reason(error)) from None
+        raise
     found: dict[str, Any] = {"config": config, "job": {}, "script": "", "partition": {}}
     if job is not None:
         found["job"] = fields(ask("show", "job", "-o", job))
         name = found["job"].get("Partition", "")
         found["partition"] = fields(ask("show", "partition", "-o", name)) if name else {}
-        try:
+        with contextlib.suppress(OSError):  # an interactive job has none
             found["script"] = ask("write", "batch_script", job, "-")
-        except (OSError, subprocess.SubprocessError):
-            found["script"] = ""  # an interactive job has none
     return found
 
 
 def ask(*words: str) -> str:
-    """The output of scontrol."""
-    told = subprocess.run(
-        ["scontrol", *words], capture_output=True, text=True, timeout=20, check=True
-    )
-    return told.stdout
-
-
-def reason(error: Exception) -> str:
-    """Why scontrol did not answer, in a line."""
-    said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-    return f"scontrol: {said[-1] if said else type(error).__name__}"
+    """The output of scontrol; raises `OSError`."""
+    return output_of(["scontrol", *words], timeout_s=20)
 
 
 def pairs(text: str) -> dict[str, str]:

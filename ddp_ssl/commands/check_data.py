@@ -25,6 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ddp_ssl.commands import common
+from ddp_ssl.config import ConfigError
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.decodable import (
@@ -210,7 +212,7 @@ def write(out: Path, splits: dict[str, Split], bad: dict[str, dict[int, str]]) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = common.Parser(
         prog="ddp-ssl check-data",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -219,32 +221,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="decode every image")
     parser.add_argument("--out", type=path_of, default=Path("bad_images.txt"))
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    options = parser.parse_intermixed_args(arguments)
+    return common.exit_code(lambda: run(parser.parse_intermixed_args(arguments)))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check what the command line says and print what is found; returns the exit code."""
+    if options.workers < 1:
+        raise ConfigError(f"--workers: expected 1 or more, got {options.workers}")
+    data = load(options.config).config.data
+    registry.find(data)
+    try_out(options.out)
     try:
-        if options.workers < 1:
-            raise ValueError(f"--workers: expected 1 or more, got {options.workers}")
-        data = load(options.config).config.data
-        registry.find(data)
-        try_out(options.out)
-        try:
-            dataset = registry.definition_of(data).load(data)
-            splits = {"train": dataset.train} | ({"val": dataset.val} if dataset.val else {})
-            start = time.monotonic()
-            bad = check(
-                splits, full=options.full, workers=options.workers, max_pixels=data.max_pixels,
-                streamed=data.reader == "streamed",
-            )  # fmt: skip
-            with writing(options.out):
-                write(options.out, splits, bad)
-        finally:
-            with contextlib.suppress(OSError):
-                part_of(options.out).unlink()
-    except (ValueError, OSError) as error:
-        tell(f"check_data: error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        tell("check_data: interrupted")
-        return 130
+        dataset = registry.definition_of(data).load(data)
+        splits = {"train": dataset.train} | ({"val": dataset.val} if dataset.val else {})
+        start = time.monotonic()
+        bad = check(
+            splits, full=options.full, workers=options.workers, max_pixels=data.max_pixels,
+            streamed=data.reader == "streamed",
+        )  # fmt: skip
+        with writing(options.out):
+            write(options.out, splits, bad)
+    finally:
+        with contextlib.suppress(OSError):
+            part_of(options.out).unlink()
     seconds = time.monotonic() - start
     for name, split in splits.items():
         if split.images is not None:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import ddp_ssl
 from ddp_ssl.config import ConfigError, Data
+from ddp_ssl.errors import reason
 from ddp_ssl.utils.launcher import cpu_share, rank_and_size, wait_for_rank_0
 from ddp_ssl.utils.text import one_line, suggest
 
@@ -28,45 +30,93 @@ if TYPE_CHECKING:
 Row = tuple[str, str, str, str]
 """Of the reference: key, type, default, description."""
 HELP_WIDTH = 79  # columns
-UNUSABLE = 2  # exit code: the config, the data or the command line cannot be used
+# Exit codes.
+UNUSABLE = 2  # the config, the data or the command line cannot be used
+INTERRUPTED = 128 + signal.SIGINT
+BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """Run a command; a `ConfigError` becomes one line on stderr and exit code 2, Ctrl-C 130."""
+    """Run a command and return its exit code.
+
+    Input that cannot be used (`ValueError`, `OSError`) is one line on stderr and 2, Ctrl-C is 130.
+    Where the reader of stdout has gone, as `| head` does, it is 141, as if SIGPIPE had ended it.
+    """
+    open_streams()
     try:
-        return command()
-    except ConfigError as error:
-        return refuse(error)
-    except KeyboardInterrupt:
-        return 130
+        try:
+            return command()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        drop_stdout()
+        return BROKEN_PIPE
+    except (ValueError, OSError) as error:
+        return refuse(reason(error))
+    except KeyboardInterrupt as error:
+        tell("; ".join(["ddp_ssl: interrupted", *map(str, error.args)]))
+        return INTERRUPTED
+
+
+def open_streams() -> None:
+    """Open stdin, stdout and stderr on /dev/null where they are closed.
+
+    Else the next file that is opened gets such a number, and with it what is printed.
+    """
+    closed = [number for number in range(3) if not _is_open(number)]
+    for _ in closed:
+        os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def drop_stdout() -> None:
+    """Send stdout to /dev/null: its reader has gone, and Python writes again when it ends."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def check_data(data: Data) -> None:
-    """Raise `ConfigError` unless the data can be found, before torch's processes are started.
+    """Raise `ValueError` unless the data can be found, before torch's processes are started.
 
     A file system that fails is left to the run, which may be tried again.
     """
     from ddp_ssl.data.datasets import registry  # brings numpy
 
-    try:
-        with contextlib.suppress(OSError):
-            registry.find(data)
-    except ValueError as error:
-        raise ConfigError(one_line(error)) from None
+    with contextlib.suppress(OSError):
+        registry.find(data)
 
 
 def refuse(error: object, code: int = UNUSABLE) -> int:
     """Rank 0 prints `error`; returns the exit code, on the other ranks when rank 0 has printed."""
-    if rank_and_size()[0] == 0:
-        print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)
+    tell(f"ddp_ssl: error: {error}")
     wait_for_rank_0()
     return code
 
 
-def say(text: str) -> None:
-    """Print on rank 0."""
+def tell(text: str) -> None:
+    """Print on stderr of rank 0, if somebody reads it."""
     if rank_and_size()[0] == 0:
-        print(text)
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """Print on stdout of rank 0, if somebody reads it."""
+    if rank_and_size()[0] == 0:
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            drop_stdout()
 
 
 def split_options(arguments: Iterable[str]) -> tuple[bool, bool, list[str]]:
@@ -123,19 +173,6 @@ def _wrapped(text: str, first: str, other: str) -> list[str]:
     return textwrap.wrap(
         text, HELP_WIDTH, initial_indent=first, subsequent_indent=other, break_on_hyphens=False
     )
-
-
-def written(tool: str, make: Callable[[], Iterable[Path]]) -> int:
-    """Print the paths of the files that `make` writes; an error is one line, and exit code 2."""
-    try:
-        print("\n".join(map(str, make())))
-    except (OSError, ValueError) as error:
-        text = str(error)
-        if isinstance(error, OSError) and error.filename and error.strerror:
-            text = f"{error.filename}: {error.strerror}"
-        print(f"{tool}: error: {text}", file=sys.stderr)
-        return UNUSABLE
-    return 0
 
 
 class Parser(argparse.ArgumentParser):

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from ddp_ssl.commands import common
 from ddp_ssl.commands.shard_writer import (
     BLOCK,
     RECORD,
@@ -61,7 +62,7 @@ class Unfinished(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = common.Parser(
         prog="ddp-ssl pack-shards",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -71,7 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard-size", type=float, default=1e9, help="bytes (default 1e9)")
     parser.add_argument("--seed", type=int, default=0, help="of the order (default 0)")
     parser.add_argument("--workers", type=int, default=16, help="shards at a time (default 16)")
-    options = parser.parse_intermixed_args(arguments)
+    return common.exit_code(lambda: run(parser.parse_intermixed_args(arguments)))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Pack what the command line says; returns the exit code."""
+    again = "call again to go on"
     try:
         pack(
             load(options.config).config.data,
@@ -80,18 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed=options.seed,
             workers=options.workers,
         )
-    except ValueError as error:
-        tell(f"pack_shards: error: {error}")
-        return 2
     except Unfinished as error:
-        tell(f"pack_shards: error: {error}; call again to go on")
-        return 1
+        return common.refuse(f"{error}; {again}", 1)
     except OSError as error:
-        tell(f"pack_shards: error: {_why(error, options.out)}")
-        return 1
+        return common.refuse(_why(error, options.out), 1)
     except KeyboardInterrupt:
-        tell("pack_shards: interrupted; call again to go on")
-        return 130
+        raise KeyboardInterrupt(again) from None
     return 0
 
 

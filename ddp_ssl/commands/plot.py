@@ -20,6 +20,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if kind in PLOTS:
         return PLOTS[kind](rest)
     if kind in ("-h", "--help"):
-        print(USAGE)
+        common.say(USAGE)
         return 0
     return common.refuse(f"plot {kind}: unknown picture; accepted: {', '.join(PLOTS)}")

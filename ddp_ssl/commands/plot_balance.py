@@ -11,12 +11,12 @@ method, as in AdaDim's Table 3; `--together` takes all models as one group. Writ
 Exit code 2 for what cannot be read, or without matplotlib (the extra `plots`).
 """
 
-import argparse
 import csv
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ddp_ssl.commands import common
 from ddp_ssl.config import read_yaml
 from ddp_ssl.logs.writer import read_metrics
 from ddp_ssl.reproduction.figures import pyplot, save
-from ddp_ssl.utils.files import path_of
+from ddp_ssl.utils.files import if_readable, path_of
 
 COLUMNS = ("method", "effective_rank", "mutual_information", "accuracy")
 ENOUGH = 3  # models; any two lie on a line
@@ -51,14 +51,15 @@ def of_csv(path: Path) -> list[Model]:
             raise ValueError(f"{path}: no column {lacking[0]}; needed are {', '.join(COLUMNS)}")
         models = []
         for number, row in enumerate(rows, 2):
-            try:
-                values = [float(row[name]) for name in COLUMNS[1:]]
-            except (TypeError, ValueError):
-                values = [math.nan]
-            if not all(map(math.isfinite, values)):
+            values = if_readable(partial(_numbers, row))
+            if values is None or not all(map(math.isfinite, values)):
                 raise ValueError(f"{path}, line {number}: expected three numbers after the method")
             models.append(Model(row["method"], *values))
     return models
+
+
+def _numbers(row: dict[str, str]) -> list[float]:
+    return [float(row[name]) for name in COLUMNS[1:]]
 
 
 def of_run(folder: Path, accuracy: str) -> Model:
@@ -196,7 +197,7 @@ def draw(groups: dict[str, list[Model]]) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = common.Parser(
         prog="ddp-ssl plot balance", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
@@ -205,12 +206,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--accuracy", default="eval/probe_top1", metavar="NAME",
         help="the runs' metric to take, such as eval/knn_top1 (default: %(default)s)")  # fmt: skip
     add("--together", action="store_true", help="all models as one group")
-    options = parser.parse_args(arguments)
 
-    def plot() -> list[Path]:
+    def plot() -> int:
+        options = parser.parse_args(arguments)
         models = models_of(options.models, options.accuracy)
         groups = groups_of(models, options.together)
         print(table(groups))
-        return save(draw(groups), options.out)
+        print("\n".join(map(str, save(draw(groups), options.out))))
+        return 0
 
-    return common.written("plot_balance", plot)
+    return common.exit_code(plot)

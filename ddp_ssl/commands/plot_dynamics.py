@@ -10,7 +10,6 @@ not measured are named and left out.
 Exit code 2 if a folder holds no metrics at all, or without matplotlib (the extra `plots`).
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -133,7 +132,7 @@ def draw(runs: Sequence[Run], centred: bool = False) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = common.Parser(
         prog="ddp-ssl plot dynamics", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
@@ -141,15 +140,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=path_of, default=Path("dynamics.png"), help="default: %(default)s")
     add("--centred", action="store_true",
         help="count and explained variance of the covariance's eigenvalues")  # fmt: skip
-    options = parser.parse_args(arguments)
 
-    def plot() -> list[Path]:
+    def plot() -> int:
+        options = parser.parse_args(arguments)
         runs = [read(folder) for folder in options.runs]
         for run, label in zip(runs, distinct(options.runs), strict=True):
             run.name = label
             wanted = [n for *_, names in PANELS for n in names_of(names, options.centred)]
             if lacking := [name for name in wanted if name not in run.curves]:
                 print(f"{label}: has no {', '.join(lacking)}", file=sys.stderr)
-        return save(draw(runs, options.centred), options.out)
+        print("\n".join(map(str, save(draw(runs, options.centred), options.out))))
+        return 0
 
-    return common.written("plot_dynamics", plot)
+    return common.exit_code(plot)

@@ -9,7 +9,6 @@ Downloads come from the publisher and are checked by MD5. docs/data.md shows eac
 
 import argparse
 import contextlib
-import http.client
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddp_ssl.config import Data
+from ddp_ssl.commands import common
+from ddp_ssl.config import ConfigError, Data
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import prepare
 from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.errors import reason, refused
 
 
 class Counts(NamedTuple):
@@ -109,13 +110,11 @@ def download(name: str, root: str) -> None:
 
 @contextlib.contextmanager
 def fetching(url: str, md5: str, then: str) -> Iterator[None]:
-    """An error becomes a `ValueError` with the address, for a download by hand."""
-    try:
+    """An error becomes a `ConfigError` with the address, for a download by hand."""
+    with refused(
+        f"--download: {url} cannot be fetched (MD5 {md5})", f"fetch it another way and {then}"
+    ):
         yield
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise ValueError(
-            f"--download: {error} from {url} (MD5 {md5}); fetch it another way and {then}"
-        ) from None
 
 
 def check(name: str, root: str | None) -> list[str]:
@@ -176,25 +175,30 @@ def with_remedy(message: str, name: str, root: str | None) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = common.Parser(
         prog="ddp-ssl prepare-data", description=(__doc__ or "").split("\n", 1)[0]
     )
     parser.add_argument("name", choices=sorted(EXPECTED), metavar="NAME", help=", ".join(EXPECTED))
     parser.add_argument("root", metavar="ROOT", nargs="?", help="its folder, data.root of a run")
     parser.add_argument("--download", action="store_true", help="fetch it first, where allowed")
-    given = parser.parse_args(arguments)
+    return common.exit_code(lambda: run(parser.parse_args(arguments)))
+
+
+def run(given: argparse.Namespace) -> int:
+    """Fetch and check what the command line says; returns the exit code."""
     if given.root is None and given.name != "digits":
-        parser.error("ROOT is missing: the folder of the data set")
+        raise ConfigError("ROOT is missing: the folder of the data set")
     try:
         if given.download:
             download(given.name, given.root)
         wrong = check(given.name, given.root)
-    except (OSError, RuntimeError, ValueError) as error:
-        message = str(error) if given.download else with_remedy(str(error), given.name, given.root)
-        print(f"prepare_data: error: {' '.join(message.splitlines())}", file=sys.stderr)
-        return 1
+    except Exception as error:  # whatever the files cause in torchvision's readers
+        message = (
+            reason(error) if given.download else with_remedy(reason(error), given.name, given.root)
+        )
+        return common.refuse(message, 1)
     for line in wrong:
-        print(f"prepare_data: error: {line}", file=sys.stderr)
+        print(f"ddp_ssl: error: {line}", file=sys.stderr)
     if not wrong:
         print(f"{given.name}: complete")
     return 1 if wrong else 0

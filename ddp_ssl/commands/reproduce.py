@@ -16,7 +16,6 @@ others. docs/reproduction.md says more.
 
 import argparse
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -36,13 +35,7 @@ EVERYTHING = {each.name: each for each in (*adadim.TABLES, *multiview.TABLES)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        code = _main(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `--list | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return code
+    return common.exit_code(lambda: _main(arguments))
 
 
 def _main(arguments: Sequence[str] | None) -> int:
@@ -52,22 +45,18 @@ def _main(arguments: Sequence[str] | None) -> int:
     options.only = [word for word in options.only if "=" not in word]
     runs.slurm_jobs.cache_clear()
     common.share_import_path()
-    try:
-        if options.list:
-            print(listing())
-            return 0
-        if options.table is None:
-            raise ConfigError("a table or figure is missing; --list names them")
-        found = EVERYTHING.get(options.table)
-        if found is None:
-            hint = suggest(options.table, EVERYTHING) or f"; accepted: {', '.join(EVERYTHING)}"
-            raise ConfigError(f"{options.table}: no such table or figure{hint}")
-        if isinstance(found, Simulation):
-            return simulate(found, options)
-        return max([reproduce(found, name, options) for name in _datasets(found, options)])
-    except ConfigError as error:
-        print(f"reproduce: error: {error}", file=sys.stderr)
-        return 2
+    if options.list:
+        print(listing())
+        return 0
+    if options.table is None:
+        raise ConfigError("a table or figure is missing; --list names them")
+    found = EVERYTHING.get(options.table)
+    if found is None:
+        hint = suggest(options.table, EVERYTHING) or f"; accepted: {', '.join(EVERYTHING)}"
+        raise ConfigError(f"{options.table}: no such table or figure{hint}")
+    if isinstance(found, Simulation):
+        return simulate(found, options)
+    return max([reproduce(found, name, options) for name in _datasets(found, options)])
 
 
 def listing() -> str:
@@ -235,7 +224,7 @@ def _roots(given: Sequence[str], datasets: Sequence[str]) -> dict[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = common.Parser(
         prog="ddp-ssl reproduce",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

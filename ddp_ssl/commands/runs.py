@@ -9,8 +9,6 @@ Reads the run folders only. docs/runs.md says what the states mean.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,10 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(folders: Sequence[Path]) -> int:
     """Print the list or the comparison; returns the exit code."""
     lines = compare(folders) if len(folders) > 1 else listing(folders[0] if folders else DEFAULT)
-    try:
-        print("\n".join(lines), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; at its exit Python would write again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("\n".join(lines))
     return 0
 
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from ddp_ssl.data.datasets import shards
 from ddp_ssl.data.datasets.scan import EXTENSIONS
+from ddp_ssl.data.datasets.shards import file_size
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.decodable import is_for_pil, rewritten, too_large
 from ddp_ssl.utils.files import sync_folder
@@ -152,10 +153,9 @@ def _check_room(
     """Refuse what does not fit, not counting shards that are there."""
     needed = 0
     for shard in todo:
-        try:
-            there = (out / shard.tar).stat().st_size == done[shard.tar]["tar"]["bytes"]
-        except (OSError, KeyError):
-            there = False
+        there = shard.tar in done and (
+            file_size(out / shard.tar) == done[shard.tar]["tar"]["bytes"]
+        )
         # The size of images in memory as PNGs is not known.
         if not there and splits[shard.split].images is None:
             needed += shard.size + BESIDE * len(shard.ids)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ddp_ssl.commands import common
-from ddp_ssl.config import ConfigError
+from ddp_ssl.errors import refused
 from ddp_ssl.reproduction import figures, gaussian, gaussian_network
 from ddp_ssl.reproduction.gaussian import FEATURES, STDS
 from ddp_ssl.utils.files import path_of
@@ -200,9 +200,7 @@ def _at_least(low: int) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="ddp-ssl simulate", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = common.Parser(prog="ddp-ssl simulate", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=path_of, default=Path("runs/simulation"))
     parser.add_argument("--repetitions", type=_at_least(2), default=100)
     parser.add_argument("--seeds-from", type=_at_least(0), default=0)
@@ -213,18 +211,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--epochs", type=_at_least(10), default=gaussian_network.EPOCHS, help="of the networks"
     )
     parser.add_argument("--processes", type=_at_least(1), default=2, help="networks at a time")
-    options = parser.parse_args(arguments)
+    return common.exit_code(lambda: run(parser.parse_args(arguments)))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the simulation and print how its values compare; returns the exit code."""
     first = options.seeds_from
     if options.treatments:
         run_treatments(range(first, first + options.repetitions))
         return 0
-    try:
-        figures.pyplot()  # before the work, which takes a while
+    figures.pyplot()  # before the work, which takes a while
+    with refused("--out: the folder cannot be created"):
         options.out.mkdir(parents=True, exist_ok=True)
-    except ConfigError as error:
-        return common.refuse(error)
-    except OSError as error:
-        parser.error(f"--out: {options.out} cannot be created: {error.strerror}")
     start = time.perf_counter()
     if options.network:
         seeds = range(first, first + options.seeds)

@@ -2,7 +2,7 @@
 
 from ddp_ssl.config.reader import Resolved, load_as, read_text, read_yaml, tree_of
 from ddp_ssl.config.reference import describe_fields, reference, reference_of
-from ddp_ssl.config.rules import check_resume, check_world_size
+from ddp_ssl.config.rules import check_folder, check_world_size
 from ddp_ssl.config.schema import (
     NORMALISATION,
     Checkpoint,
@@ -52,7 +52,7 @@ __all__ = [
     "Strength",
     "Temperature",
     "ViewGroup",
-    "check_resume",
+    "check_folder",
     "check_world_size",
     "describe_fields",
     "load_as",

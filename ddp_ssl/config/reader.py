@@ -22,7 +22,7 @@ from ddp_ssl.config.schema import Config
 from ddp_ssl.config.section import S, Section
 from ddp_ssl.config.text import flow, is_section, parse, takes_text
 from ddp_ssl.config.views import ViewGroup
-from ddp_ssl.errors import ConfigError
+from ddp_ssl.errors import ConfigError, refused
 from ddp_ssl.utils.text import suggest
 
 Layer = tuple[str, dict[str, Any]]
@@ -81,10 +81,8 @@ def tree_of(path: Path, text: str, schema: type[Section] | None = None) -> dict[
 
     A key that has the type `str` in the schema keeps its text.
     """
-    try:
+    with refused(f"{path}: not valid YAML"):
         tree = parse(text, schema)
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -156,13 +154,11 @@ def _tree_of(
         dotted, _, text = override.partition("=")
         parts = dotted.split(".")
         kind = _kind_of(parts, schema)
-        try:
-            if takes_text(kind):
-                value = None if text in ("", "null") else text
-            else:
+        if takes_text(kind):
+            value = None if text in ("", "null") else text
+        else:
+            with refused(f"{dotted}: not a YAML value"):
                 value = parse(text, kind)
-        except ValueError as error:
-            raise ConfigError(f"{dotted}: not a YAML value: {error}") from None
         if len(parts) < 2 or not all(parts) or dotted.startswith("-"):
             hint = did_you_mean(dotted.strip("-."), known_keys(schema))
             hint = hint or f"; sections are {', '.join(schema.model_fields)}"

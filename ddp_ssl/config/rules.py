@@ -82,8 +82,13 @@ def check_world_size(config: Config, world_size: int) -> None:
         )
 
 
-def check_resume(config: Config) -> None:
-    """Raise `ConfigError` for `run.resume=auto` where nothing says which run is meant."""
+def check_folder(config: Config) -> None:
+    """Raise `ConfigError` for a run folder that cannot be used, and for one that nobody names."""
+    if any("\ud800" <= c <= "\udfff" for c in config.run.dir or ""):
+        raise ConfigError(
+            f"run.dir: {config.run.dir} is not UTF-8 text, as torch and TensorBoard need it; "
+            "accepted: another name, or a locale such as LC_ALL=C.UTF-8"
+        )
     if config.run.resume == "auto" and config.run.dir is None and job_name() is None:
         raise ConfigError(
             "run.resume: auto needs run.dir, since no job names the folder here; run.dir=RUN or "

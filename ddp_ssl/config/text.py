@@ -13,7 +13,6 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 
 from ddp_ssl.config.section import Section
-from ddp_ssl.utils.text import one_line
 
 TAG = "tag:yaml.org,2002:"
 DEEPEST = 32  # levels
@@ -23,17 +22,14 @@ MOST = 10_000  # values, those behind an alias counted each time
 def parse(text: str, kind: Any = None) -> Any:
     """The value in a YAML text. Words under a key of type `str` of the type `kind` stay text.
 
-    Raises `ValueError`, one line.
+    Raises whatever a text that is not YAML causes.
     """
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _keep_text(node, kind)
-        return loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise ValueError(one_line(error)) from None
+    loader = _Loader(text)
+    node = loader.get_single_node()
+    if node is None:
+        return None
+    _keep_text(node, kind)
+    return loader.construct_document(node)
 
 
 def flow(value: Any) -> str:

@@ -33,7 +33,7 @@ from ddp_ssl.evals.settings import EvaluateConfig, config_of_run
 from ddp_ssl.evals.validation import Validation
 from ddp_ssl.evals.weights import fill, make_learner, read_checkpoint
 from ddp_ssl.methods._learner import Learner
-from ddp_ssl.utils.files import replace_text
+from ddp_ssl.utils.files import if_readable, replace_text
 from ddp_ssl.utils.progress import logger
 from ddp_ssl.utils.text import markdown_lines
 
@@ -97,15 +97,15 @@ def latest(path: Path) -> list[Row]:
 
 def _lines(path: Path) -> list[Row]:
     """The rows in the order in which they were written."""
-    rows = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        try:
-            fields = json.loads(line) if line.endswith(b"\n") else {}
-            metrics = {name: float(value) for name, value in fields.pop("figures").items()}
-            rows.append(Row(**fields, metrics=metrics))
-        except (AttributeError, KeyError, TypeError, ValueError):
-            continue
-    return rows
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    rows = (if_readable(partial(_row, line)) for line in lines if line.endswith(b"\n"))
+    return [row for row in rows if row is not None]
+
+
+def _row(line: bytes) -> Row:
+    fields = json.loads(line)
+    metrics = {name: float(value) for name, value in fields.pop("figures").items()}
+    return Row(**fields, metrics=metrics)
 
 
 def run(settings: EvaluateConfig, home: Path, world: World, trusted: str = "") -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.distributed import World
 from ddp_ssl.distributed.agreement import on_all_ranks
+from ddp_ssl.errors import refused
 from ddp_ssl.evals.features import teller
 from ddp_ssl.evals.settings import Backbone, EvaluateConfig, config_of_run
 from ddp_ssl.evals.weights import (
@@ -224,10 +224,8 @@ def _of_file(
 def read_weights(path: Path) -> Any:
     """Contents of a `.safetensors` file or one of `torch.save`; raises `ValueError`, one line."""
     if path.suffix == ".safetensors":
-        try:
+        with refused(f"{path} is no safetensors file"):
             return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no safetensors file: {error}") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise anything

@@ -13,9 +13,9 @@ from torch import nn
 from ddp_ssl.checkpoint import store
 from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, ConfigError
+from ddp_ssl.errors import refused
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import make_method
-from ddp_ssl.utils.text import one_line
 
 
 @dataclass(frozen=True)
@@ -134,23 +134,18 @@ def make_learner(
 
 def fill(module: nn.Module, weights: Mapping[str, Any], path: Path) -> None:
     """Load weights that must fit. Raises `ValueError`, one line that names their file."""
-    try:
+    with refused(f"{path} does not fit the run's config.yaml"):
         module.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = one_line(error)[:160]
-        raise ValueError(f"{path} does not fit the run's config.yaml: {reason}") from None
 
 
 @torch.no_grad()
 def _try_size(backbone: nn.Module, name: str, size: int) -> None:
     """Raise `ValueError`, one line, unless the backbone takes images of `size` pixels."""
-    try:
+    with refused(
+        f"data.val_size: the run's {name} cannot take images of {size} pixels",
+        "the size that it was trained on is accepted",
+    ):
         backbone(torch.zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"data.val_size: the run's {name} cannot take images of {size} pixels: "
-            f"{one_line(error)}; the size that it was trained on is accepted"
-        ) from None
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ def setup_logging(folder: Path | None, rank: int) -> None:
     """Send Python's logging to stderr and, on rank 0, to `folder/train.log`.
 
     Rank 0 shows INFO of this package and WARNING of others; other ranks show errors only, with
-    their rank. Call it again when the folder is known: it replaces its own handlers.
+    their rank. The file has DEBUG too: the traceback of an error that is one line on the console.
+    Call it again when the folder is known: it replaces its own handlers.
     """
     root = logging.getLogger()
     for handler in [h for h in root.handlers if isinstance(h, _Console | _LogFile)]:
@@ -34,7 +35,7 @@ def setup_logging(folder: Path | None, rank: int) -> None:
         except OSError as error:
             logger.warning("%s: %s", error.filename, NOT_WRITTEN % error.strerror)
     root.setLevel(logging.WARNING)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     logging.captureWarnings(True)  # so that W processes do not print the same warning W times
 
 
@@ -83,7 +84,7 @@ class _LogFile(logging.FileHandler):
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8")
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        self.setLevel(logging.INFO)
+        self.setLevel(logging.DEBUG)
         self._failing = False
 
     def handleError(self, record: logging.LogRecord) -> None:

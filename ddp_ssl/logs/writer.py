@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ddp_ssl.utils.files import json_mapping, replaced, sync
+from ddp_ssl.utils.files import if_readable, json_mapping, replaced, sync
 from ddp_ssl.utils.launcher import ranges
 
 logger = logging.getLogger("ddp_ssl")
@@ -277,10 +277,8 @@ def _rows_to_keep(path: Path, step: int | None, offset: int | None) -> tuple[int
 
 def _step_of(line: bytes) -> float:
     """The step of a row; a damaged one is later than all."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return math.inf
+    step = if_readable(lambda: int(json.loads(line)["step"]))
+    return math.inf if step is None else step
 
 
 def _says_nothing(name: str, value: float | int) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ddp_ssl.config import Config
-from ddp_ssl.errors import ConfigError
+from ddp_ssl.errors import ConfigError, refused
 from ddp_ssl.utils.text import one_line, suggest
 
 if TYPE_CHECKING:  # these bring torch
@@ -49,10 +49,8 @@ def load_method(name: str) -> Any:
         )
         return found
     module_name, _, class_name = name.partition(":")
-    try:
+    with refused(f"method.name: cannot import {name!r}"):
         outside = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"method.name: cannot import {name!r}: {one_line(error)}") from None
     if not (isinstance(outside, type) and issubclass(outside, Method)):
         raise ConfigError(f"method.name: {name!r} is not a subclass of ddp_ssl.methods.base.Method")
     return outside

@@ -15,9 +15,11 @@ from functools import cache
 from pathlib import Path
 
 from ddp_ssl.config import ConfigError
+from ddp_ssl.errors import reason
 from ddp_ssl.reproduction import configs
 from ddp_ssl.reproduction.cells import Cell, Table
 from ddp_ssl.utils.files import json_file
+from ddp_ssl.utils.programs import output_of
 from ddp_ssl.utils.text import one_line
 
 OFFLINE = "linear"  # the measure that the offline evaluation makes
@@ -320,15 +322,11 @@ def slurm_jobs() -> set[str]:
     """
     command = ["squeue", "-h", "-r", "-o", "%i", "-u", str(os.getuid())]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return set(output_of(command).split())
     except FileNotFoundError:
         return set()  # jobs of another machine, or of a cluster that this one has left
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"squeue: {error}; try again when Slurm answers") from None
-    if found.returncode:
-        text = one_line(found.stderr or found.stdout)[-300:]
-        raise ConfigError(f"squeue: {text}; try again when Slurm answers")
-    return set(found.stdout.split())
+    except OSError as error:
+        raise ConfigError(f"{reason(error)}; try again when Slurm answers") from None
 
 
 def write_configs(

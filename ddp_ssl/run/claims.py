@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 from ddp_ssl.config import ConfigError, Run
-from ddp_ssl.utils.files import removed_on_error
+from ddp_ssl.utils.files import if_readable, removed_on_error
 
 logger = logging.getLogger("ddp_ssl")
 
@@ -148,10 +148,7 @@ class Found:
     @property
     def holder(self) -> Holder | None:
         """Its holder; None for a file that was not completely written."""
-        try:
-            return Holder(**json.loads(self.text))
-        except (ValueError, TypeError):
-            return None
+        return if_readable(lambda: Holder(**json.loads(self.text)))
 
 
 def find(folder: Path) -> list[Found]:

@@ -8,13 +8,14 @@ import os
 import platform
 import shlex
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ddp_ssl.utils.programs import output_of
 
 PACKAGES = ("ddp_ssl", "torch", "torchvision", "timm", "nvidia-dali", "numpy", "tensorboard")
 
@@ -93,9 +94,6 @@ def _git(*arguments: str) -> str | None:
     """The output of a git command about this package, or None."""
     here = Path(__file__).parent
     try:
-        result = subprocess.run(
-            ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
+        return output_of(["git", *arguments], timeout_s=10, cwd=here).strip()
+    except OSError:
         return None
-    return result.stdout.strip()

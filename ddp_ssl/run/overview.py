@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Literal
 
 from ddp_ssl.run import claims
 from ddp_ssl.run.witness import DIED
-from ddp_ssl.utils.files import json_file, json_mapping
+from ddp_ssl.utils.files import if_readable, json_file, json_mapping
 
 DEEPEST = 4  # folders below the one that is searched: a sweep's runs are two below `runs`
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl that are read at first
@@ -127,10 +127,7 @@ def _whole(value: Any) -> int:
 
 def _number(value: Any) -> float | None:
     """A figure; not finite ones are written as text."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
+    return if_readable(lambda: float(value))
 
 
 def _value(config: str, key: str) -> str | None:

@@ -54,6 +54,8 @@ def run(resolved: Resolved, stop: StopRequest, on_step: loop.OnStep | None = Non
         close(job)
         if world.is_main:
             status.record("failed", error=str(error), retry=isinstance(error, BuildError))
+            # The line is printed by the command; `train.log` has what led to it.
+            logger.debug("%s", error, exc_info=error)
         watch.close()
         distributed.stop()
         raise

@@ -4,16 +4,25 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 TEMPORARY = ".tmp"
 
 
 def path_of(text: str) -> Path:
     """The path in an argument. `~` is the home folder; a shell leaves it alone in `--out=~/x`."""
     return Path(os.path.expanduser(text))
+
+
+def if_readable(read: Callable[[], T]) -> T | None:
+    """The result of `read`; None whatever it raises, since what it reads is missing or damaged."""
+    try:
+        return read()
+    except Exception:
+        return None
 
 
 def json_file(path: Path) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def test_a_disk_that_becomes_full(
         patch.setattr(os, "posix_fadvise", full)
         assert pack(files, out) == 1
     assert said(capsys) == (
-        f"pack_shards: error: --out: {out} is full (No space left on device): make room; "
+        f"ddp_ssl: error: --out: {out} is full (No space left on device): make room; "
         "call again to go on"
     )
     assert left(out) == []
@@ -151,7 +151,7 @@ def test_an_out_that_cannot_be(
     monkeypatch.setattr(pack_shards, "_sizes", lambda *_: pytest.fail("looked at images"))
     assert pack(files, out) == 2
     line = said(capsys)
-    assert line.startswith(f"pack_shards: error: --out: {out} cannot be written: ")
+    assert line.startswith(f"ddp_ssl: error: --out: {out} cannot be written: ")
     assert "call again" not in line
 
 
@@ -166,7 +166,7 @@ def test_a_disk_that_becomes_read_only(
 
     monkeypatch.setattr(shard_writer, "_note", fails)
     assert pack(files, tmp_path / "out") == 1
-    assert said(capsys) == f"pack_shards: error: {tmp_path}/out/x: Read-only file system"
+    assert said(capsys) == f"ddp_ssl: error: {tmp_path}/out/x: Read-only file system"
 
 
 @pytest.mark.parametrize("inside", ["", "train/c0", "new/shards"])
@@ -217,7 +217,7 @@ def test_ctrl_c_is_one_line(files: Path, tmp_path: Path) -> None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    assert err == "pack_shards: interrupted; call again to go on\n"
+    assert err == "ddp_ssl: interrupted; call again to go on\n"
     assert process.returncode == 130
     assert left(out) == []
     assert pack(files, out) == 0

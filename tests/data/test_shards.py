@@ -564,7 +564,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     arguments = ["data.name=folder", "--out", str(tmp_path), "data.root=/none"]
     assert pack_shards.main(arguments) == 2
     said = capsys.readouterr().err
-    assert said.startswith("pack_shards: error: data.root: /none does not exist")
+    assert said.startswith("ddp_ssl: error: data.root: /none does not exist")
     assert said.count("\n") == 1
 
 

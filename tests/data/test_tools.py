@@ -253,7 +253,7 @@ def test_what_is_wrong_is_one_line(
     arguments = ["data.name=folder", f"data.root={tmp_path / 'empty'}", wrong.format(tmp_path)]
     assert check_data.main([*arguments, "--out", str(tmp_path / "bad.txt")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("check_data: error: ")
+    assert said.startswith("ddp_ssl: error: ")
     assert said.count("\n") == 1
 
 
@@ -278,7 +278,7 @@ def test_out_is_tried_before_the_scan(
     monkeypatch.setattr(check_data, "check", lambda *_, **__: pytest.fail("scanned"))
     assert run(folder(tmp_path / "data"), tmp_path / out) == 2
     line = capsys.readouterr().err
-    assert line.startswith(f"check_data: error: --out: {tmp_path / out} ")
+    assert line.startswith(f"ddp_ssl: error: --out: {tmp_path / out} ")
     assert line.count("\n") == 1
 
 
@@ -295,9 +295,9 @@ def test_only_what_is_not_written_is_said_to_be(
     assert run(folder(tmp_path / "data"), out) == 2
     line = capsys.readouterr().err
     if late:
-        assert line == f"check_data: error: --out: {out} cannot be written: Input/output error\n"
+        assert line == f"ddp_ssl: error: --out: {out} cannot be written: Input/output error\n"
     else:
-        assert "Input/output error: '/somewhere'" in line
+        assert "/somewhere: Input/output error" in line
         assert "written" not in line
     assert not list(tmp_path.glob("*bad.txt"))  # nor the part file
 
@@ -341,7 +341,7 @@ def test_ctrl_c_is_one_line_and_ends_the_workers(tmp_path: Path) -> None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=20)  # the workers hold the pipe too
-    assert said == "check_data: interrupted\n"
+    assert said == "ddp_ssl: interrupted\n"
     assert process.returncode == 130
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)

@@ -86,14 +86,14 @@ def test_each_step_of_the_method_has_directions_of_its_own() -> None:
     method = method_of(config_of("method.name=lejepa", "method.slices=8"))
     batch, seen = batch_of(images(2, 12)), []
     for step in range(3):
-        seen.append(float(method(batch).terms["sigreg"]))
+        seen.append(float(method(batch).terms["sigreg"].detach()))
         method.after_step(Progress(step, 10, 0, 1))
     assert len(set(seen)) == 3
     state = method.get_extra_state()
     method.set_extra_state({"step": 0})
-    assert float(method(batch).terms["sigreg"]) == seen[0]
+    assert float(method(batch).terms["sigreg"].detach()) == seen[0]
     method.set_extra_state(state)
-    assert float(method(batch).terms["sigreg"]) not in seen
+    assert float(method(batch).terms["sigreg"].detach()) not in seen
 
 
 def test_the_methods_terms_are_float32_under_autocast() -> None:

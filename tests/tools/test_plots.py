@@ -107,7 +107,7 @@ def test_a_folder_without_figures_is_one_line(
     for folder in (tmp_path / "young", tmp_path / "nowhere"):
         assert plot_dynamics.main([str(folder)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"plot_dynamics: error: {folder}: no metrics")
+        assert line.startswith(f"ddp_ssl: error: {folder}: no metrics")
 
 
 @pytest.mark.parametrize("tool", [plot_dynamics, plot_balance])
@@ -121,7 +121,7 @@ def test_a_line_that_is_no_row_is_one_line(
     (folder / "metrics.jsonl").write_text(line + "\n")
     assert tool.main([str(folder)]) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"{tool.__name__.rpartition('.')[2]}: error: {folder}")
+    assert said.startswith(f"ddp_ssl: error: {folder}")
 
 
 @pytest.mark.parametrize("tool", [plot_dynamics, plot_balance])
@@ -225,7 +225,7 @@ def test_a_wrong_csv_is_one_line(
     path.write_text(text)
     assert plot_balance.main([str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"plot_balance: error: {path}")
+    assert line.startswith(f"ddp_ssl: error: {path}")
     assert message in line
 
 
@@ -239,7 +239,7 @@ def test_a_run_without_the_figure_is_one_line(
     ):
         assert plot_balance.main([str(source)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("plot_balance: error: ")
+        assert line.startswith("ddp_ssl: error: ")
         assert message in line
 
 

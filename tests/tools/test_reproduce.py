@@ -918,7 +918,7 @@ def test_runs_at_the_same_time_share_out_the_gpus(monkeypatch: pytest.MonkeyPatc
 
 
 def assert_one_line(text: str, part: str) -> None:
-    assert text.startswith("reproduce: error: ")
+    assert text.startswith("ddp_ssl: error: ")
     assert part in text
     assert text.count("\n") == 1
 

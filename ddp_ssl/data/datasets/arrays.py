@@ -7,7 +7,6 @@ import hashlib
 import io
 import logging
 import pickle
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from ddp_ssl.data.datasets.base import Dataset, Definition, prepare, root_of
 from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.errors import refused
 from ddp_ssl.utils.text import one_line
 
 if TYPE_CHECKING:
@@ -238,18 +238,14 @@ def load_medmnist(data: Data) -> Dataset:
 
 def medmnist_arrays(file: Path, split: str) -> tuple[Pixels, NDArray[np.int64]]:
     wanted = f"{split}_images", f"{split}_labels"
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return arrays[wanted[0]], arrays[wanted[1]]
-    except KeyError:
-        raise ValueError(
-            f"data.root: {file} has no {wanted[0]} and {wanted[1]}; a file of MedMNIST would be "
-            "accepted"
-        ) from None
-    except (OSError, EOFError, ValueError, AttributeError, TypeError, zipfile.BadZipFile):
-        raise ValueError(
-            f"data.root: {file} is incomplete or damaged; a whole copy of it would be accepted"
-        ) from None
+    with (
+        refused(
+            f"data.root: {file} is incomplete, damaged or not of MedMNIST",
+            "accepted: its file, whole",
+        ),
+        np.load(file, allow_pickle=False) as arrays,
+    ):
+        return arrays[wanted[0]], arrays[wanted[1]]
 
 
 DEFINITIONS = {

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import struct
 import threading
 import time
 import zlib
@@ -27,6 +26,7 @@ from ddp_ssl.data.datasets.cache import cache_folder
 from ddp_ssl.data.datasets.pages import Page, Place, UnsupportedError, arrow, pages
 from ddp_ssl.data.datasets.tar import DAMAGED, EMPTY
 from ddp_ssl.errors import printable
+from ddp_ssl.utils.files import if_readable
 from ddp_ssl.utils.once import warn_once
 
 logger = logging.getLogger("ddp_ssl")
@@ -138,11 +138,10 @@ def _is_whole(kind: Any) -> bool:
 
 def _features(schema: Any) -> dict[str, Any]:
     """What `datasets` says of the columns; empty if it says nothing."""
-    try:
-        about = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: value for name, value in about.items() if isinstance(value, dict)}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return {}
+    about = if_readable(
+        lambda: json.loads(schema.metadata[b"huggingface"])["info"]["features"].items()
+    )
+    return {name: value for name, value in about or () if isinstance(value, dict)}
 
 
 def opened(path: Path) -> Any:
@@ -254,9 +253,7 @@ def _places_of(file: Any, path: Path, group: int, columns: Columns) -> list[tupl
             f"data.root: {path}: its images have {error}, which is not read; accepted: plain "
             "values as `datasets` and pyarrow write them"
         ) from None
-    except (
-        OSError, ValueError, IndexError, KeyError, struct.error, arrow().ArrowException
-    ) as error:  # fmt: skip
+    except Exception as error:  # damaged bytes raise anything
         if _may_pass(error):
             raise
         logger.warning(

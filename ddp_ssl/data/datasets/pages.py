@@ -20,6 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ddp_ssl.errors import refused
+
 CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "BROTLI", "ZSTD", "LZ4")
 SNAPPY = 1
 PLAIN, DICTIONARY = (0,), (2, 8)  # encodings
@@ -80,10 +82,8 @@ def arrow(module: str = "pyarrow") -> Any:
 
 def _decompress(codec: int, content: Any, total: int) -> Any:
     name = "lz4_raw" if CODECS[codec] == "LZ4" else CODECS[codec].lower()
-    try:
+    with refused("cannot be decompressed"):
         made = arrow().Codec(name).decompress(content, decompressed_size=total)
-    except (OSError, ValueError, MemoryError) as error:
-        raise ValueError(f"cannot be decompressed ({error})") from None
     if len(made) != total:
         raise ValueError(f"decompressed to {len(made)} instead of {total} bytes")
     return made

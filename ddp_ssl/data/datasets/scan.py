@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from ddp_ssl.data.datasets.cache import cache_folder, write_atomically
 from ddp_ssl.data.datasets.split import Names, Split
 from ddp_ssl.errors import printable
+from ddp_ssl.utils.files import if_readable
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.progress import EVERY_S
 from ddp_ssl.utils.sealed import checksum, sealed, unsealed
@@ -415,10 +416,7 @@ def _restore(place: Path, top: str) -> _Scan | _Stale | None:
 
 def _about(place: Path) -> dict[str, Any] | None:
     """What a kept scan says of itself; None if it is damaged or of an earlier version."""
-    try:
-        return unsealed((place / "manifest.json").read_text())
-    except (OSError, ValueError):
-        return None
+    return if_readable(lambda: unsealed((place / "manifest.json").read_text()))
 
 
 def _open(place: Path, about: dict[str, Any]) -> tuple[_Scan, Array] | None:

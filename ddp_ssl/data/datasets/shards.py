@@ -22,6 +22,7 @@ from ddp_ssl.config.schema import SAME_AS
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.datasets.tar import Shards
+from ddp_ssl.errors import refused
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.sealed import CHECKSUM, checksum, unsealed
 
@@ -69,29 +70,13 @@ def describe(root: Path, remote: bool = False) -> dict[str, Any]:
 
     With `remote` the tar files of the training images are elsewhere and are not looked for.
     """
-    try:
-        text = (root / ABOUT).read_text()
-        about = json.loads(text)
-        if about["format"] == FORMAT:
-            about = unsealed(text)
-        elif about["format"] == UNCHECKED and CHECKSUM in about:
-            raise ValueError("its format was changed")
-        tars = [(tar["file"], tar["bytes"]) for s in about["splits"].values() for tar in s["tars"]]
-        damaged = "train" not in about["splits"] or not {"name", "class_names", "extensions"} <= {
-            *about
-        }
-        # A name from a file must not lead out of the folder.
-        damaged = damaged or any(not re.fullmatch(r"(train|val)-\d+\.tar", t[0]) for t in tars)
-        damaged |= any(not {"count", "digest"} <= {*split} for split in about["splits"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        damaged = True
-    if not damaged and about["format"] not in (UNCHECKED, FORMAT):
+    with refused(f"data.root: {root / ABOUT} is damaged or cannot be read", AGAIN):
+        about, tars = _parse((root / ABOUT).read_text())
+    if about["format"] not in (UNCHECKED, FORMAT):
         raise ValueError(
             f"data.root: {root} holds shards of format {about['format']}; accepted: {UNCHECKED} "
             f"and {FORMAT}, as this version's ddp-ssl pack-shards writes it"
         )
-    if damaged:
-        raise ValueError(f"data.root: {root / ABOUT} is damaged or cannot be read; {AGAIN}")
     if about["format"] == UNCHECKED:
         warn_once(
             f"data.root: {root} was packed by an earlier version, without checksums: it is read "
@@ -107,7 +92,26 @@ def describe(root: Path, remote: bool = False) -> dict[str, Any]:
             if there != expected:
                 what = "is missing" if there < 0 else f"has {there} bytes instead of {expected}"
                 raise ValueError(f"data.root: {root / file} {what}; {AGAIN}")
-    return about  # type: ignore[no-any-return]
+    return about
+
+
+def _parse(text: str) -> tuple[dict[str, Any], list[tuple[str, int]]]:
+    """The content of `shards.json`, and name and size of each tar file; raises if it is damaged."""
+    about: dict[str, Any] = json.loads(text)
+    if about["format"] == FORMAT:
+        about = unsealed(text)
+    elif about["format"] == UNCHECKED and CHECKSUM in about:
+        raise ValueError("its format was changed")
+    splits = about["splits"]
+    tars = [(tar["file"], tar["bytes"]) for split in splits.values() for tar in split["tars"]]
+    if "train" not in splits or not {"name", "class_names", "extensions"} <= about.keys():
+        raise ValueError("it is incomplete")
+    if any(not {"count", "digest"} <= split.keys() for split in splits.values()):
+        raise ValueError("a split of it is incomplete")
+    # A name from a file must not lead out of the folder.
+    if any(not re.fullmatch(r"(train|val)-\d+\.tar", name) for name, _ in tars):
+        raise ValueError("it names a file that is none of its own")
+    return about, tars
 
 
 def checked_files(kept: dict[str, Any], name: str) -> dict[str, int | None]:

@@ -24,6 +24,7 @@ from ddp_ssl.data.datasets.shards import (
     file_size,
     open_shards,
 )
+from ddp_ssl.utils.files import if_readable
 from ddp_ssl.utils.progress import EVERY_S
 from ddp_ssl.utils.sealed import checksum
 
@@ -154,14 +155,15 @@ def _own(target: Path) -> None:
 
 def _is_whole(target: Path, root: Path) -> bool:
     """Whether `target` is a copy of `root` with all files that a reader needs."""
-    try:
+
+    def origin() -> str:
         whole = open_shards(target)
         for split in (whole.train, whole.val):
             if split is not None and split.shards is not None:
                 split.shards.stream()
-        return (target / ORIGIN).read_text(errors="surrogateescape") == os.path.abspath(root)
-    except (OSError, ValueError):
-        return False
+        return (target / ORIGIN).read_text(errors="surrogateescape")
+
+    return if_readable(origin) == os.path.abspath(root)
 
 
 def _copy_all(

@@ -1,0 +1,23 @@
+"""Other programs: Slurm's commands, git, nvidia-smi."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def output_of(command: Sequence[str], timeout_s: float = 60, cwd: Path | None = None) -> str:
+    """The text that a program prints.
+
+    Raises `OSError`, one line, if the program is missing (`FileNotFoundError`), fails, or has not
+    ended after `timeout_s` seconds.
+    """
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, cwd=cwd)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"{command[0]}: no answer within {timeout_s:g} s") from None
+    if told.returncode:
+        said = (told.stderr or told.stdout).strip().splitlines()
+        raise OSError(f"{command[0]}: {said[-1] if said else f'exit code {told.returncode}'}")
+    return told.stdout
