@@ -45,14 +45,20 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pip(*arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=without_checkout())
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def without_checkout() -> dict[str, str]:
+    """The environment without PYTHONPATH: pip takes a checkout there for an installed ddp_ssl."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
 
 def run(*command: str | Path, empty: Path) -> str:
     """The output of a command that is started in an empty folder, without this checkout."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=empty, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=empty, env=without_checkout()
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
