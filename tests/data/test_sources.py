@@ -345,11 +345,15 @@ def test_medmnist_that_cannot_be_used(tmp_path: Path) -> None:
     file = tmp_path / "bloodmnist.npz"
     medmnist(file, False)
     file.write_bytes(file.read_bytes()[:1000])
-    refused("blood", tmp_path, "data.root: .*bloodmnist.npz is incomplete or damaged")
+    refused(
+        "blood", tmp_path, "data.root: .*bloodmnist.npz is incomplete, damaged or not of MedMNIST"
+    )
     file.write_bytes(b"<html>not found</html>")
-    refused("blood", tmp_path, "data.root: .*bloodmnist.npz is incomplete or damaged")
+    refused(
+        "blood", tmp_path, "data.root: .*bloodmnist.npz is incomplete, damaged or not of MedMNIST"
+    )
     medmnist(file, False, test_images=None)
-    refused("blood", tmp_path, "data.root: .*bloodmnist.npz has no test_images and test_labels")
+    refused("blood", tmp_path, "data.root: .*bloodmnist.npz is .* MedMNIST: it has no test_images;")
     medmnist(file, False, train_labels=np.zeros((4, 1), np.uint8))
     refused("blood", tmp_path, "data.root: .*npz, train_labels: expected 5 numbers below 8, got")
     medmnist(file, False, train_labels=np.full((5, 1), 8, np.uint8))
@@ -366,7 +370,9 @@ def test_medmnist_executes_nothing(tmp_path: Path) -> None:
     labels = np.empty((5, 1), object)
     labels[:] = Bad()
     medmnist(tmp_path / "bloodmnist.npz", False, train_labels=labels)
-    refused("blood", tmp_path, "data.root: .*bloodmnist.npz is incomplete or damaged")
+    refused(
+        "blood", tmp_path, "data.root: .*bloodmnist.npz is incomplete, damaged or not of MedMNIST"
+    )
     assert not (tmp_path / "executed").exists()
 
 

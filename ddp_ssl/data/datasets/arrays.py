@@ -245,6 +245,8 @@ def medmnist_arrays(file: Path, split: str) -> tuple[Pixels, NDArray[np.int64]]:
         ),
         np.load(file, allow_pickle=False) as arrays,
     ):
+        if lacking := [name for name in wanted if name not in arrays]:
+            raise ValueError(f"it has no {' and '.join(lacking)}")
         return arrays[wanted[0]], arrays[wanted[1]]
 
 
