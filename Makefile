@@ -1,6 +1,7 @@
 # make demo   install into .venv, train AdaDim on handwritten digits with two processes, print the result
 # make test   the test suite                 make check   format, lint, types, tests: what CI runs
 #             PINS=cuda12 or PINS=cuda13 chooses the pinned set; else the GPU's driver does
+#             WORKERS=2 processes of pytest share the test files
 # make test-faults  a real Slurm, killed and hung ranks, full disks: an hour; before a release
 # make bench  every benchmark, into runs/bench.md (25 minutes)
 # make golden rewrite tests/golden (a diff there needs a line in CHANGELOG.md)
@@ -9,6 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NPROC ?= 2
+WORKERS ?= 2
 FAULTS ?= slurm or faults
 
 .PHONY: demo test test-faults check bench format golden docs clean
@@ -33,7 +35,7 @@ demo: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) -m ddp_ssl.train
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slurm and not faults"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slurm and not faults"
 
 test-faults: $(INSTALLED)
 	$(BIN)/python -m pytest -m "$(FAULTS)" -rs
