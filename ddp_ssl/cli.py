@@ -5,7 +5,7 @@ import os
 import sys
 
 from ddp_ssl import __version__
-from ddp_ssl.commands import common
+from ddp_ssl.utils.streams import open_streams, say, tell
 from ddp_ssl.utils.text import suggest
 
 # A command is a module with a `main(arguments)` that returns the exit code.
@@ -31,7 +31,7 @@ USAGE = "usage: ddp-ssl COMMAND [CONFIG] [key=value ...]"
 
 def main() -> int:
     """Dispatch to a command; returns the exit code."""
-    common.open_streams()
+    open_streams()
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
         # As `python -m` does, so that `method.name=my_module:MyMethod` finds a file lying here.
@@ -41,15 +41,15 @@ def main() -> int:
         module = importlib.import_module(f"ddp_ssl.{COMMANDS[command][0]}")
         return int(module.main(arguments))
     if command == "--version":
-        common.say(f"ddp_ssl {__version__}")
+        say(f"ddp_ssl {__version__}")
         return 0
     if command in ("-h", "--help"):
         lines = (f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items())
-        common.say("\n".join([USAGE, "", *lines]))
-        common.say("\nddp-ssl COMMAND --help says more; ddp-ssl --version tells the version.")
+        say("\n".join([USAGE, "", *lines]))
+        say("\nddp-ssl COMMAND --help says more; ddp-ssl --version tells the version.")
         return 0
     hint = suggest(command, COMMANDS) or f"; accepted: {', '.join(COMMANDS)}"
-    print(f"ddp-ssl: error: unknown command {command!r}{hint}", file=sys.stderr)
+    tell(f"ddp_ssl: error: unknown command {command!r}{hint}")
     return 2
 
 

@@ -16,6 +16,7 @@ from ddp_ssl.commands import common
 from ddp_ssl.config import check_world_size
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.launcher import rank_and_size
+from ddp_ssl.utils.streams import say
 
 USAGE = """usage: ddp-ssl doctor [CONFIG.yaml] [key=value ...]
        torchrun --nproc_per_node N -m ddp_ssl.doctor [CONFIG.yaml] [key=value]
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
-        common.say(USAGE.rstrip("\n"))
+        say(USAGE.rstrip("\n"))
         return 0
     config = load(arguments).config
     check_world_size(config, rank_and_size()[1])

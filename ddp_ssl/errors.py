@@ -1,10 +1,15 @@
 """The errors that end a run, and what users' input causes. Each message is one line for people."""
 
 import contextlib
+import os
+import sys
+import sysconfig
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+HERE = Path(__file__).parent
+LIBRARY = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], "<")
 LONGEST = 300  # characters of another library's text in a message
 
 
@@ -20,19 +25,25 @@ class ConfigError(ValueError):
         super().__init__(printable(message))
 
 
+class BuildError(ConfigError):
+    """An error during start-up that a restart may cure."""
+
+
 def reason(error: BaseException) -> str:
     """An error as one line: what the system says of a file, else the text of the error.
 
-    A type that says more than its text is named, with the place in the code.
+    A type that says more than its text is named. So is the place in a user's own code.
     """
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        name = error.filename
+        return error.strerror if name is None else f"{os.fsdecode(name)}: {error.strerror}"
     text = " ".join(str(error).split())
     if text and isinstance(error, OSError | ValueError | RuntimeError | ImportError):
         return text
     text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
-    if frames and not isinstance(error, SyntaxError):  # whose text names the place
+    # Python's own files, installed packages and this one are not what a user would open.
+    if frames and not any(map(frames[-1].filename.startswith, (str(HERE), sys.prefix, *LIBRARY))):
         text += f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
     return text
 
@@ -42,19 +53,28 @@ def refused(what: str, accepted: str = "") -> Iterator[None]:
     """Whatever a user's input causes in the block becomes a `ConfigError`: what, why, accepted.
 
     `what`: the key, the file or the argument, and what is wrong with it. `accepted`: what would be
-    accepted instead. The cause stays with the error: `train.log` gets its traceback.
+    accepted instead. A fault of a disk that may pass is a `BuildError`. The cause stays with the
+    error. A lack of memory is not the input's fault, and passes through.
     """
     try:
         yield
     except ConfigError:
         raise
+    except MemoryError:
+        raise
     except Exception as error:
+        why = reason(error)
+        if isinstance(error, OSError) and error.strerror and str(error.filename) in what:
+            why = error.strerror
         end = f"; {accepted}" if accepted else ""
-        raise ConfigError(f"{what}: {reason(error)[:LONGEST]}{end}") from error
+        kind = BuildError if isinstance(error, OSError) and may_pass(error) else ConfigError
+        raise kind(f"{what}: {why[:LONGEST]}{end}") from error
 
 
-class BuildError(ConfigError):
-    """An error during start-up that a restart may cure."""
+def may_pass(error: OSError) -> bool:
+    """Whether trying again may help: not where a file is missing, forbidden or of another kind."""
+    lasting = FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError
+    return error.errno is not None and not isinstance(error, lasting | IsADirectoryError)
 
 
 class CheckpointError(RuntimeError):

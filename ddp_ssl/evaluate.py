@@ -15,6 +15,7 @@ from ddp_ssl.config import Config, ConfigError, Resolved, Section, reference_of
 from ddp_ssl.evals.settings import OF_PRETRAINING, SECTIONS, EvaluateConfig, load_settings
 from ddp_ssl.evals.weights import Source, find_source
 from ddp_ssl.run.signals import stop_with_parent
+from ddp_ssl.utils.streams import say
 
 USAGE = """usage: ddp-ssl evaluate COMMAND SOURCE [CONFIG.yaml] [key=value ...]
        python -m ddp_ssl.evaluate COMMAND SOURCE [CONFIG.yaml] [key=value ...]
@@ -55,13 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str]) -> int:
     wants_help, wants_config, words = common.split_options(arguments)
     if wants_help:
-        common.say(_help(words))
+        say(_help(words))
         return 0
     command, source, rest = _parse(words)
     settings, origins = load_settings(source, rest)
     _check(command, source, origins)
     if wants_config:
-        common.say(Resolved(cast(Config, settings), origins).to_yaml().rstrip("\n"))
+        say(Resolved(cast(Config, settings), origins).to_yaml().rstrip("\n"))
         return 0
     from ddp_ssl.evals import dynamics, evaluation
 

@@ -416,9 +416,8 @@ def export(source: str, form: Form, out: Path | None, trusted: str = "") -> tupl
                 f"features read back from the {form} file are {off:.1e} off (relative), more than "
                 f"{TOLERANCE:g}: it would not be what the run trained"
             )
-        (file.parent / "README.md").write_text(
-            model_card(trained, form, file, folder / file.name, off)
-        )
+        card_text = model_card(trained, form, file, folder / file.name, off)
+        (file.parent / "README.md").write_text(card_text, encoding="utf-8", errors="replace")
         for made in list(file.parent.iterdir()):  # large ONNX graphs have their weights beside them
             os.replace(made, folder / made.name)
     return folder / file.name, off

@@ -14,6 +14,7 @@ from ddp_ssl.commands import common
 from ddp_ssl.config import Config, ConfigError, read_yaml
 from ddp_ssl.run.configure import check_trust
 from ddp_ssl.utils.files import json_file
+from ddp_ssl.utils.streams import say
 
 USAGE = """usage: ddp-ssl resume RUN [key=value ...]
        torchrun --nproc_per_node N -m ddp_ssl.resume RUN [key=value ...]
@@ -35,14 +36,14 @@ def main(
 ) -> int:
     """Go on from the command line; returns the exit code. `on_step` is called before every step."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    return common.exit_code(lambda: _main(words, on_step))
+
+
+def _main(words: Sequence[str], on_step: Callable[[Any], None] | None) -> int:
     if {"-h", "--help"} & set(words):
-        common.say(USAGE.rstrip())
+        say(USAGE.rstrip())
         return 0
-    try:
-        words = arguments_of(words)
-    except ConfigError as error:
-        return common.refuse(error)
-    return train.main(words, on_step)
+    return train.main(arguments_of(words), on_step)
 
 
 def arguments_of(words: Sequence[str]) -> list[str]:

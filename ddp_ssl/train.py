@@ -14,6 +14,7 @@ from ddp_ssl.config import Config, check_folder, check_world_size, reference
 from ddp_ssl.run.configure import load
 from ddp_ssl.run.signals import StopRequest, stop_with_parent
 from ddp_ssl.utils.launcher import rank_and_size
+from ddp_ssl.utils.streams import open_streams, say
 
 LEAVE_WITHIN_S = 120
 
@@ -35,7 +36,7 @@ def main(
     arguments: Sequence[str] | None = None, on_step: Callable[[Any], None] | None = None
 ) -> int:
     """Run from the command line; returns the exit code. `on_step` is called before every step."""
-    common.open_streams()
+    open_streams()
     if not faulthandler.is_enabled():
         faulthandler.enable(2)  # stderr: a crash in native code leaves a stack
     # Before all imports, so that no signal is lost while torch and DALI are imported.
@@ -48,18 +49,18 @@ def main(
 def _main(words: Sequence[str], stop: StopRequest, on_step: Callable[[Any], None] | None) -> int:
     wants_help, wants_config, arguments = common.split_options(words)
     if wants_help:
-        common.say(_help(arguments))
+        say(_help(arguments))
         return 0
     resolved = load(arguments)
     check_world_size(resolved.config, rank_and_size()[1])
     check_folder(resolved.config)
     if wants_config:
-        common.say(resolved.to_yaml().rstrip("\n"))
+        say(resolved.to_yaml().rstrip("\n"))
         return 0
     if rank_and_size()[1] == 1:  # several processes find the data together, in `training/build.py`
         common.check_data(resolved.config.data)
     for note in resolved.notes:
-        common.say(note)
+        say(note)
     from ddp_ssl.training.lifecycle import run
 
     return run(resolved, stop, on_step)

@@ -80,10 +80,10 @@ class CheckpointInfo:
     @staticmethod
     def parse(manifest: Path, text: str) -> CheckpointInfo:
         """The manifest of this path and text. Raises `ValueError`."""
-        fields = json.loads(text)
-        if isinstance(fields, dict) and CHECKSUM in fields:  # earlier versions wrote none
-            fields = unsealed(text)
-        with refused(f"{manifest}: not a manifest"):
+        with refused("not a manifest"):
+            fields = json.loads(text)
+            if CHECKSUM in fields:  # earlier versions wrote none
+                fields = unsealed(text)
             return CheckpointInfo(path=manifest.with_name(fields.pop("file")), **fields)
 
 
@@ -202,8 +202,7 @@ def _waiting(manifest: Path) -> Path:
 
 def _finish_best(home: Path) -> None:
     waiting = _waiting(home / "best.json")
-    found = if_readable(lambda: CheckpointInfo.read(waiting))
-    if found is not None and _problem(found) is None:
+    if if_readable(lambda: _problem(CheckpointInfo.read(waiting)) is None):
         os.replace(waiting, home / "best.json")
 
 

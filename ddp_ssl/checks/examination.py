@@ -14,6 +14,7 @@ from ddp_ssl.checks.base import Check, Context, Finding, by_value, fail, ok
 from ddp_ssl.config import Config
 from ddp_ssl.distributed import World
 from ddp_ssl.utils.launcher import local_rank_and_size, rank_and_size, wait_for_rank_0
+from ddp_ssl.utils.streams import say
 from ddp_ssl.utils.text import one_line
 
 TIMEOUT_S = 120.0  # for a process to come, or to finish a part of a check
@@ -166,4 +167,4 @@ class Report:
 
     def say(self, line: str) -> None:
         if self.speaks:
-            print(line, flush=True)
+            say(line)

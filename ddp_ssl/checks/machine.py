@@ -159,8 +159,12 @@ def look_at_cores(ctx: Context, before: list[Any]) -> dict[str, Any]:
 
 def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
     """Number of cores that the container's CPU quota allows; None without a quota."""
-    quota, period = (if_readable(path.read_text) or "max 1").split()
-    return None if quota == "max" else int(quota) / int(period)
+
+    def read() -> float:
+        quota, period = map(int, path.read_text().split())
+        return quota / period
+
+    return if_readable(read)  # `max` is no number: there is no quota
 
 
 def judge_cores(ctx: Context, facts: list[dict[str, Any]]) -> Findings:

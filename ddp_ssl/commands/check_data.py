@@ -39,7 +39,8 @@ from ddp_ssl.data.loading.decodable import (
 )
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.files import path_of
-from ddp_ssl.utils.progress import Progress, tell
+from ddp_ssl.utils.progress import Progress
+from ddp_ssl.utils.streams import tell
 
 PART = 256  # images a worker is given at a time
 READERS = 16  # threads of a worker: they wait for the file system

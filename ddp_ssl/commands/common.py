@@ -11,16 +11,17 @@ import logging
 import os
 import re
 import signal
-import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import ddp_ssl
 from ddp_ssl.config import ConfigError, Data
-from ddp_ssl.errors import reason
-from ddp_ssl.utils.launcher import cpu_share, rank_and_size, wait_for_rank_0
+from ddp_ssl.errors import printable, reason
+from ddp_ssl.utils.launcher import cpu_share, wait_for_rank_0
+from ddp_ssl.utils.streams import flush, open_streams, stdout_is_broken, tell
 from ddp_ssl.utils.text import one_line, suggest
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Row = tuple[str, str, str, str]
 """Of the reference: key, type, default, description."""
 HELP_WIDTH = 79  # columns
+SHOW = "DDP_SSL_TRACEBACK"
 # Exit codes.
 UNUSABLE = 2  # the config, the data or the command line cannot be used
 INTERRUPTED = 128 + signal.SIGINT
@@ -40,49 +42,32 @@ def exit_code(command: Callable[[], int]) -> int:
     """Run a command and return its exit code.
 
     Input that cannot be used (`ValueError`, `OSError`) is one line on stderr and 2, Ctrl-C is 130.
-    Where the reader of stdout has gone, as `| head` does, it is 141, as if SIGPIPE had ended it.
+    A command whose reader has gone, as with `| head`, is given up: 141, as if by SIGPIPE. The
+    environment's `DDP_SSL_TRACEBACK=1` shows where an error was raised.
     """
     open_streams()
+    code = _code_of(command)
+    problem = flush()
+    if problem is None or isinstance(problem, BrokenPipeError) or code:
+        return code
+    return refuse(f"stdout: {reason(problem)}", 1)
+
+
+def _code_of(command: Callable[[], int]) -> int:
     try:
-        try:
-            return command()
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        drop_stdout()
-        return BROKEN_PIPE
+        return command()
+    except SystemExit:
+        flush()
+        raise
     except (ValueError, OSError) as error:
-        return refuse(reason(error))
+        if isinstance(error, BrokenPipeError) and stdout_is_broken():
+            return BROKEN_PIPE
+        if os.environ.get(SHOW):
+            traceback.print_exc()
+        return refuse(error if isinstance(error, ConfigError) else reason(error))
     except KeyboardInterrupt as error:
         tell("; ".join(["ddp_ssl: interrupted", *map(str, error.args)]))
         return INTERRUPTED
-
-
-def open_streams() -> None:
-    """Open stdin, stdout and stderr on /dev/null where they are closed.
-
-    Else the next file that is opened gets such a number, and with it what is printed.
-    """
-    closed = [number for number in range(3) if not _is_open(number)]
-    for _ in closed:
-        os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, "w", closefd=False))
-
-
-def _is_open(number: int) -> bool:
-    try:
-        os.fstat(number)
-    except OSError:
-        return False
-    return True
-
-
-def drop_stdout() -> None:
-    """Send stdout to /dev/null: its reader has gone, and Python writes again when it ends."""
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def check_data(data: Data) -> None:
@@ -98,25 +83,9 @@ def check_data(data: Data) -> None:
 
 def refuse(error: object, code: int = UNUSABLE) -> int:
     """Rank 0 prints `error`; returns the exit code, on the other ranks when rank 0 has printed."""
-    tell(f"ddp_ssl: error: {error}")
+    tell(f"ddp_ssl: error: {printable(str(error))}")
     wait_for_rank_0()
     return code
-
-
-def tell(text: str) -> None:
-    """Print on stderr of rank 0, if somebody reads it."""
-    if rank_and_size()[0] == 0:
-        with contextlib.suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
-
-
-def say(text: str) -> None:
-    """Print on stdout of rank 0, if somebody reads it."""
-    if rank_and_size()[0] == 0:
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:
-            drop_stdout()
 
 
 def split_options(arguments: Iterable[str]) -> tuple[bool, bool, list[str]]:

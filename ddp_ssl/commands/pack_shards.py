@@ -49,9 +49,10 @@ from ddp_ssl.data.datasets.base import absolute
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.files import path_of
-from ddp_ssl.utils.progress import Progress, tell
+from ddp_ssl.utils.progress import Progress
 from ddp_ssl.utils.sealed import sealed
 from ddp_ssl.utils.seeds import generator
+from ddp_ssl.utils.streams import tell
 
 OVERHEAD = 3 * BLOCK + 2 * BLOCK + BLOCK  # headers, class and id, padding at most
 HOPELESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from ddp_ssl.commands import common, plot_balance, plot_dynamics
+from ddp_ssl.utils.streams import say
 
 USAGE = """usage: ddp-ssl plot dynamics RUN [RUN ...]
        ddp-ssl plot balance RUN|CSV [RUN|CSV ...]
@@ -20,6 +21,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if kind in PLOTS:
         return PLOTS[kind](rest)
     if kind in ("-h", "--help"):
-        common.say(USAGE)
+        say(USAGE)
         return 0
     return common.refuse(f"plot {kind}: unknown picture; accepted: {', '.join(PLOTS)}")

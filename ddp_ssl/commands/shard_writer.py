@@ -31,9 +31,10 @@ from ddp_ssl.data.datasets.scan import EXTENSIONS
 from ddp_ssl.data.datasets.shards import file_size
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.decodable import is_for_pil, rewritten, too_large
-from ddp_ssl.utils.files import sync_folder
-from ddp_ssl.utils.progress import Progress, tell
+from ddp_ssl.utils.files import if_readable, sync_folder
+from ddp_ssl.utils.progress import Progress
 from ddp_ssl.utils.sealed import checksum
+from ddp_ssl.utils.streams import tell
 
 BLOCK, RECORD = 512, 10240  # tar's
 BESIDE = 128  # bytes that an image takes in the index and the arrays, about
@@ -153,9 +154,8 @@ def _check_room(
     """Refuse what does not fit, not counting shards that are there."""
     needed = 0
     for shard in todo:
-        there = shard.tar in done and (
-            file_size(out / shard.tar) == done[shard.tar]["tar"]["bytes"]
-        )
+        expected = if_readable(lambda shard=shard: done[shard.tar]["tar"]["bytes"])  # type: ignore[misc]
+        there = expected == file_size(out / shard.tar)
         # The size of images in memory as PNGs is not known.
         if not there and splits[shard.split].images is None:
             needed += shard.size + BESIDE * len(shard.ids)

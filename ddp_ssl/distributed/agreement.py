@@ -23,14 +23,18 @@ def on_all_ranks(world: World, action: Callable[[], T]) -> T:
     try:
         result = action()
     except Exception as error:
-        own, problem, fatal = error, reason(error), isinstance(error, ValueError)
+        own, problem = error, reason(error)
+        fatal = isinstance(error, ValueError) and not isinstance(error, BuildError)
     problems = world.gather_objects((problem, fatal)) or []
     failed = next(((r, *p) for r, p in enumerate(problems) if p[0] is not None), None)
     first = world.broadcast_object(failed)
-    if own is not None and not isinstance(own, OSError | ValueError):
-        raise own
-    if first is not None:
-        rank, problem, fatal = first
-        kind = ConfigError if fatal else BuildError
-        raise kind(problem + (f" [rank {rank}]" if rank else "")) from own
+    try:
+        if own is not None and not isinstance(own, OSError | ValueError):
+            raise own
+        if first is not None:
+            rank, problem, fatal = first
+            kind = ConfigError if fatal else BuildError
+            raise kind(problem + (f" [rank {rank}]" if rank else "")) from own
+    finally:
+        del own  # its traceback holds this frame: a circle that keeps what the action had made
     return cast(T, result)

@@ -32,6 +32,7 @@ from ddp_ssl.evals.weights import Source
 from ddp_ssl.run import environment
 from ddp_ssl.utils.files import replaced
 from ddp_ssl.utils.progress import logger
+from ddp_ssl.utils.streams import say
 from ddp_ssl.utils.text import one_line
 
 Array = npt.NDArray[Any]
@@ -81,7 +82,7 @@ def embed(source: Source, settings: EvaluateConfig, wanted: Wanted, world: World
             images = _images(splits, {name: ids for name, (_, ids) in found.items()})
             write_features(wanted.out, parts, images, data.class_names, about)
             shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in parts.items())
-            print(f"{wanted.out}: {shapes}, {', '.join(images)}, class names")
+            say(f"{wanted.out}: {shapes}, {', '.join(images)}, class names")
 
     on_all_ranks(world, write)
     if wanted.projector is not None:
@@ -122,7 +123,7 @@ def project(
             shown,
             torch.from_numpy(pictures).view(-1, 3, THUMBNAIL, THUMBNAIL),
         )
-        print(
+        say(
             f"{folder}: {len(shown)} of {len(ids)} images; tensorboard --logdir {folder}, then "
             "Projector"
         )

@@ -25,6 +25,7 @@ from ddp_ssl.evals.settings import OF_PRETRAINING, SECTIONS, EvaluateConfig, Pro
 from ddp_ssl.evals.weights import Source
 from ddp_ssl.run import environment
 from ddp_ssl.utils.files import replace_text
+from ddp_ssl.utils.streams import say
 
 
 @dataclass
@@ -179,7 +180,7 @@ def finish(
     classes = report.class_table(result, data.class_names)
     replace_text(path.with_name(path.name + ".json"), numbers + "\n")
     replace_text(path.with_name(path.name + ".md"), f"{body}\n\n{classes}\n")
-    print(f"\n{body}\n\n{path}.md  {path}.json  ({seconds:.0f} s)", flush=True)
+    say(f"\n{body}\n\n{path}.md  {path}.json  ({seconds:.0f} s)")
 
 
 def _reservations(evaluation: Evaluation) -> list[str]:

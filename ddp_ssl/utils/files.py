@@ -62,7 +62,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 def write_synced(path: Path, text: str) -> None:
     """Write a file and wait until it is on disk."""
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

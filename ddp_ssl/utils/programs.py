@@ -14,7 +14,9 @@ def output_of(command: Sequence[str], timeout_s: float = 60, cwd: Path | None = 
     ended after `timeout_s` seconds.
     """
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, cwd=cwd)
+        told = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=timeout_s, cwd=cwd
+        )
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"{command[0]}: no answer within {timeout_s:g} s") from None
     if told.returncode:

@@ -2,17 +2,13 @@
 
 import logging
 import os
-import sys
 import threading
 import time
 
+from ddp_ssl.utils.streams import tell
+
 EVERY_S = 5.0  # seconds between lines
 logger = logging.getLogger("ddp_ssl")
-
-
-def tell(line: str) -> None:
-    """Print a line on stderr, at once."""
-    print(line, file=sys.stderr, flush=True)
 
 
 class Progress:
