@@ -12,6 +12,7 @@ from typing import Any
 from ddp_ssl import train
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, ConfigError, read_yaml
+from ddp_ssl.config.text import flow
 from ddp_ssl.run.configure import check_trust
 from ddp_ssl.utils.files import json_file
 
@@ -23,8 +24,8 @@ newest good checkpoint. key=value changes what may change when a run goes on,
 such as eval.every or data.root.
   --help          this text
   --print-config  the resolved configuration and where each value came from
-  --trust         let the run import a method from outside this package
-                  (module:Class)
+  --trust         let the run import a method and loggers from outside this
+                  package (module:Class)
 """
 # Paths of a config. A relative one is meant from where the run was started.
 PATHS = {"run": ("init_from",), "data": ("root", "files", "val_files", "skip", "stage")}
@@ -65,10 +66,25 @@ def arguments_of(words: Sequence[str]) -> list[str]:
     method = read_yaml(config).get("method")
     name = str(method.get("name", "")) if isinstance(method, dict) else ""
     check_trust(name, trusted)  # the folder may be anybody's
+    given = any(word.startswith("log.to=") for word in rest)
+    if not given and trusted != "*":
+        check_loggers(read_yaml(config, Config))
     consent = [f"method.name={name}"] if ":" in name else []
     # A run that began with the weights of another one goes on with its own.
     own = [f"run.dir={folder}", "run.resume=auto", "run.init_from="]
     return [str(config), *_absolute(config), *own, *consent, *rest]
+
+
+def check_loggers(tree: dict[str, Any]) -> None:
+    """Raise `ConfigError` if a config's loggers would be imported from outside the package."""
+    log = tree.get("log")
+    named = log.get("to") if isinstance(log, dict) else None
+    for name in named if isinstance(named, list) else ():
+        if ":" in str(name):
+            raise ConfigError(
+                f"log.to: {name} would be imported from outside this package; if you trust it, "
+                f"'log.to={flow(named)}' or --trust is accepted"
+            )
 
 
 def _is_place(word: str) -> bool:

@@ -8,6 +8,7 @@ import sys
 
 from ddp_ssl import distributed
 from ddp_ssl.config import Config, ConfigError, Resolved
+from ddp_ssl.config.text import flow
 from ddp_ssl.data.loading.reader import UnreadableError
 from ddp_ssl.distributed import World, others_failed
 from ddp_ssl.errors import (
@@ -98,8 +99,9 @@ def train_to_the_end(
     elif world.is_main:
         reason = stop.reason or "request of another rank"
         again = resume_command(str(job.setting.folder))
-        name = job.setting.config.method.name
+        name, to = job.setting.config.method.name, job.setting.config.log.to
         again += f" method.name={name}" if ":" in name else ""  # consent to import it
+        again += f" 'log.to={flow(to)}'" if ":" in "".join(to) else ""
         logger.info("stopped on %s at step %d; to go on: %s", reason, state.step, again)
     close(job)
     if world.is_main:
