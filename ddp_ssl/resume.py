@@ -12,7 +12,6 @@ from typing import Any
 from ddp_ssl import train
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, ConfigError, read_yaml
-from ddp_ssl.config.text import flow
 from ddp_ssl.run.configure import check_trust
 from ddp_ssl.utils.files import json_file
 
@@ -66,7 +65,7 @@ def arguments_of(words: Sequence[str]) -> list[str]:
     method = read_yaml(config).get("method")
     name = str(method.get("name", "")) if isinstance(method, dict) else ""
     check_trust(name, trusted)  # the folder may be anybody's
-    given = any(word.startswith("log.to=") for word in rest)
+    given = any(word.startswith(("log.to=", "log.tensorboard=")) for word in rest)
     if not given and trusted != "*":
         check_loggers(read_yaml(config, Config))
     consent = [f"method.name={name}"] if ":" in name else []
@@ -79,12 +78,12 @@ def check_loggers(tree: dict[str, Any]) -> None:
     """Raise `ConfigError` if a config's loggers would be imported from outside the package."""
     log = tree.get("log")
     named = log.get("to") if isinstance(log, dict) else None
-    for name in named if isinstance(named, list) else ():
-        if ":" in str(name):
-            raise ConfigError(
-                f"log.to: {name} would be imported from outside this package; if you trust it, "
-                f"'log.to={flow(named)}' or --trust is accepted"
-            )
+    names = [str(name) for name in named] if isinstance(named, list) else []
+    if outside := [name for name in names if ":" in name]:
+        raise ConfigError(
+            f"log.to: {outside[0]} would be imported from outside this package; if you trust it, "
+            f"'log.to=[{', '.join(names)}]' or --trust is accepted"
+        )
 
 
 def _is_place(word: str) -> bool:

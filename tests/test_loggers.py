@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 import types
 from collections.abc import Iterator
@@ -140,7 +141,7 @@ def test_somebody_elses_logger_is_not_imported(
     place = str(tmp_path)
     with pytest.raises(ConfigError, match=r"^log.to: theirs:Logs would be .* or --trust is accep"):
         arguments_of([place])
-    for consent in ("log.to=[theirs:Logs]", "log.to=[]"):
+    for consent in ("log.to=[theirs:Logs]", "log.to=[]", "log.tensorboard=true"):
         assert consent in arguments_of([place, consent])
     assert f"run.dir={place}" in arguments_of([place, "--trust"])
     assert "theirs" not in sys.modules
@@ -240,13 +241,19 @@ def test_pictures_and_histograms_of_steps_before_are_left_out() -> None:
 
 
 def test_a_whole_run_gives_each_row_once(photos: Path, tmp_path: Path) -> None:
-    """Killed before its first checkpoint, and between two."""
-    args = arguments(
-        photos, tmp_path / "run", *BARE, f"log.to=[tensorboard, '{HERE}:Lines']", "run.resume=auto"
-    )
+    """Killed before its first checkpoint and between two, and stopped."""
+
+    def stop(job: Any) -> None:
+        if job.state.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    to = f"log.to=[tensorboard, {HERE}:Lines]"
+    args = arguments(photos, tmp_path / "run", *BARE, to, "run.resume=auto")
     for death in (1, 5):
         assert train(args, death) == "killed"
+    assert train(args, on_step=stop) == 0
     assert train(args) == 0
+    assert f"'{to}'" in (tmp_path / "run/train.log").read_text()  # in the command that goes on
     lines = [json.loads(x) for x in (tmp_path / "run" / LINES).read_text().splitlines()]
     rows = [line for line in lines if "step" in line]
     kept = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -256,7 +263,7 @@ def test_a_whole_run_gives_each_row_once(photos: Path, tmp_path: Path) -> None:
 
     assert names(rows) == names(kept)
     assert len({line["lr"] for line in lines if "start" in line}) == 1
-    assert len(list((tmp_path / "run").glob("events.out.*"))) == 3
+    assert len(list((tmp_path / "run").glob("events.out.*"))) == 4
     assert len(store.find(tmp_path / "run")) == 2
 
 

@@ -18,15 +18,8 @@ import torch
 from ddp_ssl.utils.programs import output_of
 
 PACKAGES = (
-    "ddp_ssl",
-    "torch",
-    "torchvision",
-    "timm",
-    "nvidia-dali",
-    "numpy",
-    "tensorboard",
-    "wandb",
-)
+    "ddp_ssl", "torch", "torchvision", "timm", "nvidia-dali", "numpy", "tensorboard", "wandb",
+)  # fmt: skip
 
 # Only these variables are kept, since environments hold secrets too.
 VARIABLES = (

@@ -8,7 +8,6 @@ import sys
 
 from ddp_ssl import distributed
 from ddp_ssl.config import Config, ConfigError, Resolved
-from ddp_ssl.config.text import flow
 from ddp_ssl.data.loading.reader import UnreadableError
 from ddp_ssl.distributed import World, others_failed
 from ddp_ssl.errors import (
@@ -101,7 +100,7 @@ def train_to_the_end(
         again = resume_command(str(job.setting.folder))
         name, to = job.setting.config.method.name, job.setting.config.log.to
         again += f" method.name={name}" if ":" in name else ""  # consent to import it
-        again += f" 'log.to={flow(to)}'" if ":" in "".join(to) else ""
+        again += f" 'log.to=[{', '.join(to)}]'" if ":" in "".join(to) else ""
         logger.info("stopped on %s at step %d; to go on: %s", reason, state.step, again)
     close(job)
     if world.is_main:
