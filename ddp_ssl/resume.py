@@ -24,8 +24,8 @@ newest good checkpoint. key=value changes what may change when a run goes on,
 such as eval.every or data.root.
   --help          this text
   --print-config  the resolved configuration and where each value came from
-  --trust         let the run import a method from outside this package
-                  (module:Class)
+  --trust         let the run import a method and loggers from outside this
+                  package (module:Class)
 """
 # Paths of a config. A relative one is meant from where the run was started.
 PATHS = {"run": ("init_from",), "data": ("root", "files", "val_files", "skip", "stage")}
@@ -66,10 +66,25 @@ def arguments_of(words: Sequence[str]) -> list[str]:
     method = read_yaml(config).get("method")
     name = str(method.get("name", "")) if isinstance(method, dict) else ""
     check_trust(name, trusted)  # the folder may be anybody's
+    given = any(word.startswith(("log.to=", "log.tensorboard=")) for word in rest)
+    if not given and trusted != "*":
+        check_loggers(read_yaml(config, Config))
     consent = [f"method.name={name}"] if ":" in name else []
     # A run that began with the weights of another one goes on with its own.
     own = [f"run.dir={folder}", "run.resume=auto", "run.init_from="]
     return [str(config), *_absolute(config), *own, *consent, *rest]
+
+
+def check_loggers(tree: dict[str, Any]) -> None:
+    """Raise `ConfigError` if a config's loggers would be imported from outside the package."""
+    log = tree.get("log")
+    named = log.get("to") if isinstance(log, dict) else None
+    names = [str(name) for name in named] if isinstance(named, list) else []
+    if outside := [name for name in names if ":" in name]:
+        raise ConfigError(
+            f"log.to: {outside[0]} would be imported from outside this package; if you trust it, "
+            f"'log.to=[{', '.join(names)}]' or --trust is accepted"
+        )
 
 
 def _is_place(word: str) -> bool:

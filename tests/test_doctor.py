@@ -34,7 +34,7 @@ from tests.runs import arguments, train
 
 CPU = torch.device("cpu")
 NAMES = (
-    "run folder", "versions", "variables", "tensorboard", "gpus", "cores", "/dev/shm", "open files",
+    "run folder", "versions", "variables", "loggers", "gpus", "cores", "/dev/shm", "open files",
     "speed", "all-reduce", "clocks", "shared folder", "data", "reading", "decoding", "checkpoints",
     "slurm",
 )  # fmt: skip

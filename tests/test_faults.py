@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ from ddp_ssl.config import ConfigError, Run
 from ddp_ssl.distributed import World
 from ddp_ssl.errors import CheckpointError
 from ddp_ssl.logs import writer
-from ddp_ssl.logs.writer import UNSHOWN
+from ddp_ssl.logs.tensorboard import UNSHOWN
 from ddp_ssl.run import environment, folder, watchdog
 from ddp_ssl.run.configure import load
 from ddp_ssl.run.signals import REQUESTS, Keyboard, StopRequest
@@ -34,6 +35,7 @@ from ddp_ssl.training import build, checkpointer
 from ddp_ssl.training.lifecycle import set_deadlines
 from ddp_ssl.utils import launcher
 from tests.helpers import config_of
+from tests.outside_loggers import LINES
 from tests.ranks import Ranks
 from tests.runs import BARE, Whole, Writes, arguments, complaint, rows, status, train
 
@@ -288,12 +290,13 @@ def slow_rank(args: list[str]) -> int | str:
 # --- resuming ----------------------------------------------------------------------------------
 
 
-def test_tensorboard_has_every_step_once_after_three_restarts(
+def test_loggers_have_every_step_once_after_three_restarts(
     ranks: Ranks, photos: Path, tmp_path: Path
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    args = arguments(photos, tmp_path / "run", "log.tensorboard=true", "run.resume=auto")
+    to = "log.to=[tensorboard, 'tests.outside_loggers:Lines']"
+    args = arguments(photos, tmp_path / "run", to, "run.resume=auto")
     for death in (3, 6, 8):
         assert ranks.launch(train, 2, args, death) == ["killed"] * 2
     assert ranks.launch(train, 2, args) == [0, 0]
@@ -309,6 +312,14 @@ def test_tensorboard_has_every_step_once_after_three_restarts(
     assert len(set(written)) == len(written)
     shown = [(e.step, tag) for tag in events.Tags()["scalars"] for e in events.Scalars(tag)]
     assert sorted(shown) == sorted(written)
+    lines = [json.loads(line) for line in (tmp_path / "run" / LINES).read_text().splitlines()]
+    assert [line["rank"] for line in lines if "start" in line] == ["0"] * 4
+    # The second computation of a step may have waited for another save.
+    given, kept = (
+        [(row["step"], {n for n in row if not n.startswith("perf/")}) for row in rows]
+        for rows in ([line for line in lines if "step" in line], metrics(tmp_path / "run"))
+    )
+    assert given == kept
 
 
 def test_changed_code_is_said_on_resume(ranks: Ranks, photos: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from ddp_ssl.logs import console, writer
-from ddp_ssl.logs.writer import LAYOUT
+from ddp_ssl.logs.loggers import load_loggers
+from ddp_ssl.logs.tensorboard import LAYOUT
 from ddp_ssl.run import environment, status
 from ddp_ssl.utils import text
 
@@ -36,9 +37,10 @@ def _logging_as_before() -> Iterator[None]:
 
 
 def writer_of(folder: Path, step: int | None = None, offset: int | None = 0, **more: Any) -> Any:
-    return writer.MetricsWriter(
-        folder, **{"tensorboard": False, "resumed_step": step, "offset": offset, **more}
-    )
+    return writer.MetricsWriter(folder, resumed_step=step, offset=offset, **more)
+
+
+TENSORBOARD: Any = load_loggers(["tensorboard"])
 
 
 def rows_of(folder: Path) -> list[dict[str, float | int]]:
@@ -264,19 +266,19 @@ def test_tensorboard_has_each_step_once_after_a_resume(
 ) -> None:
     now = iter(range(1_700_000_000, 1_800_000_000))
     monkeypatch.setattr("time.time", lambda: float(next(now)))  # event files are sorted by second
-    writer = writer_of(tmp_path, tensorboard=True)
+    writer = writer_of(tmp_path, loggers=TENSORBOARD)
     write(writer, range(10))
     writer.close()
     assert scalars_in(tmp_path, "train/loss") == {s: s for s in range(10)}
 
-    writer = writer_of(tmp_path, 5, None, tensorboard=True)
+    writer = writer_of(tmp_path, 5, None, loggers=TENSORBOARD)
     write(writer, range(6, 8), 100.0)
     writer.close()
     expected = {s: float(s) for s in range(6)} | {6: 106.0, 7: 107.0}
     assert scalars_in(tmp_path, "train/loss") == expected
     assert {r["step"]: r["train/loss"] for r in rows_of(tmp_path)} == expected
 
-    writer = writer_of(tmp_path, None, 0, tensorboard=True)  # died before its first checkpoint
+    writer = writer_of(tmp_path, None, 0, loggers=TENSORBOARD)  # died before its first checkpoint
     write(writer, range(2), 200.0)
     writer.close()
     assert scalars_in(tmp_path, "train/loss") == {0: 200.0, 1: 201.0}
@@ -285,9 +287,9 @@ def test_tensorboard_has_each_step_once_after_a_resume(
 def test_tensorboard_gets_pictures_and_text_and_sees_them_after_a_flush(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    writer = writer_of(tmp_path, tensorboard=True)
-    writer.image("data/views", np.zeros((8, 12, 3), dtype=np.uint8), 0)
-    writer.text("config", "`a: 1`", 0)
+    writer = writer_of(tmp_path, loggers=TENSORBOARD)
+    writer.loggers.image("data/views", np.zeros((8, 12, 3), dtype=np.uint8), 0)
+    writer.loggers.text("config", "`a: 1`", 0)
     writer.scalars({"step": 1, "epoch": 1, "a/b": math.nan})
     writer.flush()
     events = EventAccumulator(str(tmp_path))
@@ -303,7 +305,7 @@ def test_tensorboard_gets_pictures_and_text_and_sees_them_after_a_flush(tmp_path
 def test_tensorboard_shows_what_matters_first_and_no_constants(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    writer = writer_of(tmp_path, tensorboard=True)
+    writer = writer_of(tmp_path, loggers=TENSORBOARD)
     for bad in (0, 2):
         row = {"train/loss": 1.0, "eval/knn_bank": 50, "run/bad_images": bad}
         writer.scalars({"step": bad, "epoch": 1, **row})
@@ -322,8 +324,9 @@ def test_tensorboard_shows_what_matters_first_and_no_constants(tmp_path: Path) -
 def test_tensorboard_that_fails_does_not_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    writer = writer_of(tmp_path, tensorboard=True)
-    real = writer._events
+    writer = writer_of(tmp_path, loggers=TENSORBOARD)
+    board = writer.loggers._loggers["tensorboard"]
+    real = board._events
 
     class Broken:
         @property
@@ -333,13 +336,13 @@ def test_tensorboard_that_fails_does_not_end_the_run(
         def add_summary(self, *_: object) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    writer._events = Broken()
+    board._events = Broken()
     write(writer, range(3))
-    writer.image("x", np.zeros((2, 2, 3), dtype=np.uint8), 0)
+    writer.loggers.image("x", np.zeros((2, 2, 3), dtype=np.uint8), 0)
     writer.close()
     real.close()
     assert len(rows_of(tmp_path)) == 3
-    assert caplog.text.count("TensorBoard events end here") == 1
+    assert caplog.text.count("log.to: tensorboard ends here") == 1
 
 
 # --- the console -----------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def run_in(
         ["method.name=simclr", "model.projector=[512, 128]", "optim.epochs=10", *settings]
     )
     (folder / "config.yaml").write_text(config.to_yaml())
-    writer = MetricsWriter(folder, tensorboard=False, resumed_step=None, offset=None)
+    writer = MetricsWriter(folder, resumed_step=None, offset=None)
     for step in range(STEPS + 1):
         epoch, rest = divmod(step, STEPS // 10)
         if step:

@@ -285,7 +285,7 @@ def make_checkpoints(folder: Path, home: Path) -> None:
 
 
 def make_rows(folder: Path, home: Path) -> None:
-    writer = MetricsWriter(folder, tensorboard=False, resumed_step=None, offset=0)
+    writer = MetricsWriter(folder, resumed_step=None, offset=0)
     for step in range(1, 31):
         writer.scalars({"step": step, "epoch": step // 5, "train/loss": 1 / step})
     (home / "about rows").write_text(json.dumps([writer.offset(), writer.crc]))
@@ -331,7 +331,7 @@ def read_checkpoints(folder: Path, home: Path) -> Any:
 
 def read_rows(folder: Path, home: Path) -> Any:
     offset, crc = json.loads((home / "about rows").read_text())
-    MetricsWriter(folder, tensorboard=False, resumed_step=30, offset=offset, crc=crc).close()
+    MetricsWriter(folder, resumed_step=30, offset=offset, crc=crc).close()
     return (folder / "metrics.jsonl").read_bytes()
 
 

@@ -1,6 +1,5 @@
 """Versions and environment variables."""
 
-import importlib.metadata
 import os
 import re
 import socket
@@ -9,6 +8,8 @@ from typing import Any
 
 from ddp_ssl.checks.base import Check, Context, Finding, Findings, by_value, fail, ok, warn
 from ddp_ssl.driver import Driver, find_driver, install_command
+from ddp_ssl.errors import ConfigError
+from ddp_ssl.logs.loggers import load_loggers
 from ddp_ssl.run import environment
 
 NEEDED = ("torch", "torchvision", "timm", "nvidia-dali")
@@ -138,28 +139,29 @@ def _interface_exists(wanted: str, there: list[str]) -> bool:
     return any(t == name if exact else t.startswith(name) for t in there for name in names)
 
 
-def look_at_tensorboard(ctx: Context, before: list[Any]) -> str | None:
-    """TensorBoard's version on rank 0, which writes."""
-    if not ctx.world.is_main or not ctx.config.log.tensorboard:
-        return None
-    try:
-        return importlib.metadata.version("tensorboard")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+def look_at_loggers(ctx: Context, before: list[Any]) -> list[str]:
+    """What is wrong with the loggers on rank 0, which writes."""
+    problems = []
+    for name in ctx.config.log.to if ctx.world.is_main else ():
+        try:
+            load_loggers([name])
+        except ConfigError as error:
+            problems.append(str(error))
+    return problems
 
 
-def judge_tensorboard(ctx: Context, facts: list[Any]) -> Findings:
-    if not ctx.config.log.tensorboard:
-        yield ok("log.tensorboard=false: metrics.jsonl alone")
-    elif not facts[0]:
-        yield fail("not installed", "pip install tensorboard, or log.tensorboard=false")
-    else:
+def judge_loggers(ctx: Context, facts: list[list[str]]) -> Findings:
+    names = ctx.config.log.to
+    for problem in facts[0]:
+        yield fail(problem, "install or mend it, or another log.to")
+    if not facts[0]:
         where = ctx.folder.parent if ctx.folder else Path("runs")
-        yield ok(f"{facts[0]}; tensorboard --logdir {where}")
+        hint = f"; tensorboard --logdir {where}" if "tensorboard" in names else ""
+        yield ok(f"metrics.jsonl{''.join(f', {name}' for name in names)}{hint}")
 
 
 CHECKS = (
     Check("versions", (look_at_versions,), judge_versions),
     Check("variables", (look_at_variables,), judge_variables),
-    Check("tensorboard", (look_at_tensorboard,), judge_tensorboard),
+    Check("loggers", (look_at_loggers,), judge_loggers),
 )

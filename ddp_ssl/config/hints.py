@@ -49,6 +49,7 @@ OTHER_NAMES = {
     "eval.knn_k": "k n_neighbors num_neighbors",
     "checkpoint.every": "save_every save_freq save_interval checkpoint_frequency",
     "checkpoint.keep": "save_top_k",
+    "log.to": "report_to logger loggers use_wandb enable_wandb",
     "log.every_steps": "log_every_n_steps print_freq log_freq log_interval log_every",
 }
 KEY_OF = {name: key for key, names in OTHER_NAMES.items() for name in names.split()}

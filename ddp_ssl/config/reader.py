@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from ddp_ssl.config.files import find_config, unknown_config
 from ddp_ssl.config.hints import did_you_mean, misplaced_word
@@ -23,6 +23,7 @@ from ddp_ssl.config.section import S, Section
 from ddp_ssl.config.text import flow, is_section, parse, takes_text
 from ddp_ssl.config.views import ViewGroup
 from ddp_ssl.errors import ConfigError, refused
+from ddp_ssl.utils.files import if_readable
 from ddp_ssl.utils.text import suggest
 
 Layer = tuple[str, dict[str, Any]]
@@ -87,7 +88,29 @@ def tree_of(path: Path, text: str, schema: type[Section] | None = None) -> dict[
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as `optim:`, got {flow(tree)[:60]}")
-    return tree
+    return _renamed(tree)
+
+
+def _renamed(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree in which `log.tensorboard`, an older key, is `log.to`."""
+    log = tree.get("log")
+    if not isinstance(log, dict) or "tensorboard" not in log:
+        return tree
+    if "to" in log:
+        raise ConfigError("log.tensorboard: an older name of log.to; one of them is accepted")
+    rest = {key: value for key, value in log.items() if key != "tensorboard"}
+    return {**tree, "log": {**rest, "to": _loggers(log["tensorboard"])}}
+
+
+def _loggers(tensorboard: Any) -> list[str]:
+    """`log.to` for a value of `log.tensorboard`."""
+    on = if_readable(lambda: TypeAdapter(bool).validate_python(tensorboard))
+    if on is None:
+        raise ConfigError(
+            f"log.tensorboard: expected true or false, got {flow(tensorboard)}; "
+            "log.to=[tensorboard] and log.to=[] are the same"
+        )
+    return ["tensorboard"] if on else []
 
 
 def load_as(
@@ -154,6 +177,7 @@ def _tree_of(
         dotted, _, text = override.partition("=")
         parts = dotted.split(".")
         kind = _kind_of(parts, schema)
+        value: Any
         if takes_text(kind):
             value = None if text in ("", "null") else text
         else:
@@ -166,6 +190,8 @@ def _tree_of(
         if len(parts) > 2 and re.fullmatch("[0-9]{1,4}", parts[2]):
             value = _set_item(tree, below, parts, value, schema)
             parts = parts[:2]
+        if parts == ["log", "tensorboard"]:
+            parts, value = ["log", "to"], _loggers(value)
         node = tree
         for part in parts[:-1]:
             node = node.setdefault(part, {})

@@ -5,6 +5,7 @@ The docstrings under the keys are the reference (`--help` and docs/config.md). N
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator
@@ -20,6 +21,7 @@ from ddp_ssl.config.section import (
     Size,
 )
 from ddp_ssl.config.views import CentralCrop, ViewGroup
+from ddp_ssl.utils.text import suggest
 
 NORMALISATION: dict[str, tuple[Channels, Channels]] = {
     "digits": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
@@ -39,6 +41,8 @@ SAME_AS = {"parquet": "folder"}
 # Data sets of small square images, which their sources evaluate without a crop.
 WHOLE = ("digits", "cifar10", "cifar100", "stl10", "tiny_imagenet", "cinic10",
          "blood", "organa", "organc", "organs")  # fmt: skip
+
+LOGGERS = ("tensorboard", "wandb")  # those with a name: logs/loggers.py has their classes
 
 
 class Run(Section):
@@ -321,8 +325,22 @@ class Log(Section):
 
     every_steps: int = Field(10, ge=1)
     """Steps between progress lines; metrics have one row per step, written at these steps."""
-    tensorboard: bool = True
-    """Write TensorBoard events beside `metrics.jsonl`."""
+    to: list[str] = Field(["tensorboard"])
+    """Loggers that get the rows of `metrics.jsonl` too: `tensorboard` (events beside it), `wandb`
+    (Weights & Biases), or `module:Class`, a class of one's own; docs/metrics.md. `[]`: none."""
+
+    @field_validator("to")
+    @classmethod
+    def _has_loggers(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in LOGGERS and not re.fullmatch(r"[\w.]+:\w+", name):
+                raise ValueError(
+                    f"unknown logger {name!r}{suggest(name, LOGGERS)}; accepted: "
+                    f"{', '.join(LOGGERS)}, or module:Class"
+                )
+            if value.count(name) > 1:
+                raise ValueError(f"{name} is given twice; once is accepted")
+        return value
 
 
 class MethodConfig(Section):

@@ -1,93 +1,69 @@
-"""`metrics.jsonl` and TensorBoard: rows of metrics for programs.
+"""`metrics.jsonl`: rows of metrics for programs, which the loggers of `log.to` get too.
 
 Single-process: the recorder gives only rank 0 a writer. Metrics are named `group/name`
-(`train/ optim/ rep/ eval/ perf/`) and are the same in `metrics.jsonl` and in TensorBoard.
+(`train/ optim/ rep/ eval/ perf/`) and are the same in `metrics.jsonl` and for each logger.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from ddp_ssl.utils.files import if_readable, json_mapping, replaced, sync
+from ddp_ssl.logs.loggers import Given, Logger, Loggers
+from ddp_ssl.utils.files import if_readable, json_file, json_mapping, replace_text, replaced, sync
 from ddp_ssl.utils.launcher import ranges
 
 logger = logging.getLogger("ddp_ssl")
 
 Row = Mapping[str, float | int]
 
-# Figures that TensorBoard does not get: its own axes, and what is one number for a whole run.
-UNSHOWN = ("step", "epoch", "eval/knn_bank", "eval/knn_raw_pixels")
-
-# TensorBoard's tab "Custom Scalars", in this order: groups, and the figure of each chart.
-LAYOUT = {
-    "1. Does it learn? The loss falls, both accuracies rise": {
-        "loss": "train/loss",
-        "k-NN top-1": "eval/knn_top1",
-        "online probe top-1": "eval/probe_top1",
-    },
-    "2. Does it collapse? Then ranks fall below their first value, and uniformity rises to 0": {
-        "effective rank of R": "rep/effective_rank_r",
-        "effective rank of Z": "rep/effective_rank_z",
-        "uniformity of R": "rep/uniformity_r",
-        "uniformity of Z": "rep/uniformity_z",
-    },
-    "3. Optimiser and speed": {
-        "learning rate": "optim/lr",
-        "norm of the gradient": "optim/grad_norm",
-        "images/s": "perf/images_per_s",
-        "share of the time that waits for data": "perf/data_wait",
-    },
-    "4. AdaDim: the balance of VICReg (alpha 0) and InfoNCE (1), and what it moves": {
-        "alpha": "rep/alpha",
-        "I(R;Z) in nats": "rep/mutual_information",
-    },
-}
-FLUSH_S = 5  # seconds after which TensorBoard's readers see new events, at the latest
+GIVEN = "given.json"  # what loggers were given of rows that have been cut off since
 
 
 class MetricsWriter:
-    """Rows of metrics, appended to `metrics.jsonl` and sent to TensorBoard.
+    """Rows of metrics, appended to `metrics.jsonl` and given to the loggers.
 
     One JSON object a line, `{"step": 3, "epoch": 1, "train/loss": 23.4}`. Floats are written with
     all digits, so that two runs can be compared to the last bit. JSON has no NaN and no infinity:
     they are the strings "nan", "inf" and "-inf", which Python's `float` reads.
 
     A full disk does not end the run: rows wait in memory until they can be written, which is said
-    once. TensorBoard, which cannot recover, is given up with a warning.
-
-    TensorBoard gets no figure that is one number for a whole run (`UNSHOWN`, no bad images).
+    once.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
-        tensorboard: bool,
         resumed_step: int | None,
         offset: int | None,
         crc: int | None = None,
+        loggers: Mapping[str, type[Logger]] | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         """Continue the files of `folder` after `resumed_step`, or begin (None).
 
         `offset` and `crc` are those of this writer at the checkpoint: later rows are cut off. A
         file that has changed since is mended, and a warning says which rows are lost. Where
         `offset` is None, rows after `resumed_step` are cut off (all, if that is None). So is a half
-        line. Raises `OSError` with the path of a file that cannot be written.
+        line. `loggers`: those of `log.to`, which get `config`. They are not given again what they
+        were given of the rows that are cut off. Raises `OSError` with the path of a file that
+        cannot be written.
         """
         self.path = folder / "metrics.jsonl"
         self._pending = b""
         self._warned = False
+        classes, given = loggers or {}, Given()
+        if not all(kind.rewinds for kind in classes.values()):
+            given = note_given(folder, self.path, offset)
         try:
             if offset:
                 mend(self.path, resumed_step or 0, offset, crc)
@@ -97,20 +73,7 @@ class MetricsWriter:
             self._file.seek(size)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
-        self._events: Any = None
-        if tensorboard:
-            from tensorboard.compat.proto.summary_pb2 import Summary
-            from torch.utils.tensorboard import SummaryWriter
-
-            # Hides the rows that an interrupted run wrote after the checkpoint.
-            purge = 0 if resumed_step is None else resumed_step + 1
-            self._events = SummaryWriter(str(folder), purge_step=purge, flush_secs=FLUSH_S)
-            self._summary, self._point = Summary, Summary.Value
-            charts = {
-                group: {title: ["Multiline", [f"^{tag}$"]] for title, tag in parts.items()}
-                for group, parts in LAYOUT.items()
-            }
-            self._send("add_custom_scalars", charts)
+        self.loggers = Loggers(classes, folder, config or {}, resumed_step, given)
 
     def scalars(self, row: Row) -> None:
         """Write one row: `step`, `epoch` and any metrics by name."""
@@ -119,33 +82,15 @@ class MetricsWriter:
         line = json.dumps(text, allow_nan=False).encode() + b"\n"
         self._pending, self.crc = self._pending + line, zlib.crc32(line, self.crc)
         self._drain()
-        shown = {n: v for n, v in values.items() if n not in UNSHOWN and not _says_nothing(n, v)}
-        if self._events is not None and shown:
-            # One event for the row: `add_scalar` for each figure costs ten times as much.
-            points = [self._point(tag=name, simple_value=v) for name, v in shown.items()]
-            self._guarded(
-                self._events.file_writer.add_summary, self._summary(value=points), int(row["step"])
-            )
-
-    def image(self, tag: str, image: npt.NDArray[np.uint8], step: int) -> None:
-        """A picture `[H, W, 3]` of bytes, in TensorBoard only."""
-        self._send("add_image", tag, image, step, dataformats="HWC")
-
-    def histogram(self, tag: str, values: npt.NDArray[np.float64], step: int) -> None:
-        """The distribution of `values` `[m]`, in TensorBoard only."""
-        self._send("add_histogram", tag, values, step)
-
-    def text(self, tag: str, text: str, step: int) -> None:
-        """Markdown, in TensorBoard only."""
-        self._send("add_text", tag, text, step)
+        self.loggers.row(values)
 
     def flush(self) -> None:
-        """Let readers of TensorBoard see everything now, and not only some seconds later.
+        """Let readers of the loggers see everything now, and not only some seconds later.
 
         Waits for the disk. Rows of `metrics.jsonl` are seen at once.
         """
         self._drain()
-        self._send("flush")
+        self.loggers.flush()
 
     def offset(self) -> int:
         """Bytes of `metrics.jsonl` with all rows so far; those in memory count too."""
@@ -162,7 +107,7 @@ class MetricsWriter:
     def close(self) -> None:
         """Write the pending rows and close the files; an error says which rows are lost."""
         self.flush()
-        self._send("close")
+        self.loggers.close()
         try:
             self._file.close()
         except OSError as error:
@@ -182,17 +127,6 @@ class MetricsWriter:
         if not self._warned:
             logger.warning("%s cannot be written, rows wait in memory: %s", self.path, error)
         self._warned = True
-
-    def _send(self, method: str, *args: Any, **kwargs: Any) -> None:
-        if self._events is not None:
-            self._guarded(getattr(self._events, method), *args, **kwargs)
-
-    def _guarded(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        try:
-            action(*args, **kwargs)
-        except OSError as error:
-            logger.warning("TensorBoard events end here: %s", error)
-            self._events = None
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float | int]]:
@@ -262,6 +196,31 @@ def mend(path: Path, step: int, offset: int, crc: int | None) -> None:
                 sync(damaged)
 
 
+def note_given(folder: Path, path: Path, offset: int | None) -> Given:
+    """What loggers were given of the rows after a checkpoint, which are in the file `path` still.
+
+    They are about to be cut off, and fewer of them may be there at the next start: so `given.json`
+    keeps the last one.
+    """
+    noted = json_file(folder / GIVEN)
+    before = if_readable(lambda: Given(int(noted["step"]), frozenset(noted["names"]))) or Given()
+    step, names = before.step, set(before.names)
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(offset or 0)
+        for line in file:
+            at = _step_of(line)
+            if step <= at < math.inf:
+                names = {*(names if at == step else ()), *json_mapping(line)}
+                step = int(at)
+    now = Given(step, frozenset(names - {"step", "epoch"}))
+    try:
+        if now != before:
+            replace_text(folder / GIVEN, json.dumps({"step": now.step, "names": sorted(now.names)}))
+    except OSError as error:
+        logger.warning("%s cannot be written, loggers may get rows again: %s", GIVEN, error)
+    return now
+
+
 def _rows_to_keep(path: Path, step: int | None, offset: int | None) -> tuple[int, int]:
     """Bytes of the whole rows before `offset`, or, without it, of those up to `step`; their crc."""
     kept = crc = 0
@@ -279,10 +238,6 @@ def _step_of(line: bytes) -> float:
     """The step of a row; a damaged one is later than all."""
     step = if_readable(lambda: int(json.loads(line)["step"]))
     return math.inf if step is None else step
-
-
-def _says_nothing(name: str, value: float | int) -> bool:
-    return name == "run/bad_images" and value == 0
 
 
 def _plain(value: float | int) -> float | int:

@@ -17,7 +17,9 @@ import torch
 
 from ddp_ssl.utils.programs import output_of
 
-PACKAGES = ("ddp_ssl", "torch", "torchvision", "timm", "nvidia-dali", "numpy", "tensorboard")
+PACKAGES = (
+    "ddp_ssl", "torch", "torchvision", "timm", "nvidia-dali", "numpy", "tensorboard", "wandb",
+)  # fmt: skip
 
 # Only these variables are kept, since environments hold secrets too.
 VARIABLES = (

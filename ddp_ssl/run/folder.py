@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddp_ssl.checkpoint import store
-from ddp_ssl.config import Config, ConfigError
+from ddp_ssl.config import Config, ConfigError, read_yaml, tree_of
 from ddp_ssl.run import claims, environment
-from ddp_ssl.run.identity import identity
+from ddp_ssl.run.identity import bound_settings, identity
 from ddp_ssl.run.status import write_status
-from ddp_ssl.utils.files import TEMPORARY, json_file, replace_text
+from ddp_ssl.utils.files import TEMPORARY, if_readable, json_file, replace_text
 from ddp_ssl.utils.launcher import job_name, restarts
 
 # Files of a run that are written beside and renamed.
 WRITTEN = (
     "config.yaml", "environment.json", "status.json", "views.png", "bad_images.txt",
-    "metrics.jsonl", "backbone.pt", "result.md",
+    "metrics.jsonl", "given.json", "backbone.pt", "result.md",
 )  # fmt: skip
 
 
@@ -194,12 +194,24 @@ def write_about(folder: Path, config: str, ranks: list[str], step: int) -> None:
     for name in WRITTEN:
         for path in folder.glob(f"{name}.*{TEMPORARY}"):
             path.unlink(missing_ok=True)
+    if not step:
+        _drop_rows_of_another(folder, config)
     replace_text(folder / "config.yaml", config)
     about = environment.environment() | {"world_size": len(ranks), "ranks": ranks}
     replace_text(folder / "environment.json", json.dumps(about, indent=1) + "\n")
     _remove_old_stop(folder)
     write_status(folder, "running", step=step)
     store.clean_up(folder)
+
+
+def _drop_rows_of_another(folder: Path, config: str) -> None:
+    """Remove the rows of other settings that came to no checkpoint: loggers begin anew then."""
+    path = folder / "config.yaml"
+    old = if_readable(lambda: bound_settings(read_yaml(path)))
+    new = bound_settings(tree_of(path, config))
+    if old and any(old.get(key, value) != value for key, value in new.items()):
+        for name in ("metrics.jsonl", "given.json"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _remove_old_stop(folder: Path) -> None:

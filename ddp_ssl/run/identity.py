@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ddp_ssl.config import Config, ConfigError
 from ddp_ssl.config.schema import SAME_AS
@@ -51,13 +51,19 @@ def free_on_resume(key: str) -> bool:
 
 def identity(config: Config) -> dict[str, str]:
     """The settings that must be the same on resume: dotted key to value as text."""
-    found = {
+    return bound_settings(config.model_dump(mode="json")) | {
+        "data.name": flow(SAME_AS.get(config.data.name, config.data.name))
+    }
+
+
+def bound_settings(tree: Mapping[str, Any]) -> dict[str, str]:
+    """Those of a config's settings, by section and key, that may not change on resume, as text."""
+    return {
         f"{section}.{key}": flow(value)
-        for section, values in config.model_dump(mode="json").items()
+        for section, values in tree.items()
         for key, value in values.items()
         if not free_on_resume(f"{section}.{key}")
     }
-    return found | {"data.name": flow(SAME_AS.get(config.data.name, config.data.name))}
 
 
 def whole_identity(config: Config, data: Dataset) -> dict[str, str]:

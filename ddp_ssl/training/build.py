@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from ddp_ssl.distributed import World
 from ddp_ssl.distributed.agreement import on_all_ranks
 from ddp_ssl.evals.validation import Validation
 from ddp_ssl.logs import console
+from ddp_ssl.logs.loggers import Logger, load_loggers
 from ddp_ssl.logs.writer import MetricsWriter
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import make_method
@@ -65,6 +66,7 @@ def build(
         on_all_ranks(world, require_bf16)
     watch.next("finding the data")
     on_all_ranks(world, lambda: registry.find(config.data))
+    loggers = on_all_ranks(world, lambda: load_loggers(config.log.to) if world.is_main else {})
     watch.next("waiting for the run folder")
     start = claim_folder(config, world, status, stopped)
     comm = distributed.comm_of(world, config.data.view_shards)
@@ -102,7 +104,8 @@ def build(
     ranks = distributed.layout(world)
     continued = saved if start.same_folder else None
     writer = on_all_ranks(
-        world, lambda: open_folder(resolved, start, ranks, continued) if world.is_main else None
+        world,
+        lambda: open_folder(resolved, start, ranks, continued, loggers) if world.is_main else None,
     )
     bad_images = BadImageList(
         bad, images_of(data), config.data.max_bad_fraction, world, start.folder / "bad_images.txt"
@@ -181,19 +184,24 @@ def claim_folder(
 
 
 def open_folder(
-    resolved: Resolved, start: folder.Start, ranks: list[str], continued: dict[str, Any] | None
+    resolved: Resolved,
+    start: folder.Start,
+    ranks: list[str],
+    continued: dict[str, Any] | None,
+    loggers: Mapping[str, type[Logger]],
 ) -> MetricsWriter:
     """Write the files about the run, and open its metrics, which go on after `continued`."""
     step = None if continued is None else continued["step"]
     folder.write_about(start.folder, resolved.to_yaml(), ranks, step or 0)
     writer = MetricsWriter(
         start.folder,
-        tensorboard=resolved.config.log.tensorboard,
         resumed_step=step,
         offset=0 if continued is None else continued["metrics_offset"],
         crc=None if continued is None else continued.get("metrics_crc"),
+        loggers=loggers,
+        config=resolved.config.model_dump(mode="json"),
     )
-    writer.text("config", f"```yaml\n{resolved.to_yaml()}```", step or 0)
+    writer.loggers.text("config", f"```yaml\n{resolved.to_yaml()}```", step or 0)
     return writer
 
 

@@ -98,8 +98,9 @@ def train_to_the_end(
     elif world.is_main:
         reason = stop.reason or "request of another rank"
         again = resume_command(str(job.setting.folder))
-        name = job.setting.config.method.name
+        name, to = job.setting.config.method.name, job.setting.config.log.to
         again += f" method.name={name}" if ":" in name else ""  # consent to import it
+        again += f" 'log.to=[{', '.join(to)}]'" if ":" in "".join(to) else ""
         logger.info("stopped on %s at step %d; to go on: %s", reason, state.step, again)
     close(job)
     if world.is_main:

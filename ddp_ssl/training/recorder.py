@@ -221,15 +221,15 @@ class Recorder:
             self.progress.warn(text)
 
     def image(self, name: str, image: Any) -> None:
-        """A picture `[H, W, 3]` in TensorBoard."""
+        """A picture `[H, W, 3]` for the loggers."""
         if self.writer is not None:
-            self.writer.image(name, image, 0)
+            self.writer.loggers.image(name, image, 0)
 
     def spectrum(self, step: int, space: str, shares: Tensor) -> None:
-        """TensorBoard's histogram of the eigenvalues' shares, as log10: most are tiny."""
+        """A histogram of the eigenvalues' shares for the loggers, as log10: most are tiny."""
         if self.writer is not None and shares.numel() and shares.isfinite().all():
             powers = shares.clamp(min=1e-12).log10().cpu().numpy()
-            self.writer.histogram(f"rep/spectrum_{space}", powers, step)
+            self.writer.loggers.histogram(f"rep/spectrum_{space}", powers, step)
 
     def offset(self) -> tuple[int, int]:
         """Bytes of `metrics.jsonl` so far, and their checksum."""

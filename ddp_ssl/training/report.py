@@ -75,7 +75,7 @@ def judge(job: Job, before: str | None) -> None:
 
 
 def picture(job: Job) -> None:
-    """The views of some images as `views.png` and in TensorBoard, from a pipeline of its own."""
+    """The views of some images as `views.png` and for the loggers, from a pipeline of its own."""
     views, bad = range(job.config.num_views), job.recorder.bad_images.found
     comm = job.network.method.comm
     loader = train_loader(job.config, comm, job.data, job.world.device, views, bad)
