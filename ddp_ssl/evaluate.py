@@ -35,6 +35,7 @@ SOURCE
                    these need model.backbone=NAME
   timm:NAME        timm's model, with random weights; with a tag
                    (resnet18.a1_in1k) pretrained
+  hf-hub:USER/NAME a model of timm's on the Hugging Face hub, pretrained
 
   --help           this text and every key with its type and default; of one
                    COMMAND, a section or a key if it is given
@@ -85,8 +86,8 @@ def _parse(arguments: list[str]) -> tuple[str, Source, list[str]]:
     # A sweep's folders are named seed=0, seed=1, ...
     if not rest or ("=" in rest[0] and not Path(re.sub(":(best|last)$", "", rest[0])).exists()):
         raise ConfigError(
-            f"{command}: the weights are missing: a run folder, RUN:best, RUN:last, a file or "
-            "timm:NAME comes after the command"
+            f"{command}: the weights are missing: a run folder, RUN:best, RUN:last, a file, "
+            "timm:NAME or hf-hub:USER/NAME comes after the command"
         )
     return command, find_source(rest[0], trusted), rest[1:]
 

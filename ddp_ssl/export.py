@@ -1,8 +1,9 @@
-"""Export a run's backbone: `ddp-ssl export RUN --format timm|torchvision|safetensors|onnx`.
+"""Export a run's backbone: `ddp-ssl export RUN --format timm|torchvision|safetensors|onnx|hub`.
 
 The backbone alone, in a form that others load without this package, and a model card `README.md`
 that says what it is, how it was made, what was measured and how it is loaded. Every export is
-loaded again and its features compared with the checkpoint's. docs/export.md shows each form.
+loaded again and its features compared with the checkpoint's. `--push USER/NAME` puts it on the
+Hugging Face hub. docs/export.md shows each form.
 
 Exit codes: 0 done, 1 the file would not give the checkpoint's features (nothing is written), 2 it
 cannot be made.
@@ -17,6 +18,7 @@ import importlib
 import io
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -37,10 +39,11 @@ from ddp_ssl.errors import reason
 from ddp_ssl.evals.settings import config_of_run
 from ddp_ssl.evals.weights import fill, find_source, read_source
 from ddp_ssl.models import STEM_PADDING, architecture, build_backbone, loading_snippet
+from ddp_ssl.utils import hub
 from ddp_ssl.utils.files import json_file, path_of
 from ddp_ssl.utils.text import one_line
 
-Form = Literal["timm", "torchvision", "safetensors", "onnx"]
+Form = Literal["timm", "torchvision", "safetensors", "onnx", "hub"]
 Features = Callable[[Tensor], Tensor]
 
 FILES: dict[Form, str] = {
@@ -48,6 +51,7 @@ FILES: dict[Form, str] = {
     "torchvision": "backbone.pth",
     "safetensors": "backbone.safetensors",
     "onnx": "backbone.onnx",
+    "hub": "model.safetensors",
 }
 # Same names, same shapes and same computation as timm's.
 TORCHVISION = (
@@ -125,6 +129,60 @@ def write_safetensors(trained: Trained, file: Path) -> Features:
     weights = {name: value.contiguous() for name, value in models.export(trained.backbone).items()}
     save_file(weights, file, metadata={"format": "pt", **about(trained)})
     return _fresh(trained.config.model, load_file(file))
+
+
+def write_hub(trained: Trained, file: Path) -> Features:
+    """Safetensors, and `config.json` by which timm builds the model; read back as timm does."""
+    import timm  # here, so that `--help` does not wait for it
+
+    model = trained.config.model
+    entry = timm.models.model_entrypoint(model.backbone.partition(".")[0])
+    own = not entry.__module__.startswith("timm.")
+    if own or model.stem != "standard":
+        what = f"model.backbone={model.backbone}" if own else f"model.stem={model.stem}"
+        raise ValueError(
+            f"--format hub: timm alone cannot make the run's {what} again; timm and safetensors "
+            "take any backbone, and their cards have the lines that load it"
+        )
+    write_safetensors(trained, file)
+    said = hub_config(trained)
+    (file.parent / "config.json").write_text(json.dumps(said, indent=2) + "\n")
+    cfg = {**said["pretrained_cfg"], "file": str(file)}
+    features: nn.Module = timm.create_model(
+        said["architecture"], pretrained=True, pretrained_cfg=cfg, **said["model_args"]
+    )
+    return features.eval()
+
+
+def hub_config(trained: Trained) -> dict[str, Any]:
+    """`config.json` of timm's form: architecture, its arguments, and the images that it takes."""
+    config, made = trained.config, trained.backbone.pretrained_cfg
+    assert isinstance(made, dict)
+    arguments = architecture(config.model).backbone_args
+    arguments = {key: v for key, v in arguments.items() if key not in ONLY_IN_TRAINING}
+    fixed = bool(made.get("fixed_input_size"))
+    if fixed:  # timm has filled it in
+        arguments = {"img_size": list(made["input_size"][1:]), **arguments}
+    crop, (mean, std) = config.data.central_crop, config.data.normalisation
+    return {
+        "architecture": config.model.backbone.partition(".")[0],
+        "num_classes": 0,
+        "num_features": trained.width,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [3, crop.size, crop.size],
+            "fixed_input_size": fixed and not arguments.get("dynamic_img_size"),
+            "interpolation": crop.interpolation,
+            # timm resizes to floor(size / crop_pct); a rounded quotient may be below `resize`.
+            "crop_pct": math.nextafter(crop.size / crop.resize, 0),
+            "crop_mode": "center",
+            "mean": mean,
+            "std": std,
+            "first_conv": made.get("first_conv"),
+            "classifier": made.get("classifier"),
+        },
+    }
 
 
 def _fresh(config: Model, weights: dict[str, Tensor]) -> Features:
@@ -210,6 +268,7 @@ WRITERS: dict[Form, Callable[[Trained, Path], Features]] = {
     "torchvision": write_torchvision,
     "safetensors": write_safetensors,
     "onnx": write_onnx,
+    "hub": write_hub,
 }
 
 
@@ -266,7 +325,7 @@ METRICS = {
 }
 
 
-def model_card(trained: Trained, form: Form, file: Path, place: Path, off: float) -> str:
+def model_card(trained: Trained, form: Form, file: Path, place: str, off: float) -> str:
     """The text of `README.md`. `file`: the weights as they lie now; `place`: where they will."""
     config, state, model = trained.config, trained.state, trained.config.model
     arguments = ", ".join(f"{k}={v}" for k, v in architecture(model).backbone_args.items())
@@ -296,6 +355,7 @@ def model_card(trained: Trained, form: Form, file: Path, place: Path, off: float
     mean, std = config.data.normalisation
     crop = config.data.central_crop
     lines = [
+        *(_front_matter(config.method.name) if form == "hub" else []),
         f"# {model.backbone}, {config.method.name} on {config.data.name}",
         "",
         *_table("", "", rows.items()),
@@ -346,6 +406,17 @@ def model_card(trained: Trained, form: Form, file: Path, place: Path, off: float
     return "\n".join(lines) + "\n"
 
 
+def _front_matter(method: str) -> list[str]:
+    """By which the hub lists a model and says how it is loaded."""
+    kind = "image-feature-extraction"
+    said = {
+        "library_name": "timm",
+        "pipeline_tag": kind,
+        "tags": [kind, "timm", "self-supervised-learning", method],
+    }
+    return ["---", yaml.safe_dump(said, sort_keys=False).rstrip(), "---"]
+
+
 def _table(left: str, right: str, rows: Any) -> list[str]:
     return [f"| {left} | {right} |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)]
 
@@ -387,8 +458,12 @@ def _sha256(path: Path) -> str:
 # --- the command ---------------------------------------------------------------------------------
 
 
-def export(source: str, form: Form, out: Path | None, trusted: str = "") -> tuple[Path, float]:
+def export(
+    source: str, form: Form, out: Path | None, trusted: str = "", push: str = ""
+) -> tuple[Path, float]:
     """Write the files; returns the main one and how far its features are off, relatively.
+
+    `push`: the repository `USER/NAME` on the hub that gets the files of the form `hub` too.
 
     Raises `ValueError` or `OSError` for what cannot be exported, `MismatchError` for a file that
     does not give the checkpoint's features. Nothing of it is left then.
@@ -416,10 +491,14 @@ def export(source: str, form: Form, out: Path | None, trusted: str = "") -> tupl
                 f"features read back from the {form} file are {off:.1e} off (relative), more than "
                 f"{TOLERANCE:g}: it would not be what the run trained"
             )
-        card_text = model_card(trained, form, file, folder / file.name, off)
+        name = f"{hub.PREFIX}{push}" if push else str(folder / file.name)
+        card_text = model_card(trained, form, file, name, off)
         (file.parent / "README.md").write_text(card_text, encoding="utf-8", errors="replace")
-        for made in list(file.parent.iterdir()):  # large ONNX graphs have their weights beside them
-            os.replace(made, folder / made.name)
+        made = sorted(p.name for p in file.parent.iterdir())
+        for each in made:  # large ONNX graphs have their weights beside them
+            os.replace(file.parent / each, folder / each)
+    if push:
+        hub.push(push, [folder / each for each in made])
     return folder / file.name, off
 
 
@@ -433,8 +512,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "source", metavar="RUN", help="a run folder, RUN:best, RUN:last or a checkpoint in it"
     )
     parser.add_argument(
-        "--format", choices=list(FILES), required=True, dest="form",
-        help="timm or torchvision: a state dict; safetensors; onnx: a graph for onnxruntime",
+        "--format", choices=list(FILES), dest="form",
+        help="timm or torchvision: a state dict; safetensors; onnx: a graph for onnxruntime; hub: "
+        "the files that timm loads from the Hugging Face hub",
+    )  # fmt: skip
+    parser.add_argument(
+        "--push", metavar="USER/NAME", default="",
+        help="put the files of --format hub into this repository of the hub",
     )  # fmt: skip
     parser.add_argument("--out", type=path_of, help="folder; RUN/export/FORMAT if not given")
     parser.add_argument("--trust", action="store_true", help=common.TRUST)
@@ -442,11 +526,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> int:
         trusted, words = common.split_trust(sys.argv[1:] if arguments is None else arguments)
         options = parser.parse_args(words)
+        form, push = options.form, options.push
+        if push and form in (None, "timm"):  # the hub's form is timm's too
+            form = "hub"
+        if form is None:
+            parser.error("the following arguments are required: --format, or --push")
+        if push and form != "hub":
+            parser.error(f"--push: --format {form} given; hub or none would be accepted")
+        if push:
+            hub.check_push(push)
         try:
-            file, off = export(options.source, options.form, options.out, trusted)
+            file, off = export(options.source, form, options.out, trusted, push)
         except MismatchError as error:
             return common.refuse(reason(error), 1)
         print(f"{file}, and README.md beside it; read back, its features are {equal(off)}")
+        if push:
+            print(f"pushed: timm.create_model({hub.PREFIX + push!r}, pretrained=True) loads it")
         return 0
 
     return common.exit_code(run)

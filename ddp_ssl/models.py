@@ -1,12 +1,9 @@
 """Encoder and projection head."""
 
 import contextlib
-import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from torch import nn
@@ -14,6 +11,7 @@ from torch import nn
 from ddp_ssl.config import Config, Data, Model
 from ddp_ssl.config.backbones import check_backbone
 from ddp_ssl.errors import refused
+from ddp_ssl.utils import hub
 from ddp_ssl.utils.text import one_line
 
 # Padding of the first convolution, by `model.stem`.
@@ -49,8 +47,11 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
     for key in sorted(REFUSED.keys() & config.backbone_args.keys()):
         raise ValueError(f"model.backbone_args: {key} is not accepted: {REFUSED[key]}")
     arguments: dict[str, Any] = {"num_classes": 0, **config.backbone_args}
+    place = arguments.get("pretrained")
+    if isinstance(place, str):
+        arguments |= hub.weights_of(place, name)
     try:
-        with _no_waiting() if arguments.get("pretrained") else contextlib.nullcontext():
+        with hub.no_waiting() if arguments.get("pretrained") else contextlib.nullcontext():
             try:
                 model = timm.create_model(name, **{"zero_init_last": False, **arguments})
             except TypeError:  # not a ResNet
@@ -59,7 +60,10 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
         reason = one_line(f"{type(error).__name__}: {error}")[:200]
         fetched = arguments.get("pretrained") and not isinstance(error, TypeError | AssertionError)
         what = "weights cannot be fetched" if fetched else f"refused by {name}"
+        if isinstance(place, str):
+            what = f"not what {place} was made with, {hub.described(place)[1]}"
         raise ValueError(f"model.backbone_args: {config.backbone_args} {what}: {reason}") from None
+    getattr(model, "pretrained_cfg", {}).pop("state_dict", None)  # the hub's, once more
     if config.stem != "standard":
         if not isinstance(model, ResNet) or not isinstance(model.conv1, nn.Conv2d):
             raise ValueError(
@@ -97,27 +101,6 @@ def recompute(backbone: nn.Module, config: Config) -> None:
             "false is accepted, or optim.accumulate",
         ):
             backbone.set_grad_checkpointing(True)  # type: ignore[operator]
-
-
-@contextlib.contextmanager
-def _no_waiting() -> Iterator[None]:
-    """Where the name of the hub's host is unknown, take weights from its cache alone, at once.
-
-    The hub's client would try again for a minute.
-    """
-    from huggingface_hub import constants
-
-    host = urlsplit(constants.ENDPOINT).hostname or ""
-    before = constants.HF_HUB_OFFLINE
-    if not getproxies():
-        try:
-            socket.getaddrinfo(host, 443)
-        except OSError:
-            constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 @torch.no_grad()
@@ -181,18 +164,24 @@ def architecture(config: Model) -> Model:
     return config.model_copy(update={"backbone_args": arguments})
 
 
+def own_weights(config: Config) -> Config:
+    """The config of a network that will get a checkpoint's weights: none are fetched for it."""
+    return config.model_copy(update={"model": architecture(config.model)})
+
+
 def loading_snippet(
     config: Model,
     data: Data,
-    weights: Path,
-    form: Literal["timm", "torchvision", "safetensors", "onnx"] = "timm",
+    weights: Path | str,
+    form: Literal["timm", "torchvision", "safetensors", "onnx", "hub"] = "timm",
 ) -> str:
     """Python that loads an exported backbone without this package, from any folder.
 
     It defines `model` and `transform`, from a PIL image to the model's input, as the run evaluates.
-    `form`: see `ddp_ssl.export`; `timm` is also the `backbone.pt` of a run folder.
+    `form`: see `ddp_ssl.export`; `timm` is also the `backbone.pt` of a run folder. `weights`: their
+    file, or `hf-hub:USER/NAME`.
     """
-    path = str(weights.absolute())
+    path = str(Path(weights).absolute())
     imports = ["import torch", "from PIL import Image", "from torchvision import transforms"]
     load = f"model.load_state_dict(torch.load({path!r}, weights_only=True, map_location='cpu'))"
     if form == "onnx":
@@ -201,6 +190,11 @@ def loading_snippet(
             f"session = onnxruntime.InferenceSession({path!r})",
             'model = lambda images: session.run(["features"], {"images": images.numpy()})[0]',
         ]
+    elif form == "hub":
+        imports[0] = "import timm, torch"
+        name = str(weights)
+        name = name if name.startswith(hub.PREFIX) else f"local-dir:{Path(path).parent}"
+        lines = [f"model = timm.create_model({name!r}, pretrained=True)"]
     elif form == "torchvision":
         imports[0] = "import torch, torchvision"
         name = config.backbone.partition(".")[0]
@@ -210,7 +204,7 @@ def loading_snippet(
         every = {"num_classes": 0, **architecture(config).backbone_args}
         arguments = "".join(f", {key}={value!r}" for key, value in every.items())
         lines = [f"model = timm.create_model({config.backbone!r}{arguments})"]
-    if config.stem != "standard" and form != "onnx":
+    if config.stem != "standard" and form not in ("onnx", "hub"):
         lines += [
             "model.conv1 = torch.nn.Conv2d(3, model.conv1.out_channels, 3, "
             f"padding={STEM_PADDING[config.stem]}, bias=False)",
@@ -220,7 +214,7 @@ def loading_snippet(
         imports.insert(1, "from safetensors.torch import load_file")
         load = f"model.load_state_dict(load_file({path!r}))"
     if form != "onnx":
-        lines += [load, "model.eval()"]
+        lines += [*([load] if form != "hub" else []), "model.eval()"]
     crop, (mean, std) = data.central_crop, data.normalisation
     kernel = f"transforms.InterpolationMode.{crop.interpolation.upper()}"
     return "\n".join([

@@ -80,6 +80,7 @@ def features_by_the_card(folder: Path, images: torch.Tensor) -> torch.Tensor:
         ("vit", "torchvision"),
         ("vit", "safetensors"),
         ("vit", "onnx"),
+        ("vit", "hub"),
     ],
 )
 def test_features_are_the_runs(
@@ -91,7 +92,8 @@ def test_features_are_the_runs(
             export.export(str(run), form, tmp_path)
         return
     file, off = export.export(str(run), form, tmp_path / "out")
-    assert sorted(p.name for p in file.parent.iterdir()) == ["README.md", export.FILES[form]]
+    files = ["README.md", *(["config.json"] if form == "hub" else []), export.FILES[form]]
+    assert sorted(p.name for p in file.parent.iterdir()) == files
     size = 32 if kind == "vit" else 24
     images = torch.randn(7, 3, size, size)  # another number of images than at export
     with torch.no_grad():

@@ -23,6 +23,7 @@ from ddp_ssl.comm import ONE_PROCESS
 from ddp_ssl.config import Config
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import make_method
+from ddp_ssl.models import own_weights
 from ddp_ssl.run import folder
 from ddp_ssl.training.build import parameter_groups
 
@@ -55,7 +56,7 @@ def judge_folder(ctx: Context, facts: list[folder.Start | None]) -> Findings:
 
 def checkpoint_bytes(config: Config, classes: int, world_size: int) -> int:
     """Approximate size of a checkpoint: model, optimiser, and the state of every process."""
-    method = make_method(config, ONE_PROCESS)
+    method = make_method(own_weights(config), ONE_PROCESS)
     learner = Learner(method, classes if config.eval.probe else 0)
     optimizer = optim.build(config.optim, parameter_groups(learner, config))
     copies = 2 if config.optim.name in ("adam", "adamw") else 1

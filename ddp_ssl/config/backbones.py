@@ -22,7 +22,8 @@ def check_backbone(name: str) -> None:
     if name.startswith(HUBS):
         raise ValueError(
             f"model.backbone: {name} is a place of weights, not a model; the name of one of timm's "
-            "models is accepted, and model.backbone_args={pretrained: true} fetches its weights"
+            "models is accepted, and model.backbone_args={pretrained: true} fetches its weights, "
+            "{pretrained: hf-hub:USER/NAME} those of the hub"
         )
     models, renamed = timm_models()
     if models and name.partition(".")[0] not in {*models, *renamed}:

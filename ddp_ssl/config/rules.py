@@ -5,6 +5,7 @@ from __future__ import annotations
 from ddp_ssl.config.backbones import check_backbone
 from ddp_ssl.config.schema import Config
 from ddp_ssl.errors import ConfigError
+from ddp_ssl.utils import hub
 from ddp_ssl.utils.launcher import job_name
 
 
@@ -56,6 +57,11 @@ def check(config: Config) -> None:
         )
     if config.run.resume not in ("never", "") and config.run.init_from:
         raise ValueError("run.init_from: starts anew from weights; run.resume continues: give one")
+    if (config.run.init_from or "").startswith(hub.PREFIX):
+        raise ValueError(
+            f"run.init_from: {config.run.init_from} is no run's; "
+            f"model.backbone_args={{pretrained: {config.run.init_from}}} is accepted"
+        )
 
 
 def check_world_size(config: Config, world_size: int) -> None:

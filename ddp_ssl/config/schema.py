@@ -93,7 +93,9 @@ class Model(Section):
     backbone: str = "resnet18"
     """Any timm model by name."""
     backbone_args: dict[str, Any] = Field({})
-    """More arguments for `timm.create_model`, such as `{channels: [16, 32, 64, 128]}`."""
+    """More arguments for `timm.create_model`, such as `{channels: [16, 32, 64, 128]}`. With
+    `{pretrained: true}` a run begins from timm's weights, with `{pretrained: hf-hub:USER/NAME}`
+    from the hub's."""
     stem: Literal["standard", "small", "small_pad2"] = "standard"
     """`small`, for ResNets on small images: first convolution 3x3 with stride 1, no max-pool.
     `small_pad2`: the same with a padding of 2 and PyTorch's initial weights, as solo-learn's for

@@ -30,7 +30,8 @@ from ddp_ssl.evals.weights import (
 )
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods.base import Method
-from ddp_ssl.models import build_backbone
+from ddp_ssl.models import architecture, build_backbone
+from ddp_ssl.utils import hub
 from ddp_ssl.utils.text import one_line
 
 State = Mapping[str, Tensor]
@@ -138,23 +139,33 @@ def prepare(
 
 
 def _of_timm(name: str, model: Backbone, sizes: Sequence[int], seed: int) -> Pretrained:
-    """Random weights for a plain name, pretrained ones for a name with a tag."""
+    """Random weights for a plain name, pretrained ones for one with a tag or on the hub."""
     import timm  # here, so that `--help` does not wait for it
 
-    pretrained = "." in name
-    if pretrained and not timm.is_model_pretrained(name):
+    given: dict[str, Any] = {}
+    network, what = name, f"random weights of seed {seed}"
+    if name.startswith(hub.PREFIX):
+        network, given, _ = hub.described(name)
+        given, what = given | {"pretrained": name}, f"weights of {name}"
+    elif "." in name and timm.is_model_pretrained(name):
+        given, what = {"pretrained": True}, "weights as timm gives them"
+    elif "." in name:
         known = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")[:5])
         raise ValueError(
             f"timm:{name}: timm has no such weights; accepted: {known or 'a name of timm'}"
         )
-    arguments = model.backbone_args | ({"pretrained": True} if pretrained else {})
-    settings = Model(backbone=name, backbone_args=arguments, stem=model.stem)
+    trained = bool(given or model.backbone_args.get("pretrained"))
+    if trained and model.stem != "standard":
+        raise ValueError(
+            f"model.stem: {model.stem} has no weights in {name}; standard would be accepted"
+        )
+    settings = Model(
+        backbone=network, backbone_args={**given, **model.backbone_args}, stem=model.stem
+    )
     with seeded(seed):
         backbone, width = build_backbone(settings, sizes)
-    what = "weights as timm gives them" if pretrained else f"random weights of seed {seed}"
-    trained = pretrained or bool(model.backbone_args.get("pretrained"))
     return Pretrained(
-        backbone.eval(), width, None, None, None, None, None, f"timm's {name}, {what}",
+        backbone.eval(), width, None, None, None, None, None, f"timm's {network}, {what}",
         normalisation=_normalisation_of(backbone) if trained else None,
     )  # fmt: skip
 
@@ -185,7 +196,7 @@ def _of_file(
 ) -> Pretrained:
     """The backbone from a state dict whose names may have a prefix."""
     with seeded(0):
-        backbone, width = build_backbone(model, sizes)
+        backbone, width = build_backbone(architecture(model), sizes)
     theirs = dict(_tensors(read_weights(path)))
     if not theirs:
         raise ValueError(f"{path} holds no tensors; a state dict would be accepted")

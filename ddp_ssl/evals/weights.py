@@ -16,17 +16,20 @@ from ddp_ssl.config import Config, ConfigError
 from ddp_ssl.errors import refused
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import make_method
+from ddp_ssl.models import own_weights
+from ddp_ssl.utils import hub
 
 
 @dataclass(frozen=True)
 class Source:
-    """The place of the weights: a file, which may belong to a run, or a timm model."""
+    """The place of the weights: a file, which may belong to a run, or a model of timm's."""
 
     text: str  # as the user gave it
     home: Path | None = None  # the run folder that the weights belong to
     file: Path | None = None
     """The file of weights; None for a run's newest good checkpoint and for timm's."""
-    timm: str | None = None  # a timm model's name, with a tag for pretrained weights
+    timm: str | None = None
+    """A timm model's name, with a tag for pretrained weights; or `hf-hub:USER/NAME`."""
     trusted: str = ""
     """Code from outside the package that the run's config may import: `module:Class`, `*`: any."""
 
@@ -38,7 +41,8 @@ class Source:
 
 
 def find_source(text: str, trusted: str = "") -> Source:
-    """The weights named by `RUN`, `RUN:best`, `RUN:last`, a file or `timm:NAME`.
+    """The weights that `text` names: `RUN`, `RUN:best`, `RUN:last`, a file, `timm:NAME` or
+    `hf-hub:USER/NAME`.
 
     `trusted`: code from outside the package that the run's config may import (`Source.trusted`).
 
@@ -51,8 +55,11 @@ def find_source(text: str, trusted: str = "") -> Source:
 
 
 def _find_source(text: str) -> Source:
-    accepted = "a run folder, RUN:best, RUN:last, a file of weights or timm:NAME would be accepted"
-    if text.startswith("timm:"):
+    accepted = (
+        "a run folder, RUN:best, RUN:last, a file of weights, timm:NAME or hf-hub:USER/NAME would "
+        "be accepted"
+    )
+    if text.startswith(("timm:", hub.PREFIX)):
         return Source(text, timm=text.removeprefix("timm:"))
     text = os.path.expanduser(text)
     place, _, which = text.rpartition(":")
@@ -124,7 +131,9 @@ def make_learner(
     """
     probe = weights.get("probe.weight")
     with seeded(0):
-        learner = Learner(make_method(config, comm), 0 if probe is None else len(probe))
+        learner = Learner(
+            make_method(own_weights(config), comm), 0 if probe is None else len(probe)
+        )
     fill(learner, weights, path)
     learner.eval()
     for size in sizes:

@@ -29,6 +29,7 @@ from ddp_ssl.logs.writer import MetricsWriter
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import make_method
 from ddp_ssl.methods.base import trainable
+from ddp_ssl.models import own_weights
 from ddp_ssl.run import environment, folder
 from ddp_ssl.run.identity import identity, whole_identity
 from ddp_ssl.run.status import RunStatus
@@ -71,7 +72,8 @@ def build(
     start = claim_folder(config, world, status, stopped)
     comm = distributed.comm_of(world, config.data.view_shards)
     torch.manual_seed(config.run.seed)  # the same weights on every rank
-    method = on_all_ranks(world, lambda: make_method(config, comm))
+    begun = config if start.checkpoint is None else own_weights(config)
+    method = on_all_ranks(world, lambda: make_method(begun, comm))
     watch.next("copying the data to the node")
     on_all_ranks(world, lambda: registry.stage(config.data))
     watch.next("reading the data set")
