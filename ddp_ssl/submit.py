@@ -321,7 +321,7 @@ def _run_local(
                 free.append(slot)
                 if live.found[number].state not in FINE:
                     live.clear()
-                    common.tell(_tail(Path(str(job.paths.stderr))))
+                    common.tell(_tail(Path(str(job.paths.stderr))).rstrip())
     finally:
         signal.signal(signal.SIGINT, before)
     return _end(live, options)

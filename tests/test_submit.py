@@ -190,6 +190,14 @@ def test_a_sweep_on_this_machine(photos: Path, tmp_path: Path) -> None:
         assert len({re.findall(r"rank 0 cpu cpus (\S+)", log)[0] for log in logs}) == 2
 
 
+def test_runs_at_the_same_time_share_out_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5,6,7,8")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6, 8, 9})
+    assert submit._shares(2, 2) == ([["3", "GPU-5"], ["6", "7"]], [[4, 5], [6, 8]])
+    assert submit._shares(0, 3)[0] == [[], [], []]
+    assert submit._shares(0, 7)[1] == [[4], [5], [6], [8], [9], [4], [5]]
+
+
 @pytest.mark.faults
 def test_ctrl_c_is_for_the_whole_sweep(photos: Path, tmp_path: Path) -> None:
     """The run under way saves and ends; the other one is not started; the same command goes on."""
