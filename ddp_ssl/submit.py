@@ -1,7 +1,8 @@
 """Submit runs through submitit: `python -m ddp_ssl.submit [CONFIG.yaml] [key=value ...] --nodes 4`.
 
 The config is validated before anything is submitted. `optim.lr=0.1,0.2` is a sweep: one array task
-for each combination of values, each in a run folder of its own.
+for each combination of values, each in a run folder of its own inside the sweep's. There every run
+that ends writes the table of all.
 
 submitit's own signal handler would save on rank 0 alone, inside the handler, where a save by all
 ranks cannot work. Therefore the trainer's handlers, which only set a flag, replace it during
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import os
 import random
 import re
@@ -23,17 +23,21 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ddp_ssl.commands import common, submit_options
-from ddp_ssl.commands.runs import overviews, table
+from ddp_ssl.commands.live import TABLE, Live, write_table
+from ddp_ssl.commands.runs import table
+from ddp_ssl.commands.sweeps import sweep
 from ddp_ssl.config import ConfigError, check_world_size
 from ddp_ssl.config.files import find_config
 from ddp_ssl.run.configure import load
-from ddp_ssl.utils.files import json_file
-from ddp_ssl.utils.programs import output_of
+from ddp_ssl.utils.files import json_file, replace_text
+from ddp_ssl.utils.launcher import visible_gpus
+from ddp_ssl.utils.programs import output_of, queued_jobs
+from ddp_ssl.utils.text import counted
 
 # Run once per job, before srun. Node addresses are used because node names need not resolve. The
 # CPUs of a node are shared among its tasks here, because sbatch's CPUs per task do not reach srun.
@@ -49,18 +53,27 @@ unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK
 export SRUN_CPUS_PER_TASK=$((cpus > 0 ? cpus : 1))"""
 
 SAVE_BEFORE_END_S = 300
+ASK_EVERY_S = 5.0  # for Slurm's queue
+LOOK_EVERY_S = 1.0  # at the folders of runs on this machine
+FINE = ("done", "stopped")  # states that are no failure
 
 
 class Training:
     """One run, which submitit pickles and calls on every rank.
 
-    `folder` may hold `%A`, the id of the job or of its array.
+    `folder` may hold `%A`, the id of the job or of its array. `swept`: the folders of all runs of
+    the sweep, this one's too. `gpus`: those of this run alone, as in `CUDA_VISIBLE_DEVICES`.
     """
 
-    def __init__(self, arguments: Sequence[str], folder: str, max_requeues: int) -> None:
+    def __init__(
+        self, arguments: Sequence[str], folder: str, max_requeues: int, swept: Sequence[str] = ()
+    ) -> None:
         self.arguments = list(arguments)
         self.folder = folder
         self.max_requeues = max_requeues
+        self.swept = list(swept)
+        self.gpus = ""
+        self.on_step: Callable[[Any], None] | None = None
 
     def __call__(self) -> str:
         """Train; returns the state in which the run ended."""
@@ -76,11 +89,19 @@ class Training:
             group.master_addr = "127.0.0.1"
         # Every rank sees the GPUs of its node and takes the one of its local rank.
         group.export(set_cuda_visible_devices=False, overwrite=True)
+        if self.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
 
         from ddp_ssl.train import main
 
         folder = Path(self.folder_of(environment.job_id))
-        code = main([*self.arguments, f"run.dir={folder}", "run.resume=auto"])
+        try:
+            code = main([*self.arguments, f"run.dir={folder}", "run.resume=auto"], self.on_step)
+        finally:
+            if self.swept and environment.global_rank == 0:
+                every = [Path(_with_id(each, environment.job_id)) for each in self.swept]
+                with contextlib.suppress(OSError):
+                    write_table(every)
         if code:
             raise SystemExit(code)
         state = _status(folder)
@@ -100,8 +121,8 @@ class Training:
         return submitit.helpers.DelayedSubmission(self)
 
     def folder_of(self, job_id: str) -> str:
-        """The run folder of a job: `%A` is its id without the index in an array."""
-        return self.folder.replace("%A", job_id.partition("_")[0])
+        """The run folder of a job."""
+        return _with_id(self.folder, job_id)
 
     def _requeue(self, job_id: str, handler: Any) -> None:
         restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
@@ -138,6 +159,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         raise ConfigError(f"--nodes: {options.cluster} is this machine alone; 1 is accepted")
     if options.cluster == "debug" and per_node > 1:
         raise ConfigError("--cluster debug: one process; --cluster local starts several")
+    if options.cluster == "debug" and (options.parallel or 1) > 1:
+        raise ConfigError("--parallel: debug has one process; 1 is accepted")
     if options.cluster == "slurm" and shutil.which("sbatch") is None:
         raise ConfigError(
             "--cluster slurm: there is no sbatch on this machine; submit from a login node of "
@@ -145,52 +168,20 @@ def _main(arguments: Sequence[str] | None) -> int:
         )
     common.share_import_path()  # the jobs inherit the environment
     name = run_name(options.arguments)
+    places = folders(runs, name, options)
+    if options.cluster != "slurm":
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # of two in one second too
+        places = [place.replace("%A", stamp) for place in places]
+    swept = () if options.alone else places
     trainings = [
-        Training(run, folder, options.max_requeues)
-        for run, folder in zip(runs, folders(runs, name, options), strict=True)
+        Training(run, place, options.max_requeues, swept)
+        for run, place in zip(runs, places, strict=True)
     ]
-    if options.cluster == "slurm":
-        return _submit(trainings, name, per_node, options)
-    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # of two in one second too
-    for training in trainings:
-        training.folder = training.folder.replace("%A", stamp)
-    code = max(_run_here(training, name, per_node, options) for training in trainings)
-    if not options.alone:
-        print("\n".join(["", *table(overviews([Path(each.folder) for each in trainings]))]))
-    return code
+    start = {"slurm": _submit, "local": _run_local, "debug": _run_debug}[options.cluster]
+    return start(trainings, name, per_node, options)
 
 
-# --- a sweep -----------------------------------------------------------------------------------
-
-
-def sweep(arguments: Sequence[str]) -> list[list[str]]:
-    """Every combination of the values in `key=a,b`; a comma in brackets separates no values."""
-    choices = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        values = _split(value) if equals else [""]
-        choices.append([f"{key}={v}" for v in values] if equals else [argument])
-    return [list(run) for run in itertools.product(*choices)]
-
-
-def _split(text: str) -> list[str]:
-    """Split at the commas outside brackets, braces and quotes."""
-    parts, depth, quote = [""], 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character in "[{(":
-            depth += 1
-        elif character in "]})":
-            depth -= 1
-        elif character == "," and depth == 0:
-            parts.append("")
-            continue
-        parts[-1] += character
-    # Quotes around a value with a comma are for this split alone: a text is taken as it is.
-    return [p[1:-1] if "," in p and p[0] == p[-1] and p[0] in "'\"" else p for p in parts]
+# --- names -------------------------------------------------------------------------------------
 
 
 def run_name(arguments: Sequence[str]) -> str:
@@ -250,64 +241,190 @@ def _submit(
         ids = [str(job.job_id) for job in jobs]
     except Exception as error:  # sbatch's own words: submitit has classes for some failures only
         return common.refuse(f"nothing was submitted: {' '.join(str(error).split())}", 1)
-    for job, job_id, training in zip(jobs, ids, trainings, strict=True):
-        _tell(job_id, training, str(job.paths.stderr), options)
-    if not options.alone:
-        sweep_folder = os.path.dirname(trainings[0].folder_of(ids[0]))
-        print(f"the sweep   ddp-ssl runs {shlex.quote(sweep_folder)}")
-    return 0
+    places = [training.folder_of(job_id) for training, job_id in zip(trainings, ids, strict=True)]
+    stop = "; scancel --signal=USR2 {} (saves, then goes on in a new start)"
+    if options.alone:
+        _tell(ids[0], places[0], str(jobs[0].paths.stderr), stop.format(ids[0]), options)
+    else:
+        for job_id, place in zip(ids, places, strict=True):
+            print(f"job         {job_id}  {os.path.basename(place)}")
+        _tell_sweep(places, stop.format(ids[0].partition("_")[0]), options)
+    return _watch(ids, places, options) if options.wait else 0
 
 
-def _run_here(training: Training, name: str, per_node: int, options: argparse.Namespace) -> int:
-    """Run to the end in this process (`debug`) or in processes on this machine (`local`)."""
+def _watch(ids: Sequence[str], places: Sequence[str], options: argparse.Namespace) -> int:
+    """Show the jobs until Slurm has none of them any more."""
+    live = Live([Path(place) for place in places])
+    over: set[int] = set()
+    try:
+        while len(over) < len(ids):
+            with contextlib.suppress(OSError):  # a Slurm that does not answer for a while
+                queued = queued_jobs()
+                over = {index for index, job_id in enumerate(ids) if job_id not in queued}
+            live.update(over)
+            time.sleep(ASK_EVERY_S if len(over) < len(ids) else 0)
+    except KeyboardInterrupt:
+        shown = shlex.quote(places[0] if options.alone else os.path.dirname(places[0]))
+        raise KeyboardInterrupt(f"the jobs go on; ddp-ssl runs {shown} shows them") from None
+    return _end(live, options)
+
+
+def _run_local(
+    trainings: Sequence[Training], name: str, per_node: int, options: argparse.Namespace
+) -> int:
+    """Run to the end in processes on this machine, `--parallel` runs at a time."""
     import submitit
 
-    os.environ["MASTER_PORT"] = str(_free_port())
-    executor = submitit.AutoExecutor(folder=_log_folder(options), cluster=options.cluster)
-    if options.cluster == "local":
-        # Ctrl-C is for the ranks, which the terminal tells as well: they save and end. submitit's
-        # controller would kill them a second after it.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        executor.update_parameters(
-            name=name,
-            timeout_min=options.time,
-            tasks_per_node=per_node,
-            gpus_per_node=options.gpus_per_node,
-        )
-    job = executor.submit(training)
-    _tell(str(job.job_id), training, str(job.paths.stderr), options)
+    parallel = min(options.parallel or 1, len(trainings))
+    gpus, cores = _shares(options.gpus_per_node or 0, parallel)
+    executor = submitit.AutoExecutor(folder=_log_folder(options), cluster="local")
+    executor.update_parameters(
+        name=name,
+        timeout_min=options.time,
+        tasks_per_node=per_node,
+        gpus_per_node=options.gpus_per_node,
+    )
+    places = [training.folder for training in trainings]
+    live = Live([Path(place) for place in places])
+    if not options.alone:
+        _tell_sweep(places, "; Ctrl-C (all save, then end)", options)
+    free, waiting = list(range(parallel)), list(range(len(trainings)))
+    over: set[int] = set()
+    running: dict[int, tuple[Any, int]] = {}  # by number, the job and its share of the machine
+    stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+
+    # Ctrl-C is for the ranks, which the terminal tells as well: they save and end.
+    before = signal.signal(signal.SIGINT, stop)
     try:
-        if options.cluster == "debug":
-            job.results()
-        else:
-            while not job.done():
-                time.sleep(0.2)
-    except SystemExit as end:
-        return int(end.code or 0) if isinstance(end.code, (int, type(None))) else 1
+        while running or waiting:
+            while free and waiting and not stopping:
+                number, slot = waiting.pop(0), free.pop(0)
+                trainings[number].gpus = ",".join(gpus[slot])
+                job = _started(executor, trainings[number], cores[slot])
+                running[number] = job, slot
+                if options.alone:
+                    _tell(str(job.job_id), places[0], str(job.paths.stderr), "", options)
+            if stopping and waiting:
+                waiting.clear()
+                live.clear()
+                common.tell("Ctrl-C: the runs under way save and end; no other is started")
+            time.sleep(0.2)
+            ended = [number for number, (job, _) in running.items() if job.done()]
+            over.update(ended)
+            live.update(over, 0 if ended else LOOK_EVERY_S)
+            for number in ended:
+                job, slot = running.pop(number)
+                free.append(slot)
+                if live.found[number].state not in FINE:
+                    live.clear()
+                    common.tell(_tail(Path(str(job.paths.stderr))).rstrip())
     finally:
-        if options.cluster == "local":
-            signal.signal(signal.SIGINT, before)
-    folder = Path(training.folder)
-    state = _status(folder)
-    print(f"{state}: {folder}")
-    if state not in ("done", "preempted"):
-        sys.stderr.write(_tail(Path(str(job.paths.stderr))))
-    return 0 if state in ("done", "preempted") else 1
+        signal.signal(signal.SIGINT, before)
+    return _end(live, options)
 
 
-def _tell(job_id: str, training: Training, errors: str, options: argparse.Namespace) -> None:
-    folder = training.folder_of(job_id)
-    again = options.run_dir or (folder if options.alone else os.path.dirname(folder))
-    stop = f"touch {folder}/STOP (saves, then ends)"
-    if options.cluster == "slurm":
-        stop += f"; scancel --signal=USR2 {job_id} (saves, then goes on in a new start)"
+def _started(executor: Any, training: Training, cores: Sequence[int]) -> Any:
+    """The job of a run that is started on these cores."""
+    os.environ["MASTER_PORT"] = str(_free_port())
+    whole = os.sched_getaffinity(0)
+    # submitit's controller, which inherits both, would kill the ranks a second after a Ctrl-C.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.sched_setaffinity(0, cores)
+    try:
+        return executor.submit(training)
+    finally:
+        os.sched_setaffinity(0, whole)
+        signal.signal(signal.SIGINT, handler)
+
+
+def _shares(gpus: int, parallel: int) -> tuple[list[list[str]], list[list[int]]]:
+    """The GPUs and the cores of this machine for each of the runs at the same time."""
+    visible = visible_gpus() if gpus else []
+    if len(visible) < gpus * parallel:
+        raise ConfigError(
+            f"--gpus-per-node: {gpus} for {counted(parallel, 'run')} at a time, and there are "
+            f"{len(visible)}; fewer, or --tasks-per-node for the CPU, would be accepted"
+        )
+    cores = sorted(os.sched_getaffinity(0))
+    each = max(1, len(cores) // parallel)
+    wide = range(parallel)
+    return (
+        [visible[slot * gpus : (slot + 1) * gpus] for slot in wide],
+        [[cores[(slot * each + i) % len(cores)] for i in range(each)] for slot in wide],
+    )
+
+
+def _run_debug(
+    trainings: Sequence[Training], name: str, per_node: int, options: argparse.Namespace
+) -> int:
+    """Run to the end in this process, one run after the other."""
+    import submitit
+
+    places = [training.folder for training in trainings]
+    live = Live([Path(place) for place in places], in_place=False)
+    if not options.alone:
+        _tell_sweep(places, "; Ctrl-C (saves, then ends)", options)
+    executor = submitit.AutoExecutor(folder=_log_folder(options), cluster="debug")
+    worst = 0
+    for number, training in enumerate(trainings):
+        os.environ["MASTER_PORT"] = str(_free_port())
+        job = executor.submit(training)
+        if options.alone:
+            _tell(str(job.job_id), places[0], str(job.paths.stderr), "", options)
+        else:
+            ended = range(number)
+            training.on_step = lambda _, ended=ended: live.update(ended, LOOK_EVERY_S)
+        try:
+            job.results()
+        except SystemExit as end:
+            worst = max(worst, end.code if isinstance(end.code, int) else 1)
+        live.update(range(number + 1))
+        place = Path(training.folder)
+        if _status(place) == "preempted" and not (place / "STOP").exists():
+            break  # by Ctrl-C, which is for all
+    return max(worst, _end(live, options))
+
+
+def _end(live: Live, options: argparse.Namespace) -> int:
+    """The last lines; returns the exit code."""
+    live.update(range(len(live.folders)))
+    if options.alone:
+        print(f"{_status(live.folders[0])}: {live.folders[0]}")
+    else:
+        lines, base = table(live.found), live.folders[0].parent
+        print("\n".join(["", *lines]))
+        if base.is_dir():
+            replace_text(base / TABLE, "\n".join(lines) + "\n")
+    return 0 if all(found.state in FINE for found in live.found) else 1
+
+
+def _tell(job_id: str, folder: str, errors: str, more: str, options: argparse.Namespace) -> None:
+    """About a single run; `more`: another way to stop it."""
     print(
         f"job         {job_id}\n"
         f"run folder  {folder}\n"
         f"watch       tail -f {folder}/train.log; tensorboard --logdir {folder}\n"
         f"            {errors} has what comes before\n"
-        f"stop        {stop}\n"
-        f"resume      the same command with --run-dir {again}",
+        f"stop        touch {folder}/STOP (saves, then ends){more}\n"
+        f"resume      the same command with --run-dir {options.run_dir or folder}",
+        flush=True,
+    )
+
+
+def _tell_sweep(places: Sequence[str], more: str, options: argparse.Namespace) -> None:
+    """About a sweep; `more`: another way to stop it."""
+    base = os.path.dirname(places[0])
+    print(
+        f"sweep       {len(places)} runs in {base}\n"
+        f"watch       ddp-ssl runs {shlex.quote(base)}; tail -f {places[0]}/train.log\n"
+        f"            {_log_folder(options)} has what comes before\n"
+        f"stop        touch {places[0]}/STOP (that run saves, then ends){more}\n"
+        f"resume      the same command with --run-dir {options.run_dir or base}\n"
+        f"table       {base}/{TABLE}, written again when a run ends",
         flush=True,
     )
 
@@ -327,6 +444,11 @@ def _free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
             return port
+
+
+def _with_id(folder: str, job_id: str) -> str:
+    """A folder of a job: `%A` is its id without the index in an array."""
+    return folder.replace("%A", job_id.partition("_")[0])
 
 
 def _status(folder: Path) -> str:

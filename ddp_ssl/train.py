@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ddp_ssl.commands import common
-from ddp_ssl.config import Config, check_folder, check_world_size, reference
+from ddp_ssl.commands.sweeps import pointer
+from ddp_ssl.config import Config, ConfigError, check_folder, check_world_size, reference
 from ddp_ssl.run.configure import load
 from ddp_ssl.run.signals import StopRequest, stop_with_parent
 from ddp_ssl.utils.launcher import rank_and_size
@@ -51,7 +52,12 @@ def _main(words: Sequence[str], stop: StopRequest, on_step: Callable[[Any], None
     if wants_help:
         say(_help(arguments))
         return 0
-    resolved = load(arguments)
+    try:
+        resolved = load(arguments)
+    except ConfigError as error:
+        if more := pointer(arguments, error):
+            raise ConfigError(f"{error}{more}") from None
+        raise
     check_world_size(resolved.config, rank_and_size()[1])
     check_folder(resolved.config)
     if wants_config:

@@ -22,6 +22,7 @@ complain() { echo "$name: $*" >&2; }
 
 usage() {
   local words=data.root=DIR first="${config#"$repo"/} "
+  [ "$name" = train ] && words="CONFIG.yaml $words" first="CONFIG.yaml "
   [ "$what" = resume ] && words=RUN first=
   complain "not inside a Slurm job. With Slurm: sbatch --nodes=2 --gpus-per-node=8 slurm/$name.sh" \
     "$words; without: torchrun --nproc_per_node 8 -m ddp_ssl.$what $first$words"
@@ -159,6 +160,17 @@ shift 2
 case $config in /*) ;; *) config=$repo/$config ;; esac
 [ "$name" = resume ] && what=resume # RUN stands where a config does
 [ -n "${SLURM_JOB_ID:-}" ] || usage
+if [ "$name" = train ]; then # one's own config: a file, or whatever else ddp_ssl.train takes
+  config=${1:-}
+  if [ -f "$config" ]; then
+    config=$(cd "$(dirname "$config")" && pwd)/$(basename "$config")
+  elif [[ ! -e $config && (-z $config || $config = *=* || $config = *.y*ml) ]]; then
+    complain "${config:-no config}: a YAML file, or the name of a config, would be accepted as the first argument"
+    exit 2
+  fi
+  shift
+  own_name=$(basename "$config" | sed 's/\.ya\{0,1\}ml$//; s/[^A-Za-z0-9._-]/_/g')
+fi
 if [ "$what" = resume ]; then
   [ -n "${1:-}" ] || no_run "no folder given"
   RUN_DIR=$1 given=$1
@@ -169,7 +181,9 @@ restarts=${SLURM_RESTART_COUNT:-0}
 MAX_REQUEUES=${MAX_REQUEUES:-20}
 
 # Tasks of an array live side by side, in the folder of a row or told apart by their number.
-RUN_DIR=${RUN_DIR:-runs/${SLURM_JOB_NAME:-$name}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
+job_name=${SLURM_JOB_NAME:-$name}
+[ "$job_name" = train ] && job_name=${own_name:-train} # nobody chose it
+RUN_DIR=${RUN_DIR:-runs/$job_name-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
 own=$task
 [ "$what" = resume ] && own=
 [ -n "${DDP_SSL_ROW:-}" ] && own=/$DDP_SSL_ROW
@@ -225,6 +239,7 @@ launch=(srun --kill-on-bad-exit=1 --wait=0 --export=ALL "--nodes=$nodes" "--ntas
 read -ra more <<<"${SRUN_ARGS:-}"
 launch+=(${more[@]+"${more[@]}"})
 mounts=$repo,$PWD,$RUN_DIR${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
+case $config in "$repo"/* | "$PWD"/*) ;; /*) mounts+=,$(dirname "$config") ;; esac # a YAML of one's own
 case ${CONTAINER:-} in
   '') [ -z "${PYTHON:-}" ] && [ -x "$repo/.venv/bin/python" ] && python=$repo/.venv/bin/python ;;
   *.sif) run+=(apptainer exec --nv --pwd "$PWD" --bind "$mounts" "$CONTAINER") ;;

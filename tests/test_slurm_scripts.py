@@ -21,7 +21,8 @@ from ddp_ssl.run import claims
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "slurm/imagenet100_adadim.sh"
-SCRIPTS = [*sorted((ROOT / "slurm").glob("*_*.sh")), ROOT / "slurm/resume.sh"]
+OWN = ROOT / "slurm/train.sh"
+SCRIPTS = [*sorted((ROOT / "slurm").glob("*_*.sh")), OWN, ROOT / "slurm/resume.sh"]
 
 SRUN = """#!/bin/bash
 # Stands for srun: notes its arguments and the environment, leaves what FAKE_* say.
@@ -162,6 +163,45 @@ def test_what_srun_is_given(fake: Fake) -> None:
     assert int(seen["SLURM_JOB_END_TIME"]) > 1_890_000_000
     assert seen["PYTHONPATH"].split(":")[0] == str(ROOT)
     assert f"run folder  {folder}" in out
+
+
+def test_a_yaml_of_one_s_own(fake: Fake) -> None:
+    """It is served as the project's; its name is that of the run folder."""
+    (fake.place / "a b").mkdir()
+    config = fake.place / "a b/my=run.yaml"
+    config.touch()
+    given = {"script": OWN, "FAKE_STATUS": DONE, "PYTHON": "py", "SLURM_JOB_NAME": "train"}
+    words = ("optim.lr=0.1", "data.root=/data/image net")
+    code, out, err = fake.run("a b/my=run.yaml", *words, **given)
+    assert code == 0, err
+    folder = fake.place / "runs/my_run-123456"
+    start = fake.srun.index("py")
+    assert fake.srun[start:] == [
+        "py", "-m", "ddp_ssl.train", str(config), *words, f"run.dir={folder}", "run.resume=auto"
+    ]  # fmt: skip
+    assert f"resume      RUN_DIR={folder} sbatch ... slurm/train.sh with the same arguments" in out
+    fake.run(str(config), **{**given, "SLURM_JOB_NAME": "chosen"})
+    assert f"run.dir={fake.place}/runs/chosen-123456" in fake.srun
+    fake.run("imagenet100/adadim", "run.dir=here", **given)  # the trainer knows the name
+    assert fake.srun[-3:] == ["imagenet100/adadim", f"run.dir={fake.place}/here", "run.resume=auto"]
+    other = fake.place / "elsewhere"
+    other.mkdir()
+    image = {"CONTAINER": "/images/ddp.sif", "SLURM_SUBMIT_DIR": str(other)}
+    fake.place = other
+    shutil.copytree(config.parents[1] / "bin", other / "bin")
+    fake.run(str(config), **given, **image)
+    mounts = fake.srun[fake.srun.index("--bind") + 1]
+    assert mounts == f"{ROOT},{other},{other}/runs/my_run-123456,{config.parent}"
+
+
+@pytest.mark.parametrize("words", [(), ("data.root=/d",), ("mine.yaml", "optim.lr=1"), ("",)])
+def test_a_config_of_one_s_own_is_asked_for(fake: Fake, words: tuple[str, ...]) -> None:
+    code, out, err = fake.run(*words, script=OWN)
+    assert (code, out) == (2, "")
+    assert err == (
+        f"train: {''.join(words[:1]) or 'no config'}: a YAML file, or the name of a config, would "
+        "be accepted as the first argument\n"
+    )
 
 
 def test_torchrun_is_one_task_a_node(fake: Fake) -> None:

@@ -29,6 +29,7 @@ from ddp_ssl.config import ConfigError
 from ddp_ssl.reproduction import adadim, configs, cost, multiview, pictures, results, runs
 from ddp_ssl.reproduction.cells import Simulation, Table
 from ddp_ssl.utils.files import path_of
+from ddp_ssl.utils.launcher import visible_gpus
 from ddp_ssl.utils.text import suggest
 
 EVERYTHING = {each.name: each for each in (*adadim.TABLES, *multiview.TABLES)}
@@ -192,7 +193,7 @@ def _need_root(
 def _need_gpus(options: argparse.Namespace) -> None:
     if options.scale == "small" or "run.device=cpu" in options.overrides:
         return
-    gpus = len(runs.visible_gpus())
+    gpus = len(visible_gpus())
     need = options.parallel * options.processes
     if gpus < need:
         raise ConfigError(

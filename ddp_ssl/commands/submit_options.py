@@ -29,7 +29,10 @@ def parser() -> argparse.ArgumentParser:
     add("--run-dir", type=os.path.expanduser,
         help="run folder (default runs/NAME-JOB); an older one is continued")  # fmt: skip
     add("--max-requeues", type=int, default=20, help="starts after the first (default 20)")
-    add("--parallel", type=common.count, help="runs of a sweep at the same time")
+    add("--parallel", type=common.count,
+        help="runs of a sweep at the same time (local: default 1)")  # fmt: skip
+    add("--wait", action="store_true",
+        help="slurm: show a line for each run until all have ended")  # fmt: skip
     add("--sbatch", type=_pair, action="append", default=[], metavar="KEY=VALUE",
         help="a further argument of sbatch, such as qos=high; may be repeated")  # fmt: skip
     return made

@@ -176,7 +176,7 @@ def _tree_of(
     for override in overrides:
         dotted, _, text = override.partition("=")
         parts = dotted.split(".")
-        kind = _kind_of(parts, schema)
+        kind = kind_of(parts, schema)
         value: Any
         if takes_text(kind):
             value = None if text in ("", "null") else text
@@ -201,7 +201,7 @@ def _tree_of(
     return tree
 
 
-def _kind_of(parts: Sequence[str], kind: Any) -> Any:
+def kind_of(parts: Sequence[str], kind: Any) -> Any:
     """The type of the key at a dotted place below the type `kind`; None if there is no such key."""
     for part in parts:
         if is_section(kind):

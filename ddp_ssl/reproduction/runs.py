@@ -19,7 +19,8 @@ from ddp_ssl.errors import reason
 from ddp_ssl.reproduction import configs
 from ddp_ssl.reproduction.cells import Cell, Table
 from ddp_ssl.utils.files import json_file
-from ddp_ssl.utils.programs import output_of
+from ddp_ssl.utils.launcher import visible_gpus
+from ddp_ssl.utils.programs import queued_jobs
 from ddp_ssl.utils.text import one_line
 
 OFFLINE = "linear"  # the measure that the offline evaluation makes
@@ -256,16 +257,6 @@ def _environment(slot: int, parallel: int, processes: int) -> tuple[dict[str, st
     return environment, ["run.threads=1"] if parallel > 1 else []
 
 
-def visible_gpus() -> list[str]:
-    """Names of the GPUs as `CUDA_VISIBLE_DEVICES` has them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name for name in named.split(",") if name.strip() not in ("", "-1")]
-    import torch
-
-    return [str(index) for index in range(torch.cuda.device_count())]
-
-
 def _last_line(path: Path) -> str:
     """The last line that says what went wrong."""
     lines = [x.strip() for x in path.read_text(errors="replace").splitlines() if x.strip()]
@@ -320,9 +311,8 @@ def slurm_jobs() -> set[str]:
 
     Raises `ConfigError` if Slurm does not answer: a job taken for ended would be submitted twice.
     """
-    command = ["squeue", "-h", "-r", "-o", "%i", "-u", str(os.getuid())]
     try:
-        return set(output_of(command).split())
+        return queued_jobs()
     except FileNotFoundError:
         return set()  # jobs of another machine, or of a cluster that this one has left
     except OSError as error:

@@ -60,6 +60,16 @@ def has_bf16(place: Path = Path("/proc/cpuinfo")) -> bool:
     return bool({*BF16} & {*flags.split()})
 
 
+def visible_gpus() -> list[str]:
+    """Names of the GPUs as `CUDA_VISIBLE_DEVICES` has them; imports torch where it is not set."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name.strip() not in ("", "-1")]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
 def ranges(numbers: Iterable[int]) -> str:
     """`{0, 1, 2, 5}` as `0-2,5`."""
     parts: list[list[int]] = []

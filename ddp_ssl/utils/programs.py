@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,3 +24,8 @@ def output_of(command: Sequence[str], timeout_s: float = 60, cwd: Path | None = 
         said = (told.stderr or told.stdout).strip().splitlines()
         raise OSError(f"{command[0]}: {said[-1] if said else f'exit code {told.returncode}'}")
     return told.stdout
+
+
+def queued_jobs() -> set[str]:
+    """Numbers of one's jobs that wait or run in Slurm; array tasks as `41_0`. Raises `OSError`."""
+    return set(output_of(["squeue", "-h", "-r", "-o", "%i", "-u", str(os.getuid())]).split())

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from ddp_ssl.run.configure import load
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import (
     HELD_AT,
+    ONE_EACH,
     ROOT,
     SCRIPT,
     TWO_EACH,
@@ -282,6 +284,21 @@ def test_the_ablation_is_an_array(slurm: Cluster, tmp_path: Path, images: Path) 
     for config in configs[:2]:
         assert status(tmp_path / f"runs/ablation-{job}/{config.stem}")["state"] == "done"
     assert f"no row {len(configs)}; there are {len(configs)}" in output(tmp_path)
+
+
+@pytest.mark.long
+def test_a_yaml_of_one_s_own(slurm: Cluster, tmp_path: Path, images: Path) -> None:
+    """Two nodes; the file lies where it is submitted from, and its name is the folder's."""
+    project = str(ROOT / "configs/imagenet100/adadim.yaml")
+    (tmp_path / "own.yaml").write_text(load([project, *tiny(images)]).to_yaml())
+    script = str(ROOT / "slurm/train.sh")
+    job = slurm.sbatch(*ONE_EACH, script, "own.yaml", "optim.epochs=2", cwd=tmp_path)
+    assert slurm.wait(job) == "COMPLETED", output(tmp_path)
+    folder = tmp_path / f"runs/own-{job}"
+    assert status(folder)["state"] == "done"
+    assert json.loads((folder / "environment.json").read_text())["world_size"] == 2
+    assert [r["step"] for r in rows(folder) if "train/loss" in r] == list(range(1, 51))
+    assert f"RUN_DIR={folder} sbatch ... slurm/train.sh" in output(tmp_path)
 
 
 @pytest.mark.long

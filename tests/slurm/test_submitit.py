@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -81,12 +82,12 @@ def test_a_sweep_is_an_array(slurm: Cluster, tmp_path: Path, images: Path) -> No
     arguments = tiny(images, "optim.epochs=1", "optim.lr=0.1,0.2")
     arguments = [a for a in arguments if a not in ("optim.epochs=3", "optim.lr=0.5")]
     printed = submit(slurm, tmp_path, "--tasks-per-node", "1", *arguments)
-    first, second = printed["job"]
+    first, second = (line.partition(" ")[0] for line in printed["job"])
     array = first.partition("_")[0]
-    assert (first, second) == (f"{array}_0", f"{array}_1")
+    assert printed["job"] == [f"{array}_0  lr=0.1", f"{array}_1  lr=0.2"]
     base = tmp_path / f"runs/imagenet100-adadim-{array}"
-    assert printed["run folder"] == [f"{base}/lr=0.1", f"{base}/lr=0.2"]
-    assert printed["the sweep"] == [f"ddp-ssl runs {base}"]
+    assert printed["sweep"] == [f"2 runs in {base}"]
+    assert printed["watch"][0].startswith(f"ddp-ssl runs {base}; tail -f {base}/lr=0.1/train.log")
     losses = []
     for job, rate in ((first, "0.1"), (second, "0.2")):
         assert slurm.wait(job) == "COMPLETED", output(tmp_path)
@@ -95,6 +96,42 @@ def test_a_sweep_is_an_array(slurm: Cluster, tmp_path: Path, images: Path) -> No
         losses.append([row["train/loss"] for row in table if "train/loss" in row])
     assert len(losses[0]) == 25
     assert losses[0] != losses[1]
+    # Nobody waited for it: the runs themselves wrote the table.
+    assert cells((base / "table.md").read_text()) == [
+        [f"{base}/lr={rate}", "done", "25"] for rate in ("0.1", "0.2")
+    ]
+
+
+def cells(text: str) -> list[list[str]]:
+    """Run, state and step in the table of a sweep."""
+    lines = [line for line in text.splitlines() if line.startswith("| /")]
+    return [[cell.strip() for cell in line.split("|")[1:4]] for line in lines]
+
+
+@pytest.mark.long
+def test_a_sweep_of_four_on_two_nodes_ends_in_its_table(
+    slurm: Cluster, tmp_path: Path, images: Path
+) -> None:
+    """Each run has a process on each node, two runs go on at a time, and `--wait` shows them."""
+    arguments = tiny(images, "optim.epochs=1", "optim.lr=0.1,0.2", "run.seed=1,2")
+    arguments = [a for a in arguments if a not in ("optim.epochs=3", "optim.lr=0.5")]
+    command = [sys.executable, "-m", "ddp_ssl.submit", CONFIG, "--nodes", "2", "--tasks-per-node",
+               "1", "--parallel", "2", "--wait", *arguments]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=tmp_path, env=slurm.env | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=390,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr + output(tmp_path)
+    (base,) = (tmp_path / "runs").glob("imagenet100-adadim-*")
+    names = [f"lr={rate},seed={seed}" for rate in ("0.1", "0.2") for seed in (1, 2)]
+    assert cells(done.stdout) == [[f"{base}/{name}", "done", "25"] for name in names]
+    assert done.stdout.endswith((base / "table.md").read_text())
+    for name in names:
+        lines = [line for line in done.stdout.splitlines() if line.startswith(f"{name} ")]
+        assert lines[0].split()[1] == "training"
+        assert lines[-1].split()[1:6] == ["done", "epoch", "1/1", "step", "25"], lines
+        environment = json.loads((base / name / "environment.json").read_text())
+        assert environment["world_size"] == 2
 
 
 def test_what_sbatch_refuses_is_said(slurm: Cluster, tmp_path: Path, images: Path) -> None:
