@@ -52,7 +52,7 @@ def exit_code(command: Callable[[], int]) -> int:
         drop_stdout()
         return BROKEN_PIPE
     except (ValueError, OSError) as error:
-        return refuse(reason(error))
+        return refuse(reason(error), together=getattr(error, "together", False))
     except KeyboardInterrupt as error:
         tell("; ".join(["ddp_ssl: interrupted", *map(str, error.args)]))
         return INTERRUPTED
@@ -96,23 +96,38 @@ def check_data(data: Data) -> None:
         registry.find(data)
 
 
-def refuse(error: object, code: int = UNUSABLE) -> int:
-    """Rank 0 prints `error`; returns the exit code, on the other ranks when rank 0 has printed."""
+def refuse(error: object, code: int = UNUSABLE, together: bool = False) -> int:
+    """Print `error` and return the exit code.
+
+    Rank 0 prints at once. The launcher then ends the other ranks; one that is still there after
+    some seconds prints its own, unless all ranks have found it `together`.
+    """
     tell(f"ddp_ssl: error: {error}")
-    wait_for_rank_0()
+    if rank := own_rank():
+        wait_for_rank_0()
+        if not together:
+            with contextlib.suppress(OSError):
+                print(f"ddp_ssl: error: rank {rank}: {error}", file=sys.stderr, flush=True)
     return code
+
+
+def own_rank() -> int:
+    """The rank of this process; 0 where the launcher's variables are no numbers."""
+    with contextlib.suppress(ValueError):
+        return rank_and_size()[0]
+    return 0
 
 
 def tell(text: str) -> None:
     """Print on stderr of rank 0, if somebody reads it."""
-    if rank_and_size()[0] == 0:
+    if own_rank() == 0:
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:
     """Print on stdout of rank 0, if somebody reads it."""
-    if rank_and_size()[0] == 0:
+    if own_rank() == 0:
         try:
             print(text, flush=True)
         except BrokenPipeError:
@@ -214,15 +229,13 @@ def processes(run: EvaluateRun) -> Iterator[World]:
     from ddp_ssl import distributed
     from ddp_ssl.logs import console
 
-    try:
-        world = distributed.start(run.device, run.timeout_s)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    world = distributed.start(run.device, run.timeout_s)
     console.setup_logging(None, world.rank)
     torch.set_num_threads(run.threads or cpu_share())
     try:
         yield world
-    except ConfigError:
+    except ConfigError as error:
+        error.together = True
         distributed.stop()
         raise
     except Exception as error:
