@@ -21,6 +21,9 @@ def printable(text: str) -> str:
 class ConfigError(ValueError):
     """The user asked for something that cannot be run; the message is one line for the user."""
 
+    together = False
+    """All processes raise it together, so that rank 0 alone has to say it."""
+
     def __init__(self, message: str = "") -> None:
         super().__init__(printable(message))
 

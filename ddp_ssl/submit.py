@@ -37,6 +37,7 @@ from ddp_ssl.run.configure import load
 from ddp_ssl.utils.files import json_file, replace_text
 from ddp_ssl.utils.launcher import visible_gpus
 from ddp_ssl.utils.programs import output_of, queued_jobs
+from ddp_ssl.utils.streams import tell
 from ddp_ssl.utils.text import counted
 
 # Run once per job, before srun. Node addresses are used because node names need not resolve. The
@@ -311,7 +312,7 @@ def _run_local(
             if stopping and waiting:
                 waiting.clear()
                 live.clear()
-                common.tell("Ctrl-C: the runs under way save and end; no other is started")
+                tell("Ctrl-C: the runs under way save and end; no other is started")
             time.sleep(0.2)
             ended = [number for number, (job, _) in running.items() if job.done()]
             over.update(ended)
@@ -321,7 +322,7 @@ def _run_local(
                 free.append(slot)
                 if live.found[number].state not in FINE:
                     live.clear()
-                    common.tell(_tail(Path(str(job.paths.stderr))).rstrip())
+                    tell(_tail(Path(str(job.paths.stderr))).rstrip())
     finally:
         signal.signal(signal.SIGINT, before)
     return _end(live, options)

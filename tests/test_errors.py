@@ -5,16 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ddp_ssl.commands.common import exit_code
 from ddp_ssl.errors import BuildError, ConfigError, reason, refused
 from ddp_ssl.methods._registry import load_method
 from ddp_ssl.training import build
 from ddp_ssl.utils.programs import output_of
-from tests.runs import arguments, complaint
+from tests.runs import BIN, ROOT, arguments, call, complaint
 
 CAUSES = [
     KeyError("a"), TypeError("no\nsuch\tthing"), AssertionError(), RecursionError("deep"),
@@ -106,6 +109,59 @@ def test_the_log_keeps_the_traceback_of_a_line(
     log = (tmp_path / "run" / "train.log").read_text()
     assert "Traceback" in log
     assert '_ = {}["planted"]' in log
+
+
+@pytest.mark.parametrize(
+    ("rank", "together", "said"),
+    [
+        ("0", False, "ddp_ssl: error: too few\n"),
+        ("0", True, "ddp_ssl: error: too few\n"),
+        ("3", False, "ddp_ssl: error: rank 3: too few\n"),
+        ("3", True, ""),
+    ],
+)
+def test_an_error_of_one_rank_alone_is_seen(
+    rank: str, together: bool, said: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    waits: list[float] = []
+    # So that the launcher, which rank 0's end stops, can end the wait too.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+
+    def fails() -> int:
+        error = ConfigError("too few")
+        error.together = together
+        raise error
+
+    try:
+        assert exit_code(fails) == 2
+        assert capsys.readouterr().err == said
+        assert len(waits) == (rank != "0")
+        assert signal.getsignal(signal.SIGTERM) == (signal.SIG_DFL if waits else signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("wrong", [{0, 1}, {1}], ids=["both ranks", "rank 1"])
+def test_under_torchrun_it_is_said_once(photos: Path, tmp_path: Path, wrong: set[int]) -> None:
+    """Images that are there on one node and not on the other, before the processes meet."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import os, sys\nfrom ddp_ssl.train import main\n"
+        f"root = '/nowhere' if int(os.environ['RANK']) in {wrong} else {str(photos)!r}\n"
+        f"sys.exit(main([root, 'run.device=cpu', 'run.dir={tmp_path}/run']))\n"
+    )
+    launcher = (str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2")
+    done = call(*launcher, str(script), PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "ddp_ssl: error: " in line]
+    who = "" if 0 in wrong else "rank 1: "
+    assert len(lines) == 1, done.stderr
+    assert f"ddp_ssl: error: {who}data.root: /nowhere does not exist" in lines[0]
 
 
 @pytest.mark.parametrize(

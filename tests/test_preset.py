@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +187,19 @@ def test_what_cannot_be_read_is_one_line(
         patched.setattr(recognise, "opened", broken)
         with pytest.raises(ConfigError, match=r"^data\.files: .*images.txt cannot be read: Inp"):
             load([str(file), CPU])
-    # A list in UTF-16 has names that no file system takes; the run tells of them.
-    file.write_text("a.png\n", encoding="utf-16")
-    assert "about 224 pixels" in load([str(file), CPU, "data.batch_size=2"]).notes[0]
+    # A list in UTF-16 has names that no file system takes.
+    for encoding in ("utf-8", "utf-16"):
+        file.write_text("a.png\n", encoding=encoding)
+        with pytest.raises(ConfigError, match=r"^data\.files: .*images.txt: none of its first fil"):
+            load([str(file), CPU])
+    # What a clone without Git LFS leaves.
+    pointer = tmp_path / "lfs" / "0.jpg"
+    pointer.parent.mkdir()
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ConfigError, match=r"^data\.root: none of 1 file is .*'version .* JPEG, "):
+        load([str(pointer.parent), CPU])
+    shutil.copy(photos / "class0" / "00.jpg", pointer.with_name("1.jpg"))
+    assert ": 1 image without classes" in load([str(pointer.parent), CPU]).notes[0]
 
 
 def test_a_cpu_without_bf16_computes_in_fp32(

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+STAMPS = "/usr/share/tuxpaint/stamps"
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +96,26 @@ def test_the_demo_of_the_wheel_runs_in_an_empty_folder(python: Path, tmp_path: P
     keys = ("optim.epochs=1", "run.device=cpu", "run.threads=1", "run.dir=made")
     run(python, "-m", "ddp_ssl.train", *keys, empty=tmp_path)
     assert json.loads((tmp_path / "made" / "status.json").read_text())["state"] == "done"
+
+
+@pytest.mark.long
+@pytest.mark.faults
+def test_the_first_hour_of_the_wheel(python: Path, tmp_path: Path) -> None:
+    """tools/first_hour.sh on Debian's stamps where they are installed, else on drawn pictures.
+
+    Its paths are relative, and it changes the folder.
+    """
+    relative = [os.path.relpath(path, tmp_path) for path in (STAMPS, python)]
+    done = subprocess.run(
+        [ROOT / "tools/first_hour.sh", "hour", relative[0]],
+        cwd=tmp_path, capture_output=True, text=True, timeout=1500,
+        env=without_checkout() | {"PATH": f"{python.parent}:{os.environ['PATH']}",
+                                  "PYTHON": relative[1], "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(f"{python.parents[1].resolve()}/lib/")
+    steps = ("choices", "train", "resume", "method", "evaluate", "export", "load")
+    assert all((tmp_path / "hour" / f"{name}.log").is_file() for name in steps)
+    assert "a side: preset/" in done.stdout
+    assert "SIGTERM: stopping as soon as possible" in done.stdout
+    assert done.stdout.rstrip().endswith(" parameters")

@@ -5,7 +5,8 @@
 #   tools/first_hour.sh FOLDER [IMAGES]
 #
 # FOLDER is made and must not exist. IMAGES: a folder of images; else Debian's tuxpaint stamps where
-# they are installed, else pictures that are drawn here. PYTHON is the interpreter (default python).
+# they are installed, else pictures that are drawn here. PYTHON is the interpreter (default python);
+# where its ddp_ssl lies is printed first.
 set -euo pipefail
 
 place=${1:?tools/first_hour.sh FOLDER [IMAGES]}
@@ -38,6 +39,7 @@ for number in range(160):
 PYTHON
 fi
 cd "$place"
+"$python" -c 'import ddp_ssl; print(ddp_ssl.__file__)'
 
 # try NAME COMMAND...: the command's output goes to NAME.log
 try() {

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ import ddp_ssl
 from ddp_ssl.config import ConfigError, Data
 from ddp_ssl.errors import printable, reason
 from ddp_ssl.utils.launcher import cpu_share, wait_for_rank_0
-from ddp_ssl.utils.streams import flush, open_streams, stdout_is_broken, tell
+from ddp_ssl.utils.streams import flush, open_streams, own_rank, stdout_is_broken, tell
 from ddp_ssl.utils.text import one_line, suggest
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def _code_of(command: Callable[[], int]) -> int:
             return BROKEN_PIPE
         if os.environ.get(SHOW):
             traceback.print_exc()
-        return refuse(error if isinstance(error, ConfigError) else reason(error))
+        text = str(error) if isinstance(error, ConfigError) else reason(error)
+        return refuse(text, together=getattr(error, "together", False))
     except KeyboardInterrupt as error:
         tell("; ".join(["ddp_ssl: interrupted", *map(str, error.args)]))
         return INTERRUPTED
@@ -81,10 +83,19 @@ def check_data(data: Data) -> None:
         registry.find(data)
 
 
-def refuse(error: object, code: int = UNUSABLE) -> int:
-    """Rank 0 prints `error`; returns the exit code, on the other ranks when rank 0 has printed."""
-    tell(f"ddp_ssl: error: {printable(str(error))}")
-    wait_for_rank_0()
+def refuse(error: object, code: int = UNUSABLE, together: bool = False) -> int:
+    """Print `error` and return the exit code.
+
+    Rank 0 prints at once. The launcher then ends the other ranks; one that is still there after
+    some seconds prints its own, unless all ranks have found it `together`.
+    """
+    text = printable(str(error))
+    tell(f"ddp_ssl: error: {text}")
+    if rank := own_rank():
+        wait_for_rank_0()
+        if not together:
+            with contextlib.suppress(OSError):
+                print(f"ddp_ssl: error: rank {rank}: {text}", file=sys.stderr, flush=True)
     return code
 
 
@@ -183,15 +194,13 @@ def processes(run: EvaluateRun) -> Iterator[World]:
     from ddp_ssl import distributed
     from ddp_ssl.logs import console
 
-    try:
-        world = distributed.start(run.device, run.timeout_s)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    world = distributed.start(run.device, run.timeout_s)
     console.setup_logging(None, world.rank)
     torch.set_num_threads(run.threads or cpu_share())
     try:
         yield world
-    except ConfigError:
+    except ConfigError as error:
+        error.together = True
         distributed.stop()
         raise
     except Exception as error:

@@ -9,10 +9,10 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ddp_ssl.commands import common
 from ddp_ssl.commands.runs import best_of, overviews, state_of, table
 from ddp_ssl.run.overview import Overview
 from ddp_ssl.utils.files import replace_text
+from ddp_ssl.utils.streams import say
 from ddp_ssl.utils.text import one_line
 
 TABLE = "table.md"
@@ -95,7 +95,7 @@ class Live:
             changed = self.state(index) != state
             if changed or (found.step != step and now - when >= EVERY_S):
                 self._said[index] = (self.state(index), found.step, now)
-                common.say(self._above + self._line(index))
+                say(self._above + self._line(index))
 
     def _block(self) -> list[str]:
         """The lines that fit in the terminal: those of runs under way first, then of ended ones."""
@@ -111,7 +111,7 @@ class Live:
 
     def _draw(self, lines: list[str]) -> None:
         if lines != self._drawn:
-            common.say(self._erase() + "\n".join(lines))
+            say(self._erase() + "\n".join(lines))
             self._drawn = lines
 
 

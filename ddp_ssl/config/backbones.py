@@ -27,7 +27,9 @@ def check_backbone(name: str) -> None:
         )
     models, renamed = timm_models()
     if models and name.partition(".")[0] not in {*models, *renamed}:
-        hint = suggest(name, models)
+        family = name.partition("_")[0]  # other tools have another order of the parts
+        kin = [model for model in models if family in model.split("_")]
+        hint = suggest(name, kin, 0.1) if kin else suggest(name, models)
         raise ValueError(f"model.backbone: timm has no model {name!r}{hint}")
 
 

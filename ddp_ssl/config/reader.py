@@ -30,6 +30,7 @@ Layer = tuple[str, dict[str, Any]]
 """An origin, such as a file's path, and a tree of values."""
 
 LARGEST = 1_000_000  # bytes of a YAML file
+FEW_KEYS = 12  # of a section, that an error names
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ def read_text(path: Path) -> str:
             content = file.read(LARGEST + 1)
         text = content.decode()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise ConfigError(
+            f"{path}: cannot be read: {error.strerror or error}; a YAML file or the name of a "
+            "config such as imagenet100/adadim is accepted"
+        ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a text file; a YAML file would be accepted") from None
     if len(content) > LARGEST:
@@ -283,8 +287,10 @@ def validate(tree: dict[str, Any], schema: type[S], origins: Mapping[str, str]) 
 def _problem(error: dict[str, Any], schema: type[Section], origins: Mapping[str, str]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        hint = did_you_mean(key, known_keys(schema))
-        hint = hint or f"; --help {key.partition('.')[0]} lists the keys"
+        known, section = known_keys(schema), key.partition(".")[0]
+        its = [other for other in known if other.startswith(f"{section}.")]
+        few = f"; accepted: {', '.join(its)}" if len(its) <= FEW_KEYS else ""
+        hint = did_you_mean(key, known) or few or f"; --help {section} lists the keys"
         return f"{key}: unknown key{_where(key, origins)}{hint}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
@@ -299,6 +305,8 @@ def _as_written(key: str, error: dict[str, Any]) -> str:
     given = error["input"]
     if error["type"] in ("list_type", "tuple_type") and isinstance(given, str | int | float):
         return f"; a list is written '{key}=[{given}]'"
+    if error["type"] == "list_type" and isinstance(given, dict) and given:
+        return f"; an entry of the list goes by its number: {key}.0.{next(iter(given))}"
     if error["type"] in ("model_type", "dict_type") and isinstance(given, str):
         return "; braces need quotes in a shell, as in 'data.views=[{count: 2, size: 32}]'"
     return ""

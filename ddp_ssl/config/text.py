@@ -22,14 +22,21 @@ MOST = 10_000  # values, those behind an alias counted each time
 def parse(text: str, kind: Any = None) -> Any:
     """The value in a YAML text. Words under a key of type `str` of the type `kind` stay text.
 
-    Raises whatever a text that is not YAML causes.
+    Raises whatever a text that is not YAML causes; where the place is known, `ValueError` with it.
     """
-    loader = _Loader(text)
-    node = loader.get_single_node()
-    if node is None:
-        return None
-    _keep_text(node, kind)
-    return loader.construct_document(node)
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _keep_text(node, kind)
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark, tabs = error.problem_mark, "; spaces indent, tabs do not" * ("\t" in text)
+        if mark is None:
+            raise
+        place = f"line {mark.line + 1}, column {mark.column + 1}"
+        raise ValueError(f"{place}: {error.problem}{tabs}") from error
 
 
 def flow(value: Any) -> str:

@@ -16,7 +16,7 @@ from ddp_ssl.data.datasets import arrays, folders, parquet, registry, shards
 from ddp_ssl.data.datasets.base import absolute
 from ddp_ssl.data.datasets.lists import opened
 from ddp_ssl.data.datasets.scan import scan
-from ddp_ssl.data.loading.decodable import first_line, pixels
+from ddp_ssl.data.loading.decodable import FORMATS, first_line, pixels, worth_trying
 from ddp_ssl.errors import ConfigError
 from ddp_ssl.utils.files import json_file
 from ddp_ssl.utils.text import counted
@@ -144,7 +144,7 @@ def _folder(data: Data, root: Path) -> Look:
     names = list(itertools.islice(scan(os.fsencode(where)), MOST))
     capped = len(names) == MOST
     classes = len({name.partition(b"/")[0] for name in names if b"/" in name})
-    side = _side([where / os.fsdecode(name) for name in _some(names)])
+    side = _side("data.root", [where / os.fsdecode(name) for name in _some(names)])
     count = _training(data, len(names), val is not None)
     kind = "without classes"
     if classes:
@@ -160,8 +160,13 @@ def _listed(data: Data) -> Look:
         some = list(itertools.islice(lines, MOST))
     names = [line.strip() for line in some if line.strip()]
     paths = [base / name.partition(mark)[0] for name in _some(names) for mark in ",\t; "]
-    # Names that no file system takes are False for `isfile`; the run itself tells of them.
-    side = _side([path for path in paths if os.path.isfile(path)])
+    there = [path for path in paths if os.path.isfile(path)]
+    if names and not there:
+        raise ConfigError(
+            f"data.files: {file}: none of its first files is there, such as {paths[0]}; names are "
+            "meant from data.root, or else from the list's folder"
+        )
+    side = _side("data.files", there)
     count = _training(data, len(names), bool(data.val_files))
     return Look("list", f"{_images(count)} in a list", count, side, len(some) == MOST)
 
@@ -180,12 +185,24 @@ def _some(names: list[T]) -> list[T]:
     return names[:: max(1, len(names) // SAMPLE)]
 
 
-def _side(paths: list[Path]) -> int:
-    """The median side in pixels, of a square of the same area; 224 where no image can be read."""
-    areas = []
+def _side(key: str, paths: list[Path]) -> int:
+    """The median side in pixels, of a square of the same area; 224 where no image can be read.
+
+    Raises `ConfigError` where all files begin with something else than an image.
+    """
+    areas, others = [], []
     for path in paths:
         with contextlib.suppress(OSError):  # the run itself replaces and lists bad images
-            areas.append(pixels(np.fromfile(path, np.uint8)))
+            content = np.fromfile(path, np.uint8)
+            areas.append(pixels(content))
+            if not areas[-1] and not worth_trying(content):
+                others.append((path, content[:24].tobytes()))
+    if others and len(others) == len(areas):
+        path, start = others[0]
+        raise ConfigError(
+            f"{key}: none of {counted(len(others), 'file')} is an image; {path} begins with "
+            f"{start!r}; accepted: {', '.join(FORMATS)}"
+        )
     return _median(areas)
 
 

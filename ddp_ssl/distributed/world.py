@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from ddp_ssl.distributed.heartbeat import HeartbeatStore
 from ddp_ssl.distributed.primitives import all_gather_single, comm_stats, run_collective
 from ddp_ssl.driver import why_no_gpu
+from ddp_ssl.errors import ConfigError
 from ddp_ssl.utils.launcher import local_rank_and_size, ranges, rank_and_size, restarts
 
 
@@ -94,8 +95,10 @@ class World:
         return HeartbeatStore(token, self.size, timeout_s)
 
 
-class Disagreement(ValueError):
+class Disagreement(ConfigError):
     """All processes found together that they cannot form a group."""
+
+    together = True
 
 
 def start(device: str = "auto", timeout_s: float = 1800, checked: bool = False) -> World:

@@ -32,7 +32,6 @@ from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods.base import Method
 from ddp_ssl.models import architecture, build_backbone
 from ddp_ssl.utils import hub
-from ddp_ssl.utils.text import one_line
 
 State = Mapping[str, Tensor]
 
@@ -248,8 +247,9 @@ def read_weights(path: Path) -> Any:
                 "where you trust the file"
             ) from None
         raise ValueError(
-            f"{path} is no file of weights: {one_line(text)[:120] or type(error).__name__}"
-        ) from None
+            f"{path} is no file of weights, or damaged; what torch.save has written, or a "
+            ".safetensors file is accepted"
+        ) from error
 
 
 def _tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

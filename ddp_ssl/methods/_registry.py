@@ -49,7 +49,8 @@ def load_method(name: str) -> Any:
         )
         return found
     module_name, _, class_name = name.partition(":")
-    with refused(f"method.name: cannot import {name!r}"):
+    where = "a module in this folder or on PYTHONPATH is accepted"
+    with refused(f"method.name: cannot import {name!r}", where):
         outside = getattr(importlib.import_module(module_name), class_name)
     if not (isinstance(outside, type) and issubclass(outside, Method)):
         raise ConfigError(f"method.name: {name!r} is not a subclass of ddp_ssl.methods.base.Method")

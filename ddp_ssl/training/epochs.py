@@ -102,7 +102,6 @@ def evaluate(job: Job, accuracy: bool, measure: bool) -> dict[str, float]:
         for space, shares in job.validation.spectra.items():
             job.recorder.spectrum(state.step, space, shares)
     state.first = state.first or metrics
-    before = report.verdict_of(job)
     state.latest |= metrics
     job.recorder.row(state.step, metrics)
     names = ("eval/knn_top1", "eval/probe_top1", "rep/effective_rank_r", "rep/effective_rank_z")
@@ -110,5 +109,5 @@ def evaluate(job: Job, accuracy: bool, measure: bool) -> dict[str, float]:
     if "eval/knn_bank" in metrics:
         shown.append(f"(bank of {metrics['eval/knn_bank']:.0f} images)")
     job.recorder.tell(f"validation at step {state.step}: {'  '.join(shown)}")
-    report.judge(job, before)
+    report.judge(job)
     return metrics

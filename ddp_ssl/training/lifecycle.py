@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 
 from ddp_ssl import distributed
 from ddp_ssl.config import Config, ConfigError, Resolved
@@ -26,7 +25,7 @@ from ddp_ssl.training import loop, report
 from ddp_ssl.training.build import build
 from ddp_ssl.training.job import Job
 from ddp_ssl.training.state import save
-from ddp_ssl.utils.launcher import job_end, rank_and_size, resume_command
+from ddp_ssl.utils.launcher import job_end, resume_command
 from ddp_ssl.utils.text import one_line
 
 logger = logging.getLogger("ddp_ssl")
@@ -50,7 +49,8 @@ def run(resolved: Resolved, stop: StopRequest, on_step: loop.OnStep | None = Non
     try:
         job = build(resolved, world, watch, status, lambda: stop.reason is not None)
         train_to_the_end(job, stop, status, on_step)
-    except ConfigError as error:  # raised by all ranks together
+    except ConfigError as error:
+        error.together = True
         close(job)
         if world.is_main:
             status.record("failed", error=str(error), retry=isinstance(error, BuildError))
@@ -147,14 +147,7 @@ def set_deadlines(config: Config, stop: StopRequest) -> None:
 
 
 def join(config: Config) -> World:
-    """Join the process group. An error before there is a group is printed by the rank it is on."""
-    try:
-        # The watchdog keeps the shorter limits and names the rank at fault; this is behind it.
-        patience = max(config.run.start_timeout_s, config.run.timeout_s) + 60
-        return distributed.start(config.run.device, patience)
-    except distributed.Disagreement as error:
-        raise ConfigError(str(error)) from None
-    except ValueError as error:
-        if rank_and_size()[0]:
-            print(f"ddp_ssl: error: {error}", file=sys.stderr, flush=True)
-        raise ConfigError(str(error)) from None
+    """Join the process group."""
+    # The watchdog keeps the shorter limits and names the rank at fault; this is behind it.
+    patience = max(config.run.start_timeout_s, config.run.timeout_s) + 60
+    return distributed.start(config.run.device, patience)

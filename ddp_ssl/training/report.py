@@ -55,17 +55,22 @@ def describe(job: Job, threads: int, ranks: list[str]) -> None:
 
 
 def verdict_of(job: Job, ended: bool = False) -> str | None:
-    """The verdict on the run so far: `training/verdict.py`."""
+    """The verdict on the run so far: `training/verdict.py`. None during the warm-up.
+
+    A healthy network may pass through few dimensions there: DINO's embeddings do on the digits.
+    """
     images, config = 0 if job.data.val is None else len(job.data.val), job.setting.config
+    if not ended and job.state.step < config.optim.warmup_epochs * job.loader.steps_per_epoch:
+        return None
     # A network that had learned before may fall without having collapsed.
     trained = config.run.init_from or config.model.backbone_args.get("pretrained")
     return verdict(job.state.first, job.state.latest, images, ended and not trained)
 
 
-def judge(job: Job, before: str | None) -> None:
+def judge(job: Job) -> None:
     """After a validation: say that the run has collapsed, or no longer has, if that is new."""
     now, status = verdict_of(job), job.setting.status
-    status.verdict = now
+    before, status.verdict = status.verdict, now
     if now is None or (now == FINE) == (before in (None, FINE)):
         return
     text = "it has recovered" if now == FINE else f"{now}; {ADVICE}"

@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -15,10 +16,16 @@ def under_srun() -> bool:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """(rank, world size), (0, 1) without a launcher."""
+    """(rank, world size), (0, 1) without a launcher. Raises `ValueError` for other text."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"])
+        rank, size = env["RANK"], env["WORLD_SIZE"]
+        if rank.isdigit() and size.isdigit() and int(rank) < int(size):
+            return int(rank), int(size)
+        raise ValueError(
+            f"RANK, WORLD_SIZE: {rank!r} and {size!r} given; numbers as torchrun sets them, from 0 "
+            "to WORLD_SIZE - 1 and from 1, are accepted, or neither of the two"
+        )
     if under_srun():
         return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
     return 0, 1
@@ -27,6 +34,7 @@ def rank_and_size() -> tuple[int, int]:
 def wait_for_rank_0() -> None:
     """Wait on all ranks but rank 0: the launcher ends all of them when the first one exits."""
     if rank_and_size()[0]:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends this wait too
         time.sleep(3)
 
 

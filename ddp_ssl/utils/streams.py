@@ -31,9 +31,16 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def own_rank() -> int:
+    """The rank of this process; 0 where the launcher's variables are no numbers."""
+    with contextlib.suppress(ValueError):
+        return rank_and_size()[0]
+    return 0
+
+
 def say(text: str) -> None:
     """Print on stdout of rank 0, if it can be written."""
-    if rank_and_size()[0] == 0:
+    if own_rank() == 0:
         try:
             print(text, flush=True)
         except OSError:
@@ -42,7 +49,7 @@ def say(text: str) -> None:
 
 def tell(text: str) -> None:
     """Print on stderr of rank 0, if it can be written."""
-    if rank_and_size()[0] == 0:
+    if own_rank() == 0:
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
 

@@ -15,9 +15,13 @@ def counted(count: int, noun: str, plural: str = "") -> str:
 
 
 def suggest(word: str, known: Iterable[str], cutoff: float = 0.4) -> str:
-    """`; did you mean X?` with the closest of the known words, or nothing if none is close."""
-    close = difflib.get_close_matches(word, list(known), 1, cutoff)
-    return f"; did you mean {close[0]}?" if close else ""
+    """`; did you mean X?` with the closest of the known words, or nothing if none is close.
+
+    Capital letters count as small ones.
+    """
+    of = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), of, 1, cutoff)
+    return f"; did you mean {of[close[0]]}?" if close else ""
 
 
 def markdown_lines(rows: Sequence[Sequence[str]], align: str = "-") -> list[str]:
