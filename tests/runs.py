@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import wait
 from pathlib import Path
@@ -19,6 +18,7 @@ from unittest.mock import patch
 import torch
 
 from ddp_ssl.checkpoint.saver import Saver
+from ddp_ssl.commands import common
 from ddp_ssl.run.configure import DIGITS
 from tests.helpers import SHALLOW
 from tests.ranks import Ranks
@@ -112,14 +112,17 @@ def train(
 
 
 def complaint(args: list[str]) -> tuple[int | str, str]:
-    """The exit code and what went to stderr."""
-    sleep = time.sleep  # a launcher would end this rank before rank 0 has said why; a pool does not
+    """The exit code and what went to stderr.
+
+    Of a rank that waits for rank 0, up to there: a launcher would end it when rank 0 has said why.
+    """
+    before_wait: list[str] = []
     with (
         contextlib.redirect_stderr(io.StringIO()) as captured,
-        patch.object(time, "sleep", lambda seconds: sleep(min(seconds, 0.1))),
+        patch.object(common, "wait_for_rank_0", lambda: before_wait.append(captured.getvalue())),
     ):
         code = train(args)
-    return code, captured.getvalue()
+    return code, [*before_wait, captured.getvalue()][0]
 
 
 def restarted(args: list[str]) -> int | str:
