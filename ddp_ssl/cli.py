@@ -13,7 +13,7 @@ COMMANDS = {
     "train": ("train", "pretrain, in the processes of torchrun or srun, or in one"),
     "resume": ("resume", "go on with a run that was stopped, from its folder alone"),
     "submit": ("submit", "pretrain in a Slurm job, or an array of jobs, with submitit"),
-    "evaluate": ("evaluate", "linear probe, k-NN, fine-tuning, metrics of a finished run"),
+    "evaluate": ("evaluate", "linear probe, k-NN, fine-tuning, a suite of data sets, dynamics"),
     "export": ("export", "a run's backbone for timm, torchvision, safetensors or ONNX"),
     "embed": ("embed", "features of a data set as NPZ, CSV or parquet, or for TensorBoard"),
     "doctor": ("doctor", "check the machine, the data and the cluster before a long run"),

@@ -1,7 +1,8 @@
 """Evaluate a pretrained backbone: `python -m ddp_ssl.evaluate linear RUN [key=value ...]`.
 
-Linear classifier, k-NN, fine-tuning, and the dynamics of a finished run, alone or under torchrun or
-srun. Exit codes: 0 done, 1 failed, 2 the weights, the settings or the data cannot be used.
+Linear classifier, k-NN, fine-tuning, the dynamics of a finished run, and a suite of small data
+sets, alone or under torchrun or srun. Exit codes: 0 done, 1 failed, 2 the weights, the settings or
+the data cannot be used.
 """
 
 import re
@@ -26,6 +27,8 @@ COMMAND
   knn       classify by the nearest training images
   finetune  train the whole network on a share of the labels
   dynamics  measure every checkpoint of a finished run
+  suite     linear, k-NN, 10 and 1 labels a class on the small data sets in
+            data.root; data.name=NAME,NAME takes these alone
 
 SOURCE
   RUN, RUN:last    a run folder: its newest good checkpoint; data and model are
@@ -42,6 +45,8 @@ SOURCE
   --print-config   the resolved settings and where each value came from
   --trust          let the run import a method from outside this package
                    (module:Class)
+  --against RUN    suite: print the difference to another run's result, or to a
+                   .json file of it
 """
 
 # Keys of `run` that `dynamics` does not use: it takes them from the finished run.
@@ -59,20 +64,41 @@ def _main(arguments: Sequence[str]) -> int:
     if wants_help:
         say(_help(words))
         return 0
+    against, words = _split_against(words)
     command, source, rest = _parse(words)
-    settings, origins = load_settings(source, rest)
+    if against is not None and command != "suite":
+        raise ConfigError(f"--against: not used by {command}; suite compares with another run")
+    settings, origins = load_settings(source, rest, suite=command == "suite")
     _check(command, source, origins)
     if wants_config:
         say(Resolved(cast(Config, settings), origins).to_yaml().rstrip("\n"))
         return 0
-    from ddp_ssl.evals import dynamics, evaluation
+    from ddp_ssl.evals import dynamics, evaluation, suite
 
+    other = None if against is None else suite.result_of(against)
     with common.processes(settings.run) as world:
         if command == "dynamics":
             assert source.home is not None
             return dynamics.run(settings, source.home, world, source.trusted)
+        if command == "suite":
+            asked = settings.data.name.split(",") if "data.name" in origins else []
+            return suite.run(source, settings, asked, other, world)
         evaluation.run(command, source, settings, world)
     return 0
+
+
+def _split_against(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of `--against RUN` or `--against=RUN`, if it is given, and all other arguments."""
+    against, rest, left = None, [], iter(words)
+    for word in left:
+        name, is_set, value = word.partition("=")
+        if name != "--against":
+            rest.append(word)
+            continue
+        against = value if is_set else next(left, "")
+        if not against:
+            raise ConfigError("--against: a run folder or a .json file of the suite comes after it")
+    return against, rest
 
 
 def _parse(arguments: list[str]) -> tuple[str, Source, list[str]]:

@@ -125,8 +125,9 @@ class Data(Section):
 
     name: str = "folder"
     """`imagenet`, `imagenet100`, `inat21`, `inat21_mini`, `cifar10`, `cifar100`, `stl10`,
-    `tiny_imagenet`, `cinic10`, `blood`, `organa`, `organc`, `organs`, `digits`, `folder`, `list` or
-    `parquet`; docs/data.md has the layout of each."""
+    `tiny_imagenet`, `cinic10`, `blood`, `organa`, `organc`, `organs`, `food101`, `sun397`, `cars`,
+    `aircraft`, `dtd`, `pets`, `caltech101`, `flowers102`, `digits`, `folder`, `train_test`, `list`
+    or `parquet`; docs/data.md has the layout of each."""
     root: PathText | None = None
     """Folder of the data, of shards that `ddp-ssl pack-shards` made of them, or of parquet files
     (also a pattern such as `DIR/*.parquet`). `folder`: class folders under `train/` and `val/`,

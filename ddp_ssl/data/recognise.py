@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from ddp_ssl.data.datasets import arrays, folders, parquet, registry, shards
+from ddp_ssl.data.datasets import arrays, folders, parquet, registry, shards, transfer
 from ddp_ssl.data.datasets.base import absolute
 from ddp_ssl.data.datasets.lists import opened
 from ddp_ssl.data.datasets.scan import scan
@@ -43,6 +43,7 @@ FILES: dict[str, tuple[tuple[str, ...], ...]] = {
         name: tuple((f"{stem}{size}.npz",) for size in arrays.MEDMNIST_SIZES)
         for name, (stem, _) in arrays.MEDMNIST.items()
     },
+    **{name: ((known.marker,),) for name, known in transfer.PUBLISHED.items()},
 }
 # Side in pixels and training images of what is not counted.
 KNOWN = {
@@ -50,6 +51,9 @@ KNOWN = {
     "tiny_imagenet": (64, 100_000), "cinic10": (32, 90_000), "imagenet": (400, 1_281_167),
     "imagenet100": (400, 126_689), "inat21": (500, 2_686_843), "inat21_mini": (500, 500_000),
     "blood": (28, 11_959), "organa": (28, 34_561), "organc": (28, 12_975), "organs": (28, 13_932),
+    "food101": (475, 75_750), "sun397": (700, 19_850), "cars": (600, 8_144),
+    "aircraft": (860, 6_667), "dtd": (480, 3_760), "pets": (430, 3_680), "caltech101": (270, 3_030),
+    "flowers102": (600, 2_040),
 }  # fmt: skip
 
 
@@ -126,16 +130,17 @@ def _name_of(data: Data) -> str:
     if shards.is_shards(root):
         name = str(json_file(root / shards.ABOUT).get("name"))  # `find` says what is wrong
         return name if name in registry.DATASETS else "folder"
-    found = [
-        name
-        for name, ways in FILES.items()
-        if any(all((root / path).exists() for path in paths) for paths in ways)
-    ]
+    found = [name for name in FILES if holds(root, name)]
     if len(found) > 1:
         raise ConfigError(
             f"data.root: {root} holds {' and '.join(found)}; data.name={found[0]} chooses one"
         )
     return found[0] if found else "folder"
+
+
+def holds(root: Path, name: str) -> bool:
+    """Whether a folder holds the published data set `name`, by its `FILES`."""
+    return any(all((root / path).exists() for path in paths) for paths in FILES.get(name, ()))
 
 
 def _folder(data: Data, root: Path) -> Look:

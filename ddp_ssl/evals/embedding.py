@@ -56,7 +56,7 @@ class Wanted:
 def embed(source: Source, settings: EvaluateConfig, wanted: Wanted, world: World) -> None:
     """Extract on all processes, write on rank 0. Raises `ConfigError`."""
     pretrained, settings, data = prepare(
-        source, settings, world, lambda found: Network(found, wanted.embeddings)
+        source, settings, world, check=lambda found: Network(found, wanted.embeddings)
     )
     network = Network(pretrained, wanted.embeddings)
     splits = on_all_ranks(world, lambda: _splits(data, wanted.split))

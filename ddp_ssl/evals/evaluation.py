@@ -53,12 +53,26 @@ def run(command: str, source: Source, settings: EvaluateConfig, world: World) ->
     on_all_ranks(world, lambda: finish(evaluation, result, bad, seconds) if world.is_main else None)
 
 
-def begin(command: str, source: Source, settings: EvaluateConfig, world: World) -> Evaluation:
-    """Load weights and data, and make the folder of the results; on all processes."""
-    pretrained, settings, data = prepare(source, settings, world)
-    train, val = _splits(settings, data)
+def folder_of(source: Source, settings: EvaluateConfig) -> Path:
+    """The folder of the results."""
     default = source.home or Path("runs") / f"evaluate-{source.name}"
-    folder = Path(settings.run.dir or default) / "evaluate"
+    return Path(settings.run.dir or default) / "evaluate"
+
+
+def begin(
+    command: str,
+    source: Source,
+    settings: EvaluateConfig,
+    world: World,
+    pretrained: Pretrained | None = None,
+) -> Evaluation:
+    """Load data and, unless they are given, the weights; make the folder of the results.
+
+    On all processes.
+    """
+    pretrained, settings, data = prepare(source, settings, world, pretrained)
+    train, val = _splits(settings, data)
+    folder = folder_of(source, settings)
     on_all_ranks(
         world, lambda: folder.mkdir(parents=True, exist_ok=True) if world.is_main else None
     )
@@ -105,7 +119,7 @@ def evaluate(evaluation: Evaluation) -> Report:
     parts = evaluation.extractor, evaluation.train, evaluation.val, classes
     if evaluation.command == "linear":
         evaluation.protocol, results, best = evaluate_linear(*parts)
-        return report.linear_report(evaluation.protocol, results, best, settings.linear.held_out)
+        return report.linear_report(evaluation.protocol, results, best, settings.linear)
     if evaluation.command == "knn":
         accuracies, bank = evaluate_knn(*parts)
         return report.knn_report(settings.knn.k, accuracies, bank)
@@ -142,7 +156,7 @@ def finish(
     command, data, weights = evaluation.command, evaluation.data, evaluation.pretrained
     if unreadable:
         result.notes.append(f"{len(unreadable)} images cannot be read and are left out")
-    result.notes += _reservations(evaluation)
+    result.notes += reservations(evaluation)
     settings = _settings(evaluation)
     stem = weights.path.stem if weights.path else evaluation.source.name
     kind = f"linear_{evaluation.settings.linear.protocol}" if command == "linear" else command
@@ -157,11 +171,7 @@ def finish(
         "step": weights.step,
         "epoch": weights.epoch,
         "data": {
-            "name": data.name,
-            "training_images": len(evaluation.train),
-            "test_images": len(evaluation.val),
-            "training_digest": evaluation.train.digest[:12],
-            "test_digest": evaluation.val.digest[:12],
+            **facts_of_data(evaluation),
             "classes": list(data.class_names),
             "image_size": evaluation.settings.image_size,
             "mean": mean,
@@ -183,7 +193,18 @@ def finish(
     say(f"\n{body}\n\n{path}.md  {path}.json  ({seconds:.0f} s)")
 
 
-def _reservations(evaluation: Evaluation) -> list[str]:
+def facts_of_data(evaluation: Evaluation) -> dict[str, Any]:
+    """Name, counts and digests of the images."""
+    return {
+        "name": evaluation.data.name,
+        "training_images": len(evaluation.train),
+        "test_images": len(evaluation.val),
+        "training_digest": evaluation.train.digest[:12],
+        "test_digest": evaluation.val.digest[:12],
+    }
+
+
+def reservations(evaluation: Evaluation) -> list[str]:
     """Notes to read before the table is quoted."""
     notes = []
     weights, val = evaluation.pretrained, evaluation.data.val
@@ -208,10 +229,12 @@ def _title(evaluation: Evaluation) -> str:
     settings = evaluation.settings
     if evaluation.command == "linear":
         p = evaluation.protocol or protocol_of(settings.linear)
+        count = settings.linear.per_class
+        few = "" if count is None else f"{count} label(s) a class, "
         views = "random crops" if settings.linear.augment else f"{p.patches} view(s) an image"
         return (
             f"Linear classifier, {p.name} protocol ({p.epochs} epochs, batch {p.batch_size}, "
-            f"{views}, {len(settings.linear.seeds)} seed(s)),"
+            f"{views}, {few}{len(settings.linear.seeds)} seed(s)),"
         )
     if evaluation.command == "knn":
         return f"k-NN (temperature {settings.knn.temperature:g})"

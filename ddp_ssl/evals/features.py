@@ -297,6 +297,8 @@ def gather_rows(x: Tensor, comm: Comm, device: torch.device) -> Tensor:
     if comm.world_size == 1:
         return x
     counts = comm.gather(torch.tensor([[len(x)]], device=device))[0].tolist()
+    if not any(counts):  # nothing can be gathered from tensors without elements
+        return x.cpu()
     padded = torch.zeros((1, max(counts), *x.shape[1:]), dtype=x.dtype, device=device)
     padded[0, : len(x)] = x.to(device)
     rows = comm.gather(padded)[0].view(comm.world_size, *padded.shape[1:]).cpu()

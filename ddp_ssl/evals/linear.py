@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddp_ssl.comm import Comm
+from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.config import ConfigError
 from ddp_ssl.data.datasets import selection
 from ddp_ssl.data.datasets.split import Split
@@ -24,6 +24,7 @@ from ddp_ssl.utils.progress import Ticker
 from ddp_ssl.utils.seeds import hashed
 
 ROWS = 8192  # rows classified at once
+SMALL = 2**30  # bytes of features up to which each process trains on all of them
 
 # This process's features, labels and ids of a step; it may have none.
 Step = tuple[Tensor, Tensor, Tensor]
@@ -49,10 +50,17 @@ def evaluate_linear(
     Returns the protocol, a result per seed, and the index of the rate that is best on held-out
     training images (None where none is chosen).
     """
-    settings, comm = extractor.settings, extractor.comm
-    protocol = protocol_of(settings.linear)
+    settings, comm, device = extractor.settings, extractor.comm, extractor.device
+    protocol, few = protocol_of(settings.linear), settings.linear.per_class
+    if few is not None and settings.linear.augment:
+        raise ConfigError("linear.per_class: not with linear.augment=true; one of the two")
     test = extractor.features(val, protocol.patches, f"{settings.data.name} test images")
-    choosing = len(protocol.lrs) > 1 and settings.linear.held_out > 0
+    # Sums over processes round differently at each number of them, and a high learning rate makes
+    # much of that. Small data sets are trained on by every process alike, in its one order.
+    alike = not settings.linear.augment and is_small(extractor, len(train) + len(val))
+    if alike:
+        test, comm = gathered(test, comm, device), ONE_PROCESS
+    choosing = len(protocol.lrs) > 1 and settings.linear.held_out > 0 and few is None
     held: selection.Mask = np.zeros(len(train), np.bool_)
     if choosing:
         held = selection.held_out(train.labels, settings.linear.held_out)
@@ -68,6 +76,7 @@ def evaluate_linear(
         probe_block = extractor.features(kept, protocol.patches, "held-out") if choosing else None
     else:
         block = extractor.features(train, protocol.patches, f"{settings.data.name} training images")
+        block = gathered(block, extractor.comm, device) if alike else block
         probe_block = block.where(torch.from_numpy(held)[block.ids]) if choosing else None
         block = on_device(block, extractor.device)  # once for all seeds
     results = []
@@ -76,7 +85,11 @@ def evaluate_linear(
         if settings.linear.augment:
             steps = AugmentedSteps(extractor, train, protocol, seed)
         else:
-            steps = CachedSteps(block, protocol.batch_size, seed, comm, extractor.device)
+            some = block
+            if few is not None:
+                chosen = torch.from_numpy(selection.per_class(train.labels, few, seed))
+                some = block.where(chosen.to(block.ids.device)[block.ids])
+            steps = CachedSteps(some, protocol.batch_size, seed, comm, extractor.device)
         mask = torch.from_numpy(held) if choosing else None
         heads, finite = train_heads(steps, protocol, seed, extractor.width, classes, mask)
         if isinstance(steps, AugmentedSteps):
@@ -93,6 +106,16 @@ def evaluate_linear(
     # The best mean accuracy on held-out images; the first among equals.
     means = np.mean([result.held_out or [] for result in results], axis=0)
     return protocol, results, int(means.argmax())
+
+
+def is_small(extractor: Extractor, images: int) -> bool:
+    """Whether each process can hold the features of so many images."""
+    return 4 * extractor.width * images <= SMALL
+
+
+def gathered(block: Block, comm: Comm, device: torch.device) -> Block:
+    """The parts of all processes, in the order of ids; on all processes."""
+    return Block(*(gather_rows(x, comm, device) for x in vars(block).values()))
 
 
 def fitting_batch(extractor: Extractor, section: str, asked: int, images: int) -> int:

@@ -114,11 +114,13 @@ def prepare(
     source: Source,
     settings: EvaluateConfig,
     world: World,
+    pretrained: Pretrained | None = None,
     check: Callable[[Pretrained], object] = lambda pretrained: None,
 ) -> tuple[Pretrained, EvaluateConfig, Dataset]:
     """The weights, the settings with their normalisation, and the data; on all processes.
 
-    `check` may refuse the weights, before the data is copied and read. Raises `ConfigError`.
+    `pretrained`: the weights, where they are loaded already. `check` may refuse the weights, before
+    the data is copied and read. Raises `ConfigError`.
     """
 
     def load() -> Pretrained:
@@ -129,8 +131,9 @@ def prepare(
         return pretrained
 
     on_all_ranks(world, lambda: registry.find(settings.data))
-    pretrained = on_all_ranks(world, load)
-    teller(world)(pretrained.description)
+    if pretrained is None:
+        pretrained = on_all_ranks(world, load)
+        teller(world)(pretrained.description)
     settings = normalised(settings, pretrained)
     on_all_ranks(world, lambda: registry.stage(settings.data))
     data = load_data(cast(Config, settings), world)  # it reads `data` and `run.seed`

@@ -9,7 +9,7 @@ from typing import Any
 from ddp_ssl.evals.accuracy import Accuracy, Interval, over_images, over_seeds
 from ddp_ssl.evals.finetune import FinetuneResult
 from ddp_ssl.evals.linear import LinearResult
-from ddp_ssl.evals.settings import Protocol
+from ddp_ssl.evals.settings import Linear, Protocol
 from ddp_ssl.utils.files import json_file
 from ddp_ssl.utils.text import markdown_lines
 
@@ -55,7 +55,7 @@ class Report:
 
 
 def linear_report(
-    protocol: Protocol, results: Sequence[LinearResult], best: int | None, held_out: float
+    protocol: Protocol, results: Sequence[LinearResult], best: int | None, settings: Linear
 ) -> Report:
     """A row per learning rate."""
     rows = []
@@ -70,11 +70,13 @@ def linear_report(
     notes = []
     if best is not None:
         notes.append(
-            f"* lr {protocol.lrs[best]:g} is chosen: classifiers trained without {held_out:.0%} of "
-            "the training images are best on these with it; those tested were trained on all"
+            f"* lr {protocol.lrs[best]:g} is chosen: classifiers trained without "
+            f"{settings.held_out:.0%} of the training images are best on these with it; those "
+            "tested were trained on all"
         )
     elif len(rows) > 1:
-        notes.append("no learning rate is chosen: linear.held_out is 0")
+        why = "linear.held_out is 0" if settings.per_class is None else "linear.per_class is set"
+        notes.append(f"no learning rate is chosen: {why}")
     diverged = [row.name for row in rows if "diverged" in row.facts]
     if diverged:
         notes.append(f"diverged, so that the accuracy means nothing: lr {', '.join(diverged)}")
@@ -115,12 +117,12 @@ def table(report: Report) -> str:
     lines = []
     for i, row in enumerate(report.rows):
         mark = " *" if i == report.best and report.marked else ""
-        cells = [row.name + mark, _percent(row.top1)]
+        cells = [row.name + mark, percent(row.top1)]
         if seeds:
             sd, interval = over_seeds(row.accuracies) or (None, None)
-            cells += [_percent(sd), _range(interval)]
+            cells += [percent(sd), _range(interval)]
         cells.append(_range(over_images(row.accuracies)))
-        cells += [_percent(row.top5)] if five else []
+        cells += [percent(row.top5)] if five else []
         cells += [FACTS[name](row.facts[name]) if name in row.facts else "" for name in more]
         lines.append(cells)
     return "\n".join(markdown_lines([head, *lines]))
@@ -136,21 +138,22 @@ def class_table(report: Report, names: Sequence[str]) -> str:
         shown = sorted(values, key=lambda pair: order[pair[1]])
     else:
         shown = [*values[: FEW_CLASSES // 2], *values[-FEW_CLASSES // 2 :]]
-    lines = [["class", "top-1"], *([name, _percent(value)] for value, name in shown)]
+    lines = [["class", "top-1"], *([name, percent(value)] for value, name in shown)]
     return "\n".join(markdown_lines(lines))
 
 
 def _range(interval: Interval | None) -> str:
-    return "" if interval is None else f"{_percent(interval.low)} to {_percent(interval.high)}"
+    return "" if interval is None else f"{percent(interval.low)} to {percent(interval.high)}"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A fraction as text, without the sign; nothing for None."""
     return "" if value is None else f"{100 * value:.2f}"
 
 
 # The rows' other facts that the table shows, and their form.
 FACTS: dict[str, Callable[[Any], str]] = {
-    "held out": _percent,
+    "held out": percent,
     "images": str,
     "steps": str,
     "loss": lambda value: f"{value:.4g}",

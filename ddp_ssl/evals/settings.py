@@ -32,7 +32,10 @@ SECTIONS = {
     "knn": ("run", "model", "data", "knn"),
     "finetune": ("run", "model", "data", "finetune"),
     "dynamics": ("run", "data", "eval", "measure"),
+    "suite": ("run", "model", "data", "linear", "knn"),
 }
+# Defaults of the suite, in place of a run's: the same for all runs. It reads features four times.
+OF_SUITE = {"run": {"cache_mb": 0}, "data": {"val_fraction": 0.1}, "knn": {"k": [20]}}
 
 
 class EvaluateRun(Section):
@@ -99,8 +102,12 @@ class Linear(Section):
     held_out: Fraction = 0.1
     """Share of the training images on which one of several learning rates is chosen; 0: none is
     chosen, all are reported."""
+    per_class: int | None = Field(None, ge=1)
+    """Labelled training images of each class. Fewer of one seed are part of more. Of several
+    learning rates none is chosen. Unset: all images."""
     seeds: Annotated[list[Seed], Listed] = Field([0, 1, 2], min_length=1)
-    """The training of the classifier is repeated with each."""
+    """The training of the classifier is repeated with each; a seed also chooses the images of
+    `per_class`."""
 
 
 @dataclass(frozen=True)
@@ -213,14 +220,15 @@ OF_PRETRAINING = {
 
 
 def load_settings(
-    source: Source, arguments: Sequence[str]
+    source: Source, arguments: Sequence[str], suite: bool = False
 ) -> tuple[EvaluateConfig, Mapping[str, str]]:
     """Resolve `[CONFIG.yaml] [key=value ...]` over the run's config; returns the origins too.
 
-    Raises `ConfigError`.
+    In the `suite` no data set is the run's own. Raises `ConfigError`.
     """
     run = None if source.home is None else config_of_run(source.home, source.trusted)
-    plain, origins = load_as(EvaluateConfig, arguments)
+    layers: list[tuple[str, dict[str, Any]]] = [("the suite", OF_SUITE)] if suite else []
+    plain, origins = load_as(EvaluateConfig, arguments, layers)
     for key, instead in OF_PRETRAINING.items():
         if key in origins:
             raise ConfigError(f"{key}: not used in an evaluation; {instead}")
@@ -238,10 +246,11 @@ def load_settings(
     for key in ("backbone", "backbone_args", "stem"):
         if f"model.{key}" in origins:
             raise ConfigError(f"model.{key}: {source.home} says what its model is; leave it out")
-    transfer = "data.name" in origins and plain.data.name != run.data.name
-    return load_as(
-        EvaluateConfig, arguments, [(f"{source.home}/config.yaml", _of_run(run, transfer))]
-    )
+    transfer = suite or ("data.name" in origins and plain.data.name != run.data.name)
+    tree = _of_run(run, transfer)
+    if suite:
+        del tree["data"]["name"]
+    return load_as(EvaluateConfig, arguments, [(f"{source.home}/config.yaml", tree), *layers])
 
 
 def config_of_run(home: Path, trusted: str = "") -> Config:

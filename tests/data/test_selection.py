@@ -15,7 +15,7 @@ import pytest
 from ddp_ssl.config import Data
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.registry import load
-from ddp_ssl.data.datasets.selection import Skip, fraction_of, held_out
+from ddp_ssl.data.datasets.selection import Skip, fraction_of, held_out, per_class
 from ddp_ssl.data.datasets.split import Names, Split
 from tests.data.images import write
 
@@ -41,6 +41,16 @@ def root(tmp_path: Path) -> Path:
 
 
 # --- held out ------------------------------------------------------------------------------------
+
+
+def test_so_many_of_each_class() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 2, 5], [40, 7, 30]))
+    ten, one, other = (per_class(labels, n, s) for n, s in ((10, 0), (1, 0), (10, 1)))
+    assert np.bincount(labels[ten]).tolist() == [10, 0, 7, 0, 0, 10]
+    assert np.bincount(labels[one]).tolist() == [1, 0, 1, 0, 0, 1]
+    assert (one <= ten).all()
+    assert (ten != other).any()
+    assert (per_class(labels, 10, 0) == ten).all()
 
 
 def test_each_class_gives_its_part() -> None:

@@ -176,6 +176,7 @@ def launched(arguments: list[str]) -> int:
     [
         ("knn", "knn", ("knn.k=[1,5]",)),
         ("linear", "linear_adam", ("linear.protocol=adam", "linear.patches=3", "linear.epochs=4")),
+        ("linear", "linear_sgd", ("linear.per_class=2", "linear.epochs=4", "linear.lr=[0.1,1]")),
     ],
 )
 def test_three_processes_report_what_one_reports(
@@ -336,6 +337,10 @@ def other_weights(run: Path, tmp: Path) -> list[str]:
         (
             lambda run, tmp: ["dynamics", str(run), "model.channels_last=false"],
             "model.channels_last: not used by dynamics",
+        ),
+        (
+            lambda run, tmp: ["linear", str(run), "linear.per_class=2", "linear.augment=true"],
+            "linear.per_class: not with linear.augment=true",
         ),
         (without_labels, "has no training image with a label"),
         (no_weights, "text.pt is no file of weights"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -13,9 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
+from ddp_ssl.data.datasets.selection import per_class
 from ddp_ssl.distributed import World, comm_of
 from ddp_ssl.evals.features import Block
-from ddp_ssl.evals.linear import AugmentedSteps, CachedSteps, score, train_heads
+from ddp_ssl.evals.linear import (
+    AugmentedSteps,
+    CachedSteps,
+    evaluate_linear,
+    score,
+    train_heads,
+)
 from ddp_ssl.evals.settings import PROTOCOLS, Linear, protocol_of
 from tests.evals import extraction
 from tests.ranks import Ranks
@@ -73,6 +81,27 @@ def test_several_rates_are_separate_runs_to_the_last_bit(protocol: Any) -> None:
         (alone,), _ = train_heads(steps_of(train, 50), replace(protocol, lrs=(lr,)), 3, 64, 10)
         for a, b in zip(weights([head]), weights([alone]), strict=True):
             assert torch.equal(a, b)
+
+
+def test_few_of_each_class_are_these_images_alone() -> None:
+    """As on a data set of the chosen images; another seed chooses others."""
+    settings = extraction.settings_of(extraction.RANDOM)
+    linear = Linear(lr=[0.3, 1], epochs=5, seeds=[4], held_out=0)
+    train, test = extraction.split_of(80), extraction.split_of(30)
+    found = []
+    for few, split in (
+        (3, train),
+        (None, train.subset(np.flatnonzero(per_class(train.labels, 3, 4)))),
+    ):
+        own = settings.model_copy(update={"linear": linear.model_copy(update={"per_class": few})})
+        extractor = extraction.extractor_of(own, World(0, 1, 0, 1, CPU))
+        found.append(evaluate_linear(extractor, split, test, 5)[1:])
+    assert found[0] == found[1]
+    held = settings.model_copy(update={"linear": Linear(lr=[0.3, 1], epochs=5, per_class=3)})
+    extractor = extraction.extractor_of(held, World(0, 1, 0, 1, CPU))
+    _, results, best = evaluate_linear(extractor, train, test, 5)
+    assert best is None
+    assert len({result.test[0].right for result in results}) > 1
 
 
 def sharded(world: World, name: str) -> list[Tensor]:

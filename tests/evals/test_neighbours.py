@@ -82,6 +82,11 @@ def test_accuracies_equal_scikit_learns(ranks: Ranks) -> None:
         assert accuracy.per_class[:7] == pytest.approx(recall[:7])
         assert np.isnan(accuracy.per_class[7])  # no image of it
         assert accuracy.images == 100
+        right = np.unpackbits(np.frombuffer(accuracy.right, np.uint8))[:100]
+        assert right.sum() == accuracy.correct
+        # Rank 0's images come first, then those of rank 1.
+        own = np.concatenate([[*range(r, 50, 3), *range(50 + r, 100, 3)] for r in range(3)])
+        assert (right == (true == found.argmax(1))[own]).all()
 
 
 def some_scores() -> tuple[Tensor, Tensor]:

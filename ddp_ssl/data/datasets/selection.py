@@ -47,6 +47,15 @@ def fraction_of(labels: Ids, fraction: float, seed: int) -> Mask:
     return _first_of_each(labels, take, seed, "fraction")
 
 
+def per_class(labels: Ids, count: int, seed: int) -> Mask:
+    """A seeded choice of `count` images of each class, or all where there are fewer.
+
+    With the same seed fewer are a subset of more.
+    """
+    counts = np.unique(labels, return_counts=True)[1]
+    return _first_of_each(labels, np.minimum(counts, count), seed, "per class")
+
+
 def _first_of_each(labels: Ids, take: Ids, *key: object) -> Mask:
     """The first `take[c]` images of each class in a random order keyed by `key`."""
     order = generator(*key).permutation(len(labels))
