@@ -326,8 +326,8 @@ def test_a_full_disk_leaves_the_older_one(
     save(tmp_path, 1)
     before = names(tmp_path)
 
-    def full(path: Path, mode: str = "r") -> Any:
-        file = open(path, mode)  # noqa: SIM115
+    def full(path: Path, mode: str = "r", **how: Any) -> Any:
+        file = open(path, mode, **how)  # noqa: SIM115
         if mode == "wb" and isinstance(room, int):
             return FullDisk(file, room)
         return FullDisk(file, 10) if mode == "w" else file

@@ -244,7 +244,12 @@ def test_debug_runs_a_sweep_in_this_process(photos: Path, tmp_path: Path) -> Non
     ]
     assert done.stdout.endswith((folder / "table.md").read_text())
     lines = [line.split()[:2] for line in done.stdout.splitlines() if line.startswith("seed=")]
-    assert lines == [[f"seed={seed}", state] for seed in (1, 2) for state in ("training", "done")]
+    # A run of a second may have ended before it was looked at.
+    assert [line for line in lines if line[1] != "training"] == [
+        ["seed=1", "done"],
+        ["seed=2", "done"],
+    ]
+    assert lines[0][0] == "seed=1"
     for seed in (1, 2):
         status = json.loads((folder / f"seed={seed}" / "status.json").read_text())
         assert status["state"] == "done"

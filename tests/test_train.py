@@ -37,7 +37,7 @@ def test_the_console_script() -> None:
     assert "train" in call(str(BIN / "ddp-ssl")).stdout
     wrong = call(str(BIN / "ddp-ssl"), "trian")
     assert wrong.returncode == 2
-    assert wrong.stderr == ("ddp-ssl: error: unknown command 'trian'; did you mean train?\n")
+    assert wrong.stderr == ("ddp_ssl: error: unknown command 'trian'; did you mean train?\n")
 
 
 def test_missing_dali_is_one_line_that_names_the_extra(photos: Path, tmp_path: Path) -> None:
