@@ -71,7 +71,7 @@ def test_the_same_numbers_on_one_and_two_processes(
     found = []
     for size in (1, 2):
         folder = tmp_path / str(size)
-        words = ["suite", str(run), *QUICK, "linear.epochs=15", f"data.root={sets}"]
+        words = ["suite", str(run), *QUICK, "linear.epochs=5", f"data.root={sets}"]
         words += [f"run.dir={folder}", "linear.lr=[0.1,3]"]  # 3 makes much of any rounding
         assert ranks.launch(launched, size, words) == [0] * size
         found.append(result(folder))
@@ -92,7 +92,6 @@ def test_the_same_numbers_on_one_and_two_processes(
         assert entry["measures"]["1 a class"]["row"] == "lr 0.1"
     digits = one["data"]["digits"]["measures"]
     assert digits["k-NN"]["top1"] > 0.3
-    assert len(set(digits["1 a class"]["top1_per_seed"])) > 1  # other images for each seed
     table = (tmp_path / f"1/evaluate/{NAME}.md").read_text()
     (line,) = [line for line in table.splitlines() if line.startswith("| stripes ")]
     assert suite.cell(stripes["measures"]["k-NN"]) in line
