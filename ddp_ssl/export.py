@@ -386,7 +386,8 @@ def model_card(trained: Trained, form: Form, file: Path, place: str, off: float)
         "",
         "## How it was made",
         "",
-        f"`{_command(trained.path)}`",
+        # What is published names no folder of this machine.
+        f"`{TRAINED if form == 'hub' else _command(trained.path)}`",
         "",
         "<details><summary>The settings that make the run what it is</summary>",
         "",
@@ -441,10 +442,13 @@ def _settings(identity: dict[str, str]) -> list[str]:
     return lines
 
 
+TRAINED = "ddp-ssl train, with the settings below"
+
+
 def _command(path: Path) -> str:
     """The command that started the run, as its folder says."""
     about = json_file(path.parent.parent / "environment.json")
-    return str(about.get("command", "ddp-ssl train, with the settings below"))
+    return str(about.get("command", TRAINED))
 
 
 def _sha256(path: Path) -> str:
@@ -459,11 +463,17 @@ def _sha256(path: Path) -> str:
 
 
 def export(
-    source: str, form: Form, out: Path | None, trusted: str = "", push: str = ""
+    source: str,
+    form: Form,
+    out: Path | None,
+    trusted: str = "",
+    push: str = "",
+    private: bool = False,
 ) -> tuple[Path, float]:
     """Write the files; returns the main one and how far its features are off, relatively.
 
-    `push`: the repository `USER/NAME` on the hub that gets the files of the form `hub` too.
+    `push`: the repository `USER/NAME` on the hub that gets the files of the form `hub` too; if it
+    has to be made, it is `private` or as the account's settings say.
 
     Raises `ValueError` or `OSError` for what cannot be exported, `MismatchError` for a file that
     does not give the checkpoint's features. Nothing of it is left then.
@@ -498,7 +508,7 @@ def export(
         for each in made:  # large ONNX graphs have their weights beside them
             os.replace(file.parent / each, folder / each)
     if push:
-        hub.push(push, [folder / each for each in made])
+        hub.push(push, [folder / each for each in made], private)
     return folder / file.name, off
 
 
@@ -520,6 +530,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--push", metavar="USER/NAME", default="",
         help="put the files of --format hub into this repository of the hub",
     )  # fmt: skip
+    parser.add_argument("--private", action="store_true", help="if --push makes the repository")
     parser.add_argument("--out", type=path_of, help="folder; RUN/export/FORMAT if not given")
     parser.add_argument("--trust", action="store_true", help=common.TRUST)
 
@@ -536,7 +547,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if push:
             hub.check_push(push)
         try:
-            file, off = export(options.source, form, options.out, trusted, push)
+            file, off = export(options.source, form, options.out, trusted, push, options.private)
         except MismatchError as error:
             return common.refuse(reason(error), 1)
         print(f"{file}, and README.md beside it; read back, its features are {equal(off)}")

@@ -24,6 +24,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from ddp_ssl.commands.sweeps import sweep
 from ddp_ssl.config import ConfigError, check_world_size
 from ddp_ssl.config.files import find_config
 from ddp_ssl.run.configure import load
-from ddp_ssl.utils.files import json_file, replace_text
+from ddp_ssl.utils.files import if_readable, json_file, replace_text
 from ddp_ssl.utils.launcher import visible_gpus
 from ddp_ssl.utils.programs import output_of, queued_jobs
 from ddp_ssl.utils.streams import tell
@@ -66,6 +67,11 @@ class Training:
     the sweep, this one's too. `gpus`: those of this run alone, as in `CUDA_VISIBLE_DEVICES`.
     """
 
+    # Of the class as well: jobs that were submitted with an earlier version lack them.
+    swept: Sequence[str] = ()
+    gpus = ""
+    on_step: Callable[[Any], None] | None = None
+
     def __init__(
         self, arguments: Sequence[str], folder: str, max_requeues: int, swept: Sequence[str] = ()
     ) -> None:
@@ -73,8 +79,6 @@ class Training:
         self.folder = folder
         self.max_requeues = max_requeues
         self.swept = list(swept)
-        self.gpus = ""
-        self.on_step: Callable[[Any], None] | None = None
 
     def __call__(self) -> str:
         """Train; returns the state in which the run ended."""
@@ -298,6 +302,7 @@ def _run_local(
         nonlocal stopping
         stopping = True
 
+    failed = False
     # Ctrl-C is for the ranks, which the terminal tells as well: they save and end.
     before = signal.signal(signal.SIGINT, stop)
     try:
@@ -320,12 +325,19 @@ def _run_local(
             for number in ended:
                 job, slot = running.pop(number)
                 free.append(slot)
-                if live.found[number].state not in FINE:
+                # A run that was refused leaves the state that an earlier start wrote.
+                refused = if_readable(partial(_went_well, job)) is not True
+                failed |= refused
+                if refused or live.found[number].state not in FINE:
                     live.clear()
                     tell(_tail(Path(str(job.paths.stderr))).rstrip())
     finally:
         signal.signal(signal.SIGINT, before)
-    return _end(live, options)
+    return max(_end(live, options), int(failed))
+
+
+def _went_well(job: Any) -> bool:
+    return job.exception() is None
 
 
 def _started(executor: Any, training: Training, cores: Sequence[int]) -> Any:

@@ -476,3 +476,10 @@ def test_wandb_offline(photos: Path, tmp_path: Path) -> None:
     everything = [path for path in run.rglob("*") if path.is_file()]
     assert not [path for path in everything if key.encode() in path.read_bytes()]
     assert key not in killed.stdout + killed.stderr + done.stdout + done.stderr
+
+
+def test_the_end_is_recorded_before_a_logger_takes_its_time(photos: Path, tmp_path: Path) -> None:
+    """A launcher that kills during an upload must find how the run ended."""
+    args = arguments(photos, tmp_path / "run", *BARE, "optim.epochs=1", f"log.to=[{HERE}:Slow]")
+    assert train(args) == 0
+    assert (tmp_path / "run" / "at_close.txt").read_text() == "done"

@@ -161,6 +161,16 @@ def test_local_runs_several_processes(photos: Path, tmp_path: Path) -> None:
     assert f"touch {tmp_path}/out/STOP" in done.stdout
 
 
+def test_a_run_that_is_refused_is_no_success(photos: Path, tmp_path: Path) -> None:
+    """The folder still tells how an earlier start ended."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/status.json").write_text('{"state": "preempted", "step": 3, "epoch": 1}')
+    given = [a for a in words(photos, *BARE) if a != f"data.root={photos}"]
+    done = run(tmp_path, "--cluster", "local", "--run-dir", "out", *given, "data.root=nowhere")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "nowhere does not exist" in done.stderr
+
+
 def test_a_sweep_on_this_machine(photos: Path, tmp_path: Path) -> None:
     """Two runs at a time, each on a core of its own; the first one finds no images."""
     (tmp_path / "same").symlink_to(photos)
@@ -177,7 +187,6 @@ def test_a_sweep_on_this_machine(photos: Path, tmp_path: Path) -> None:
     assert lines[0] == [["not", "started"]]
     assert "nowhere does not exist" in done.stderr
     for name, shown in zip(names[1:], lines[1:], strict=True):
-        assert shown[0][0] == "training"
         assert shown[-1][:5] == ["done", "epoch", "1/1", "step", "3"]
         assert json.loads((base / name / "status.json").read_text())["state"] == "done"
     ends = [["not started", "0"], ["done", "3"], ["done", "3"]]
@@ -473,3 +482,10 @@ def test_train_points_nowhere(given: list[str], capsys: pytest.CaptureFixture[st
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "submit" not in error
+
+
+def test_a_job_of_an_earlier_version_still_runs() -> None:
+    """What lies pickled in a queue has the attributes of the version that submitted it."""
+    old = submit.Training.__new__(submit.Training)
+    old.__dict__.update(arguments=[], folder="x", max_requeues=3)
+    assert (list(old.swept), old.gpus, old.on_step) == ([], "", None)

@@ -32,6 +32,7 @@ class Live:
         self.found: list[Overview] = overviews(folders)
         """The runs as they were last looked at."""
         self._over: set[int] = set()
+        self._settled: set[int] = set()
         self._in_place = in_place and sys.stdout.isatty()
         self._above = "" if in_place or not sys.stdout.isatty() else CLEAR  # a run's own progress
         self._drawn: list[str] = []
@@ -45,7 +46,7 @@ class Live:
         """
         if time.monotonic() - self._looked < every_s:
             return
-        look = [index for index in range(len(self.folders)) if index not in self._over]
+        look = [index for index in range(len(self.folders)) if index not in self._settled]
         try:
             fresh = overviews([self.folders[index] for index in look])
         except OSError:  # a file system that does not answer for a while
@@ -54,7 +55,10 @@ class Live:
             if index in over and found.state in ("training", "stale"):
                 found = dataclasses.replace(found, state="dead")  # as the cluster knows
             self.found[index] = found
+        # On a shared file system the last state of a run may be seen some time after its end.
+        unsure = ("dead", "not started")
         self._over.update(over)
+        self._settled.update(i for i in over if self.found[i].state not in unsure)
         self._looked = time.monotonic()
         if self._in_place:
             self._draw(self._block())

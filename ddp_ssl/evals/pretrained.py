@@ -110,6 +110,24 @@ def load_pretrained(
     )  # fmt: skip
 
 
+def agree(pretrained: Pretrained, world: World) -> None:
+    """Raise `ConfigError` unless all processes have the same weights.
+
+    Each reads them by itself: nodes may hold different revisions of a model of the hub.
+    """
+    own = pretrained.digest
+    first = world.broadcast_object(own if world.is_main else None)
+
+    def compare() -> None:
+        if own != first:
+            raise ValueError(
+                f"{pretrained.description}: other weights than on rank 0; the same file on all "
+                "nodes is accepted, or a revision, as in hf-hub:USER/NAME@REVISION"
+            )
+
+    on_all_ranks(world, compare)
+
+
 def prepare(
     source: Source,
     settings: EvaluateConfig,
@@ -133,6 +151,7 @@ def prepare(
     on_all_ranks(world, lambda: registry.find(settings.data))
     if pretrained is None:
         pretrained = on_all_ranks(world, load)
+        agree(pretrained, world)
         teller(world)(pretrained.description)
     settings = normalised(settings, pretrained)
     on_all_ranks(world, lambda: registry.stage(settings.data))

@@ -5,6 +5,7 @@ after each measurement. What it holds for the same weights, settings and images 
 again.
 """
 
+import fcntl
 import json
 import math
 import time
@@ -22,12 +23,11 @@ from ddp_ssl.data.datasets import transfer
 from ddp_ssl.data.datasets.base import absolute
 from ddp_ssl.distributed import World
 from ddp_ssl.distributed.agreement import on_all_ranks
-from ddp_ssl.errors import refused
 from ddp_ssl.evals import evaluation, report
 from ddp_ssl.evals.accuracy import difference, over_both
 from ddp_ssl.evals.evaluation import Evaluation
 from ddp_ssl.evals.features import teller
-from ddp_ssl.evals.pretrained import Pretrained, load_pretrained
+from ddp_ssl.evals.pretrained import Pretrained, agree, load_pretrained
 from ddp_ssl.evals.report import Report, percent
 from ddp_ssl.evals.settings import EvaluateConfig, protocol_of
 from ddp_ssl.evals.weights import Source
@@ -90,16 +90,16 @@ def run(
     pretrained = on_all_ranks(
         world, lambda: load_pretrained(source, settings.model, size, settings.run.seed)
     )
+    agree(pretrained, world)
     tell(pretrained.description)
     suite = Suite(source, settings, pretrained, world)
     if against is not None:
         on_all_ranks(world, lambda: check_comparable(suite.content, against))
     for label, place in places.items():
         try:
-            with refused(f"{label} cannot be loaded"):  # until then all processes fail together
-                evaluated = evaluation.begin(
-                    "suite", source, settings_for(settings, place), world, pretrained
-                )
+            evaluated = evaluation.begin(
+                "suite", source, settings_for(settings, place), world, pretrained
+            )
             suite.measure(label, evaluated)
         except ConfigError as error:  # on all processes
             suite.leave_out(label, str(error))
@@ -198,6 +198,7 @@ class Suite:
         self, source: Source, settings: EvaluateConfig, pretrained: Pretrained, world: World
     ) -> None:
         self.world, self.measured, self.kept = world, 0, 0
+        self.mine: Tree = {}  # the data sets that this process has looked at
         tree = settings.model_dump(mode="json", include={"model", "linear", "knn"})
         tree["data"] = settings.data.model_dump(mode="json", include=OF_IMAGES)
         tree["run"] = {"seed": settings.run.seed}
@@ -233,7 +234,7 @@ class Suite:
             "notes": evaluation.reservations(evaluated),
         }
         before = self.content["data"].get(label, {})
-        entry = self.content["data"][label] = {**facts, "measures": {}}
+        entry = self.mine[label] = self.content["data"][label] = {**facts, "measures": {}}
         if all(before.get(key) == facts[key] for key in DIGESTS):
             entry["measures"] = before.get("measures", {})
         tell = teller(self.world)
@@ -266,9 +267,13 @@ class Suite:
             print(f"\n{comparison(self.content, against)}", flush=True)
 
     def _write(self) -> None:
-        if self.world.is_main:
-            text = json.dumps(self.content, indent=1)
-            replace_text(self.path.with_name(self.path.name + ".json"), text + "\n")
+        if not self.world.is_main:
+            return
+        file, lock = (self.path.with_name(self.path.name + end) for end in (".json", ".lock"))
+        with open(lock, "w") as held:  # a job for each data set may write into the same file
+            fcntl.flock(held, fcntl.LOCK_EX)
+            self.content["data"] = json_file(file).get("data", {}) | self.mine
+            replace_text(file, json.dumps(self.content, indent=1) + "\n")
             replace_text(self.path.with_name(self.path.name + ".md"), table(self.content) + "\n")
 
 

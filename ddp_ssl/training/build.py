@@ -124,8 +124,12 @@ def build(
         Setting(config, world, start.folder, watch, status), data, network, loader, validation,
         recorder, measurement, checkpointer,
     )  # fmt: skip
-    report.describe(job, threads, ranks)
-    begin(job, start, saved)
+    try:
+        report.describe(job, threads, ranks)
+        begin(job, start, saved)
+    except BaseException:
+        recorder.close()
+        raise
     return job
 
 

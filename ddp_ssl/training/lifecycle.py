@@ -51,25 +51,28 @@ def run(resolved: Resolved, stop: StopRequest, on_step: loop.OnStep | None = Non
         train_to_the_end(job, stop, status, on_step)
     except ConfigError as error:
         error.together = True
-        close(job)
+        settle(job)
         if world.is_main:
             status.record("failed", error=str(error), retry=isinstance(error, BuildError))
             # The line is printed by the command; `train.log` has what led to it.
             logger.debug("%s", error, exc_info=error)
+        close(job)
         watch.close()
         distributed.stop()
         raise
     except ENDS_ALL_RANKS as error:  # likewise
-        close(job)
+        settle(job)
         if world.is_main:
             status.record("failed", error=str(error), retry=isinstance(error, SaveError))
             logger.error("%s", error)
+        close(job)
         code = 1
     except BaseException as error:
         # One rank alone: the others wait in a collective, where leaving the group in order would
         # block too. The process ends as it is, and the launcher ends the others.
         explain(error, world, watch, status)
-        close(job)  # the checkpoint that is being written comes to its end
+        settle(job)
+        close(job)
         if not isinstance(error, Exception):
             raise
         raise SystemExit(1) from None
@@ -102,17 +105,24 @@ def train_to_the_end(
         again += f" method.name={name}" if ":" in name else ""  # consent to import it
         again += f" 'log.to=[{', '.join(to)}]'" if ":" in "".join(to) else ""
         logger.info("stopped on %s at step %d; to go on: %s", reason, state.step, again)
-    close(job)
+    settle(job)
     if world.is_main:
         status.verdict = report.verdict_of(job, ended=end == "done")
         status.record(end, step=state.step, epoch=state.epoch)
+    close(job)
 
 
-def close(job: Job | None) -> None:
-    """Wait for the checkpoint that is being written, and close the files."""
+def settle(job: Job | None) -> None:
+    """Wait for the checkpoint that is being written; after it the end of the run is recorded."""
     if job is not None:
         job.checkpointer.close()
         job.measurement.cancel_prefetch()
+        job.recorder.sync()
+
+
+def close(job: Job | None) -> None:
+    """Close the files and the loggers. These may take a minute, in which a launcher may kill."""
+    if job is not None:
         job.recorder.close()
 
 

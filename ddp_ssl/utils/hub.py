@@ -16,7 +16,7 @@ from typing import Any
 from ddp_ssl.errors import ConfigError, refused
 
 PREFIX = "hf-hub:"
-PATIENCE_S = 3.0  # for the hub's first answer: its client would try again for minutes
+PATIENCE_S = 4.0  # for the hub's first answer: its client would try again for minutes
 
 
 @functools.cache
@@ -119,8 +119,8 @@ def check_push(repository: str) -> None:
         )
 
 
-def push(repository: str, files: Sequence[Path]) -> None:
-    """Put the files into a repository in one commit; it is made if need be.
+def push(repository: str, files: Sequence[Path], private: bool = False) -> None:
+    """Put the files into a repository in one commit; it is made if need be, `private` or not.
 
     Raises `ConfigError`, one line.
     """
@@ -132,6 +132,6 @@ def push(repository: str, files: Sequence[Path]) -> None:
         "a token that may write there is accepted, in HF_TOKEN or from `hf auth login`; the files "
         f"are complete in {files[0].parent}",
     ):
-        api.create_repo(repository, exist_ok=True)
+        api.create_repo(repository, exist_ok=True, private=private or None)
         added = [CommitOperationAdd(file.name, file) for file in files]
         api.create_commit(repository, added, commit_message="Weights and card of ddp-ssl export")

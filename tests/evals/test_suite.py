@@ -297,3 +297,23 @@ def test_the_interval_of_a_difference_holds_it_in_95_percent() -> None:
         _, interval = difference(a, b)
         held += interval.low <= 0 <= interval.high
     assert 0.92 < held / 400 < 0.98
+
+
+def test_two_suites_at_once_lose_nothing(run: Path, sets: Path) -> None:
+    """An array job may measure a data set in each task, all in one file."""
+    words = ["suite", str(run), f"data.root={sets}", *QUICK, "linear.epochs=1"]
+    both = []
+    whole = suite.Suite._write
+
+    def late(self: suite.Suite) -> None:
+        if not both:  # the other one writes between this one's start and its first write
+            both.append(self)
+            assert main([*words, "data.name=tones"]) == 0
+        whole(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite.Suite, "_write", late)
+        assert main([*words, "data.name=stripes"]) == 0
+    data = result(run)["data"]
+    assert set(data) == {"stripes", "tones"}
+    assert all(len(found["measures"]) == len(suite.MEASURES) for found in data.values())
