@@ -46,6 +46,7 @@ from ddp_ssl.utils.text import one_line
 Form = Literal["timm", "torchvision", "safetensors", "onnx", "hub"]
 Features = Callable[[Tensor], Tensor]
 
+TRAINED = "ddp-ssl train, with the settings below"
 FILES: dict[Form, str] = {
     "timm": "backbone.pth",
     "torchvision": "backbone.pth",
@@ -440,9 +441,6 @@ def _settings(identity: dict[str, str]) -> list[str]:
             value = yaml.safe_dump(views, default_flow_style=True, sort_keys=False).strip()
         lines.append(f"  {key}: {value}")
     return lines
-
-
-TRAINED = "ddp-ssl train, with the settings below"
 
 
 def _command(path: Path) -> str:
