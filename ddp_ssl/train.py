@@ -14,6 +14,7 @@ from ddp_ssl.commands.sweeps import pointer
 from ddp_ssl.config import Config, ConfigError, check_folder, check_world_size, reference
 from ddp_ssl.run.configure import load
 from ddp_ssl.run.signals import StopRequest, stop_with_parent
+from ddp_ssl.utils import hub
 from ddp_ssl.utils.launcher import rank_and_size
 from ddp_ssl.utils.streams import open_streams, say
 
@@ -65,6 +66,9 @@ def _main(words: Sequence[str], stop: StopRequest, on_step: Callable[[Any], None
         return 0
     if rank_and_size()[1] == 1:  # several processes find the data together, in `training/build.py`
         common.check_data(resolved.config.data)
+    place = str(resolved.config.model.backbone_args.get("pretrained"))
+    if place.startswith(hub.PREFIX) and resolved.config.run.resume != "auto":
+        hub.require(place)  # a run that goes on has its weights
     for note in resolved.notes:
         say(note)
     from ddp_ssl.training.lifecycle import run

@@ -59,6 +59,8 @@ def _find_source(text: str) -> Source:
         "a run folder, RUN:best, RUN:last, a file of weights, timm:NAME or hf-hub:USER/NAME would "
         "be accepted"
     )
+    if text.startswith(hub.PREFIX):
+        hub.require(text)
     if text.startswith(("timm:", hub.PREFIX)):
         return Source(text, timm=text.removeprefix("timm:"))
     text = os.path.expanduser(text)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 from ddp_ssl.errors import ConfigError, refused
 
 PREFIX = "hf-hub:"
-PATIENCE_S = 4.0  # for the hub's first answer: its client would try again for minutes
+# For the hub's first answer: its client would try again for minutes. The variable is the client's.
+PATIENCE_S = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 2)
 
 
 @functools.cache
@@ -57,6 +59,23 @@ def no_waiting() -> Iterator[None]:
         ) from None
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def require(name: str) -> None:
+    """Raise `ConfigError` unless the hub answers, or its cache on this machine has the model.
+
+    Imports neither torch nor timm, which take seconds.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    with refused(f"{name}: no model of timm's can be fetched"):
+        kept = try_to_load_from_cache(repository, "config.json", revision=revision or None)
+        if not isinstance(kept, str) and not answers(constants.ENDPOINT):
+            raise OSError(
+                f"{constants.ENDPOINT} cannot be reached, and its cache on this machine "
+                f"({constants.HF_HUB_CACHE}) does not have it"
+            )
 
 
 def described(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
