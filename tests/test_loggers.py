@@ -17,8 +17,9 @@ import pytest
 
 from ddp_ssl.checkpoint import store
 from ddp_ssl.config import ConfigError
+from ddp_ssl.config.schema import LOGGERS
 from ddp_ssl.evals.settings import config_of_run
-from ddp_ssl.logs.loggers import Given, load_loggers
+from ddp_ssl.logs.loggers import BUILT_IN, Given, load_loggers
 from ddp_ssl.logs.writer import MetricsWriter
 from ddp_ssl.resume import arguments_of
 from ddp_ssl.run import folder as run_folder
@@ -483,3 +484,7 @@ def test_the_end_is_recorded_before_a_logger_takes_its_time(photos: Path, tmp_pa
     args = arguments(photos, tmp_path / "run", *BARE, "optim.epochs=1", f"log.to=[{HERE}:Slow]")
     assert train(args) == 0
     assert (tmp_path / "run" / "at_close.txt").read_text() == "done"
+
+
+def test_the_config_knows_the_loggers_that_have_a_name() -> None:
+    assert set(LOGGERS) == set(BUILT_IN)
