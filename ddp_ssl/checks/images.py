@@ -96,7 +96,7 @@ def _where(split: Split) -> str:
         return "in memory"
     kind, folder = "files", Path(split.root)
     if split.shards is not None:
-        kind = "shards" if split.shards.part is None else "parquet files"
+        kind = split.shards.kind
         folder = Path(split.shards.paths[0]).parent
     return f"{kind} in {folder} ({file_system(folder)})"
 

@@ -240,7 +240,7 @@ def test_which_files_are_of_which_split(
             tmp_path / name, table_of([{"bytes": b"%d" % i, "path": None}] * 2, [0, 0], ["a"])
         )
         os.utime(tmp_path / name, ns=(1, 1))  # as an archive may unpack them, of one size too
-    files = parquet.files_of(Data(name="parquet", root=str(tmp_path)))
+    files = parquet.CONTAINER.files_of(Data(name="parquet", root=str(tmp_path)))
     assert (len(files.train), len(files.val), list(files.unused)) == (train, val, unused)
     caplog.set_level(logging.INFO, "ddp_ssl")
     found = loaded(tmp_path)
@@ -648,8 +648,8 @@ def test_files_are_read_through_once(
     read: list[str] = []
     real = index.read_table
 
-    def spied(path: Path, *rest: Any) -> Any:
-        read.append(path.name)
+    def spied(path: str, *rest: Any) -> Any:
+        read.append(os.path.basename(path))
         return real(path, *rest)
 
     monkeypatch.setattr(index, "read_table", spied)

@@ -422,7 +422,7 @@ def containers(args: argparse.Namespace) -> Iterator[str]:
         for codec in ("snappy", "none", "zstd"):
             write_parquet(folder, Path(temporary, codec), codec)
             data = Data(name="parquet", root=f"{temporary}/{codec}")
-            cpu, split = cpu_seconds(), parquet.load(data).train
+            cpu, split = cpu_seconds(), parquet.CONTAINER.load(data).train
             assert split.shards is not None
             cost = (cpu_seconds() - cpu) / (1e-9 * int(split.shards.size.sum()))
             print(f"{codec}: read through once, {cost:.1f} CPU-s a GB", file=sys.stderr)

@@ -11,11 +11,11 @@ import os
 import pkgutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddp_ssl.data.datasets import parquet, selection, shards, staging
+from ddp_ssl.data.datasets import containers, parquet, selection, shards, staging
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.text import suggest
@@ -35,23 +35,31 @@ def _definitions() -> dict[str, Definition]:
 
 
 DATASETS = _definitions()
+CONTAINERS = (parquet.CONTAINER,)
+
+
+def container_of(data: Data) -> containers.Container[Any] | None:
+    """The kind of files, as others wrote them, that the data set is to be read from."""
+    if data.root and shards.is_shards(absolute(data.root)):
+        return None
+    return next((kind for kind in CONTAINERS if kind.accepts(data)), None)
 
 
 def definition_of(data: Data) -> Definition:
     """The definition of the data set that the config names, or of the container it lies in."""
     if data.root and shards.is_shards(absolute(data.root)):
         return shards.DEFINITION
-    in_parquet = parquet.accepts(data)
+    container = container_of(data)
     for key, value, reset in (
         ("reader", data.reader, "indexed"), ("stage", data.stage, None), ("url", data.url, None)
     ):  # fmt: skip
-        if value != reset and not (key == "stage" and in_parquet):
+        if value != reset and not (key == "stage" and container):
             raise ValueError(
                 f"data.{key}: {value} is for shards, and {data.root or 'data.root'} holds no "
                 f"{shards.ABOUT}; ddp-ssl pack-shards makes them"
             )
-    if in_parquet:
-        return parquet.DEFINITION
+    if container is not None:
+        return container.definition
     if data.columns is not None:
         raise ValueError(
             f"data.columns: is for parquet files, and {data.root or 'data.root'} holds none; leave "
@@ -148,14 +156,16 @@ def stage(data: Data) -> Data:
     if not data.stage:
         return data
     to, root = absolute(data.stage), absolute(data.root or "")
-    if definition_of(data) is shards.DEFINITION:
+    container = container_of(data)
+    if container is None:
         copy = staging.stage(root, to, logger.info)
     else:
-        files = parquet.files_of(data)
-        of = (root if root.is_dir() else files.base), files.base, files.train + files.val
+        files = container.files_of(data)
+        base = Path(files.base)
+        of = (root if root.is_dir() else base), base, files.train + files.val
         copy = staging.stage_files(*of, data.name, to, logger.info)
         if not root.is_dir():  # a pattern
-            copy /= root.relative_to(files.base)
+            copy /= root.relative_to(base)
     return data.model_copy(update={"root": str(copy), "stage": None})
 
 

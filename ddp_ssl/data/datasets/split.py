@@ -98,8 +98,7 @@ class Split:
             return None
         if (shards.offset == DAMAGED).any():
             return None
-        kind = "shards" if shards.part is None else "parquet"
-        return kind, hashlib.sha256(np.ascontiguousarray(shards.crc).data).hexdigest()
+        return shards.kind, hashlib.sha256(np.ascontiguousarray(shards.crc).data).hexdigest()
 
     def known_by(self, digest: str) -> Split:
         """This split with a digest that was computed before, so that no process computes it again.

@@ -40,6 +40,8 @@ class Shards:
     size: NDArray[np.int64]
     crc: NDArray[np.uint32] | None = None
     part: NDArray[np.int32] | None = None
+    kind: str = "shards"
+    """Or the name of another container."""
     index_crc: tuple[int, ...] | None = None
     """CRC-32 of DALI's index of each tar file."""
     _files: dict[str, int] = field(default_factory=dict, repr=False)

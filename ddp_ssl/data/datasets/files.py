@@ -1,0 +1,148 @@
+"""Which files a root holds, and all that is asked of the file system for containers.
+
+Roots and paths are texts, not `Path`s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+from ddp_ssl.data.datasets.base import absolute
+from ddp_ssl.data.datasets.folders import LIKE_A_SPLIT, TRAIN, VAL
+from ddp_ssl.data.datasets.scan import scan
+
+if TYPE_CHECKING:
+    from ddp_ssl.config import Data
+
+# What follows the split in a file's name.
+NUMBER = re.compile(r"([-_.](shard|part))?[-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?$")
+
+# --- the file system: all that is asked of it ----------------------------------------------------
+
+
+class Entry(NamedTuple):
+    name: str
+    is_folder: bool
+
+
+def root_of(data: Data) -> str:
+    """`data.root`, absolute."""
+    return str(absolute(data.root or ""))
+
+
+def exists(path: str) -> bool:
+    return os.path.exists(path)
+
+
+def entries(folder: str) -> list[Entry]:
+    """What is in a folder, sorted; raises `OSError`."""
+    with os.scandir(folder) as found:
+        return sorted(Entry(entry.name, entry.is_dir()) for entry in found)
+
+
+def stamp(path: str) -> tuple[int, int]:
+    """Size and time of a file; raises `OSError`."""
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def holds_images(folder: str) -> bool:
+    """Whether there are images as files below a folder."""
+    return os.path.isdir(folder) and next(scan(os.fsencode(folder)), None) is not None
+
+
+def open_file(path: str, buffer: int = 1 << 20) -> BinaryIO:
+    """A file to be read in order, `buffer` bytes at a time; raises `OSError`."""
+    return open(path, "rb", buffering=buffer)
+
+
+# --- which files ---------------------------------------------------------------------------------
+
+
+class Files(NamedTuple):
+    """The files of each split, relative to `base`, and the splits that are not used."""
+
+    base: str
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.base, name)
+
+
+def is_pattern(root: str) -> bool:
+    """Whether a root is a pattern of files and no folder of this name."""
+    return any(mark in root for mark in "*?[{") and not exists(str(absolute(root)))
+
+
+def matching(pattern: str) -> tuple[str, list[str]]:
+    """The folder before a pattern's first wildcard, and the files below it that it names.
+
+    `*`, `?`, `[ab]` and `**` are as in Python's glob, `{a,b}` and `{000..123}` as in a shell.
+    Raises `ValueError` for a file that braces alone name and that is not there.
+    """
+    parts = pattern.split("/")
+    first = next(i for i, part in enumerate(parts) if any(mark in part for mark in "*?[{"))
+    base = "/".join(parts[:first]) or "/"
+    found: set[str] = set()
+    for name in _expanded("/".join(parts[first:])):
+        if any(mark in name for mark in "*?["):
+            found.update(_glob(base, "", name.split("/")))
+        elif exists(os.path.join(base, name)):
+            found.add(name)
+        else:
+            raise ValueError(f"data.root: {os.path.join(base, name)} does not exist")
+    return base, sorted(found)
+
+
+def _expanded(text: str) -> list[str]:
+    """A text with each of what is in its braces: `a{0..2}` is `a0`, `a1`, `a2`."""
+    group = re.search(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}", text)
+    if group is None:
+        return [text]
+    first, _, last = group[1].partition("..")
+    chosen = group[1].split(",")
+    if last:
+        chosen = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+    ends = _expanded(text[group.end() :])
+    return [text[: group.start()] + each + end for each, end in itertools.product(chosen, ends)]
+
+
+def _glob(base: str, at: str, parts: list[str]) -> Iterator[str]:
+    wanted, *rest = parts
+    if wanted == "**":
+        yield from _glob(base, at, rest or ["*"])
+    with contextlib.suppress(OSError):
+        for name, is_folder in entries(os.path.join(base, at)):
+            path = f"{at}{name}"
+            if name.startswith(".") or not (wanted == "**" or fnmatchcase(name, wanted)):
+                continue
+            if is_folder and (wanted == "**" or rest):
+                yield from _glob(base, f"{path}/", parts if wanted == "**" else rest)
+            elif not is_folder and wanted != "**" and not rest:
+                yield path
+
+
+def split_of(name: str) -> str:
+    """`train`, `val`, another split's name, or nothing: by a file's name, then by its folders.
+
+    A data set's name may stand before it: `imagenet1k-train-0000.tar`.
+    """
+    *folders, file = name.split("/")
+    stem = NUMBER.sub("", os.path.splitext(file)[0])
+    for word in (stem, *reversed(folders)):
+        last = re.split(r"[-_.]", word.lower())[-1]
+        if last in TRAIN:
+            return "train"
+        if last in VAL:
+            return "val"
+        if LIKE_A_SPLIT.search(word.lower()):
+            return word
+    return ""
