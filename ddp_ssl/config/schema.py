@@ -36,7 +36,7 @@ NORMALISATION: dict[str, tuple[Channels, Channels]] = {
 }
 
 # Names of a container, and the data set that its content counts as.
-SAME_AS = {"parquet": "folder"}
+SAME_AS = dict.fromkeys(("list", "parquet", "webdataset"), "folder")
 
 # Data sets of small square images, which their sources evaluate without a crop.
 WHOLE = ("digits", "cifar10", "cifar100", "stl10", "tiny_imagenet", "cinic10",
@@ -126,19 +126,20 @@ class Data(Section):
     name: str = "folder"
     """`imagenet`, `imagenet100`, `inat21`, `inat21_mini`, `cifar10`, `cifar100`, `stl10`,
     `tiny_imagenet`, `cinic10`, `blood`, `organa`, `organc`, `organs`, `food101`, `sun397`, `cars`,
-    `aircraft`, `dtd`, `pets`, `caltech101`, `flowers102`, `digits`, `folder`, `train_test`, `list`
-    or `parquet`; docs/data.md has the layout of each."""
+    `aircraft`, `dtd`, `pets`, `caltech101`, `flowers102`, `digits`, `folder`, `train_test`, `list`,
+    `parquet` or `webdataset`; docs/data.md has the layout of each."""
     root: PathText | None = None
-    """Folder of the data, of shards that `ddp-ssl pack-shards` made of them, or of parquet files
-    (also a pattern such as `DIR/*.parquet`). `folder`: class folders under `train/` and `val/`,
-    class folders, or a flat folder of unlabelled images."""
+    """Folder of the data, of shards that `ddp-ssl pack-shards` made of them, of parquet files or of
+    tar files (also a pattern: `DIR/*.parquet`, `DIR/train-{000..123}.tar`). `folder`: class folders
+    under `train/` and `val/`, class folders, or a flat folder of unlabelled images."""
     files: PathText | None = None
     """`name: list`: a text or CSV file with a path and, if there are labels, a class per line;
     paths are relative to `root`, or to the file where that is unset."""
     val_files: PathText | None = None
     """`name: list`: the same for validation. Unset: a `val_fraction` of `files`."""
     columns: list[str] | None = Field(None, min_length=1, max_length=2)
-    """Parquet files: the column of images and, if there are labels, that of the labels. Unset: the
+    """Parquet files: the column of images and, if there are labels, that of the labels. Tar files:
+    the extensions of these members, `[jpg, cls]`, `[jpg;png, txt]` or `[jpg, json.KEY]`. Unset: the
     only ones that may be meant."""
     fraction: float = Field(1.0, gt=0, le=1)
     """Seeded share of the training images used for pretraining; the probe and k-NN of
@@ -158,7 +159,7 @@ class Data(Section):
     """Streamed shards: place of the training tar files, such as `s3://bucket/folder`. Unset:
     `root`, where the index is in any case."""
     stage: PathText | None = None
-    """Node-local folder that shards or parquet files are copied to first, once per node."""
+    """Node-local folder that shards, parquet or tar files are copied to first, once per node."""
     batch_size: int = Field(256, ge=1, le=2**20)
     """Images per step over all processes; must be divisible by the number of data shards."""
     views: list[ViewGroup] = Field([ViewGroup()], min_length=1)

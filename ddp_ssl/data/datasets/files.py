@@ -9,17 +9,23 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 
 from ddp_ssl.data.datasets.base import absolute
 from ddp_ssl.data.datasets.folders import LIKE_A_SPLIT, TRAIN, VAL
 from ddp_ssl.data.datasets.scan import scan
+from ddp_ssl.errors import may_pass
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
 
+T = TypeVar("T")
+
+BUFFER = 1 << 20  # bytes read at a time
+RETRIES = (0.1, 1.0)  # seconds, after an error of the file system that may pass
 # What follows the split in a file's name.
 NUMBER = re.compile(r"([-_.](shard|part))?[-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?$")
 
@@ -57,9 +63,25 @@ def holds_images(folder: str) -> bool:
     return os.path.isdir(folder) and next(scan(os.fsencode(folder)), None) is not None
 
 
-def open_file(path: str, buffer: int = 1 << 20) -> BinaryIO:
+def open_file(path: str, buffer: int = BUFFER) -> BinaryIO:
     """A file to be read in order, `buffer` bytes at a time; raises `OSError`."""
     return open(path, "rb", buffering=buffer)
+
+
+def retried(path: str, read: Callable[[], T]) -> T:
+    """What `read` returns, which is called again after an error of the file system that may pass.
+
+    Raises `ValueError` where the file system does not give the file.
+    """
+    for pause in (*RETRIES, None):
+        try:
+            return read()
+        except OSError as error:
+            if pause is None or not may_pass(error):
+                why = error.strerror or error
+                raise ValueError(f"data.root: {path} cannot be read: {why}") from None
+            time.sleep(pause)
+    raise AssertionError
 
 
 # --- which files ---------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddp_ssl.data.datasets import containers, parquet, selection, shards, staging
+from ddp_ssl.data.datasets import containers, parquet, selection, shards, staging, webdataset
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.text import suggest
@@ -35,7 +35,8 @@ def _definitions() -> dict[str, Definition]:
 
 
 DATASETS = _definitions()
-CONTAINERS = (parquet.CONTAINER,)
+# Beside tar files, img2dataset writes parquet files without images.
+CONTAINERS = (webdataset.CONTAINER, parquet.CONTAINER)
 
 
 def container_of(data: Data) -> containers.Container[Any] | None:
@@ -62,8 +63,8 @@ def definition_of(data: Data) -> Definition:
         return container.definition
     if data.columns is not None:
         raise ValueError(
-            f"data.columns: is for parquet files, and {data.root or 'data.root'} holds none; leave "
-            "it out"
+            f"data.columns: is for parquet and tar files, and {data.root or 'data.root'} holds "
+            "none; leave it out"
         )
     if data.name not in DATASETS:
         hint = suggest(data.name, DATASETS)
@@ -148,7 +149,7 @@ def load(data: Data, seed: int) -> Dataset:
 
 
 def stage(data: Data) -> Data:
-    """`data` with its shards or parquet files on local disk, copied to `data.stage` once per node.
+    """`data` with its files on local disk, copied to `data.stage` once per node.
 
     Every process calls this after `find`, and all of them wait for the copy. Without `data.stage`
     nothing is copied.
@@ -162,7 +163,7 @@ def stage(data: Data) -> Data:
     else:
         files = container.files_of(data)
         base = Path(files.base)
-        of = (root if root.is_dir() else base), base, files.train + files.val
+        of = (root if root.is_dir() else base), base, container.needed(files)
         copy = staging.stage_files(*of, data.name, to, logger.info)
         if not root.is_dir():  # a pattern
             copy /= root.relative_to(base)

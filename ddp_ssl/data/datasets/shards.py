@@ -175,7 +175,7 @@ def file_size(path: Path) -> int:
 
 def find(data: Data) -> None:
     about = describe(absolute(data.root or ""), remote=bool(data.url))
-    if SAME_AS.get(data.name, data.name) != about["name"]:
+    if SAME_AS.get(data.name, data.name) != SAME_AS.get(about["name"], about["name"]):
         raise ValueError(
             f"data.name: {data.root} holds shards of {about['name']}, not of {data.name}"
         )
