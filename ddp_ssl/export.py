@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from ddp_ssl import models
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, Model
-from ddp_ssl.errors import reason
+from ddp_ssl.errors import reason, refused
 from ddp_ssl.evals.settings import config_of_run
 from ddp_ssl.evals.weights import fill, find_source, read_source
 from ddp_ssl.models import STEM_PADDING, architecture, build_backbone, loading_snippet
@@ -479,12 +479,8 @@ def export(
     trained = load_trained(source, trusted)
     # `RUN/checkpoints/x.pt` lies two below the run.
     folder = out or trained.path.absolute().parent.parent / "export" / form
-    try:
+    with refused(f"--out: {folder} cannot be created", "a folder is accepted"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--out: {folder} cannot be created: {error.strerror}; a folder is accepted"
-        ) from None
     card = folder / "README.md"
     if card.exists() and CARD not in card.read_text(errors="replace"):
         raise ValueError(
@@ -513,8 +509,7 @@ def export(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     parser = common.Parser(
-        prog="ddp-ssl export",
-        description="Export a run's backbone, with a model card, for use without ddp_ssl.",
+        "ddp-ssl export", "Export a run's backbone, with a model card, for use without ddp_ssl."
     )
     parser.add_argument(
         "source", metavar="RUN", help="a run folder, RUN:best, RUN:last or a checkpoint in it"

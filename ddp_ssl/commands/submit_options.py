@@ -11,9 +11,9 @@ from ddp_ssl.config import ConfigError
 def parser() -> argparse.ArgumentParser:
     """The command line's options; what cannot be parsed raises `ConfigError`."""
     made = common.Parser(
-        prog="python -m ddp_ssl.submit",
-        description="Submit a run, or a sweep, through submitit.",
-        epilog="key=a,b,c is a sweep: one run for each value, and for each combination of several.",
+        "python -m ddp_ssl.submit",
+        "Submit a run, or a sweep, through submitit.",
+        "key=a,b,c is a sweep: one run for each value, or for each combination of several.",
     )
     add = made.add_argument
     add("arguments", nargs="*", metavar="CONFIG key=value", help="as for ddp_ssl.train")

@@ -28,7 +28,7 @@ from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.distributed import World
-from ddp_ssl.distributed.agreement import on_all_ranks
+from ddp_ssl.distributed.agreement import on_all_ranks, on_rank_0
 from ddp_ssl.evals.settings import EvaluateConfig, config_of_run
 from ddp_ssl.evals.validation import Validation
 from ddp_ssl.evals.weights import fill, make_learner, read_checkpoint
@@ -119,11 +119,7 @@ def run(settings: EvaluateConfig, home: Path, world: World, trusted: str = "") -
     config = own.model_copy(
         update={"data": settings.data, "eval": settings.eval, "measure": settings.measure}
     )
-    found, best, images = world.broadcast_object(
-        on_all_ranks(
-            world, lambda: (*chosen(home), validation_images(home)) if world.is_main else None
-        )
-    )
+    found, best, images = on_rank_0(world, lambda: (*chosen(home), validation_images(home)))
     if not found:
         raise ConfigError(f"{home / 'checkpoints'}: no checkpoint; a run that saved one is needed")
     on_all_ranks(world, lambda: registry.find(config.data))
@@ -137,9 +133,7 @@ def run(settings: EvaluateConfig, home: Path, world: World, trusted: str = "") -
     key = fingerprint(config, data, world.size)
     same = config.data.name == own.data.name and images in (None, data.val.digest[:12])
     file = out / (FILE if same else f"dynamics-{data.name}.jsonl")
-    rows = world.broadcast_object(
-        on_all_ranks(world, lambda: kept(file, key, found) if world.is_main else None)
-    )
+    rows = on_rank_0(world, lambda: kept(file, key, found))
     if world.is_main:
         said = f"; {len(rows)} are measured already" if rows else ""
         more = "" if config.measure.views else "; measure.views=10 adds alignment and LiDAR"
@@ -158,16 +152,16 @@ def run(settings: EvaluateConfig, home: Path, world: World, trusted: str = "") -
             continue
         metrics = measured(validation, learner, data)
         row = rows[one.sha256] = Row(one.step, one.epoch, one.path.name, one.sha256, key, metrics)
-        on_all_ranks(world, lambda row=row: append(file, row) if world.is_main else None)  # type: ignore[misc]
+        on_rank_0(world, partial(append, file, row))
         if world.is_main:
             seconds = time.perf_counter() - start
             logger.info("%d/%d %s (%.0f s)", number, len(found), brief(row), seconds)
     ordered = sorted(rows.values(), key=lambda row: row.step)
     place = out / "evaluate" / f"{file.stem}.md"
     if rows:
-        on_all_ranks(world, lambda: write(place, ordered, best) if world.is_main else None)
-    if world.is_main and rows:
-        logger.info("\n%s\n\nin %s; all metrics in %s", table(ordered, best), place, file)
+        on_rank_0(world, lambda: write(place, ordered, best))
+        if world.is_main:
+            logger.info("\n%s\n\nin %s; all metrics in %s", table(ordered, best), place, file)
     world.barrier()
     return int(failures > 0)
 
