@@ -41,6 +41,7 @@ from ddp_ssl.evals.weights import fill, find_source, read_source
 from ddp_ssl.models import STEM_PADDING, architecture, build_backbone, loading_snippet
 from ddp_ssl.utils import hub
 from ddp_ssl.utils.files import json_file, path_of
+from ddp_ssl.utils.sealed import sha256_of
 from ddp_ssl.utils.text import one_line
 
 Form = Literal["timm", "torchvision", "safetensors", "onnx", "hub"]
@@ -337,6 +338,8 @@ def model_card(trained: Trained, form: Form, file: Path, place: str, off: float)
         stem = f", first convolution 3x3 with stride 1 and padding {padding}, no max-pool"
     images = {name: digest for name, digest in trained.identity.items() if " images" in name}
     code = state.get("code", {})
+    with open(file, "rb") as content:
+        digest = sha256_of(content)
     rows = {
         "architecture": f"timm `{model.backbone}`{f' ({arguments})' if arguments else ''}{stem}",
         "output": f"{trained.width} features; {parameters / 1e6:.2f} M parameters",
@@ -348,7 +351,7 @@ def model_card(trained: Trained, form: Form, file: Path, place: str, off: float)
         "config hash": f"`{trained.config_hash[:16]}` (SHA-256 of the settings below)",
         "checkpoint": f"{trained.path.name}, SHA-256 `{trained.sha256[:16]}`",
         "code": ", ".join(f"{name} {version}" for name, version in code.items()),
-        "file": f"{file.name}, {file.stat().st_size / 1e6:.1f} MB, SHA-256 `{_sha256(file)[:16]}`",
+        "file": f"{file.name}, {file.stat().st_size / 1e6:.1f} MB, SHA-256 `{digest[:16]}`",
         "checked": f"read back, its features are {equal(off)} (images of noise, CPU)",
     }
     latest: dict[str, float] = state.get("latest", {})
@@ -447,14 +450,6 @@ def _command(path: Path) -> str:
     """The command that started the run, as its folder says."""
     about = json_file(path.parent.parent / "environment.json")
     return str(about.get("command", TRAINED))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # --- the command ---------------------------------------------------------------------------------

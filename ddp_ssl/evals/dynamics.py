@@ -80,23 +80,18 @@ class Row:
         return json.dumps(self.as_dict(), allow_nan=False) + "\n"
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a `dynamics.jsonl`, in order of steps; none if there is no such file.
-
-    An incomplete line is left out.
-    """
-    return sorted(_lines(path), key=lambda row: row.step)
-
-
 def latest(path: Path) -> list[Row]:
     """The rows of the settings that were measured last, in order of steps."""
-    lines = _lines(path)
-    newest = [row for row in lines if row.settings == lines[-1].settings]
+    rows = read(path)
+    newest = [row for row in rows if row.settings == rows[-1].settings]
     return sorted(newest, key=lambda row: row.step)
 
 
-def _lines(path: Path) -> list[Row]:
-    """The rows in the order in which they were written."""
+def read(path: Path) -> list[Row]:
+    """The rows of a `dynamics.jsonl`, as they were written; none if there is no such file.
+
+    An incomplete line is left out.
+    """
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     rows = (if_readable(partial(_row, line)) for line in lines if line.endswith(b"\n"))
     return [row for row in rows if row is not None]
@@ -227,7 +222,7 @@ def kept(path: Path, key: str, found: list[CheckpointInfo]) -> dict[str, Row]:
 
     Rewrites the file on rank 0: the rows of `key` come last. No row is dropped.
     """
-    before = _lines(path)
+    before = read(path)
     wanted = {one.sha256 for one in found}
     own = [row for row in before if row.settings == key]
     others = [row for row in before if row.settings != key]

@@ -27,7 +27,7 @@ from ddp_ssl.evals import evaluation, report
 from ddp_ssl.evals.accuracy import difference, over_both
 from ddp_ssl.evals.evaluation import Evaluation
 from ddp_ssl.evals.features import teller
-from ddp_ssl.evals.pretrained import Pretrained, agree, load_pretrained
+from ddp_ssl.evals.pretrained import Pretrained, load_everywhere
 from ddp_ssl.evals.report import Report, percent
 from ddp_ssl.evals.settings import EvaluateConfig, protocol_of
 from ddp_ssl.evals.weights import Source
@@ -84,12 +84,7 @@ def run(
     tell = teller(world)
     if missing:
         tell(f"not in {place_in_words(root)}: {', '.join(missing)}")
-    size = [settings.image_size]
-    pretrained = on_all_ranks(
-        world, lambda: load_pretrained(source, settings.model, size, settings.run.seed)
-    )
-    agree(pretrained, world)
-    tell(pretrained.description)
+    pretrained = load_everywhere(source, settings, world)
     suite = Suite(source, settings, pretrained, world)
     if against is not None:
         on_all_ranks(world, lambda: check_comparable(suite.content, against))
