@@ -390,7 +390,7 @@ def model_card(trained: Trained, form: Form, file: Path, place: str, off: float)
         "",
         "## How it was made",
         "",
-        # What is published names no folder of this machine.
+        # A published card names no folder of this machine.
         f"`{TRAINED if form == 'hub' else _command(trained.path)}`",
         "",
         "<details><summary>The settings that make the run what it is</summary>",

@@ -114,7 +114,7 @@ def test_training_and_checkpoints_do_not_wait_for_alpha(
 
 
 def held_and_killed(args: list[str], death: int) -> int | str:
-    """alpha does not come to its end while the run lasts."""
+    """The decomposition does not end while the run lasts."""
     work, over = Matrix.effective_rank, threading.Event()
 
     def held(self: Matrix) -> float:

@@ -51,7 +51,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Method[Any]]:
 
 @torch.no_grad()
 def features_by_the_card(folder: Path, images: torch.Tensor) -> torch.Tensor:
-    """What the lines of the model card give, run in another folder."""
+    """The features that the lines of the model card give in another folder."""
     found = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert found
     names: dict[str, Any] = {}

@@ -152,7 +152,7 @@ def test_somebody_elses_logger_is_not_imported(
 
 
 def test_each_row_is_given_once_and_in_order_after_three_restarts(tmp_path: Path) -> None:
-    """Those of the last step are torn: its row of training was given, its validation was not."""
+    """The last step is cut: its training row was given, its validation row was not."""
     writer = start(tmp_path)
     write(writer, range(1, 5))
     at_4 = saved(writer, 4)

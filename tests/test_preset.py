@@ -57,7 +57,7 @@ def chosen(*words: str) -> dict[str, str]:
 def test_a_folder_alone_gets_a_preset_and_a_line_for_each_choice(photos: Path) -> None:
     resolved = load([str(photos), CPU])
     config, origins = resolved.config, resolved.origins
-    assert resolved.notes == (  # the preset has what 100 epochs ask for otherwise
+    assert resolved.notes == (  # the preset's own values serve 100 epochs
         f"{photos}: 43 images in 4 folders to train on, about 22 pixels a side: preset/32",
         "data.batch_size=4: 43 images: at least 8 steps an epoch",
         "optim.lr=0.064: AdamW's peak stays 0.001 with 4 images a step",

@@ -1,7 +1,7 @@
 """Every YAML is the recipe that its header names: its values beside those of the source.
 
 The values are typed from the source, at the place that the header names too, under this project's
-keys. `DIFFERS` lists what is meant to be otherwise: the value here, and the words of the header's
+keys. `DIFFERS` lists the intended differences: the value here, and the words of the header's
 `differs` that say so.
 """
 
@@ -496,7 +496,7 @@ def test_the_values_are_the_sources(name: str) -> None:
         assert ours[key] == value, f"{key}: {ours[key]}, meant to be {value}"
         assert recipe.values.get(key) != value, f"{key} is as in the source"
         assert words in said["differs"], f"{key}: {words!r} is not in the header"
-    # Nothing stands in the YAML that is not compared.
+    # Every key of the YAML is compared.
     typed = recipe.values.keys() | recipe.differs.keys()
     for section, part in yaml.safe_load(path.read_text()).items():
         for key in part:

@@ -64,7 +64,7 @@ def test_a_run_leaves_everything_in_its_folder(whole: Whole) -> None:
             "rep/effective_rank_z", "rep/alpha", "rep/beta", "rep/mutual_information",
             "rep/embedding_std", "eval/probe_top1", "optim/grad_norm",
         }  # fmt: skip
-        # What the run adds itself costs: logging, the probe, alpha, checkpoints.
+        # The run's own additions cost time: logging, the probe, alpha, checkpoints.
         timed = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         costs = {n: [(r["step"], r[n]) for r in timed if n in r] for n in COSTS}
         assert {step for step, _ in costs["perf/probe_ms"]} == {2, 4, 6, 8, 9}
@@ -85,7 +85,7 @@ def test_the_exported_backbone_loads_as_the_result_says(whole: Whole) -> None:
 
 
 def test_world_sizes_see_the_same_images(whole: Whole) -> None:
-    """Not the same numbers, since augmentations are drawn per rank; the same start, though."""
+    """Numbers differ, since augmentations are drawn per rank; the first ones are equal."""
     first = [next(r for r in rows(f) if "eval/knn_top1" in r) for f in map(whole, SIZES)]
     assert first[0]["eval/knn_top1"] == first[1]["eval/knn_top1"]
     assert first[0]["rep/effective_rank_z"] == pytest.approx(first[1]["rep/effective_rank_z"])

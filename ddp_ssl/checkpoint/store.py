@@ -364,7 +364,7 @@ def load_file(
 ) -> tuple[str, dict[str, Any]]:
     """The SHA-256 and the state of a checkpoint file; raises `ValueError` as `load` does.
 
-    What the run prunes or exchanges meanwhile is read as it was.
+    A file that the run prunes or exchanges meanwhile is read as it was.
     """
     manifest = path.with_suffix(".json")
     if path == manifest:

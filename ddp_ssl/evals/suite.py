@@ -1,8 +1,7 @@
 """The suite: small data sets x linear classifier, k-NN and few labels, as one table of a run.
 
-`suite-CHECKPOINT.json` in `evaluate/` of the run folder holds what is measured, and is written
-after each measurement. What it holds for the same weights, settings and images is not measured
-again.
+`suite-CHECKPOINT.json` in `evaluate/` of the run folder holds the measurements, and is written
+after each. A measurement of the same weights, settings and images is not made again.
 """
 
 import fcntl

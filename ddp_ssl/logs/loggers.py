@@ -39,8 +39,8 @@ class RunInfo:
 class Logger:
     """Base of a logger. Rank 0 makes one when a run starts, and gives it every row in order.
 
-    A run that goes on computes the steps after its checkpoint again. What was given of them before
-    is not given again, so a logger gets each row once, whatever the number of restarts.
+    A run that goes on computes the steps after its checkpoint again. It does not give rows of these
+    steps again. So a logger gets each row once, whatever the number of restarts.
 
     Methods are called between two steps, and training waits for them. A logger that raises gets no
     more calls; a warning says so, and the run goes on.

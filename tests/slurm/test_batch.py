@@ -1,4 +1,4 @@
-"""The batch scripts on a real Slurm of two nodes: to the end, and stopped in every way there is."""
+"""The batch scripts on a real Slurm of two nodes: to the end, and stopped in every way."""
 
 from __future__ import annotations
 

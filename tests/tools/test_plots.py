@@ -1,4 +1,4 @@
-"""The pictures: what is drawn, what is said of what is not there, and Table 3 from Table 18."""
+"""The pictures: curves, messages about missing figures, and Table 3 from Table 18."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def measured(epoch: int, **more: Any) -> dict[str, Any]:
 
 
 def lines(figure: Any) -> dict[str, list[tuple[list[float], list[float], str]]]:
-    """By panel: what is on the axes, with the style of the line."""
+    """The curves of each panel, with their line styles."""
     return {
         axis.get_title(): [
             (list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle())
