@@ -347,12 +347,7 @@ def test_the_command_that_goes_on_is_whole(monkeypatch: pytest.MonkeyPatch) -> N
 
 def train_and_stop(args: list[str]) -> int | str:
     """SIGTERM to rank 2 alone, in the middle."""
-
-    def fourth(job: Any) -> None:
-        if job.state.step == 3 and os.environ["RANK"] == "2":
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return train(args, on_step=fourth)
+    return train(args, stop_at=3 if os.environ["RANK"] == "2" else None)
 
 
 def test_a_used_folder_and_another_experiment_are_refused(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import SHALLOW
+from tests.runs import SMALL
 from tests.slurm.cluster import Cluster, Unavailable, running
 
 ROOT = Path(__file__).parent.parent.parent
@@ -26,25 +26,12 @@ def tiny(images: Path, *more: str) -> list[str]:
     """Overrides that make configs/imagenet100/adadim.yaml 100 steps of a tiny network."""
     return [
         f"data.root={images}",
-        "run.device=cpu",
-        "run.threads=1",
-        SHALLOW,
-        "model.projector=[24, 12]",
-        "data.views=[{count: 2, size: 16, recipe: sym}]",
-        "data.batch_size=12",
-        "data.threads=1",
-        "optim.epochs=3",
+        *SMALL,
         "optim.warmup_epochs=1",
         "optim.lr=0.5",
         "optim.precision=fp32",
         "method.name=tests.slurm.held:Held",
-        "method.alpha_every=1",
-        "method.beta_scale=0.1",
         "eval.every=2",
-        "measure.every=1",
-        "eval.raw_pixels=false",
-        "log.every_steps=2",
-        "log.tensorboard=false",
         "checkpoint.every_steps=10",
         *more,
     ]
