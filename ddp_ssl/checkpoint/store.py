@@ -400,11 +400,6 @@ def load_file(
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def is_of_a_run(state: dict[str, Any]) -> bool:
-    """Whether a state has the parts of a run's checkpoint that weights are taken from."""
-    return {"model", "step", "identity"} <= state.keys() and isinstance(state["model"], dict)
-
-
 def _verify(
     file: io.BufferedReader, manifest: Path, text: str | None, sha256: str | None
 ) -> tuple[str, str | None]:

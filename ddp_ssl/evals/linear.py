@@ -56,7 +56,8 @@ def evaluate_linear(
     test = extractor.features(val, protocol.patches, f"{settings.data.name} test images")
     # Sums over processes round differently at each number of them, and a high learning rate makes
     # much of that. Small data sets are trained on by every process alike, in its one order.
-    alike = not settings.linear.augment and is_small(extractor, len(train) + len(val))
+    small = 4 * extractor.width * (len(train) + len(val)) <= SMALL
+    alike = small and not settings.linear.augment
     if alike:
         test, comm = gathered(test, comm, device), ONE_PROCESS
     choosing = len(protocol.lrs) > 1 and settings.linear.held_out > 0 and few is None
@@ -105,11 +106,6 @@ def evaluate_linear(
     # The best mean accuracy on held-out images; the first among equals.
     means = np.mean([result.held_out or [] for result in results], axis=0)
     return protocol, results, int(means.argmax())
-
-
-def is_small(extractor: Extractor, images: int) -> bool:
-    """Whether each process can hold the features of so many images."""
-    return 4 * extractor.width * images <= SMALL
 
 
 def gathered(block: Block, comm: Comm, device: torch.device) -> Block:

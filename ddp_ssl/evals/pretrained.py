@@ -19,7 +19,6 @@ from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.distributed import World
 from ddp_ssl.distributed.agreement import on_all_ranks
 from ddp_ssl.errors import refused
-from ddp_ssl.evals.features import teller
 from ddp_ssl.evals.settings import Backbone, EvaluateConfig, config_of_run
 from ddp_ssl.evals.weights import (
     Source,
@@ -32,6 +31,7 @@ from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods.base import Method
 from ddp_ssl.models import architecture, build_backbone
 from ddp_ssl.utils import hub
+from ddp_ssl.utils.progress import logger
 
 State = Mapping[str, Tensor]
 
@@ -139,7 +139,7 @@ def load_everywhere(
             )
 
     on_all_ranks(world, compare)
-    teller(world)(pretrained.description)
+    logger.info("%s", pretrained.description)
     return pretrained
 
 

@@ -25,7 +25,6 @@ from ddp_ssl.distributed.agreement import on_all_ranks, on_rank_0
 from ddp_ssl.evals import evaluation, report
 from ddp_ssl.evals.accuracy import difference, over_both
 from ddp_ssl.evals.evaluation import Evaluation
-from ddp_ssl.evals.features import teller
 from ddp_ssl.evals.pretrained import Pretrained, load_everywhere
 from ddp_ssl.evals.report import Report, percent
 from ddp_ssl.evals.settings import EvaluateConfig, protocol_of
@@ -80,9 +79,8 @@ def run(
     check(settings)
     root = settings.data.root
     places, missing = on_rank_0(world, lambda: find(root, asked))
-    tell = teller(world)
     if missing:
-        tell(f"not in {place_in_words(root)}: {', '.join(missing)}")
+        logger.info(f"not in {place_in_words(root)}: {', '.join(missing)}")
     pretrained = load_everywhere(source, settings, world)
     suite = Suite(source, settings, pretrained, world)
     if against is not None:
@@ -96,7 +94,9 @@ def run(
         except ConfigError as error:  # on all processes
             suite.leave_out(label, str(error))
     on_rank_0(world, lambda: suite.finish(against))
-    tell(f"{suite.measured} measured, {suite.kept} kept ({time.perf_counter() - start:.0f} s)")
+    logger.info(
+        f"{suite.measured} measured, {suite.kept} kept ({time.perf_counter() - start:.0f} s)"
+    )
     return int(bool(suite.content["left_out"]))
 
 
@@ -227,11 +227,10 @@ class Suite:
         entry = self.mine[label] = self.content["data"][label] = {**facts, "measures": {}}
         if all(before.get(key) == facts[key] for key in DIGESTS):
             entry["measures"] = before.get("measures", {})
-        tell = teller(self.world)
         for name, (command, settings) in zip(MEASURES, steps(evaluated.settings), strict=True):
             if name in entry["measures"]:
                 self.kept += 1
-                tell(f"{label}, {name}: {cell(entry['measures'][name])}, measured before")
+                logger.info(f"{label}, {name}: {cell(entry['measures'][name])}, measured before")
                 continue
             evaluated.command, evaluated.settings = command, settings
             evaluated.extractor.settings = settings
@@ -241,7 +240,7 @@ class Suite:
             entry["measures"][name] = {**numbers(result), "unreadable": len(bad)}
             self.measured += 1
             on_rank_0(self.world, self._write)
-            tell(f"{label}, {name}: {cell(entry['measures'][name])}")
+            logger.info(f"{label}, {name}: {cell(entry['measures'][name])}")
 
     def leave_out(self, label: str, why: str) -> None:
         """Say why a data set is not measured, and go on."""

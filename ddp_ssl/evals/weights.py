@@ -116,7 +116,7 @@ def read_checkpoint(path: Path, sha256: str | None = None) -> dict[str, Any]:
 
 
 def _of_a_run(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    if not store.is_of_a_run(state):
+    if not ({"model", "step", "identity"} <= state.keys() and isinstance(state["model"], dict)):
         raise ValueError(
             f"{path} is no checkpoint of a run: it has no model, step and identity; a run folder "
             "or a file in its checkpoints/ is accepted (backbone.pt is the backbone alone)"

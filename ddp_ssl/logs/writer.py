@@ -78,7 +78,7 @@ class MetricsWriter:
     def scalars(self, row: Row) -> None:
         """Write one row: `step`, `epoch` and any metrics by name."""
         values = {name: _plain(value) for name, value in row.items()}
-        text = {name: _as_json(value) for name, value in values.items()}
+        text = {n: value if math.isfinite(value) else str(value) for n, value in values.items()}
         line = json.dumps(text, allow_nan=False).encode() + b"\n"
         self._pending, self.crc = self._pending + line, zlib.crc32(line, self.crc)
         self._drain()
@@ -245,13 +245,9 @@ def _plain(value: float | int) -> float | int:
 
 
 def _as_number(value: Any) -> float | int:
-    """A number as `_as_json` wrote it; raises `ValueError`."""
+    """A number as it was written; raises `ValueError`."""
     if isinstance(value, int | float):
         return value
     if isinstance(value, str):
         return float(value)
     raise ValueError
-
-
-def _as_json(value: float | int) -> float | int | str:
-    return value if math.isfinite(value) else str(value)

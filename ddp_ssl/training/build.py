@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -44,6 +45,8 @@ from ddp_ssl.training.recorder import Recorder
 from ddp_ssl.training.state import initial_weights, load, restore
 from ddp_ssl.utils.launcher import cpu_share, restarts
 from ddp_ssl.utils.seeds import derive
+
+logger = logging.getLogger("ddp_ssl")
 
 
 def build(
@@ -114,7 +117,7 @@ def build(
     )
     skew = RankSkew(world, [text.partition(" ")[0] for text in ranks])
     recorder = Recorder(config, world, loader.steps_per_epoch, writer, bad_images, skew)
-    measurement = Measurement(method, config, world, data, bad, recorder.tell)
+    measurement = Measurement(method, config, world, data, bad)
     code = environment.code_version() if world.is_main else {}
     checkpointer = Checkpointer(
         start.folder, config.checkpoint, world, watch, status, recorder.sync,
@@ -142,7 +145,7 @@ def begin(job: Job, start: folder.Start, saved: dict[str, Any] | None) -> None:
         epochs.begin(job)
         return
     on_all_ranks(world, lambda: restore(job, saved))
-    job.recorder.tell(f"resumed from {start.checkpoint} at step {done.step}, epoch {done.epoch}")
+    logger.info(f"resumed from {start.checkpoint} at step {done.step}, epoch {done.epoch}")
     status.verdict = report.verdict_of(job)
     if world.is_main:
         status.record("running", step=done.step)

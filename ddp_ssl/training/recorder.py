@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import resource
 import time
@@ -22,8 +21,6 @@ from ddp_ssl.logs.writer import MetricsWriter
 from ddp_ssl.training.bad_images import BadImageList
 from ddp_ssl.training.rank_skew import RankSkew
 from ddp_ssl.utils import device_timer
-
-logger = logging.getLogger("ddp_ssl")
 
 Table = list[dict[str, Any]]
 
@@ -212,16 +209,6 @@ class Recorder:
         """Write metrics that are on the host already."""
         if self.writer is not None:
             self.writer.scalars({"step": step, "epoch": self.epoch(step), **metrics})
-
-    def tell(self, text: str) -> None:
-        """A line for people, on rank 0."""
-        if self.writer is not None:
-            logger.info("%s", text)
-
-    def warn(self, text: str) -> None:
-        """A warning for people, on rank 0."""
-        if self.writer is not None:
-            logger.warning("%s", text)
 
     def image(self, name: str, image: Any) -> None:
         """A picture `[H, W, 3]` for the loggers."""
