@@ -99,8 +99,8 @@ def _plan(config: Config, restarted: bool | None, number: int = 1) -> _Plan:
     """`number`: which of the names a run without `run.dir` gets."""
     resume = config.run.resume
     restarted = bool(restarts()) if restarted is None else restarted
-    began = config.run.dir is not None and store.find(Path(config.run.dir))
-    if restarted and (resume == "never" or began):
+    given = config.run.dir
+    if restarted and (resume == "never" or (given is not None and store.find(Path(given)))):
         resume = "auto"  # also where the first start continued from elsewhere
     source = None if resume in ("never", "auto") else Path(resume)
     if source is not None and not source.exists():
