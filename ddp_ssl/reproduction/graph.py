@@ -5,8 +5,8 @@ alike across the classes. An augmentation of an image looks like the image itsel
 rho, like the other one of its class (mu), of its look (nu), or like the one that shares neither
 (delta). The graph's adjacency is A = P P^T. Features are the leading eigenvectors of A, which is
 what the spectral contrastive loss learns; two are learned here, so that the second decides: class
-or look. The paper's probabilities were lost in the text we have: rho > mu > nu > delta is what it
-says of them, the values are ours.
+or look. The text that we have lacks the paper's probabilities. It says rho > mu > nu > delta; the
+values are ours.
 """
 
 import sys
