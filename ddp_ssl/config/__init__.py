@@ -15,7 +15,6 @@ from ddp_ssl.config.schema import Checkpoint as Checkpoint
 from ddp_ssl.config.schema import Config as Config
 from ddp_ssl.config.schema import Data as Data
 from ddp_ssl.config.schema import Eval as Eval
-from ddp_ssl.config.schema import Log as Log
 from ddp_ssl.config.schema import Measure as Measure
 from ddp_ssl.config.schema import MethodConfig as MethodConfig
 from ddp_ssl.config.schema import Model as Model
