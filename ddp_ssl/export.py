@@ -77,6 +77,7 @@ class Trained:
     path: Path
     sha256: str
     """Of the checkpoint, as it was read: the run may have pruned it since."""
+    average: bool = False  # the average of the weights (`RUN:ema`)
 
     @property
     def size(self) -> int:
@@ -114,7 +115,7 @@ def load_trained(source: str, trusted: str = "") -> Trained:
     prefix = "method.backbone."
     own = {n.removeprefix(prefix): v for n, v in state["model"].items() if n.startswith(prefix)}
     fill(backbone, own, path)
-    return Trained(backbone.eval(), width, config, state, path, sha256)
+    return Trained(backbone.eval(), width, config, state, path, sha256, found.average)
 
 
 # --- the formats ---------------------------------------------------------------------------------
@@ -318,6 +319,7 @@ def about(trained: Trained) -> dict[str, str]:
 
 METRICS = {
     "eval/knn_top1": "k-NN top-1",
+    "eval/knn_top1_ema": "k-NN top-1 of the average",
     "eval/probe_top1": "online linear probe, top-1",
     "rep/effective_rank_r": "effective rank of the features",
     "rep/effective_rank_z": "effective rank of the embeddings",
@@ -343,7 +345,8 @@ def model_card(trained: Trained, form: Form, file: Path, place: str, off: float)
     rows = {
         "architecture": f"timm `{model.backbone}`{f' ({arguments})' if arguments else ''}{stem}",
         "output": f"{trained.width} features; {parameters / 1e6:.2f} M parameters",
-        "pretrained with": f"{config.method.name}, without labels",
+        "pretrained with": f"{config.method.name}, without labels"
+        + f"; moving average of the weights ({config.model.ema})" * trained.average,
         "data": f"{config.data.name} ({', '.join(f'{k} {v}' for k, v in images.items())})",
         "training": f"{state['epoch']} of {config.optim.epochs} epochs, {state['step']} steps of "
         f"{config.data.batch_size} images x {config.num_views} views on {len(state['ranks'])} "
@@ -473,7 +476,8 @@ def export(
     """
     trained = load_trained(source, trusted)
     # `RUN/checkpoints/x.pt` lies two below the run.
-    folder = out or trained.path.absolute().parent.parent / "export" / form
+    form_folder = form + "-ema" * trained.average
+    folder = out or trained.path.absolute().parent.parent / "export" / form_folder
     with refused(f"--out: {folder} cannot be created", "a folder is accepted"):
         folder.mkdir(parents=True, exist_ok=True)
     card = folder / "README.md"
@@ -507,7 +511,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ddp-ssl export", "Export a run's backbone, with a model card, for use without ddp_ssl."
     )
     parser.add_argument(
-        "source", metavar="RUN", help="a run folder, RUN:best, RUN:last or a checkpoint in it"
+        "source", metavar="RUN", help="a run folder, RUN:best, RUN:ema or a checkpoint in it"
     )
     parser.add_argument(
         "--format", choices=list(FILES), dest="form",

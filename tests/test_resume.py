@@ -457,10 +457,15 @@ def test_torchrun_restarts_after_a_kill(photos: Path, whole: Whole, tmp_path: Pa
     assert rows(folder) == rows(whole(3))
 
 
-STATEFUL = {
+STATEFUL: dict[str, tuple[str, ...]] = {
     "deepclusterv2": ("method.prototypes=[5, 3, 4]",),
     "swav": ("method.prototypes=7", "method.queue_size=17", "method.queue_epoch=0"),
-    "mocov2plus": ("method.queue_size=17",),
+    "mocov2plus": (
+        "method.queue_size=17",
+        "model.ema=0.5",
+        "optim.final_weight_decay=0.1",
+        "optim.layer_decay=0.9",
+    ),
     "dino": ("method.prototypes=9", "method.warmup_teacher_epochs=2"),
 }
 
@@ -487,3 +492,8 @@ def test_methods_with_state_resume_to_the_last_bit(
         for f in ("run", "whole")
     )
     assert_same_bits(ours, theirs)
+    if "model.ema=0.5" in STATEFUL[name]:
+        files = (tmp_path / f / "backbone_ema.pt" for f in ("run", "whole"))
+        assert_same_bits(*(torch.load(file, weights_only=True) for file in files))
+        at_end = next(r for r in reversed(rows(tmp_path / "run")) if "eval/knn_top1" in r)
+        assert at_end.keys() >= {"eval/knn_top1_ema", "eval/probe_top1_ema"}

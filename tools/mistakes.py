@@ -78,7 +78,7 @@ SECTIONS = {
         Mistake("train method.name=simclr method.alpha_every=2", "method.temperature"),
         Mistake("train model.backbone=resnt18", "resnet18"),
         Mistake("train model.backbone=dinov2_vits14", "_dinov2"),
-        Mistake("train model.backbone=vit_small_patch16_224", "img_size"),
+        Mistake("train model.backbone=vit_small_patch14_dinov2", "32"),
         Mistake("train run.device=gpu", "cuda"),
         Mistake("train run.device=cuda", "cpu"),
     ],

@@ -115,6 +115,10 @@ class Model(Section):
     """Memory format of weights and images."""
     compile: bool = False
     """`torch.compile` the backbone."""
+    ema: float | None = Field(None, ge=0, lt=1)
+    """Share that a moving average of the backbone's weights keeps of itself at a step; at first it
+    is (1 + t) / (10 + t) at step t, where that is less. It is evaluated beside the weights
+    (`eval/knn_top1_ema`) and exported as `RUN:ema`. Unset: there is none."""
     checkpointing: bool = False
     """Compute each block's activations again in the backward pass: a fraction of the memory, a
     third more time. For timm's models that can, and not for batch norm."""
@@ -228,7 +232,14 @@ class Optim(Section):
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
     """The cosine ends at this fraction of the peak."""
     weight_decay: float = Field(1e-4, ge=0)
-    """Weight decay; under LARS, Adam and AdamW not on 1-D parameters (biases, norms)."""
+    """Weight decay; under LARS, Adam and AdamW not on 1-D parameters (biases, norms), nor on a
+    ViT's tokens and position embeddings."""
+    final_weight_decay: float | None = Field(None, ge=0)
+    """Weight decay at the end, towards which it follows a cosine over all steps. Unset: it stays
+    as it is."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Factor of the learning rate from each of the backbone's layers to the one before it. Unset:
+    one rate for all."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of LARS and SGD."""
     betas: tuple[Below1, Below1] = (0.9, 0.999)

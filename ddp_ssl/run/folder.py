@@ -22,7 +22,7 @@ from ddp_ssl.utils.launcher import job_name, restarts
 # Files of a run that are written beside and renamed.
 WRITTEN = (
     "config.yaml", "environment.json", "status.json", "views.png", "bad_images.txt",
-    "metrics.jsonl", "given.json", "backbone.pt", "result.md",
+    "metrics.jsonl", "given.json", "backbone.pt", "backbone_ema.pt", "result.md",
 )  # fmt: skip
 
 

@@ -223,7 +223,7 @@ def network_of(learner: Learner, config: Config, comm: Comm, world: World) -> Ne
     network = Network(
         learner,
         on_device(learner, config, world),
-        optim.build(config.optim, parameter_groups(learner, config)),
+        optim.build(config.optim, parameter_groups(learner, config), learner.method.backbone),
         torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16"),
     )
     if world.size > 1:

@@ -98,7 +98,9 @@ def evaluate(job: Job, accuracy: bool, measure: bool) -> dict[str, float]:
         return {}
     start = time.perf_counter()
     with job.setting.watch.during("validation"):
-        metrics = job.validation.metrics(learner.method, learner.probe, accuracy, measure)
+        metrics = job.validation.metrics(
+            learner.method, learner.probe, accuracy, measure, learner.average
+        )
     metrics["perf/validation_s"] = time.perf_counter() - start
     if measure:
         metrics["perf/measure_s"] = job.validation.measure_s
@@ -107,7 +109,10 @@ def evaluate(job: Job, accuracy: bool, measure: bool) -> dict[str, float]:
     state.first = state.first or metrics
     state.latest |= metrics
     job.recorder.row(state.step, metrics)
-    names = ("eval/knn_top1", "eval/probe_top1", "rep/effective_rank_r", "rep/effective_rank_z")
+    names = (
+        "eval/knn_top1", "eval/knn_top1_ema", "eval/probe_top1", "rep/effective_rank_r",
+        "rep/effective_rank_z",
+    )  # fmt: skip
     shown = [f"{n.partition('/')[2]} {metrics[n]:.4g}" for n in names if n in metrics]
     if "eval/knn_bank" in metrics:
         shown.append(f"(bank of {metrics['eval/knn_bank']:.0f} images)")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 
 from ddp_ssl.data.build import train_loader
 from ddp_ssl.logs.picture import view_grid
@@ -97,13 +98,18 @@ def finish(job: Job) -> None:
     if not job.world.is_main:
         return
     config, state, folder = job.config, job.state, job.setting.folder
-    weights = folder / "backbone.pt"
-    with warned(weights), replaced(weights) as temporary:
-        torch.save(export(job.network.method.backbone), temporary)
-        sync(temporary)
+    weights, average = folder / "backbone.pt", job.network.learner.average
+    written: dict[Path, nn.Module] = {weights: job.network.method.backbone}
+    if average is not None:
+        written[folder / "backbone_ema.pt"] = average
+    for path, network in written.items():
+        with warned(path), replaced(path) as temporary:
+            torch.save(export(network), temporary)
+            sync(temporary)
     names = {
         "eval/knn_raw_pixels": "k-NN top-1, raw pixels",
         "eval/knn_top1": "k-NN top-1",
+        "eval/knn_top1_ema": "k-NN top-1, average of weights",
         "eval/probe_top1": "online probe top-1",
         "rep/alpha": "alpha",
         "rep/effective_rank_z": "effective rank of z",

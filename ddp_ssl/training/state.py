@@ -153,3 +153,5 @@ def initial_weights(learner: Learner, config: Config) -> None:
             f"of another shape, the first is {wrong[0].removeprefix('method.')}"
         )
     learner.load_state_dict({**own, **{name: theirs[name] for name in ours}})
+    if learner.average is not None:
+        learner.average.load_state_dict(learner.method.backbone.state_dict())
