@@ -533,7 +533,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if push and form in (None, "timm"):  # the hub's form is timm's too
             form = "hub"
         if form is None:
-            parser.error("the following arguments are required: --format, or --push")
+            parser.error(f"--format ({', '.join(FILES)}) or --push USER/NAME is needed")
         if push and form != "hub":
             parser.error(f"--push: --format {form} given; hub or none would be accepted")
         if push:

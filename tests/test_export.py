@@ -190,7 +190,7 @@ def test_what_cannot_be_exported_is_one_line(
     stray = narrow / "checkpoints" / "stray.pt"
     torch.save({"x": 1}, stray)
     cases: list[tuple[list[str], str]] = [
-        ([str(run)], "the following arguments are required: --format"),
+        ([str(run)], "--format (timm, torchvision, safetensors, onnx, hub) or --push"),
         ([str(run), "--format", "tf"], "argument --format: invalid choice: 'tf' (choose from"),
         (["nowhere", "--format", "timm"], "nowhere does not exist"),
         ([str(empty), "--format", "timm"], "no run folder (config.yaml is not there)"),

@@ -295,7 +295,7 @@ def test_what_holds_no_images_is_one_line(tmp_path: Path) -> None:
         (str(both),): r"both holds cifar10 and cifar100; data\.name=cifar10 chooses one",
         (str(run),): "a run: the folder of a run; ddp-ssl resume '.*/a run' goes on with it$",
         (empty, "optim.epoch=3"): r"^optim\.epoch: unknown key; did you mean optim\.epochs",
-        ("nowhere",): "^nowhere: expected CONFIG.yaml, .*, a folder of images, or key=value",
+        ("nowhere",): "^nowhere: no such file, .*, a folder of images, or key=value",
     }.items():
         with pytest.raises(ConfigError, match=said):
             load(words)

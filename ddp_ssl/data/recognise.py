@@ -168,8 +168,8 @@ def _listed(data: Data) -> Look:
     there = [path for path in paths if os.path.isfile(path)]
     if names and not there:
         raise ConfigError(
-            f"data.files: {file}: none of its first files is there, such as {paths[0]}; names are "
-            "meant from data.root, or else from the list's folder"
+            f"data.files: {file}: none of its first files is there, such as {paths[0]}; the "
+            "names are paths from data.root or, if it is unset, from the list's folder"
         )
     side = _side("data.files", there)
     count = _training(data, len(names), bool(data.val_files))
