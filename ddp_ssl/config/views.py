@@ -10,15 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from ddp_ssl.config.section import Probability, Section, Side, Strength
 from ddp_ssl.utils.text import suggest
 
+# Fields that older checkpoints do not know; they are written down only where they are set.
+LATER = ("vertical_flip_p", "rotate")
+QUARTERS = 90
+"""The `rotate` that means quarter turns."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class View:
-    """One random view, in this order: crop, jitter, grayscale, blur, solarize, flip."""
+    """One random view, in this order: crop, turn, jitter, grayscale, blur, solarize, flip."""
 
     size: int = 224
     """Side of the square output, in pixels."""
@@ -37,6 +42,14 @@ class View:
     """Range of the Gaussian's standard deviation, in pixels of the output."""
     solarize_p: float = 0.0
     flip_p: float = 0.5
+    vertical_flip_p: float = 0.0
+    rotate: float = 0.0
+    """0: no turn; 90: 0 to 3 quarter turns; otherwise an angle within +- so many degrees."""
+
+    def __repr__(self) -> str:
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        shown = (f"{name}={value!r}" for name, value in values if value or name not in LATER)
+        return f"View({', '.join(shown)})"
 
 
 class CentralCrop(NamedTuple):
@@ -105,6 +118,12 @@ class ViewGroup(Section):
     """Probability of solarisation at 128."""
     flip_p: Probability | None = None
     """Probability of a horizontal flip."""
+    vertical_flip_p: Probability | None = None
+    """Probability of a vertical flip. Unset: 0."""
+    rotate: Annotated[float, Field(ge=0, le=180)] | None = None
+    """90: no turn or one, two or three quarter turns, equally often, without interpolation.
+    Another number: an angle drawn from plus or minus so many degrees, bilinear; the pixels at the
+    border of the crop are repeated into the corners. Unset: 0, no turn."""
 
     @field_validator("recipe")
     @classmethod
@@ -119,6 +138,11 @@ class ViewGroup(Section):
         if value is not None and not 0 < value[0] <= value[1]:
             raise ValueError(f"expected [low, high] with 0 < low <= high, got {list(value)}")
         return value
+
+    @model_serializer(mode="wrap")
+    def _as_older_checkpoints(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        return {k: v for k, v in values.items() if v is not None or k not in LATER}
 
     @property
     def overrides(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ddp_ssl.config.views import CentralCrop, View
+from ddp_ssl.config.views import QUARTERS, CentralCrop, View
 from ddp_ssl.data.datasets.scan import EXTENSIONS
 from ddp_ssl.data.loading.formats import Decoding, PixelFormat
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
@@ -229,7 +229,7 @@ def augment(
     """One random view, HWC. `key` makes the operators' seeds."""
     # Parameters are drawn for every image. Drawn inside the conditionals, they would depend on the
     # coins of the other images.
-    x = random_crop(images, view, hashed(*key, "crop"))
+    x = turned(random_crop(images, view, hashed(*key, "crop")), view, key)
     if view.jitter_p > 0 or view.gray_p > 0:
         x = recolor(x, view, color_jitter, key)
     elif view.blur_p > 0 or view.solarize_p > 0:
@@ -308,6 +308,39 @@ def random_crop(x: Node, view: View, seed: int) -> Node:
         interp_type=types.INTERP_CUBIC,
         antialias=True,
         seed=seed,
+    )
+
+
+def turned(x: Node, view: View, key: Key) -> Node:
+    """Turned by `view.rotate`, then flipped vertically. Positive angles are counter-clockwise."""
+    if view.rotate == QUARTERS:
+        turns = fn.random.uniform(values=[0.0, 1.0, 2.0, 3.0], seed=hashed(*key, "rotate"))
+        x = quarter_turns(x, turns)
+    elif view.rotate > 0:
+        angle = uniform(-view.rotate, view.rotate, hashed(*key, "rotate"))
+        x = rotate(x, angle)
+    if view.vertical_flip_p > 0:
+        probability, seed = view.vertical_flip_p, hashed(*key, "vertical flip")
+        flip = fn.random.coin_flip(probability=probability, seed=seed)
+        x = fn.flip(x, horizontal=0, vertical=flip)
+    return x
+
+
+def rotate(x: Node, angle: Node) -> Node:
+    """Turned by degrees, bilinear; beyond the border its pixels are repeated."""
+    return fn.rotate(x, angle=angle, keep_size=True, interp_type=types.INTERP_LINEAR)
+
+
+def quarter_turns(x: Node, turns: Node) -> Node:
+    """Turned `turns` (0 to 3) times by 90 degrees: a transposition and flips."""
+    if turns == 1.0 or turns == 3.0:
+        x = fn.transpose(x, perm=[1, 0, 2], transpose_layout=False, output_layout="HWC")
+    horizontal, vertical = turns >= 2.0, (turns == 1.0) | (turns == 2.0)
+    as_number = {"dtype": types.INT32}
+    return fn.flip(
+        x,
+        horizontal=fn.cast(horizontal, **as_number),
+        vertical=fn.cast(vertical, **as_number),
     )
 
 
