@@ -6,6 +6,7 @@ probabilities are per image.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, NamedTuple
@@ -16,7 +17,7 @@ from ddp_ssl.config.section import Probability, Section, Side, Strength
 from ddp_ssl.utils.text import suggest
 
 # Fields that older checkpoints do not know; they are written down only where they are set.
-LATER = ("vertical_flip_p", "rotate")
+LATER = ("vertical_flip_p", "rotate", "function")
 QUARTERS = 90
 """The `rotate` that means quarter turns."""
 
@@ -45,6 +46,8 @@ class View:
     vertical_flip_p: float = 0.0
     rotate: float = 0.0
     """0: no turn; 90: 0 to 3 quarter turns; otherwise an angle within +- so many degrees."""
+    function: str = ""
+    """`module:function` that makes the view in place of all augmentations; empty: none."""
 
     def __repr__(self) -> str:
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
@@ -61,7 +64,7 @@ class CentralCrop(NamedTuple):
     """Or `bilinear`; both antialiased."""
 
 
-AUGMENTATION_FIELDS = tuple(f.name for f in fields(View) if f.name != "size")
+AUGMENTATION_FIELDS = tuple(f.name for f in fields(View) if f.name not in ("size", "function"))
 
 # The recipes of solo-learn, ReSSL and SwAV. A recipe lists one view or more, and a group takes them
 # in turn: four views of `asym` are first, second, first, second.
@@ -93,7 +96,8 @@ class ViewGroup(Section):
     size: Side = 224
     """Side of the crops, in pixels."""
     recipe: str = "asym"
-    """Named augmentations: asym, sym, weak, vic, ressl, multiview, crop."""
+    """Named augmentations: asym, sym, weak, vic, ressl, multiview, crop; or `module:function`, a
+    function of one's own on DALI's graph, docs/data.md."""
     scale: tuple[Probability, Probability] | None = None
     """Range of the crop's area, as a fraction of the image's."""
     ratio: tuple[Strength, Strength] | None = None
@@ -128,8 +132,11 @@ class ViewGroup(Section):
     @field_validator("recipe")
     @classmethod
     def _known_recipe(cls, value: str) -> str:
-        if value not in RECIPES:
-            raise ValueError(f"unknown recipe {value!r}{suggest(value, RECIPES)}")
+        if value not in RECIPES and not re.fullmatch(r"[\w.]+:\w+", value):
+            raise ValueError(
+                f"unknown recipe {value!r}{suggest(value, RECIPES)}; accepted: "
+                f"{', '.join(RECIPES)}, or module:function"
+            )
         return value
 
     @field_validator("scale", "ratio", "blur_sigma")
@@ -159,7 +166,7 @@ def views_of(groups: Sequence[ViewGroup]) -> list[View]:
     """
     views, largest = [], max((group.size for group in groups), default=0)
     for group in groups:
-        recipe = RECIPES[group.recipe]
+        recipe = RECIPES.get(group.recipe) or (View(function=group.recipe),)
         small = SMALL.get(group.recipe, {}) if group.size < largest else {}
         for index in range(group.count):
             base = recipe[index % len(recipe)]

@@ -86,6 +86,7 @@ def load(arguments: Sequence[str], trusted: str = "*") -> Resolved:
     merged, origins = merge(with_overrides([recipe, *layers], overrides, typed))
     merged["method"] = {**merged.get("method", {}), "name": name}
     config = validate(merged, typed, origins)
+    check_recipes([group.recipe for group in config.data.views], trusted)
     try:
         check(config)
         config.method.check(config)
@@ -106,6 +107,15 @@ def check_trust(method: str, trusted: str) -> None:
         )
     if trusted not in ("", "*", method):
         raise ConfigError(f"method.name: the run's is {method}, not {trusted}")
+
+
+def check_recipes(names: Sequence[str], trusted: str) -> None:
+    """Raise `ConfigError` if views would be made by a function that is not `trusted` (`*`)."""
+    if trusted != "*" and (outside := [name for name in names if ":" in name]):
+        raise ConfigError(
+            f"data.views: the recipe {outside[0]} would be imported from outside this package; if "
+            "you trust it, --trust is accepted"
+        )
 
 
 def _preset(overrides: Sequence[str]) -> Preset | None:

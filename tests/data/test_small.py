@@ -216,6 +216,7 @@ def test_what_is_made_here() -> None:
     assert small.suits(images, [view], "seq", cpu)
     assert small.suits(images, [view], "fast", cpu)
     assert not small.suits(images, [view], "exact", cpu)
+    assert not small.suits(images, [View(size=32, function="mine:erased")], "seq", cpu)
     assert not small.suits(images, [view, View(size=96)], "seq", cpu)
     assert not small.suits(large, [view], "seq", cpu)
     assert not small.suits(None, [view], "seq", cpu)

@@ -9,6 +9,7 @@ augmented on a CPU by `small_images.py` and only pass through here.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -18,9 +19,11 @@ import numpy as np
 
 from ddp_ssl.config.views import QUARTERS, CentralCrop, View
 from ddp_ssl.data.datasets.scan import EXTENSIONS
+from ddp_ssl.data.loading import recipes
 from ddp_ssl.data.loading.formats import Decoding, PixelFormat
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 from ddp_ssl.driver import find_driver, install_command
+from ddp_ssl.errors import refused
 from ddp_ssl.utils.seeds import hashed
 
 try:
@@ -57,9 +60,10 @@ def train_iterator(
     `reading` makes the part of the graph that gives images and ids: `read` or `stream` with their
     arguments. `checkpoint` is a blob of this graph's.
     """
-    views = [(view, (seed, view_id)) for view_id, view in augmentation.keyed]
+    mode, form = augmentation.color_jitter, settings.form
+    views = [_maker(view, mode, form, (seed, view_id)) for view_id, view in augmentation.keyed]
     pipe = dali.pipeline_def(_train_graph, enable_conditionals=True)(
-        reading, views, augmentation.color_jitter, settings.form,
+        reading, views,
         batch_size=batch_size, num_threads=settings.cpu_threads, device_id=settings.device_id,
         seed=seed & 0x7FFFFFFF, prefetch_queue_depth=settings.prefetch, exec_dynamic=True,
         enable_checkpointing=True, checkpoint=checkpoint,
@@ -137,17 +141,42 @@ def _iterator(pipe: Any, views: int) -> Any:
     return dali_torch.DALIGenericIterator([pipe], names, prepare_first_batch=False)
 
 
+def try_recipe(view: View, settings: LoaderSettings) -> None:
+    """Make a view of two gray images by its recipe from outside; raises `ConfigError`."""
+
+    def source(info: Any) -> Any:
+        return [np.full((72, 64, 3), 128, np.uint8)] * 2, np.zeros((2, 1), np.int64)
+
+    reading = functools.partial(read, source, False, settings.decoding)
+    with refused(f"data.views: the recipe {view.function}"):
+        try:
+            pipe = train_iterator(
+                reading, Augmentation([view], "seq"), settings, seed=1, batch_size=2
+            )
+            shape = list(next(pipe)[0]["view0"].shape)
+        except Exception as error:
+            raise ValueError(recipes.mistake(view.function, error)) from error
+        if shape != [2, view.size, view.size, 3]:
+            raise ValueError(
+                f"it gives images of {shape[1:]}; [{view.size}, {view.size}, 3] are accepted"
+            )
+
+
 # --- graphs --------------------------------------------------------------------------------------
 
 
-def _train_graph(
-    reading: Reading,
-    views: Sequence[tuple[View, Key]],
-    color_jitter: str,
-    form: PixelFormat,
-) -> Any:
+def _train_graph(reading: Reading, views: Sequence[Callable[[Node], Node]]) -> Any:
     images, ids = reading()
-    return (*[augment(images, view, color_jitter, form, key) for view, key in views], ids)
+    return (*[make(images) for make in views], ids)
+
+
+def _maker(view: View, color_jitter: str, form: PixelFormat, key: Key) -> Callable[[Node], Node]:
+    """What makes a view of the images: `augment`, or the view's own function."""
+    if not view.function:
+        return functools.partial(augment, view=view, color_jitter=color_jitter, form=form, key=key)
+    seed = functools.partial(recipes.seed_of, key)
+    function = functools.partial(recipes.load_recipe(view.function), view=view, seed=seed)
+    return lambda images: normalize(function(images), form)
 
 
 def _eval_graph(reading: Reading, crop: CentralCrop, form: PixelFormat) -> Any:

@@ -45,7 +45,8 @@ def suits(
     images: Pixels | None, views: Sequence[View], color_jitter: str, device: torch.device
 ) -> bool:
     """Whether views of `images`, uint8 `[M, H, W, 3]` or None for files, are made here."""
-    if images is None or device.type != "cpu" or color_jitter == "exact":
+    outside = any(view.function for view in views)  # builds on the graph
+    if images is None or device.type != "cpu" or color_jitter == "exact" or outside:
         return False
     return max(*images.shape[1:3], *(view.size for view in views)) <= LARGEST
 
