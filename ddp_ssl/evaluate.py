@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import cast
 
 from ddp_ssl.commands import common
-from ddp_ssl.config import Config, ConfigError, Resolved, Section, reference_of
+from ddp_ssl.config import Config, ConfigError, Resolved, reference_of
 from ddp_ssl.evals.settings import OF_PRETRAINING, SECTIONS, EvaluateConfig, load_settings
 from ddp_ssl.evals.weights import Source, find_source
 from ddp_ssl.run.signals import stop_with_parent
 from ddp_ssl.utils.streams import say
+from ddp_ssl.utils.text import summary
 
 USAGE = """usage: ddp-ssl evaluate COMMAND SOURCE [CONFIG.yaml] [key=value ...]
        python -m ddp_ssl.evaluate COMMAND SOURCE [CONFIG.yaml] [key=value ...]
@@ -153,10 +154,7 @@ def _docstring(section: str, command: str | None) -> str:
     """A section's first line; "" for `eval` where the command uses its batch size only."""
     if section == "eval" and command not in (None, "dynamics"):
         return ""
-    kind = EvaluateConfig.model_fields[section].annotation
-    assert isinstance(kind, type)
-    assert issubclass(kind, Section)
-    return (kind.__doc__ or "").partition("\n")[0]
+    return summary(type(getattr(EvaluateConfig(), section)).__doc__)
 
 
 if __name__ == "__main__":

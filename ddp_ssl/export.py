@@ -35,12 +35,13 @@ from torch import Tensor, nn
 from ddp_ssl import models
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, Model
-from ddp_ssl.errors import reason
+from ddp_ssl.errors import reason, refused
 from ddp_ssl.evals.settings import config_of_run
 from ddp_ssl.evals.weights import fill, find_source, read_source
 from ddp_ssl.models import STEM_PADDING, architecture, build_backbone, loading_snippet
 from ddp_ssl.utils import hub
 from ddp_ssl.utils.files import json_file, path_of
+from ddp_ssl.utils.sealed import sha256_of
 from ddp_ssl.utils.text import one_line
 
 Form = Literal["timm", "torchvision", "safetensors", "onnx", "hub"]
@@ -337,6 +338,8 @@ def model_card(trained: Trained, form: Form, file: Path, place: str, off: float)
         stem = f", first convolution 3x3 with stride 1 and padding {padding}, no max-pool"
     images = {name: digest for name, digest in trained.identity.items() if " images" in name}
     code = state.get("code", {})
+    with open(file, "rb") as content:
+        digest = sha256_of(content)
     rows = {
         "architecture": f"timm `{model.backbone}`{f' ({arguments})' if arguments else ''}{stem}",
         "output": f"{trained.width} features; {parameters / 1e6:.2f} M parameters",
@@ -348,7 +351,7 @@ def model_card(trained: Trained, form: Form, file: Path, place: str, off: float)
         "config hash": f"`{trained.config_hash[:16]}` (SHA-256 of the settings below)",
         "checkpoint": f"{trained.path.name}, SHA-256 `{trained.sha256[:16]}`",
         "code": ", ".join(f"{name} {version}" for name, version in code.items()),
-        "file": f"{file.name}, {file.stat().st_size / 1e6:.1f} MB, SHA-256 `{_sha256(file)[:16]}`",
+        "file": f"{file.name}, {file.stat().st_size / 1e6:.1f} MB, SHA-256 `{digest[:16]}`",
         "checked": f"read back, its features are {equal(off)} (images of noise, CPU)",
     }
     latest: dict[str, float] = state.get("latest", {})
@@ -449,14 +452,6 @@ def _command(path: Path) -> str:
     return str(about.get("command", TRAINED))
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # --- the command ---------------------------------------------------------------------------------
 
 
@@ -479,12 +474,8 @@ def export(
     trained = load_trained(source, trusted)
     # `RUN/checkpoints/x.pt` lies two below the run.
     folder = out or trained.path.absolute().parent.parent / "export" / form
-    try:
+    with refused(f"--out: {folder} cannot be created", "a folder is accepted"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--out: {folder} cannot be created: {error.strerror}; a folder is accepted"
-        ) from None
     card = folder / "README.md"
     if card.exists() and CARD not in card.read_text(errors="replace"):
         raise ValueError(
@@ -513,8 +504,7 @@ def export(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     parser = common.Parser(
-        prog="ddp-ssl export",
-        description="Export a run's backbone, with a model card, for use without ddp_ssl.",
+        "ddp-ssl export", "Export a run's backbone, with a model card, for use without ddp_ssl."
     )
     parser.add_argument(
         "source", metavar="RUN", help="a run folder, RUN:best, RUN:last or a checkpoint in it"

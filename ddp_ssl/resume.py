@@ -12,7 +12,7 @@ from typing import Any
 from ddp_ssl import train
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, ConfigError, read_yaml
-from ddp_ssl.run.configure import check_recipes, check_trust
+from ddp_ssl.run.configure import check_inside, check_recipes, check_trust
 from ddp_ssl.utils.files import json_file
 from ddp_ssl.utils.streams import say
 
@@ -68,7 +68,10 @@ def arguments_of(words: Sequence[str]) -> list[str]:
     check_trust(name, trusted)  # the folder may be anybody's
     given = any(word.startswith(("log.to=", "log.tensorboard=")) for word in rest)
     if not given and trusted != "*":
-        check_loggers(read_yaml(config, Config))
+        log = read_yaml(config, Config).get("log")
+        to = log.get("to") if isinstance(log, dict) else None
+        names = [str(name) for name in to] if isinstance(to, list) else []
+        check_inside("log.to", names, f"'log.to=[{', '.join(names)}]'")
     data = read_yaml(config, Config).get("data")
     views = data.get("views") if isinstance(data, dict) else None
     groups = views if isinstance(views, list) else []
@@ -77,18 +80,6 @@ def arguments_of(words: Sequence[str]) -> list[str]:
     # A run that began with the weights of another one goes on with its own.
     own = [f"run.dir={folder}", "run.resume=auto", "run.init_from="]
     return [str(config), *_absolute(config), *own, *consent, *rest]
-
-
-def check_loggers(tree: dict[str, Any]) -> None:
-    """Raise `ConfigError` if a config's loggers would be imported from outside the package."""
-    log = tree.get("log")
-    named = log.get("to") if isinstance(log, dict) else None
-    names = [str(name) for name in named] if isinstance(named, list) else []
-    if outside := [name for name in names if ":" in name]:
-        raise ConfigError(
-            f"log.to: {outside[0]} would be imported from outside this package; if you trust it, "
-            f"'log.to=[{', '.join(names)}]' or --trust is accepted"
-        )
 
 
 def _is_place(word: str) -> bool:

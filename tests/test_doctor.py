@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from ddp_ssl import cli, distributed, doctor
-from ddp_ssl.checks import examination, images, machine, network, slurm, software, storage
+from ddp_ssl.checks import examination, images, machine, network, software, storage
 from ddp_ssl.checks.base import Check, Context, Finding, file_system, ok
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import Exchange, World
@@ -831,10 +831,3 @@ def test_scontrol_that_does_not_answer(
     code, (line,) = of_slurm(args)
     assert code == 1
     assert line.startswith("fail  slurm         scontrol: scontrol: error: no route")
-
-
-def test_time_limits() -> None:
-    assert slurm.to_minutes("1-02:03:30") == 24 * 60 + 123.5
-    assert slurm.to_minutes("00:10:00") == 10
-    assert slurm.to_minutes("10:00") == 10
-    assert slurm.to_minutes("UNLIMITED") is None

@@ -392,7 +392,7 @@ def talk(folder: Path | None, rank: int) -> None:
     console.setup_logging(None, rank)
     console.setup_logging(folder, rank)
     progress = console.ProgressLine(12, 5)
-    progress.tell("hello")
+    logging.getLogger("ddp_ssl").info("hello")
     progress.update({"step": 5, "epoch": 1})
     progress.update({"step": 10, "epoch": 2})
     logging.getLogger("ddp_ssl.training").warning("careful")

@@ -85,7 +85,15 @@ def test_runs_of_a_sweep_have_readable_folders_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("text", "minutes"),
-    [("90", 90), ("1:30", 2), ("24:00:00", 1440), ("2-0", 2880), ("1-2:3", 1563), ("0-0:0:1", 1)],
+    [
+        ("90", 90),
+        ("1:30", 2),
+        ("24:00:00", 1440),
+        ("2-0", 2880),
+        ("1-2:3", 1563),
+        ("0-0:0:1", 1),
+        ("1-02:03:04", 1564),
+    ],
 )
 def test_times_are_sbatch_s(text: str, minutes: int) -> None:
     assert submit_options._minutes(text) == minutes

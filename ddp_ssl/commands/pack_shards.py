@@ -63,11 +63,7 @@ class Unfinished(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = common.Parser(
-        prog="ddp-ssl pack-shards",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = common.Parser("ddp-ssl pack-shards", __doc__)
     parser.add_argument("config", nargs="*", help="[CONFIG.yaml] [key=value ...]")
     parser.add_argument("--out", type=path_of, required=True, help="folder for the shards")
     parser.add_argument("--shard-size", type=float, default=1e9, help="bytes (default 1e9)")

@@ -27,6 +27,7 @@ from ddp_ssl.config import read_yaml
 from ddp_ssl.logs.writer import read_metrics
 from ddp_ssl.reproduction.figures import pyplot, save
 from ddp_ssl.utils.files import if_readable, path_of
+from ddp_ssl.utils.text import summary
 
 COLUMNS = ("method", "effective_rank", "mutual_information", "accuracy")
 ENOUGH = 3  # models; any two lie on a line
@@ -197,9 +198,7 @@ def draw(groups: dict[str, list[Model]]) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = common.Parser(
-        prog="ddp-ssl plot balance", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = common.Parser("ddp-ssl plot balance", summary(__doc__))
     add = parser.add_argument
     add("models", nargs="+", type=path_of, metavar="RUN|CSV")
     add("--out", type=path_of, default=Path("balance.png"), help="default: %(default)s")

@@ -37,10 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     made = common.Parser(
-        prog="ddp-ssl verify",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The last line is `verdict: WORD`. The exit code is 0 if all are exact, else 1.",
+        "ddp-ssl verify",
+        __doc__,
+        "The last line is `verdict: WORD`. The exit code is 0 if all are exact, else 1.",
     )
     made.add_argument(
         "words", nargs="+", metavar="TARGET",

@@ -13,7 +13,7 @@ from ddp_ssl.config import ConfigError
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import World, comm_of
-from ddp_ssl.distributed.agreement import on_all_ranks
+from ddp_ssl.distributed.agreement import on_rank_0
 from ddp_ssl.evals import report
 from ddp_ssl.evals.features import Extractor, teller
 from ddp_ssl.evals.finetune import evaluate_finetune
@@ -50,7 +50,7 @@ def run(command: str, source: Source, settings: EvaluateConfig, world: World) ->
     result = evaluate(evaluation)
     bad = unreadable(evaluation)
     seconds = time.perf_counter() - start
-    on_all_ranks(world, lambda: finish(evaluation, result, bad, seconds) if world.is_main else None)
+    on_rank_0(world, lambda: finish(evaluation, result, bad, seconds))
 
 
 def folder_of(source: Source, settings: EvaluateConfig) -> Path:
@@ -73,9 +73,7 @@ def begin(
     pretrained, settings, data = prepare(source, settings, world, pretrained)
     train, val = _splits(settings, data)
     folder = folder_of(source, settings)
-    on_all_ranks(
-        world, lambda: folder.mkdir(parents=True, exist_ok=True) if world.is_main else None
-    )
+    on_rank_0(world, lambda: folder.mkdir(parents=True, exist_ok=True))
     tell = teller(world)
     tell(
         f"{command} on {data.name}: {len(train)} training and {len(val)} test images of "

@@ -81,7 +81,7 @@ def _one_seed(
         model.to(memory_format=torch.channels_last)
     if f.backbone_lr == 0:
         model.backbone.requires_grad_(False)
-    loader = random_crops(settings, train, batch, seed, comm, device, extractor.bad)
+    loader = random_crops(extractor, train, batch, seed)
     total = f.epochs * loader.steps_per_epoch
     loss = _train(model, layout, loader, settings, batch, world, f"fine-tuning, seed {seed}, steps")
     loader.close()

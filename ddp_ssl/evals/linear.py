@@ -12,13 +12,12 @@ from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.config import ConfigError
 from ddp_ssl.data.datasets import selection
 from ddp_ssl.data.datasets.split import Split
-from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.loader import TrainLoader
 from ddp_ssl.data.loading.order import Order, permutation
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 from ddp_ssl.evals.accuracy import Accuracy, Tally
 from ddp_ssl.evals.features import Block, Extractor, crop_view, gather_rows
-from ddp_ssl.evals.settings import EvaluateConfig, Protocol, protocol_of
+from ddp_ssl.evals.settings import Protocol, protocol_of
 from ddp_ssl.optim import learning_rate
 from ddp_ssl.utils.progress import Ticker
 from ddp_ssl.utils.seeds import hashed
@@ -167,10 +166,7 @@ class AugmentedSteps:
 
     def __init__(self, extractor: Extractor, train: Split, protocol: Protocol, seed: int) -> None:
         self.extractor, self.device, self.comm = extractor, extractor.device, extractor.comm
-        self.loader = random_crops(
-            extractor.settings, train, protocol.batch_size, seed, self.comm, self.device,
-            extractor.bad,
-        )  # fmt: skip
+        self.loader = random_crops(extractor, train, protocol.batch_size, seed)
         self.per_epoch = self.loader.steps_per_epoch
 
     def epoch(self, number: int) -> Iterator[Step]:
@@ -181,26 +177,18 @@ class AugmentedSteps:
             yield features, batch.labels, batch.ids.cpu()
 
 
-def random_crops(
-    settings: EvaluateConfig,
-    split: Split,
-    batch_size: int,
-    seed: int,
-    comm: Comm,
-    device: torch.device,
-    bad: BadImages,
-) -> TrainLoader:
+def random_crops(extractor: Extractor, split: Split, batch_size: int, seed: int) -> TrainLoader:
     """Endless batches of `split`, each image cropped and flipped at random.
 
-    Images that cannot be read are added to `bad`.
+    Images that cannot be read are added to the extractor's.
     """
-    data = settings.data
+    data, comm = extractor.settings.data, extractor.comm
     return TrainLoader(
         split,
         Order(len(split), batch_size, comm.rank, comm.world_size, seed),
-        Augmentation([crop_view(settings)], data.color_jitter, comm.rank),
-        LoaderSettings.of(data, device),
-        bad=bad,
+        Augmentation([crop_view(extractor.settings)], data.color_jitter, comm.rank),
+        LoaderSettings.of(data, extractor.device),
+        bad=extractor.bad,
     )
 
 

@@ -110,13 +110,26 @@ def load_pretrained(
     )  # fmt: skip
 
 
-def agree(pretrained: Pretrained, world: World) -> None:
-    """Raise `ConfigError` unless all processes have the same weights.
+def load_everywhere(
+    source: Source,
+    settings: EvaluateConfig,
+    world: World,
+    check: Callable[[Pretrained], object] = lambda pretrained: None,
+) -> Pretrained:
+    """The weights, on all processes together; raises `ConfigError`. `check` may refuse them.
 
-    Each reads them by itself: nodes may hold different revisions of a model of the hub.
+    Each process reads them by itself: nodes may hold different revisions of a model of the hub.
     """
+
+    def load() -> Pretrained:
+        sizes = [settings.image_size]
+        pretrained = load_pretrained(source, settings.model, sizes, settings.run.seed)
+        check(pretrained)
+        return pretrained
+
+    pretrained = on_all_ranks(world, load)
     own = pretrained.digest
-    first = world.broadcast_object(own if world.is_main else None)
+    first = world.broadcast_object(own)
 
     def compare() -> None:
         if own != first:
@@ -126,6 +139,8 @@ def agree(pretrained: Pretrained, world: World) -> None:
             )
 
     on_all_ranks(world, compare)
+    teller(world)(pretrained.description)
+    return pretrained
 
 
 def prepare(
@@ -140,19 +155,9 @@ def prepare(
     `pretrained`: the weights, where they are loaded already. `check` may refuse the weights, before
     the data is copied and read. Raises `ConfigError`.
     """
-
-    def load() -> Pretrained:
-        pretrained = load_pretrained(
-            source, settings.model, [settings.image_size], seed=settings.run.seed
-        )
-        check(pretrained)
-        return pretrained
-
     on_all_ranks(world, lambda: registry.find(settings.data))
     if pretrained is None:
-        pretrained = on_all_ranks(world, load)
-        agree(pretrained, world)
-        teller(world)(pretrained.description)
+        pretrained = load_everywhere(source, settings, world, check)
     settings = normalised(settings, pretrained)
     on_all_ranks(world, lambda: registry.stage(settings.data))
     data = load_data(cast(Config, settings), world)  # it reads `data` and `run.seed`

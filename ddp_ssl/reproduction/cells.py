@@ -32,6 +32,13 @@ class Cell:
         return [str(FOLDER / self.base), *self.overrides]
 
 
+def short_name(override: str) -> str:
+    """An override as a part of a run's name: `epochs_400`."""
+    key, _, value = override.partition("=")
+    plain = value.replace(" ", "").strip("[]").replace(",", "-")
+    return f"{key.rpartition('.')[2]}_{plain}"
+
+
 @dataclass(frozen=True)
 class Table:
     """A table or figure of a paper, and how it is made again."""

@@ -7,7 +7,7 @@ number of views, else 3 / width, the law they fit.
 
 from itertools import product
 
-from ddp_ssl.reproduction.cells import Cell, Simulation, Table, published
+from ddp_ssl.reproduction.cells import Cell, Simulation, Table, published, short_name
 
 LOSSES = ("barlow_twins", "vicreg")
 # Side of the crops and of small ones.
@@ -85,9 +85,7 @@ def run_of(
     best = coefficient(loss, dataset, views, width, fraction)
     value = best if weight is None else weight
     share = "" if fraction == 1 else f"-fraction_{fraction:g}"
-    extra = "".join(
-        f"-{k.partition('=')[0].rpartition('.')[2]}_{k.partition('=')[2]}" for k in keys
-    )
+    extra = "".join(f"-{short_name(key)}" for key in keys)
     name = f"multiview-{loss}-views_{views}-width_{width}-weight_{value:g}{share}{extra}"
     weights = (
         (f"method.off_diagonal={value:g}",)

@@ -94,7 +94,7 @@ def plan(
     for name in only:
         if name not in rows:
             raise ConfigError(
-                f"--only: {name!r} is no row of {table.name}; accepted: {_list(rows)}"
+                f"--only: {name!r} is no row of {table.name}; accepted: {'; '.join(sorted(rows))}"
             )
     if only:
         kept = [cell for cell in cells if cell.row in only or cell.group in only]
@@ -126,10 +126,6 @@ def _small(cell: Cell, dataset: str, out: Path) -> Cell:
 def distinct(runs: Sequence[Run]) -> list[Run]:
     """Each folder once (with each of its evaluations)."""
     return list({(run.folder, run.evaluation): run for run in reversed(runs)}.values())[::-1]
-
-
-def _list(words: set[str]) -> str:
-    return "; ".join(sorted(words))
 
 
 def train_command(run: Run, processes: int, extra: Sequence[str] = ()) -> list[str]:

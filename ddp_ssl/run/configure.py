@@ -6,7 +6,7 @@ YAML is given, a preset and the choices for the images take its place, or the em
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,27 +100,33 @@ def check_trust(method: str, trusted: str) -> None:
 
     Another method that is `trusted` by its name is a mistake.
     """
-    if ":" in method and trusted not in (method, "*"):
-        raise ConfigError(
-            f"method.name: {method} would be imported from outside this package; if you trust it, "
-            f"method.name={method} or --trust is accepted"
-        )
+    if trusted not in (method, "*"):
+        check_inside("method.name", [method], f"method.name={method}")
     if trusted not in ("", "*", method):
         raise ConfigError(f"method.name: the run's is {method}, not {trusted}")
 
 
 def check_recipes(names: Sequence[str], trusted: str) -> None:
-    """Raise `ConfigError` if views would be made by a function that is not `trusted` (`*`)."""
-    if trusted != "*" and (outside := [name for name in names if ":" in name]):
+    """Raise `ConfigError` if views are made by a function from outside that is not `trusted`."""
+    if trusted != "*":
+        check_inside("data.views", names)
+
+
+def check_inside(key: str, names: Iterable[str], consent: str = "") -> None:
+    """Raise `ConfigError` if what a name stands for would come from outside the package.
+
+    `consent`: the argument that permits it.
+    """
+    if outside := next((name for name in names if ":" in name), None):
         raise ConfigError(
-            f"data.views: the recipe {outside[0]} would be imported from outside this package; if "
-            "you trust it, --trust is accepted"
+            f"{key}: {outside} would be imported from outside this package; if you trust it, "
+            f"{consent}{' or ' if consent else ''}--trust is accepted"
         )
 
 
 def _preset(overrides: Sequence[str]) -> Preset | None:
     """The preset for the images that the user names; None for the embedded digits."""
-    typed = _tree(overrides)
+    typed, _ = merge(with_overrides([], overrides, Config))
     data = typed.get("data") or {}
     if not {"root", "files", "url"} & data.keys() and data.get("name", "digits") == "digits":
         return None
@@ -129,11 +135,6 @@ def _preset(overrides: Sequence[str]) -> Preset | None:
     _method_name(typed, {})  # a mistake in any key is told before images are looked for
     config = validate({"data": data, "run": typed.get("run", {})}, Config, {})
     return None if config.data.name == "digits" else Preset(typed, config.data, config.run.device)
-
-
-def _tree(overrides: Sequence[str]) -> dict[str, Any]:
-    """The tree of the `key=value` arguments alone."""
-    return merge(with_overrides([], overrides, Config))[0]
 
 
 def _method_name(tree: Mapping[str, Any], origins: Mapping[str, str]) -> str:

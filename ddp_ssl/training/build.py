@@ -21,7 +21,7 @@ from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.distributed import World
-from ddp_ssl.distributed.agreement import on_all_ranks
+from ddp_ssl.distributed.agreement import on_all_ranks, on_rank_0
 from ddp_ssl.evals.validation import Validation
 from ddp_ssl.logs import console
 from ddp_ssl.logs.loggers import Logger, load_loggers
@@ -95,7 +95,7 @@ def build(
     saved = on_all_ranks(world, lambda: load(own, start))
     watch.next("building the run")
     # An error before leaves no trace: the claim and the folder made for it go with the run.
-    on_all_ranks(world, lambda: folder.create(start.folder) if world.is_main else None)
+    on_rank_0(world, lambda: folder.create(start.folder))
     status.begin(start.folder)
     console.setup_logging(start.folder, world.rank)
 
@@ -184,9 +184,7 @@ def claim_folder(
         start, status.claim = folder.claim(config, restarted, stopped)
         return start
 
-    start = world.broadcast_object(on_all_ranks(world, lambda: claim() if world.is_main else None))
-    assert isinstance(start, folder.Start)
-    return start
+    return on_rank_0(world, claim)
 
 
 def open_folder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import resource
 import time
@@ -21,6 +22,8 @@ from ddp_ssl.logs.writer import MetricsWriter
 from ddp_ssl.training.bad_images import BadImageList
 from ddp_ssl.training.rank_skew import RankSkew
 from ddp_ssl.utils import device_timer
+
+logger = logging.getLogger("ddp_ssl")
 
 Table = list[dict[str, Any]]
 
@@ -213,12 +216,12 @@ class Recorder:
     def tell(self, text: str) -> None:
         """A line for people, on rank 0."""
         if self.writer is not None:
-            self.progress.tell(text)
+            logger.info("%s", text)
 
     def warn(self, text: str) -> None:
         """A warning for people, on rank 0."""
         if self.writer is not None:
-            self.progress.warn(text)
+            logger.warning("%s", text)
 
     def image(self, name: str, image: Any) -> None:
         """A picture `[H, W, 3]` for the loggers."""

@@ -9,6 +9,11 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def summary(docstring: str | None) -> str:
+    """The first line of a docstring."""
+    return (docstring or "").partition("\n")[0]
+
+
 def counted(count: int, noun: str, plural: str = "") -> str:
     """`1 step`, `2 steps`; `plural` where it is not the noun and an s."""
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
