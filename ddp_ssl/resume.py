@@ -12,7 +12,7 @@ from typing import Any
 from ddp_ssl import train
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, ConfigError, read_yaml
-from ddp_ssl.run.configure import check_inside, check_trust
+from ddp_ssl.run.configure import check_inside, check_recipes, check_trust
 from ddp_ssl.utils.files import json_file
 from ddp_ssl.utils.streams import say
 
@@ -24,7 +24,7 @@ newest good checkpoint. key=value changes what may change when a run goes on,
 such as eval.every or data.root.
   --help          this text
   --print-config  the resolved configuration and where each value came from
-  --trust         let the run import a method and loggers from outside this
+  --trust         let the run import a method, loggers and recipes from outside this
                   package (module:Class)
 """
 # Paths of a config. A relative one is meant from where the run was started.
@@ -72,6 +72,10 @@ def arguments_of(words: Sequence[str]) -> list[str]:
         to = log.get("to") if isinstance(log, dict) else None
         names = [str(name) for name in to] if isinstance(to, list) else []
         check_inside("log.to", names, f"'log.to=[{', '.join(names)}]'")
+    data = read_yaml(config, Config).get("data")
+    views = data.get("views") if isinstance(data, dict) else None
+    groups = views if isinstance(views, list) else []
+    check_recipes([str(g.get("recipe")) for g in groups if isinstance(g, dict)], trusted)
     consent = [f"method.name={name}"] if ":" in name else []
     # A run that began with the weights of another one goes on with its own.
     own = [f"run.dir={folder}", "run.resume=auto", "run.init_from="]

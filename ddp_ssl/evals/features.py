@@ -70,7 +70,8 @@ def patch_view(settings: EvaluateConfig) -> View:
 
 def crop_view(settings: EvaluateConfig) -> View:
     """A random crop and flip as in view 0 of `data.views`, without its changes of colour."""
-    return replace(patch_view(settings), jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
+    view = replace(patch_view(settings), function="")
+    return replace(view, jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
 
 
 class Extractor:

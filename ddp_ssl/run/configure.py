@@ -88,6 +88,7 @@ def load(arguments: Sequence[str], trusted: str = "*") -> Resolved:
     merged, origins = merge(with_overrides([recipe, *layers], overrides, typed))
     merged["method"] = {**merged.get("method", {}), "name": name}
     config = validate(merged, typed, origins)
+    check_recipes([group.recipe for group in config.data.views], trusted)
     try:
         check(config)
         config.method.check(config)
@@ -107,15 +108,21 @@ def check_trust(method: str, trusted: str) -> None:
         raise ConfigError(f"method.name: the run's is {method}, not {trusted}")
 
 
-def check_inside(key: str, names: Iterable[str], consent: str) -> None:
-    """Raise `ConfigError` if the class that a name stands for would come from outside the package.
+def check_recipes(names: Sequence[str], trusted: str) -> None:
+    """Raise `ConfigError` if views are made by a function from outside that is not `trusted`."""
+    if trusted != "*":
+        check_inside("data.views", names)
+
+
+def check_inside(key: str, names: Iterable[str], consent: str = "") -> None:
+    """Raise `ConfigError` if what a name stands for would come from outside the package.
 
     `consent`: the argument that permits it.
     """
     if outside := next((name for name in names if ":" in name), None):
         raise ConfigError(
             f"{key}: {outside} would be imported from outside this package; if you trust it, "
-            f"{consent} or --trust is accepted"
+            f"{consent}{' or ' if consent else ''}--trust is accepted"
         )
 
 
