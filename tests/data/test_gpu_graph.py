@@ -43,15 +43,11 @@ def source(info: Any) -> Any:
 
 FILES = functools.partial(dali.read, source, True, SETTINGS.decoding)
 ARRAY = functools.partial(dali.read, source, False, SETTINGS.decoding)
-STREAM = functools.partial(
-    dali.stream, ["a.tar"], ["a.idx"], 0, 1, 16, 1, Decoding(0.65, None)
-)  # fmt: skip
 GRAPHS: dict[str, tuple[Callable[[], Any], int]] = {
     "files, fast": (lambda: train(FILES, "fast"), 50),
     "files, seq": (lambda: train(FILES, "seq"), 60),
     "files, exact": (lambda: train(FILES, "exact"), 450),
     "an array": (lambda: train(ARRAY, "seq"), 60),
-    "a stream": (lambda: train(STREAM, "seq"), 60),
     "evaluation, files": (lambda: evaluate(FILES), 60),
     "evaluation, an array": (lambda: evaluate(ARRAY), 60),
 }
