@@ -313,7 +313,6 @@ def read_shards(folder: Path, home: Path) -> Any:
             found += [split.read(i).tobytes() for i in range(len(split))]
         except OSError as error:
             raise ValueError(error.strerror) from None
-        found += [Path(index).read_bytes() for index in split.shards.stream()["indices"]]
     return found
 
 

@@ -231,7 +231,7 @@ def judge_shm(ctx: Context, facts: list[dict[str, Any]]) -> Findings:
 
 def judge_files(ctx: Context, facts: list[dict[str, Any]]) -> Findings:
     # Every process has sockets to all others, in several groups, and files that it reads ahead.
-    wanted = 512 + 8 * ctx.world.size + 4 * ctx.config.data.read_threads
+    wanted = 512 + 8 * ctx.world.size + 4 * ctx.config.data.readers
     low = [r for r, f in enumerate(facts) if 0 <= f["files"] < wanted]
     if low:
         text = f"{ctx.who(low)} may open {facts[low[0]]['files']} files, about {wanted} are used"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ddp_ssl
+from ddp_ssl.config.section import is_url
 from ddp_ssl.errors import ConfigError
 
 _PACKAGE = Path(ddp_ssl.__file__).parent
@@ -41,6 +42,8 @@ def with_places(arguments: Sequence[str]) -> list[str]:
         key = ""
         if os.path.isfile(argument) and argument.endswith(LISTS):
             key = "data.files="
+        elif is_url(argument):
+            key = "data.root="
         elif os.path.isdir(argument) and find_config(argument) is None:
             key = "data.root="
             if _is_run(Path(argument)):

@@ -30,6 +30,7 @@ Layer = tuple[str, dict[str, Any]]
 """An origin, such as a file's path, and a tree of values."""
 
 LARGEST = 1_000_000  # bytes of a YAML file
+STREAM: dict[str, Any] = {"reader": "indexed", "url": None}  # older keys of `data`, and defaults
 FEW_KEYS = 12  # of a section, that an error names
 
 
@@ -96,7 +97,10 @@ def tree_of(path: Path, text: str, schema: type[Section] | None = None) -> dict[
 
 
 def _renamed(tree: dict[str, Any]) -> dict[str, Any]:
-    """A tree in which `log.tensorboard`, an older key, is `log.to`."""
+    """A tree in which `log.tensorboard`, an older key, is `log.to`, without `STREAM`'s keys."""
+    if isinstance(data := tree.get("data"), dict):
+        kept = {key: value for key, value in data.items() if not _is_of_stream(key, value)}
+        tree = {**tree, "data": kept}
     log = tree.get("log")
     if not isinstance(log, dict) or "tensorboard" not in log:
         return tree
@@ -104,6 +108,17 @@ def _renamed(tree: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("log.tensorboard: an older name of log.to; one of them is accepted")
     rest = {key: value for key, value in log.items() if key != "tensorboard"}
     return {**tree, "log": {**rest, "to": _loggers(log["tensorboard"])}}
+
+
+def _is_of_stream(key: str, value: Any) -> bool:
+    """Whether this is a key of `STREAM` with its default; raises `ConfigError` for others."""
+    if key in STREAM and value != STREAM[key]:
+        raise ConfigError(
+            f"data.{key}: was removed with the reader that it was for; accepted: the place of the "
+            "shards as data.root=s3://BUCKET/FOLDER (or gs://, https://), read in the run's own "
+            "order"
+        )
+    return key in STREAM
 
 
 def _loggers(tensorboard: Any) -> list[str]:
@@ -196,6 +211,8 @@ def _tree_of(
             parts = parts[:2]
         if parts == ["log", "tensorboard"]:
             parts, value = ["log", "to"], _loggers(value)
+        if parts[0] == "data" and _is_of_stream(parts[1], value):
+            continue
         node = tree
         for part in parts[:-1]:
             node = node.setdefault(part, {})

@@ -14,11 +14,13 @@ from ddp_ssl.config.section import (
     Below1,
     Channels,
     PathText,
+    PlaceText,
     Positive,
     Seconds,
     Section,
     Side,
     Size,
+    is_url,
 )
 from ddp_ssl.config.views import CentralCrop, ViewGroup
 from ddp_ssl.utils.text import suggest
@@ -132,9 +134,10 @@ class Data(Section):
     `tiny_imagenet`, `cinic10`, `blood`, `organa`, `organc`, `organs`, `food101`, `sun397`, `cars`,
     `aircraft`, `dtd`, `pets`, `caltech101`, `flowers102`, `digits`, `folder`, `train_test`, `list`
     or `parquet`; docs/data.md has the layout of each."""
-    root: PathText | None = None
+    root: PlaceText | None = None
     """Folder of the data, of shards that `ddp-ssl pack-shards` made of them, or of parquet files
-    (also a pattern such as `DIR/*.parquet`). `folder`: class folders under `train/` and `val/`,
+    (also a pattern such as `DIR/*.parquet`). Shards may lie in an object store: `s3://BUCKET/DIR`,
+    `gs://BUCKET/DIR`, `https://HOST/DIR`. `folder`: class folders under `train/` and `val/`,
     class folders, or a flat folder of unlabelled images."""
     files: PathText | None = None
     """`name: list`: a text or CSV file with a path and, if there are labels, a class per line;
@@ -154,15 +157,12 @@ class Data(Section):
     run."""
     max_pixels: int = Field(150_000_000, ge=1)
     """Width times height of the largest image that is decoded; a larger one is a bad image.
-    Decoding takes about 6 bytes a pixel. Not for `reader: streamed`."""
-    reader: Literal["indexed", "streamed"] = "indexed"
-    """Shards: `indexed` reads each image by its offset, in the run's own order; `streamed` reads
-    them in sequence through DALI, for object storage, with the limits that docs/data.md lists."""
-    url: str | None = None
-    """Streamed shards: place of the training tar files, such as `s3://bucket/folder`. Unset:
-    `root`, where the index is in any case."""
+    Decoding takes about 6 bytes a pixel."""
     stage: PathText | None = None
     """Node-local folder that shards or parquet files are copied to first, once per node."""
+    stage_gb: float | None = Field(None, ge=0, le=1e6)
+    """Copy only the first files, as many as fit into this many GB; the others are read where they
+    are. Unset: all."""
     batch_size: int = Field(256, ge=1, le=2**20)
     """Images per step over all processes; must be divisible by the number of data shards."""
     views: list[ViewGroup] = Field([ViewGroup()], min_length=1)
@@ -191,8 +191,9 @@ class Data(Section):
     """DALI threads per process; 0 shares the machine's cores among its processes."""
     prefetch: int = Field(2, ge=1, le=256)
     """Batches that DALI prepares ahead."""
-    read_threads: int = Field(16, ge=1, le=1024)
-    """Threads per process that read files ahead; more hide a file system's latency."""
+    read_threads: int | None = Field(None, ge=1, le=1024)
+    """Threads per process that read images ahead; more hide a file system's latency. Unset: 16, or
+    64 where `root` is in an object store."""
     dtype: Literal["float32", "float16"] = "float32"
     """Type of the views that DALI hands over; float16 halves their memory."""
     hw_decoder_load: float = Field(0.65, ge=0, le=1)
@@ -200,6 +201,11 @@ class Data(Section):
     preallocate: tuple[Size, Size] | None = None
     """GPU: width and height of the largest images expected, so that the decoder's buffers are
     allocated once."""
+
+    @property
+    def readers(self) -> int:
+        """`read_threads`, or its default for this `root`."""
+        return self.read_threads or (64 if is_url(self.root) else 16)
 
     @property
     def normalisation(self) -> tuple[Channels, Channels]:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from ddp_ssl.data.datasets import arrays, folders, parquet, registry, shards, transfer
-from ddp_ssl.data.datasets.base import absolute
+from ddp_ssl.data.datasets import arrays, folders, parquet, registry, remote, shards, transfer
+from ddp_ssl.data.datasets.base import absolute, place_of
 from ddp_ssl.data.datasets.lists import opened
+from ddp_ssl.data.datasets.remote import joined
 from ddp_ssl.data.datasets.scan import scan
 from ddp_ssl.data.loading.decodable import FORMATS, first_line, pixels, worth_trying
 from ddp_ssl.errors import ConfigError
-from ddp_ssl.utils.files import json_file
+from ddp_ssl.utils.files import json_mapping
 from ddp_ssl.utils.text import counted
 
 if TYPE_CHECKING:
@@ -102,11 +103,11 @@ def _look(data: Data, name: str | None) -> Look:
     data = data.model_copy(update={"name": name})
     if data.root or data.files:
         registry.find(data)
-    root = absolute(data.root) if data.root else None
-    if root is not None and shards.is_shards(root):
-        splits = shards.describe(root, data.url is not None)["splits"]
+    if data.root and shards.is_shards(place := place_of(data.root)):
+        splits = shards.describe(place)["splits"]
         count = _training(data, int(splits["train"]["count"]), "val" in splits)
         return Look(name, f"{_images(count)} in shards", count, KNOWN.get(name, (224, 0))[0])
+    root = absolute(data.root) if data.root else None
     if name in KNOWN:
         side, count = KNOWN[name]
         if name in arrays.MEDMNIST and root is not None:
@@ -126,10 +127,11 @@ def _name_of(data: Data) -> str:
     """`data.name` by the files that are there."""
     if data.files or not data.root:
         return "list" if data.files else data.name
+    place = place_of(data.root)
+    if shards.is_shards(place):
+        about = json_mapping(remote.content(joined(place, shards.ABOUT)))
+        return name if (name := about.get("name")) in registry.DATASETS else "folder"
     root = absolute(data.root)
-    if shards.is_shards(root):
-        name = str(json_file(root / shards.ABOUT).get("name"))  # `find` says what is wrong
-        return name if name in registry.DATASETS else "folder"
     found = [name for name in FILES if holds(root, name)]
     if len(found) > 1:
         raise ConfigError(

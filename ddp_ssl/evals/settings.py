@@ -211,7 +211,7 @@ class EvaluateConfig(Section):
 
 # Keys of a run's data that describe one data set and mean nothing for another.
 OF_ONE_DATA_SET = (
-    *("root", "files", "val_files", "columns", "skip", "stage"),
+    *("root", "files", "val_files", "columns", "skip", "stage", "stage_gb"),
     *("val_resize", "val_interpolation"),
 )
 # Keys that only pretraining uses, and what an evaluation uses instead.
@@ -219,8 +219,6 @@ OF_PRETRAINING = {
     "data.batch_size": "linear.batch_size, finetune.batch_size and eval.batch_size are",
     "data.fraction": "finetune.fraction is; the bank and the classifier take all labels",
     "data.view_shards": "processes share the images here",
-    "data.reader": "images are read by their place",
-    "data.url": "images are read by their place; data.root is",
     "data.dtype": "images are float32 here",
 }
 
@@ -281,7 +279,7 @@ def _of_run(run: Config, transfer: bool) -> dict[str, Any]:
     tree = run.model_dump(mode="json", exclude_none=True)
     data = tree["data"]
     data |= dict(zip(("mean", "std"), map(list, run.data.normalisation), strict=True))
-    for key in ("fraction", "reader", "url", "dtype"):
+    for key in ("fraction", "dtype"):
         data.pop(key, None)
     if transfer:
         data = {key: value for key, value in data.items() if key not in OF_ONE_DATA_SET}

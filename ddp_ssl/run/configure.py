@@ -130,7 +130,7 @@ def _preset(overrides: Sequence[str]) -> Preset | None:
     """The preset for the images that the user names; None for the embedded digits."""
     typed, _ = merge(with_overrides([], overrides, Config))
     data = typed.get("data") or {}
-    if not {"root", "files", "url"} & data.keys() and data.get("name", "digits") == "digits":
+    if not {"root", "files"} & data.keys() and data.get("name", "digits") == "digits":
         return None
     from ddp_ssl.run.preset import Preset  # here, since it brings numpy
 

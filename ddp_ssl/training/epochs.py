@@ -6,6 +6,7 @@ import logging
 import math
 import time
 
+from ddp_ssl.config.section import is_url
 from ddp_ssl.training import report
 from ddp_ssl.training.job import Job
 
@@ -74,11 +75,14 @@ def log_measured(job: Job, metrics: dict[str, float]) -> None:
 
 
 def validation_is_long(job: Job) -> bool:
-    """Whether a validation is due that took long the last time: a checkpoint comes first."""
+    """Whether a validation is due that took long the last time or reads from an object store.
+
+    A checkpoint comes first, since a store may be away in the middle of it.
+    """
     seconds = job.state.latest.get("perf/validation_s", 0.0)
     done, config = job.state.epoch + 1, job.config
     due = is_due(config.eval.every, done) or is_due(config.measure.every, done)
-    return due and bool(job.world.broadcast_object(seconds > LONG_S))
+    return due and bool(job.world.broadcast_object(seconds > LONG_S or is_url(config.data.root)))
 
 
 def best_score(job: Job, metrics: dict[str, float]) -> float | None:

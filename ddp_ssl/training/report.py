@@ -45,7 +45,7 @@ def describe(job: Job, threads: int, ranks: list[str]) -> None:
         logger.info(
             f"rendezvous {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}; threads per "
             f"process: torch {threads}, DALI {config.data.threads or cpu_share()}, reading "
-            f"{config.data.read_threads}, OMP_NUM_THREADS "
+            f"{config.data.readers}, OMP_NUM_THREADS "
             f"{os.environ.get('OMP_NUM_THREADS', 'unset')}"
         )
     for line in layout_lines(ranks):

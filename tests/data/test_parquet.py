@@ -395,7 +395,6 @@ def test_files_of_paths_alone_are_refused(tmp_path: Path) -> None:
 
 def test_keys_that_are_for_other_data(files: Path, tables: Path) -> None:
     assert refused(files, "folder", columns=["image"]).startswith("data.columns: is for parquet")
-    assert refused(tables, reader="streamed").startswith("data.reader: streamed is for shards")
 
 
 def test_a_missing_pyarrow_is_one_line(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,15 +12,13 @@ and the last.
 
 `--open-latency 2` measures reading instead. A small library, made with the C compiler and
 preloaded, makes every `open` of an image 2 ms longer, as on a network file system. The contestants
-are then DALI's own `fn.readers.file` before the same graph, and the same images in
-shards, read by offset and streamed.
+are then DALI's own `fn.readers.file` before the same graph, and the same images in shards.
 
 `--containers` compares the same images in folders, in shards and in parquet files as `datasets`
 writes them: the loader with one crop, reading alone, and the bytes read for each byte of an image.
 """
 
 import argparse
-import functools
 import gc
 import os
 import resource
@@ -54,7 +52,7 @@ from ddp_ssl.data.datasets.shards import open_shards
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading import dali
 from ddp_ssl.data.loading.formats import Decoding, PixelFormat
-from ddp_ssl.data.loading.loader import StreamLoader, TrainLoader
+from ddp_ssl.data.loading.loader import TrainLoader
 from ddp_ssl.data.loading.order import Order
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 
@@ -66,7 +64,7 @@ LATENCY = "DDP_SSL_OPEN_LATENCY_US"  # read by the preloaded library at every op
 OURS, PIL, TENSOR = "ddp_ssl", "torchvision, PIL", "torchvision, tensors"
 PIL_BLUR = "torchvision, PIL, blur of PIL's own"
 READER = "fn.readers.file"
-INDEXED, STREAMED = "ddp_ssl, shards indexed", "ddp_ssl, shards streamed"
+INDEXED = "ddp_ssl, shards"
 
 
 class Run(NamedTuple):
@@ -123,17 +121,13 @@ def package(
     batch: int,
     workers: int,
     mode: str,
-    streamed: bool = False,
+    read_threads: int = 16,
 ) -> Contestant:
-    kind: Callable[..., TrainLoader] = TrainLoader
-    if streamed:
-        assert split.shards is not None
-        kind = functools.partial(StreamLoader, **split.shards.stream())
-    loader = kind(
+    loader = TrainLoader(
         split,
         Order(len(split), batch, shard=0, num_shards=1, seed=0),
         Augmentation(views, mode),
-        LoaderSettings(FORM, torch.device("cpu"), workers, PREFETCH),
+        LoaderSettings(FORM, torch.device("cpu"), workers, PREFETCH, read_threads=read_threads),
     )
     return endless(loader, batch)
 
@@ -524,7 +518,6 @@ def slow_opens(args: argparse.Namespace) -> Iterator[str]:
             OURS: package(split_of(folder), [view], batch, args.workers, "seq"),
             READER: dali_reader(folder, [view], batch, args.workers),
             INDEXED: package(packed, [view], batch, args.workers, "seq"),
-            STREAMED: package(packed, [view], batch, args.workers, "seq", streamed=True),
         }
         for latency in (0.0, args.open_latency):
             os.environ[LATENCY] = str(round(1000 * latency))

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ddp_ssl.config.section import is_url
 from ddp_ssl.data.datasets import parquet, selection, shards, staging
-from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part
+from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part, place_of
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.text import suggest
 
@@ -39,17 +40,19 @@ DATASETS = _definitions()
 
 def definition_of(data: Data) -> Definition:
     """The definition of the data set that the config names, or of the container it lies in."""
-    if data.root and shards.is_shards(absolute(data.root)):
+    if data.root and shards.is_shards(place_of(data.root)):
         return shards.DEFINITION
+    if is_url(data.root):
+        raise ValueError(
+            f"data.root: {data.root} holds no {shards.ABOUT}; accepted in an object store: shards, "
+            "as ddp-ssl pack-shards makes them"
+        )
     in_parquet = parquet.accepts(data)
-    for key, value, reset in (
-        ("reader", data.reader, "indexed"), ("stage", data.stage, None), ("url", data.url, None)
-    ):  # fmt: skip
-        if value != reset and not (key == "stage" and in_parquet):
-            raise ValueError(
-                f"data.{key}: {value} is for shards, and {data.root or 'data.root'} holds no "
-                f"{shards.ABOUT}; ddp-ssl pack-shards makes them"
-            )
+    if data.stage is not None and not in_parquet:
+        raise ValueError(
+            f"data.stage: {data.stage} is for shards, and {data.root or 'data.root'} holds no "
+            f"{shards.ABOUT}; ddp-ssl pack-shards makes them"
+        )
     if in_parquet:
         return parquet.DEFINITION
     if data.columns is not None:
@@ -68,19 +71,8 @@ def definition_of(data: Data) -> Definition:
 def find(data: Data) -> None:
     """Raise a `ValueError` of one line unless the data can be found."""
     definition = definition_of(data)
-    if data.reader == "streamed" and (data.fraction < 1 or data.skip):
-        key = "skip" if data.skip else "fraction"
-        raise ValueError(
-            f"data.{key}: a stream gives all images of the shards; pack them with it, or "
-            "data.reader=indexed is accepted"
-        )
-    if data.url and (data.reader != "streamed" or data.stage):
-        other = "data.stage copies from data.root" if data.stage else "data.reader is indexed"
-        raise ValueError(f"data.url: only data.reader=streamed reads from there; {other}")
-    if data.url and not data.url.startswith(("s3://", "gs://", "/")):
-        raise ValueError(
-            f"data.url: {data.url}; accepted: s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or /FOLDER"
-        )
+    if data.stage_gb is not None and not data.stage:
+        raise ValueError("data.stage_gb: is how much data.stage takes; set that too, or none")
     for key in ("files", "val_files"):
         if getattr(data, key) and data.name != "list":
             raise ValueError(f"data.{key}: is for data.name=list, not {data.name}; leave it out")
@@ -147,16 +139,17 @@ def stage(data: Data) -> Data:
     """
     if not data.stage:
         return data
-    to, root = absolute(data.stage), absolute(data.root or "")
+    to = absolute(data.stage)
     if definition_of(data) is shards.DEFINITION:
-        copy = staging.stage(root, to, logger.info)
+        copy = staging.stage(place_of(data.root or ""), to, logger.info, data.stage_gb)
     else:
+        root = absolute(data.root or "")
         files = parquet.files_of(data)
         of = (root if root.is_dir() else files.base), files.base, files.train + files.val
         copy = staging.stage_files(*of, data.name, to, logger.info)
         if not root.is_dir():  # a pattern
             copy /= root.relative_to(files.base)
-    return data.model_copy(update={"root": str(copy), "stage": None})
+    return data.model_copy(update={"root": str(copy), "stage": None, "stage_gb": None})
 
 
 def _with_held_out(made: Dataset, data: Data) -> Dataset:
@@ -177,4 +170,4 @@ def _base(data: Data) -> str:
     """The folder that names in `data.skip` may be relative to."""
     if data.files and not data.root:
         return str(absolute(data.files).parent)
-    return str(absolute(data.root)) if data.root else os.getcwd()
+    return place_of(data.root) if data.root else os.getcwd()
