@@ -17,8 +17,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from ddp_ssl import submit
 from ddp_ssl.commands import live, submit_options
 from ddp_ssl.run.configure import load
 from ddp_ssl.run.overview import Overview
+from tests.faults.launched import until
 from tests.runs import BARE, arguments, train
 
 ROOT = Path(__file__).parent.parent
@@ -236,13 +235,6 @@ def test_ctrl_c_is_for_the_whole_sweep(photos: Path, tmp_path: Path) -> None:
     assert [row[1] for row in table(out)] == ["stopped", "not started"]
     assert list((tmp_path / "out/seed=1/checkpoints").glob("step_*.pt"))
     assert not (tmp_path / "out/seed=2").exists()
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def table(printed: str) -> list[list[str]]:

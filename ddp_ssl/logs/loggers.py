@@ -78,7 +78,7 @@ class Logger:
 
 @dataclass(frozen=True)
 class Given:
-    """The last step of which loggers were given rows, and the figures they were given of it."""
+    """The last step whose rows loggers were given, and the names of the figures in them."""
 
     step: int = -1
     names: frozenset[str] = frozenset()
@@ -115,7 +115,7 @@ class Loggers:
         resumed_step: int | None,
         given: Given,
     ) -> None:
-        """`given`: what all loggers but those that rewind were given before."""
+        """`given`: the rows that all loggers but those that rewind were given before."""
         self._loggers: dict[str, Logger] = {}
         self._given = given
         for name, kind in classes.items():

@@ -45,7 +45,7 @@ def answers(endpoint: str) -> bool:
 
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """Where the hub does not answer, take what is asked of it from its cache alone, at once.
+    """In this context a hub that does not answer is replaced by its cache, at once.
 
     Raises `OSError`, one line, for what is in neither.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddp_ssl.utils.files import json_file
 from tests.runs import SMALL
 from tests.slurm.cluster import Cluster, Unavailable, running
 
@@ -66,11 +67,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 def status(folder: Path) -> dict[str, Any]:
     """`status.json`, or nothing."""
-    try:
-        loaded: dict[str, Any] = json.loads((folder / "status.json").read_text())
-    except OSError:
-        return {}
-    return loaded
+    return json_file(folder / "status.json")
 
 
 def output(place: Path) -> str:
@@ -85,14 +82,6 @@ def submit(
     options = options or ONE_EACH
     job = slurm.sbatch(*options, SCRIPT, *tiny(images, *more), cwd=place, **env)
     return job, place / f"runs/imagenet100_adadim-{job}"
-
-
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    """Wait for it."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="session")
