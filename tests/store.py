@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
@@ -51,6 +53,9 @@ class Store:
         if server is not None:
             server.shutdown()
             server.server_close()
+            for connection in server.connections:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def reset(self) -> None:
         """No fault, no delay, nothing asked."""
@@ -70,6 +75,14 @@ class Server(ThreadingHTTPServer):
     store: Store
     daemon_threads = True
     request_queue_size = 256
+
+    def __init__(self, *where: Any) -> None:
+        super().__init__(*where)
+        self.connections: list[socket.socket] = []
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.append(request)
+        super().process_request(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -100,9 +113,6 @@ class Handler(BaseHTTPRequestHandler):
             store.asked.append((self.command, name, self.range()))
             count = len(store.asked)
         time.sleep(store.delay_s)
-        if store.server is not self.server:
-            self.close_connection = True
-            return self.connection.close()
         fault = store.fault(name, count)
         if isinstance(fault, int):
             return self.answer(fault, b"<Error>TheSecret</Error>")
@@ -143,14 +153,18 @@ class Handler(BaseHTTPRequestHandler):
         """One page of S3's ListObjectsV2."""
         root = self.server.store.root / bucket
         prefix, after = asked.get("prefix", ""), asked.get("continuation-token", "")
-        names = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
-        left = [name for name in names if name.startswith(prefix) and name > after]
+        keys = {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()}
+        names = {name for name in keys if name.startswith(prefix)}
+        if "delimiter" in asked:  # a folder in place of what is in it
+            cut = len(prefix)
+            names = {n[: cut + n[cut:].find("/") + 1] if "/" in n[cut:] else n for n in names}
+        left = sorted(name for name in names if name > after)
         entries = "".join(
-            f"<Contents><Key>{escape(name)}</Key><Size>{about.st_size}</Size>"
-            "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            f"<ETag>&quot;{about.st_mtime_ns:x}-{about.st_size:x}&quot;</ETag></Contents>"
+            f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>"
+            if name.endswith("/")
+            else f"<Contents><Key>{escape(name)}</Key><Size>{(root / name).stat().st_size}</Size>"
+            "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
             for name in left[:PAGE]
-            if (about := (root / name).stat())
         )
         more = len(left) > PAGE
         last = escape("".join(left[PAGE - 1 : PAGE]))

@@ -97,7 +97,7 @@ def _where(split: Split) -> str:
         return "in memory"
     kind, folder = "files", Path(split.root)
     if split.shards is not None:
-        kind = "shards" if split.shards.part is None else "parquet files"
+        kind = split.shards.kind
         place = os.path.dirname(split.shards.paths[0])
         if is_url(place):
             return f"{kind} in {place}"

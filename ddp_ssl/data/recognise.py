@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from ddp_ssl.data.datasets import arrays, folders, parquet, registry, remote, shards, transfer
+from ddp_ssl.data.datasets import arrays, folders, registry, remote, shards, transfer
 from ddp_ssl.data.datasets.base import absolute, place_of
 from ddp_ssl.data.datasets.lists import opened
 from ddp_ssl.data.datasets.remote import joined
@@ -113,11 +113,11 @@ def _look(data: Data, name: str | None) -> Look:
         if name in arrays.MEDMNIST and root is not None:
             side = int(arrays.medmnist_file(data).stem.partition("_")[2] or side)
         return Look(name, name, count, side)
-    if root is not None and parquet.accepts(data):
-        rows, some = parquet.look(data, SAMPLE)
-        count = _training(data, rows, bool(parquet.files_of(data).val))
+    if root is not None and (container := registry.container_of(data)) is not None:
+        rows, some = container.look(data, SAMPLE)
+        count = _training(data, rows, bool(container.files_of(data).val))
         side = _median([pixels(np.frombuffer(content, np.uint8)) for content in some])
-        return Look(name, f"{_images(count)} in parquet files", count, side)
+        return Look(name, f"{_images(count)} in {container.what}", count, side)
     if name == "list" and data.files:
         return _listed(data)
     return _folder(data, root) if root is not None else Look(name, name, 0, 224)

@@ -270,7 +270,7 @@ def _stamps(split: Split) -> str:
     found: list[tuple[int, ...]] = []
     for i in some.tolist():
         if split.shards is not None:
-            sums = split.shards.crc if split.shards.part is not None else None
+            sums = split.shards.crc if split.shards.kind != "shards" else None
             offset, size = int(split.shards.offset[i]), int(split.shards.size[i])
             found.append((offset, size) if sums is None else (offset, size, int(sums[i])))
             continue

@@ -348,7 +348,7 @@ def test_an_image_that_fails_late_is_listed_too(
 
 def newer(out: Path) -> None:
     about = json.loads((out / shards.ABOUT).read_text())
-    (out / shards.ABOUT).write_text(json.dumps(about | {"format": 3}))
+    (out / shards.ABOUT).write_text(json.dumps(about | {"format": 4}))
 
 
 def half_json(out: Path) -> None:
@@ -369,7 +369,7 @@ def cut_array(out: Path) -> None:
     [
         (truncate, r"train-00001\.tar has 1000 bytes instead of \d+; copy it again"),
         (delete, r"train-00001\.tar is missing; copy it again"),
-        (newer, "holds shards of format 3; accepted: 1 and 2"),
+        (newer, "holds shards of format 4; accepted: 1 to 3"),
         (half_json, r"shards\.json is damaged or cannot be read"),
         (leads_out, r"shards\.json is damaged or cannot be read"),
         (cut_array, r"val-offset\.npy is missing or damaged"),

@@ -25,6 +25,7 @@ from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.reader import UnreadableError
 from ddp_ssl.run.configure import load
 from tests.data.images import loader_of
+from tests.data.tables import as_parquet
 from tests.store import Store, serving
 
 
@@ -36,11 +37,13 @@ def served(packed: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
-def store(served: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
+def store(served: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     served.reset()
+    remote.leaving.clear()
     monkeypatch.setattr(remote, "PATIENCE_S", 0.3)
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
-    return served
+    yield served
+    remote.leaving.set()  # for threads that wait still
 
 
 @pytest.fixture
@@ -86,9 +89,8 @@ def test_s3_with_credentials_of_the_environment(
     store.environment(monkeypatch)
     bucket = packed.parent.name
     assert contents(opened(f"s3://{bucket}/out").train) == contents(opened(packed).train)
-    found = dict(remote.below(f"s3://{bucket}/out"))
-    assert found.keys() == {path.name for path in packed.iterdir()}
-    assert found["train-00000.tar"][0] == (packed / "train-00000.tar").stat().st_size
+    found = [name for name, is_folder in remote.entries(f"s3://{bucket}/out") if not is_folder]
+    assert found == sorted(path.name for path in packed.iterdir())
     assert load([f"s3://{bucket}/out", "run.device=cpu"]).config.data.name == "folder"
     arguments = ["data.name=folder", f"data.root=s3://{bucket}/out", "--workers", "1"]
     assert check_data.main([*arguments, "--out", str(tmp_path / "bad.txt")]) == 0
@@ -101,9 +103,38 @@ def test_s3_with_credentials_of_the_environment(
     assert "Signature" not in said
 
 
+def test_parquet_files_are_found_and_read_once(
+    store: Store, files: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By S3's listing and by a pattern; each byte is asked for once until the images are read."""
+    store.environment(monkeypatch)
+    monkeypatch.setenv("DDP_SSL_CACHE", str(tmp_path))
+    monkeypatch.setattr(remote, "BLOCK", 4096)
+    monkeypatch.setattr(remote, "CHUNK", 16384)
+    tables = as_parquet(files, packed.parent / "tables")
+    size = sum(path.stat().st_size for path in (tables / "data").iterdir())
+    here = opened(tables)
+    store.reset()
+    there = opened(f"s3://{packed.parent.name}/tables")
+    assert store.sent == size
+    assert there.train.digest == here.train.digest
+    assert there.val is not None
+    assert contents(there.train) == contents(here.train)
+    store.reset()
+    opened(f"s3://{packed.parent.name}/tables")  # what was found is kept
+    assert store.sent < 20_000  # the end of a file, for its columns
+    for path in (tables / "data").iterdir():
+        os.utime(path, (1, 1))
+    store.reset()
+    opened(f"s3://{packed.parent.name}/tables")
+    assert store.sent == size
+
+
 def test_what_is_no_shards_is_one_line(store: Store, url: str) -> None:
-    with pytest.raises(ValueError, match=r"^data\.root: .*/nothing holds no shards.json; accepted"):
+    with pytest.raises(ValueError, match=r"^data\.root: .*/nothing holds no shards.json, and no"):
         opened(f"{store.url}/nothing")
+    with pytest.raises(ValueError, match=r"a web server lists no files: https://HOST/train-\{000"):
+        registry.load(Data(name="parquet", root=f"{store.url}/nothing"), 0)
     with pytest.raises(ValueError, match=r"^data\.root: .* has \d+ bytes instead of 1; copy"):
         shards._tars(url, ["train-00000.tar", "shards.json"], [1, 1])
 
@@ -192,7 +223,7 @@ def test_a_store_that_comes_back_changes_nothing(
         assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
 
 
-def test_a_loader_that_is_closed_waits_for_no_store(
+def test_a_process_that_ends_waits_for_no_store(
     store: Store, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = loader_of(opened(url).train)._source.reader
@@ -202,7 +233,7 @@ def test_a_loader_that_is_closed_waits_for_no_store(
     waiting = reader._pool.submit(reader.load, [0])
     while len(store.asked) < 3:
         time.sleep(0.01)
-    reader.close()
+    remote.leaving.set()
     with pytest.raises(StoreError, match="no answer for 0 s"):
         waiting.result(10)
 
@@ -223,7 +254,6 @@ def test_changed_content_is_not_trained_on(store: Store, copy: Path, tmp_path: P
         assert known[-1] is not None
         assert not loader._source.reader.problems  # none is a bad image
         assert len(before.ids) == 6
-        assert loader._source.reader.stop.is_set()  # other reads do not wait for long
 
 
 # --- staged --------------------------------------------------------------------------------------

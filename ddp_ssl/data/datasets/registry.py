@@ -11,13 +11,14 @@ import os
 import pkgutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ddp_ssl.config.section import is_url
-from ddp_ssl.data.datasets import parquet, selection, shards, staging
+from ddp_ssl.data.datasets import containers, parquet, selection, shards, staging
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part, place_of
+from ddp_ssl.data.datasets.files import is_pattern
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.text import suggest
 
@@ -36,25 +37,39 @@ def _definitions() -> dict[str, Definition]:
 
 
 DATASETS = _definitions()
+CONTAINERS = (parquet.CONTAINER,)
+
+
+def _in_shards(data: Data) -> bool:
+    root = data.root or ""
+    return bool(root) and not is_pattern(root) and shards.is_shards(place_of(root))
+
+
+def container_of(data: Data) -> containers.Container[Any] | None:
+    """The kind of files, as others wrote them, that the data set is to be read from."""
+    if _in_shards(data):
+        return None
+    return next((kind for kind in CONTAINERS if kind.accepts(data)), None)
 
 
 def definition_of(data: Data) -> Definition:
     """The definition of the data set that the config names, or of the container it lies in."""
-    if data.root and shards.is_shards(place_of(data.root)):
+    if _in_shards(data):
         return shards.DEFINITION
+    container = container_of(data)
+    if container is not None:
+        return container.definition
     if is_url(data.root):
         raise ValueError(
-            f"data.root: {data.root} holds no {shards.ABOUT}; accepted in an object store: shards, "
-            "as ddp-ssl pack-shards makes them"
+            f"data.root: {data.root} holds no {shards.ABOUT}, and no files of images are found "
+            "there; accepted in an object store: shards and parquet files; on a web server, which "
+            "lists nothing, a pattern such as https://HOST/train-{000..099}.parquet"
         )
-    in_parquet = parquet.accepts(data)
-    if data.stage is not None and not in_parquet:
+    if data.stage is not None:
         raise ValueError(
             f"data.stage: {data.stage} is for shards, and {data.root or 'data.root'} holds no "
             f"{shards.ABOUT}; ddp-ssl pack-shards makes them"
         )
-    if in_parquet:
-        return parquet.DEFINITION
     if data.columns is not None:
         raise ValueError(
             f"data.columns: is for parquet files, and {data.root or 'data.root'} holds none; leave "
@@ -94,7 +109,11 @@ def load(data: Data, seed: int) -> Dataset:
     Raises `ValueError`, one line with the key, for data that cannot be used.
     """
     find(data)
-    made = definition_of(data).load(stage(data))
+    copy, container = stage(data), container_of(data)
+    if container is not None:
+        made = container.load(data, copy)
+    else:
+        made = shards.open_shards(copy) if copy else definition_of(data).load(data)
     if made.val is None:
         made = _with_held_out(made, data)
     every, val = made.train, made.val
@@ -131,25 +150,23 @@ def load(data: Data, seed: int) -> Dataset:
     return replace(made, train=train, val=val, labelled=labelled)
 
 
-def stage(data: Data) -> Data:
-    """`data` with its shards or parquet files on local disk, copied to `data.stage` once per node.
+def stage(data: Data) -> str | None:
+    """Copy shards or containers to local disk, once per node; the folder of the copy.
 
     Every process calls this after `find`, and all of them wait for the copy. Without `data.stage`
     nothing is copied.
     """
     if not data.stage:
-        return data
-    to = absolute(data.stage)
-    if definition_of(data) is shards.DEFINITION:
-        copy = staging.stage(place_of(data.root or ""), to, logger.info, data.stage_gb)
+        return None
+    to, container = absolute(data.stage), container_of(data)
+    if container is None:
+        made = staging.stage(place_of(data.root or ""), to, logger.info, data.stage_gb)
     else:
-        root = absolute(data.root or "")
-        files = parquet.files_of(data)
-        of = (root if root.is_dir() else files.base), files.base, files.train + files.val
-        copy = staging.stage_files(*of, data.name, to, logger.info)
-        if not root.is_dir():  # a pattern
-            copy /= root.relative_to(files.base)
-    return data.model_copy(update={"root": str(copy), "stage": None, "stage_gb": None})
+        files = container.stamped(data)
+        root = files.base if is_pattern(data.root or "") else place_of(data.root or "")
+        how = data.name, to, logger.info, data.stage_gb
+        made = staging.stage_files(root, files.base, files.stamps, *how)
+    return str(made)
 
 
 def _with_held_out(made: Dataset, data: Data) -> Dataset:

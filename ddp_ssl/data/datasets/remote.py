@@ -7,6 +7,7 @@ takes the place of an image because a server was away. obstore is imported where
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import io
@@ -16,7 +17,8 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -36,7 +38,8 @@ Stamp = tuple[int, str]  # bytes, and what changes with the content: ETag or tim
 PATIENCE_S = 180.0  # below `run.timeout_s`, after which a run without progress is ended
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
 TELL_S = 5.0  # between two lines about a store that is away
-BUFFER = 8 << 20  # bytes of a request where files are read in order
+CHUNK = 8 << 20  # bytes of a request where files are read in order
+BLOCK, BLOCKS = 1 << 20, 64  # bytes of a part of it, and how many are held in memory
 THREADS = 32
 FINAL = ("NotSupportedError", "InvalidPathError", "UnknownConfigurationKeyError")
 MAY_PASS = (408, 425, 429)  # of the client errors
@@ -117,30 +120,45 @@ def exists(place: str) -> bool:
     return _stamp(place) is not None
 
 
-def below(root: str) -> list[tuple[str, Stamp]]:
-    """Names, relative to `root`, and stamps of all files below an `s3://` or `gs://` address."""
-    store, path = _store(root)
+@functools.lru_cache(256)
+def entries(folder: str) -> list[tuple[str, bool]]:
+    """Names in a folder of a store, sorted, and whether each is a folder.
 
-    def ask() -> list[tuple[str, Stamp]]:
-        pages = _obstore().list(store, f"{path}/" if path else None)
-        start = len(path) + 1 if path else 0
-        return [
-            (entry["path"][start:], (int(entry["size"]), _tag(entry)))
-            for page in pages
-            for entry in page
-        ]
+    Raises `OSError` where the store lists nothing, and `StoreError`.
+    """
+    if folder.startswith("http"):
+        raise OSError(
+            errno.ENOTSUP, "a web server lists no files: https://HOST/train-{000..099}.* names them"
+        )
+    store, path = _store(folder)
+    found = _patiently(
+        folder, lambda: _obstore().list_with_delimiter(store, f"{path}/" if path else None)
+    )
+    names = [(prefix.rpartition("/")[2], True) for prefix in found["common_prefixes"]]
+    return sorted(names + [(one["path"].rpartition("/")[2], False) for one in found["objects"]])
 
-    return _patiently(root, ask)
+
+def chunks(place: str, size: int) -> Iterator[bytes | memoryview]:
+    """A file of `size` bytes, in order; raises `OSError`, `StoreError`."""
+    if is_url(place):
+        for at in range(0, size, CHUNK):
+            yield read(place, at, min(CHUNK, size - at)).data
+        return
+    with open(place, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
 
 
-def opened(place: str, stamp: Stamp | None = None) -> BinaryIO:
-    """A file to read in order or to seek in. A store is asked for much at a time."""
-    if not is_url(place):
-        return Path(place).open("rb", buffering=0)
-    stamp = stamp or _stamp(place)
-    if stamp is None:
+def opened(place: str) -> BinaryIO:
+    """A file of a store to read in order or to seek in; raises `StoreError`.
+
+    What is read in order is asked for `CHUNK` bytes at a time, and several readers of a file that
+    are at about the same place share that.
+    """
+    found = _stamp(place)
+    if found is None:
         raise _error(place, "404 Not Found")
-    return io.BufferedReader(_File(place, *stamp), BUFFER)
+    return io.BufferedReader(_File(place, *found), BLOCK)
 
 
 class _File(io.RawIOBase):
@@ -163,10 +181,38 @@ class _File(io.RawIOBase):
         return self.at
 
     def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self.size - self.at))
-        buffer[:count] = read(self.place, self.at, count, self.tag).data
-        self.at += count
-        return count
+        if self.at >= self.size:
+            return 0
+        number, first = divmod(self.at, BLOCK)
+        piece = _block(self, number)[first : first + len(buffer)]
+        buffer[: len(piece)] = piece.data
+        self.at += len(piece)
+        return len(piece)
+
+
+_blocks: OrderedDict[tuple[str, str, int], NDArray[np.uint8]] = OrderedDict()
+_blocks_guard = threading.Lock()
+
+
+def _block(file: _File, number: int) -> NDArray[np.uint8]:
+    """Bytes `number * BLOCK` on, at most `BLOCK`; behind a known block, more are fetched."""
+
+    def key(k: int) -> tuple[str, str, int]:
+        return file.place, file.tag, k
+
+    with _blocks_guard:
+        if key(number) in _blocks:
+            _blocks.move_to_end(key(number))
+            return _blocks[key(number)]
+        count = CHUNK // BLOCK if key(number - 1) in _blocks else 1
+    at = number * BLOCK
+    content = read(file.place, at, min(count * BLOCK, file.size - at), file.tag)
+    with _blocks_guard:
+        for k in range(-(-len(content) // BLOCK)):
+            _blocks[key(number + k)] = content[k * BLOCK : (k + 1) * BLOCK]
+        while len(_blocks) > BLOCKS:
+            _blocks.popitem(last=False)
+    return content[:BLOCK]
 
 
 # --- the store -----------------------------------------------------------------------------------
@@ -217,30 +263,25 @@ def _is_same(place: str, tag: str | None, meta: Any) -> None:
 
 _guard = threading.Lock()
 _told = -TELL_S
-_own, _never = threading.local(), threading.Event()
-
-
-def stop_with(stop: threading.Event) -> None:
-    """Let this thread wait for a store no longer once `stop` is set."""
-    _own.stop = stop
+leaving = threading.Event()
+"""Set when the process is about to end: nothing waits for a store any more."""
 
 
 def _patiently(place: str, ask: Callable[[], T]) -> T:
     """The result of `ask`, which is called again while the store is away."""
     global _told
-    stop: threading.Event = getattr(_own, "stop", _never)
     start, pause = time.monotonic(), FIRST_PAUSE_S
     while True:
         try:
             return ask()
-        except (StoreError, MemoryError):
-            raise
         except Exception as error:  # obstore's are of many types
+            if isinstance(error, StoreError | MemoryError):
+                raise
             why = _words(error)
             if _stays(error):
                 raise _error(place, why) from None
         now = time.monotonic()
-        if now - start > PATIENCE_S or stop.is_set():
+        if now - start > PATIENCE_S or leaving.is_set():
             raise _error(place, f"no answer for {now - start:.0f} s ({why})")
         with _guard:
             say = now - max(start, _told) > TELL_S
@@ -249,7 +290,7 @@ def _patiently(place: str, ask: Callable[[], T]) -> T:
             logger.warning(
                 "data.root: %s: %s; trying again, for %.0f s at most", place, why, PATIENCE_S
             )
-        stop.wait(pause * random_.uniform(0.5, 1))
+        leaving.wait(pause * random_.uniform(0.5, 1))
         pause = min(2 * pause, LONGEST_PAUSE_S)
 
 

@@ -11,14 +11,14 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ddp_ssl.config.section import is_url
 from ddp_ssl.data.datasets import remote
 from ddp_ssl.data.datasets.cache import wait_for
-from ddp_ssl.data.datasets.remote import joined
+from ddp_ssl.data.datasets.remote import Stamp, joined
 from ddp_ssl.data.datasets.shards import (
     ABOUT,
     ORIGIN,
@@ -89,37 +89,36 @@ def _first(files: Mapping[str, File], gb: float | None) -> dict[str, File]:
 
 
 def stage_files(
-    root: Path,
-    base: Path,
-    names: Sequence[str],
+    root: str,
+    base: str,
+    stamps: Mapping[str, Stamp],
     data: str,
     to: Path,
     tell: Callable[[str], None],
+    gb: float | None = None,
 ) -> Path:
-    """The same for files below `base`, of the data set `data` in `root`.
+    """The same for files below `base`, with their `stamps`, of the data set `data` in `root`.
 
-    A file of the copy is known by its size and time. There are no checksums of the original, so
-    each copy is read back and compared with what was read.
+    A file of the copy is known by its size, and by its time where the original has one. There are
+    no checksums of the original, so each copy is read back and compared with what was read.
     """
-
-    def stamp(file: Path) -> tuple[int, int]:
-        try:
-            return file.stat().st_size, file.stat().st_mtime_ns
-        except OSError:
-            return -1, -1
-
-    stamps = {name: stamp(base / name) for name in names}
-    key = hashlib.sha256(repr((str(root), stamps)).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr((root, dict(stamps))).encode()).hexdigest()[:12]
     target = _place(to, f"{data}-{key}")
+    files = _first({name: (size, None) for name, (size, _) in stamps.items()}, gb)
 
-    def missing() -> list[str]:
-        return [name for name in names if stamp(target / name) != stamps[name]]
+    def missing() -> dict[str, File]:
+        known = 1 if is_url(base) else 2  # of a stamp
+        there = remote.stamps([str(target / name) for name in files])
+        return {
+            name: files[name]
+            for name, stamp in zip(files, there, strict=True)
+            if stamp is None or stamp[:known] != stamps[name][:known]
+        }
 
     def copy() -> None:
-        _copy_all(str(base), target, {name: (stamps[name][0], None) for name in missing()}, tell)
+        _copy_all(base, target, missing(), tell)
 
-    whole = lambda: (target / ORIGIN).exists() and not missing()  # noqa: E731
-    return _once(str(root), target, whole, copy, tell)
+    return _once(root, target, lambda: (target / ORIGIN).exists() and not missing(), copy, tell)
 
 
 def _once(
@@ -236,8 +235,8 @@ def _copy(
     Without a known checksum the copy is read back and compared with what was read of the source.
     """
     content, done = hashlib.sha256(), 0
-    with remote.opened(source) as read, part.open("wb", buffering=0) as write:
-        while chunk := read.read(CHUNK):
+    with part.open("wb", buffering=0) as write:
+        for chunk in remote.chunks(source, size):
             if stop.is_set():
                 return
             content.update(chunk)

@@ -43,6 +43,8 @@ class Shards:
     size: NDArray[np.int64]
     crc: NDArray[np.uint32] | None = None
     part: NDArray[np.int32] | None = None
+    kind: str = "shards"
+    """Or the name of another container."""
     origins: tuple[str, ...] | None = None
     tags: tuple[str | None, ...] | None = None
     _files: dict[str, int] = field(default_factory=dict, repr=False)

@@ -18,6 +18,7 @@ import torch
 
 from ddp_ssl.config.views import CentralCrop
 from ddp_ssl.data.batch import Batch
+from ddp_ssl.data.datasets.remote import StoreError
 from ddp_ssl.data.datasets.split import Split, not_compared
 from ddp_ssl.data.loading import recipes, small_images
 from ddp_ssl.data.loading.bad_images import BadImages
@@ -272,6 +273,8 @@ class _OnePass:
                         ids = self._at(step, self.settings.prefetch + 2)
                         if self.split.images is not None or not reader.examine(ids):
                             raise RuntimeError(dali_message(error)) from None
+                    except StoreError as error:  # of this process alone
+                        raise UnreadableError(str(error)) from None
                 yield _batch(out, self.views, self.split, self.settings.device)
         finally:
             batches = out = None

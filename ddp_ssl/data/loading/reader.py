@@ -19,7 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from ddp_ssl.data.datasets import remote
 from ddp_ssl.data.datasets.remote import StoreError
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.bad_images import BadImages
@@ -71,10 +70,7 @@ class Reader:
         self._sound: set[int] = set()  # their markers are odd, but they decode
         self._for_pil: set[int] = set()  # PIL decodes them, and DALI does not
         self._threads, self._max_pixels = settings.read_threads, settings.max_pixels
-        self.stop = threading.Event()  # ends the waiting for a store that is away
-        self._pool = ThreadPoolExecutor(
-            self._threads, "ddp_ssl-read", remote.stop_with, (self.stop,)
-        )
+        self._pool = ThreadPoolExecutor(self._threads, "ddp_ssl-read")
         self._asked: dict[int, list[Future[list[Loaded]]]] = {}
         self._decoder = Decoder(settings.device_id, settings.decoding)
         self._one_at_a_time = threading.Lock()
@@ -154,7 +150,6 @@ class Reader:
 
     def close(self) -> None:
         """Stop the threads."""
-        self.stop.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def examine(self, ids: Iterable[int]) -> bool:
@@ -246,7 +241,6 @@ class TrainBatches:
                 return read()
             except StoreError as error:
                 self.failed = step, str(error)
-                self.reader.stop.set()
         return [PADDING] * count
 
     def mend(self, steps: Iterable[int]) -> bool:
