@@ -102,6 +102,12 @@ def _look(data: Data, name: str | None) -> Look:
     data = data.model_copy(update={"name": name})
     if data.root or data.files:
         registry.find(data)
+    if len(data.roots) > 1:
+        looks = [_look(data.at(root), name) for root in data.roots]
+        what = f"images in {len(looks)} roots"
+        side = round(statistics.median(look.side for look in looks))
+        capped = any(look.capped for look in looks)
+        return Look(name, what, sum(look.images for look in looks), side, capped)
     root = absolute(data.root) if data.root else None
     if root is not None and shards.is_shards(root):
         splits = shards.describe(root, data.url is not None)["splits"]

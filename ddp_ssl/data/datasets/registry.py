@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ddp_ssl.data.datasets import parquet, selection, shards, staging
+from ddp_ssl.data.datasets import parquet, selection, several, shards, staging
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.text import suggest
@@ -39,6 +39,8 @@ DATASETS = _definitions()
 
 def definition_of(data: Data) -> Definition:
     """The definition of the data set that the config names, or of the container it lies in."""
+    if len(data.roots) > 1:
+        return several.definition(data, [definition_of(data.at(root)) for root in data.roots])
     if data.root and shards.is_shards(absolute(data.root)):
         return shards.DEFINITION
     in_parquet = parquet.accepts(data)
