@@ -12,6 +12,7 @@ from typing import Any
 from ddp_ssl import train
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, ConfigError, read_yaml
+from ddp_ssl.config.text import flow
 from ddp_ssl.run.configure import check_inside, check_recipes, check_trust
 from ddp_ssl.utils.files import json_file
 from ddp_ssl.utils.streams import say
@@ -96,9 +97,11 @@ def _absolute(config: Path) -> list[str]:
     for section, keys in PATHS.items():
         values = tree.get(section) or {}
         for key in keys:
-            path = values.get(key) if isinstance(values, dict) else None
-            if path and not os.path.isabs(path) and os.getcwd() != start:
-                found.append(f"{section}.{key}={os.path.join(start, path)}")
+            given = values.get(key) if isinstance(values, dict) else None
+            paths = given if isinstance(given, list) else [given] if given else []
+            if not all(map(os.path.isabs, paths)) and os.getcwd() != start:
+                whole = [os.path.join(start, path) for path in paths]
+                found.append(f"{section}.{key}={flow(whole) if given is paths else whole[0]}")
     return found
 
 

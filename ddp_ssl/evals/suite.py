@@ -77,6 +77,8 @@ def run(
     """
     start = time.perf_counter()
     check(settings)
+    if len(settings.data.roots) > 1:
+        raise ConfigError("data.root: the suite takes one folder, which holds the data sets")
     root = settings.data.root
     places, missing = on_rank_0(world, lambda: find(root, asked))
     if missing:

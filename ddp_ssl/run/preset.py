@@ -49,7 +49,7 @@ class Preset:
         self._gpu = device != "cpu" and (device == "cuda" or gpu_is_meant() is not None)
         side, bound = self._side()
         self.path = PRESETS / f"{side}.yaml"
-        place = data.root or data.files
+        place = ", ".join(data.roots) or data.files
         self.headline = (
             f"{place or self.look.name}: {self.look.number} {self.look.what} to train on, about "
             f"{self.look.side} pixels a side: preset/{side}{bound}"
