@@ -370,7 +370,7 @@ def test_a_method_from_outside_the_package() -> None:
     name = f"{__name__.rpartition('.')[0]}.outside:Outside"
     config = load([f"method.name={name}", "method.strength=2"]).config
     assert config.method.model_dump() == {"name": name, "strength": 2.0}
-    with pytest.raises(ConfigError, match=r"method\.strenth: unknown key; did you mean"):
+    with pytest.raises(ConfigError, match=r"method\.strenth: unknown key of outside; did you mean"):
         load([f"method.name={name}", "method.strenth=2"])
 
 
