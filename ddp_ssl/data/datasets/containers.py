@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddp_ssl.config.schema import SAME_AS
-from ddp_ssl.data.datasets import imagenet
+from ddp_ssl.data.datasets import imagenet, remote
 from ddp_ssl.data.datasets.base import Dataset, Definition
 from ddp_ssl.data.datasets.cache import cache_folder, keep, kept, locked
 from ddp_ssl.data.datasets.files import (
@@ -36,15 +36,14 @@ from ddp_ssl.data.datasets.files import (
     holds_images,
     is_pattern,
     matching,
-    open_file,
     root_of,
     split_of,
-    stamp,
 )
 from ddp_ssl.data.datasets.folders import LAYOUT, LIKE_A_SPLIT
-from ddp_ssl.data.datasets.shards import ORIGIN
+from ddp_ssl.data.datasets.shards import origin_of
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.datasets.tar import DAMAGED, Shards
+from ddp_ssl.errors import BuildError
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.progress import EVERY_S
 
@@ -187,10 +186,6 @@ class Container(ABC, Generic[C]):
             unused.append(f"{len(whole)} files of no split")
         return Files(base, train or tuple(whole), val, tuple(unused))
 
-    def needed(self, files: Files) -> tuple[str, ...]:
-        """All files that are read, relative to `files.base`."""
-        return files.train + files.val
-
     def _below(self, root: str) -> tuple[str, list[str]]:
         """The folder that the files lie in, `root` or one in it, and their names relative to it.
 
@@ -201,7 +196,7 @@ class Container(ABC, Generic[C]):
                 return base, found
         inside: list[str] = []
         with contextlib.suppress(OSError):
-            inside = [name for name, _ in entries(root) if not name.startswith(".")]
+            inside = [e.name for e in entries(root) if e.is_folder and e.name[0] != "."]
         bases = [os.path.join(root, name) for name in inside[:FOLDERS]]
         there = [(base, found) for base in bases if (found := self._names_in(base))]
         if len(there) > 1:
@@ -243,52 +238,58 @@ class Container(ABC, Generic[C]):
                 f"{data.name} looks for {self.wanted}; data.name={self.name} holds images out"
             )
 
-    def load(self, data: Data) -> Dataset:
-        """All images of the files to train on and of those for validation."""
+    def stamped(self, data: Data) -> Files:
+        """The files, with the stamp of each; raises `ValueError` where one is missing."""
         files = self.files_of(data)
+        names = files.train + files.val
+        stamps = dict(zip(names, remote.stamps([files.origin(n) for n in names]), strict=True))
+        for name in (name for name, stamp in stamps.items() if stamp is None):
+            raise ValueError(f"data.root: {files.origin(name)} cannot be read: is it there?")
+        return files._replace(stamps={name: stamp for name, stamp in stamps.items() if stamp})
+
+    def load(self, data: Data, copy: str | None = None) -> Dataset:
+        """All images of the files to train on and of those for validation.
+
+        `copy` is the folder of a copy of some of the files, which are read there.
+        """
+        files = self.stamped(data)
+        if copy is not None:
+            paths = {name: os.path.join(copy, name) for name in files.stamps}
+            files = files._replace(copied={n: p for n, p in paths.items() if os.path.exists(p)})
         chosen = self.choose(data, files)
         labels = "no labels" if chosen.label is None else f"labels in {chosen.label!r}"
         unused = f"; not used: {', '.join(files.unused)}" if files.unused else ""
         warn_once(
             f"{files.base}: {self.name}, images in {chosen.image!r}, {labels}{unused}", logging.INFO
         )
-        stamps = {name: self._stamp(files.path(name)) for name in files.train + files.val}
-        place = self._place(data.name, chosen, files.train, files.val, stamps)
+        place = self._place(data.name, chosen, files.train, files.val, files.stamps)
         made = self._restore(place, data, files)
         if made is None:
             with locked(place, f"finds the images in {files.base}", logger.info):
                 made = self._restore(place, data, files)
                 if made is None:
-                    made = self._read_all(data, files, chosen, stamps)
+                    made = self._read_all(data, files, chosen)
                     if not any(map(damaged, (made.train, made.val))):
                         _keep(place, made)
         if not len(made.train):
             raise ValueError(f"data.root: {files.base}: its files to train on have no images")
         return made
 
-    def _stamp(self, path: str) -> tuple[int, int]:
-        try:
-            return stamp(path)
-        except OSError as error:
-            raise ValueError(f"data.root: {path} cannot be read: {error.strerror}") from None
-
-    def _read_all(
-        self, data: Data, files: Files, chosen: C, stamps: dict[str, tuple[int, int]]
-    ) -> Dataset:
+    def _read_all(self, data: Data, files: Files, chosen: C) -> Dataset:
         """Find the images of all files; files that were done before are not read again."""
         names, stop = files.train + files.val, threading.Event()
-        total = sum(stamps[name][0] for name in names)
+        total = sum(files.stamps[name][0] for name in names)
         start = said = time.monotonic()
         done, tables = 0, []
 
         def table_of(name: str) -> Table:
-            return self._table_of(files, name, chosen, stamps[name], stop)
+            return self._table_of(files, name, chosen, stop)
 
         with ThreadPoolExecutor(THREADS, f"ddp_ssl-{self.name}") as pool:
             try:
                 for at, table in enumerate(pool.map(table_of, names)):
                     tables.append(table)
-                    done += stamps[names[at]][0]
+                    done += files.stamps[names[at]][0]
                     if time.monotonic() - said > EVERY_S:
                         said = time.monotonic()
                         rate = done / (said - start)
@@ -321,17 +322,19 @@ class Container(ABC, Generic[C]):
             )
         return _dataset(data, made[0], made[1], classes)
 
-    def _table_of(
-        self, files: Files, name: str, chosen: C, stamp: tuple[int, int], stop: threading.Event
-    ) -> Table:
-        """The images of a file of this size and time: as they are kept, or found now and kept.
+    def _table_of(self, files: Files, name: str, chosen: C, stop: threading.Event) -> Table:
+        """The images of a file with this stamp: as they are kept, or found now and kept.
 
         A table with damaged images is not kept, because the damage may be gone at the next start.
         """
-        place = self._place(name, chosen, stamp)
+        place = self._place(name, chosen, files.stamps[name])
         if (found := kept(place)) is not None:
             return Table(**found)
         table = self.read(files.path(name), chosen, stop)
+        if name in files.copied and DAMAGED in table.offset:
+            table = self.read(files.origin(name), chosen, stop)
+        if remote.stamps([files.origin(name)]) != [files.stamps[name]]:
+            raise BuildError(f"data.root: {files.origin(name)} changed while it was read")
         if not stop.is_set() and DAMAGED not in table.offset:
             keep(place, {k: v for k, v in table._asdict().items() if v is not None})
         return table
@@ -422,7 +425,7 @@ class Container(ABC, Generic[C]):
             named = [os.fsencode(f"{own[file]}/{row}") for file, row in files_and_rows]
         made = Split.of_files(root, named, np.maximum(number[used], -1))
         places = {key: array[used] for key, array in arrays.items()}
-        where = Shards(tuple(map(files.path, own)), shard[used], kind=self.name, **places)
+        where = Shards(shard=shard[used], kind=self.name, **files.places(own), **places)
         return replace(made, shards=where, named=unique)
 
     # --- what is kept ---
@@ -444,11 +447,10 @@ class Container(ABC, Generic[C]):
         for name, own in (("train", files.train), ("val", files.val)):
             if f"{name}-about" in arrays:
                 named, digest = json.loads(str(arrays[f"{name}-about"]))
-                paths = tuple(map(files.path, own))
                 places: dict[str, Any] = {
                     key: arrays[f"{name}-{key}"] for key in PLACES if f"{name}-{key}" in arrays
                 }
-                where = Shards(paths, kind=self.name, **places)
+                where = Shards(kind=self.name, **files.places(own), **places)
                 found = {key: arrays[f"{name}-{key}"] for key in ARRAYS}
                 root = os.path.join(_root(data, files), name)
                 split = Split(root=root, shards=where, named=named, **found)
@@ -494,11 +496,7 @@ def _name(path: bytes, label: str) -> bytes:
 def _root(data: Data, files: Files) -> str:
     """The folder that names are relative to; a copy has that of the original."""
     root = files.base if is_pattern(data.root or "") else root_of(data)
-    try:
-        with open_file(os.path.join(root, ORIGIN)) as file:
-            return os.fsdecode(file.read())
-    except OSError:
-        return root
+    return origin_of(root) or root
 
 
 def _keep(place: Path, made: Dataset) -> None:

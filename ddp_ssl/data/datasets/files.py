@@ -10,12 +10,16 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
-from ddp_ssl.data.datasets.base import absolute
+from ddp_ssl.config.section import is_url
+from ddp_ssl.data.datasets import remote
+from ddp_ssl.data.datasets.base import place_of
 from ddp_ssl.data.datasets.folders import LIKE_A_SPLIT, TRAIN, VAL
+from ddp_ssl.data.datasets.remote import Stamp, joined
 from ddp_ssl.data.datasets.scan import scan
 from ddp_ssl.errors import may_pass
 
@@ -39,33 +43,25 @@ class Entry(NamedTuple):
 
 def root_of(data: Data) -> str:
     """`data.root`, absolute."""
-    return str(absolute(data.root or ""))
-
-
-def exists(path: str) -> bool:
-    return os.path.exists(path)
+    return place_of(data.root or "")
 
 
 def entries(folder: str) -> list[Entry]:
-    """What is in a folder, sorted; raises `OSError`."""
+    """What is in a folder, sorted; raises `OSError`, `StoreError`."""
+    if is_url(folder):
+        return [Entry(*found) for found in remote.entries(folder)]
     with os.scandir(folder) as found:
         return sorted(Entry(entry.name, entry.is_dir()) for entry in found)
 
 
-def stamp(path: str) -> tuple[int, int]:
-    """Size and time of a file; raises `OSError`."""
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns
-
-
 def holds_images(folder: str) -> bool:
-    """Whether there are images as files below a folder."""
+    """Whether there are images as files below a folder; in a store they are not looked for."""
     return os.path.isdir(folder) and next(scan(os.fsencode(folder)), None) is not None
 
 
 def open_file(path: str, buffer: int = BUFFER) -> BinaryIO:
-    """A file to be read in order, `buffer` bytes at a time; raises `OSError`."""
-    return open(path, "rb", buffering=buffer)
+    """A file to be read in order, `buffer` bytes at a time; raises `OSError`, `StoreError`."""
+    return remote.opened(path) if is_url(path) else open(path, "rb", buffering=buffer)
 
 
 def retried(path: str, read: Callable[[], T]) -> T:
@@ -94,14 +90,26 @@ class Files(NamedTuple):
     train: tuple[str, ...]
     val: tuple[str, ...]
     unused: tuple[str, ...]
+    stamps: Mapping[str, Stamp] = MappingProxyType({})
+    copied: Mapping[str, str] = MappingProxyType({})  # the paths of those that were staged
 
     def path(self, name: str) -> str:
-        return os.path.join(self.base, name)
+        """Where a file is read."""
+        return self.copied.get(name) or self.origin(name)
+
+    def origin(self, name: str) -> str:
+        return joined(self.base, name)
+
+    def places(self, names: Sequence[str]) -> dict[str, Any]:
+        """What `Shards` is told of where files are."""
+        tags = [self.stamps[name][1] for name in names]
+        paths, origins = map(self.path, names), map(self.origin, names)
+        return {"paths": tuple(paths), "origins": tuple(origins), "tags": tuple(tags)}
 
 
 def is_pattern(root: str) -> bool:
     """Whether a root is a pattern of files and no folder of this name."""
-    return any(mark in root for mark in "*?[{") and not exists(str(absolute(root)))
+    return any(mark in root for mark in "*?[{") and not os.path.exists(place_of(root))
 
 
 def matching(pattern: str) -> tuple[str, list[str]]:
@@ -117,7 +125,7 @@ def matching(pattern: str) -> tuple[str, list[str]]:
     for name in _expanded("/".join(parts[first:])):
         if any(mark in name for mark in "*?["):
             found.update(_glob(base, "", name.split("/")))
-        elif exists(os.path.join(base, name)):
+        elif is_url(base) or os.path.exists(os.path.join(base, name)):
             found.add(name)
         else:
             raise ValueError(f"data.root: {os.path.join(base, name)} does not exist")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ddp_ssl.data.datasets.containers import Table
 from ddp_ssl.data.datasets.files import BUFFER, RETRIES, open_file
 from ddp_ssl.data.datasets.pages import Page, Place, UnsupportedError, arrow, pages
+from ddp_ssl.data.datasets.remote import StoreError
 from ddp_ssl.data.datasets.tar import DAMAGED, EMPTY
 from ddp_ssl.errors import printable
 from ddp_ssl.utils.files import if_readable
@@ -158,7 +159,7 @@ def opened(path: str) -> Any:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether it is the file system's error: pyarrow's own about a damaged file has no number."""
-    return isinstance(error, OSError) and error.errno is not None
+    return isinstance(error, OSError | StoreError) and getattr(error, "errno", 0) is not None
 
 
 def _wait(path: str, error: BaseException, pause: float | None) -> None:

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ddp_ssl.data.datasets import remote
 from ddp_ssl.data.datasets.containers import Container, Table
-from ddp_ssl.data.datasets.files import BUFFER, Files, exists, open_file, retried, stamp
+from ddp_ssl.data.datasets.files import BUFFER, Files, open_file, retried
 from ddp_ssl.data.datasets.members import DamagedError, Member, members
 from ddp_ssl.data.datasets.scan import EXTENSIONS
 from ddp_ssl.errors import printable, refused
@@ -69,10 +70,6 @@ class WebDataset(Container[Members]):
     def wanted(self) -> str:
         return super().wanted + " (no .tar.gz: no image of it can be read alone)"
 
-    def needed(self, files: Files) -> tuple[str, ...]:
-        named = (CLASSES,) if exists(files.path(CLASSES)) else ()
-        return super().needed(files) + named
-
     def choose(self, data: Data, files: Files) -> Members:
         for name in files.train:
             path = files.path(name)
@@ -95,7 +92,7 @@ class WebDataset(Container[Members]):
         return retried(path, read)
 
     def look(self, data: Data, sample: int) -> tuple[int, list[bytes]]:
-        files = self.files_of(data)
+        files = self.stamped(data)
         chosen, found = self.choose(data, files), list[bytes]()
         images = walked = 0
         for path in map(files.path, files.train):
@@ -110,7 +107,7 @@ class WebDataset(Container[Members]):
                 walked += member.at if images == COUNTED else file.seek(0, 2)
             if images == COUNTED:
                 break
-        total = sum(stamp(files.path(name))[0] for name in files.train)
+        total = sum(files.stamps[name][0] for name in files.train)
         return round(images * total / walked), found
 
 
@@ -245,12 +242,9 @@ def _may_be_label(value: object) -> bool:
 
 def _classes(files: Files) -> tuple[str, ...]:
     """The names of the classes by number, where a file beside the tar files has them."""
-    try:
-        with open_file(files.path(CLASSES)) as file:
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return ()
-    return tuple(line.strip() for line in lines if line.strip())
+    place = files.origin(CLASSES)
+    lines = remote.content(place).decode(errors="replace") if remote.exists(place) else ""
+    return tuple(line.strip() for line in lines.splitlines() if line.strip())
 
 
 # --- the images of a file ------------------------------------------------------------------------
