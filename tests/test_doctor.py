@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from ddp_ssl import cli, distributed, doctor
-from ddp_ssl.checks import examination, images, machine, network, slurm, software, storage
+from ddp_ssl.checks import examination, images, machine, network, software, storage
 from ddp_ssl.checks.base import Check, Context, Finding, file_system, ok
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import Exchange, World
@@ -107,7 +107,7 @@ def other_variable() -> Any:
 
 
 def no_address() -> Any:
-    """Nobody said where rank 0 is."""
+    """The address of rank 0 is unset."""
     without = {k: v for k, v in os.environ.items() if k != "MASTER_ADDR"}
     return mock.patch.dict(os.environ, without, clear=True)
 
@@ -147,7 +147,7 @@ def slow_scan() -> Any:
 
 
 def broken() -> Any:
-    """A look breaks."""
+    """A check raises an error."""
 
     def look(ctx: Context, before: list[Any]) -> None:
         raise KeyError("cores")
@@ -156,7 +156,7 @@ def broken() -> Any:
 
 
 def asleep() -> Any:
-    """A look does not end."""
+    """A check does not end."""
 
     def look(ctx: Context, before: list[Any]) -> None:
         time.sleep(12)
@@ -191,7 +191,7 @@ FAULTS = {
 def look(
     args: Sequence[str], only: Sequence[str] = (), faults: dict[str, list[int]] | None = None
 ) -> tuple[int, str]:
-    """The doctor in this process, in a hurry; its exit code and what it prints."""
+    """The doctor in this process, with short limits; its exit code and its output."""
     rank = int(os.environ.get("RANK", "0"))
     printed = io.StringIO()
     checks = examination.all_checks
@@ -246,7 +246,7 @@ def test_a_healthy_setting(ranks: Ranks, args: list[str], tmp_path: Path, size: 
         assert name in names, name
     assert {line[:6].strip() for line in lines} <= {"ok", "warn"}
     assert end == f"{sum(x[:2] == 'ok' for x in lines)} ok, {sum(x[:4] == 'warn' for x in lines)} warn, 0 fail"  # noqa: E501  # fmt: skip
-    # What may be to mind on a small machine: few cores, neighbours, a busy disk.
+    # These warnings may be right on a small machine: few cores, other processes, a busy disk.
     minded = {line[6:20].strip() for line in lines if line[:4] == "warn"}
     assert minded <= {"cores", "speed", "reading"}
     assert any("20 images decode; the pipeline makes 2 views" in line for line in lines) or any(
@@ -724,7 +724,7 @@ esac
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose files are what scontrol says: at first, nothing bites."""
+    """A folder whose files are the output of scontrol; at first all is well."""
     folder = tmp_path / "slurm"
     folder.mkdir()
     (folder / "scontrol").write_text(SCONTROL.format(folder))
@@ -831,10 +831,3 @@ def test_scontrol_that_does_not_answer(
     code, (line,) = of_slurm(args)
     assert code == 1
     assert line.startswith("fail  slurm         scontrol: scontrol: error: no route")
-
-
-def test_time_limits() -> None:
-    assert slurm.to_minutes("1-02:03:30") == 24 * 60 + 123.5
-    assert slurm.to_minutes("00:10:00") == 10
-    assert slurm.to_minutes("10:00") == 10
-    assert slurm.to_minutes("UNLIMITED") is None

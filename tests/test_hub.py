@@ -200,7 +200,7 @@ def test_a_run_begins_with_the_hubs_weights_and_needs_no_hub_later(
 
 
 class Code:
-    """What would run if its pickle were trusted."""
+    """Code that would run if its pickle were trusted."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("executed",)

@@ -97,6 +97,8 @@ def judge_found(ctx: Context, facts: list[str]) -> Findings:
 def _where(split: Split) -> str:
     if split.images is not None:
         return "in memory"
+    if split.roots:
+        return f"files in {', '.join(split.roots)}"
     kind, folder = "files", Path(split.root)
     if split.shards is not None:
         kind = split.shards.kind

@@ -43,10 +43,7 @@ def _others_on(uuid: str) -> list[str]:
     """Processes on a GPU as nvidia-smi sees them (in a container it may see none)."""
     command = ["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name,used_memory",
                "--format=csv,noheader"]  # fmt: skip
-    try:
-        told = output_of(command, timeout_s=30)
-    except OSError:
-        return []
+    told = if_readable(lambda: output_of(command, timeout_s=30)) or ""
     rows = [line.split(", ") for line in told.splitlines() if uuid in line]
     return [" ".join(row[1:]) for row in rows if row[1] != str(os.getpid())]
 

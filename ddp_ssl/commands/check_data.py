@@ -208,11 +208,7 @@ def write(out: Path, splits: dict[str, Split], bad: dict[str, dict[int, str]]) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = common.Parser(
-        prog="ddp-ssl check-data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = common.Parser("ddp-ssl check-data", __doc__)
     parser.add_argument("config", nargs="*", help="[CONFIG.yaml] [key=value ...]")
     parser.add_argument("--full", action="store_true", help="decode every image")
     parser.add_argument("--out", type=path_of, default=Path("bad_images.txt"))

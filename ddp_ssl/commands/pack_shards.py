@@ -63,11 +63,7 @@ class Unfinished(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = common.Parser(
-        prog="ddp-ssl pack-shards",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = common.Parser("ddp-ssl pack-shards", __doc__)
     parser.add_argument("config", nargs="*", help="[CONFIG.yaml] [key=value ...]")
     parser.add_argument("--out", type=path_of, required=True, help="folder for the shards")
     parser.add_argument("--shard-size", type=float, default=1e9, help="bytes (default 1e9)")
@@ -227,13 +223,14 @@ def _plan(name: str, split: Split, ids: Ids, sizes: Ids, shard_size: int, seed: 
 
 def _keep_apart(data: Any, out: Path) -> None:
     """Raw data with shards in its folder would be read as shards from then on."""
-    if not data.root:
-        return
-    root, to = (Path(os.path.realpath(path)) for path in (absolute(data.root), out))
-    # A list's root is only what its paths are relative to, maybe `/`.
-    if to == root or (root in to.parents and data.name != "list"):
-        where = "is" if to == root else "is inside"
-        raise ValueError(f"--out: {out} {where} data.root; accepted: a folder apart from the data")
+    for place in data.roots:
+        root, to = (Path(os.path.realpath(path)) for path in (absolute(place), out))
+        # A list's root is only what its paths are relative to, maybe `/`.
+        if to == root or (root in to.parents and data.name != "list"):
+            where = "is" if to == root else "is inside"
+            raise ValueError(
+                f"--out: {out} {where} data.root; accepted: a folder apart from the data"
+            )
 
 
 def _why(error: OSError, out: Path) -> str:

@@ -308,7 +308,9 @@ def _problem(error: dict[str, Any], schema: type[Section], origins: Mapping[str,
         its = [other for other in known if other.startswith(f"{section}.")]
         few = f"; accepted: {', '.join(its)}" if len(its) <= FEW_KEYS else ""
         hint = did_you_mean(key, known) or few or f"; --help {section} lists the keys"
-        return f"{key}: unknown key{_where(key, origins)}{hint}"
+        kind = schema.model_fields[section].annotation
+        of = f" of {kind.model_fields['name'].default}" if section == "method" and kind else ""
+        return f"{key}: unknown key{of}{_where(key, origins)}{hint}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     got = "" if error["type"] in ("value_error", "missing") else f", got {flow(error['input'])}"
@@ -324,6 +326,8 @@ def _as_written(key: str, error: dict[str, Any]) -> str:
         return f"; a list is written '{key}=[{given}]'"
     if error["type"] == "list_type" and isinstance(given, dict) and given:
         return f"; an entry of the list goes by its number: {key}.0.{next(iter(given))}"
+    if error["type"] == "float_parsing" and given.count(",") == 1:
+        return f"; a decimal point is accepted: {key}={given.replace(',', '.')}"
     if error["type"] in ("model_type", "dict_type") and isinstance(given, str):
         return "; braces need quotes in a shell, as in 'data.views=[{count: 2, size: 32}]'"
     return ""

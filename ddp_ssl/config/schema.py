@@ -5,10 +5,19 @@ The docstrings under the keys are the reference (`--help` and docs/config.md). N
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SerializeAsAny,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from ddp_ssl.config.section import (
     Below1,
@@ -22,6 +31,7 @@ from ddp_ssl.config.section import (
     Size,
     is_url,
 )
+from ddp_ssl.config.text import parse
 from ddp_ssl.config.views import CentralCrop, ViewGroup
 from ddp_ssl.utils.text import suggest
 
@@ -117,6 +127,10 @@ class Model(Section):
     """Memory format of weights and images."""
     compile: bool = False
     """`torch.compile` the backbone."""
+    ema: float | None = Field(None, ge=0, lt=1)
+    """Share that a moving average of the backbone's weights keeps of itself at a step; at first it
+    is (1 + t) / (10 + t) at step t, where that is less. It is evaluated beside the weights
+    (`eval/knn_top1_ema`) and exported as `RUN:ema`. Unset: there is none."""
     checkpointing: bool = False
     """Compute each block's activations again in the backward pass: a fraction of the memory, a
     third more time. For timm's models that can, and not for batch norm."""
@@ -134,7 +148,8 @@ class Data(Section):
     """Folder of the data, of shards that `ddp-ssl pack-shards` made of them, or of parquet files
     (also a pattern such as `DIR/*.parquet`). Shards may lie in an object store: `s3://BUCKET/DIR`,
     `gs://BUCKET/DIR`, `https://HOST/DIR`. `folder`: class folders under `train/` and `val/`,
-    class folders, or a flat folder of unlabelled images."""
+    class folders, or a flat folder of unlabelled images. `[A, B]`: several folders, one after the
+    other, with the classes of all."""
     files: PathText | None = None
     """`name: list`: a text or CSV file with a path and, if there are labels, a class per line;
     paths are relative to `root`, or to the file where that is unset."""
@@ -198,6 +213,38 @@ class Data(Section):
     """GPU: width and height of the largest images expected, so that the decoder's buffers are
     allocated once."""
 
+    _further: tuple[str, ...] = PrivateAttr(())
+    """The roots after `root`, where it is given as a list."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _split_roots(cls, values: Any, validate: ModelWrapValidatorHandler[Data]) -> Data:
+        root = values.get("root") if isinstance(values, dict) else None
+        if isinstance(root, str) and re.fullmatch(r"\[.*\]", root) and not os.path.exists(root):
+            root = parse(root, list[str])
+        if not isinstance(root, list):
+            return validate(values)
+        made = [validate({**values, "root": one}) for one in root]
+        if not made or None in (one.root for one in made):
+            raise ValueError(f"root: a path or a list of paths is accepted, got {root}")
+        made[0]._further = tuple(str(one.root) for one in made[1:])
+        return made[0]
+
+    @field_serializer("root")
+    def _all_roots(self, root: str | None) -> str | list[str] | None:
+        return self.roots if self._further else root
+
+    @property
+    def roots(self) -> list[str]:
+        """All roots; `root` is the first."""
+        return [] if self.root is None else [self.root, *self._further]
+
+    def at(self, root: str) -> Data:
+        """The same with this root alone."""
+        made = self.model_copy(update={"root": root})
+        made._further = ()
+        return made
+
     @property
     def readers(self) -> int:
         """`read_threads`, or its default for this `root`."""
@@ -234,7 +281,14 @@ class Optim(Section):
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
     """The cosine ends at this fraction of the peak."""
     weight_decay: float = Field(1e-4, ge=0)
-    """Weight decay; under LARS, Adam and AdamW not on 1-D parameters (biases, norms)."""
+    """Weight decay; under LARS, Adam and AdamW not on 1-D parameters (biases, norms), nor on a
+    ViT's tokens and position embeddings."""
+    final_weight_decay: float | None = Field(None, ge=0)
+    """Weight decay at the end, towards which it follows a cosine over all steps. Unset: it stays
+    as it is."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Factor of the learning rate from each of the backbone's layers to the one before it. Unset:
+    one rate for all."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of LARS and SGD."""
     betas: tuple[Below1, Below1] = (0.9, 0.999)

@@ -103,6 +103,12 @@ def _look(data: Data, name: str | None) -> Look:
     data = data.model_copy(update={"name": name})
     if data.root or data.files:
         registry.find(data)
+    if len(data.roots) > 1:
+        looks = [_look(data.at(root), name) for root in data.roots]
+        what = f"images in {len(looks)} roots"
+        side = round(statistics.median(look.side for look in looks))
+        capped = any(look.capped for look in looks)
+        return Look(name, what, sum(look.images for look in looks), side, capped)
     if data.root and shards.is_shards(place := place_of(data.root)):
         splits = shards.describe(place)["splits"]
         count = _training(data, int(splits["train"]["count"]), "val" in splits)
@@ -170,8 +176,8 @@ def _listed(data: Data) -> Look:
     there = [path for path in paths if os.path.isfile(path)]
     if names and not there:
         raise ConfigError(
-            f"data.files: {file}: none of its first files is there, such as {paths[0]}; names are "
-            "meant from data.root, or else from the list's folder"
+            f"data.files: {file}: none of its first files is there, such as {paths[0]}; the "
+            "names are paths from data.root or, if it is unset, from the list's folder"
         )
     side = _side("data.files", there)
     count = _training(data, len(names), bool(data.val_files))

@@ -69,6 +69,9 @@ class Backbone(Section):
     """More arguments for `timm.create_model`."""
     stem: Literal["standard", "small"] = "standard"
     """`small`, for ResNets on small images: first convolution 3x3 with stride 1, no max-pool."""
+    features: Literal["cls", "mean", "both"] | None = None
+    """ViTs: the class token, the mean of the patches, or both side by side. Unset: as the network
+    was trained."""
     prefix: str | None = None
     """Prefix of the backbone's names in the file, such as `teacher.backbone.`. Unset: the one that
     fits best."""
@@ -169,6 +172,9 @@ class Finetune(Section):
     backbone_lr: float = Field(0.1, ge=0)
     """The backbone's learning rate as a multiple of the classifier's; 0 freezes its weights (its
     batch norms still adapt)."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Factor of the backbone's rate from each layer to the one before it, as in
+    `optim.layer_decay`; 0.65 to 0.75 are usual for ViTs."""
     epochs: int = Field(30, ge=1)
     """Passes over these images."""
     warmup_epochs: float = Field(1, ge=0)

@@ -106,6 +106,8 @@ def train_to_the_end(
         again = resume_command(str(job.setting.folder))
         name, to = job.setting.config.method.name, job.setting.config.log.to
         again += f" method.name={name}" if ":" in name else ""  # consent to import it
+        views = job.setting.config.data.views
+        again += " --trust" if any(":" in view.recipe for view in views) else ""
         again += f" 'log.to=[{', '.join(to)}]'" if ":" in "".join(to) else ""
         logger.info("stopped on %s at step %d; to go on: %s", reason, state.step, again)
     settle(job)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddp_ssl.config.section import is_url
-from ddp_ssl.data.datasets import containers, parquet, selection, shards, staging
+from ddp_ssl.data.datasets import containers, parquet, selection, several, shards, staging
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part, place_of
 from ddp_ssl.data.datasets.files import is_pattern
 from ddp_ssl.utils.once import warn_once
@@ -54,6 +54,8 @@ def container_of(data: Data) -> containers.Container[Any] | None:
 
 def definition_of(data: Data) -> Definition:
     """The definition of the data set that the config names, or of the container it lies in."""
+    if len(data.roots) > 1:
+        return several.definition(data, [definition_of(data.at(root)) for root in data.roots])
     if _in_shards(data):
         return shards.DEFINITION
     container = container_of(data)

@@ -20,7 +20,7 @@ from ddp_ssl.config.views import CentralCrop
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.datasets.remote import StoreError
 from ddp_ssl.data.datasets.split import Split, not_compared
-from ddp_ssl.data.loading import small_images
+from ddp_ssl.data.loading import recipes, small_images
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.decodable import dali_message
 from ddp_ssl.data.loading.order import Ids, Order
@@ -64,6 +64,9 @@ class TrainLoader:
         self._small = small_images.suits(
             split.images, self.views, augmentation.color_jitter, settings.device
         )
+        self._recipes = {v.function: recipes.digest(v.function) for v in self.views if v.function}
+        for view in {view.function: view for view in self.views if view.function}.values():
+            self._dali.try_recipe(view, settings)
         reader = Reader(split, order.ids, settings, BadImages() if bad is None else bad)
         self._source = TrainBatches(reader, order, agree)
         self._restart(0)
@@ -172,7 +175,9 @@ class TrainLoader:
             "salt": str(self.augmentation.salt),
             "color_jitter": self.augmentation.color_jitter,
             "normalisation": repr(tuple(self.settings.form)),
-        } | ({"decoding": repr(self.settings.decoding.hw_load)} if device.type == "cuda" else {})
+            **({"decoding": repr(self.settings.decoding.hw_load)} if device.type == "cuda" else {}),
+            **({"recipes": repr(self._recipes)} if self._recipes else {}),
+        }
 
     def _restart(self, step: int) -> None:
         """A pipeline whose first batch is that of `step`; its augmentation seed follows from it."""
