@@ -48,7 +48,7 @@ NORMALISATION: dict[str, tuple[Channels, Channels]] = {
 }
 
 # Names of a container, and the data set that its content counts as.
-SAME_AS = {"parquet": "folder"}
+SAME_AS = dict.fromkeys(("list", "parquet", "webdataset"), "folder")
 
 # Data sets of small square images, which their sources evaluate without a crop.
 WHOLE = ("digits", "cifar10", "cifar100", "stl10", "tiny_imagenet", "cinic10",
@@ -142,21 +142,22 @@ class Data(Section):
     name: str = "folder"
     """`imagenet`, `imagenet100`, `inat21`, `inat21_mini`, `cifar10`, `cifar100`, `stl10`,
     `tiny_imagenet`, `cinic10`, `blood`, `organa`, `organc`, `organs`, `food101`, `sun397`, `cars`,
-    `aircraft`, `dtd`, `pets`, `caltech101`, `flowers102`, `digits`, `folder`, `train_test`, `list`
-    or `parquet`; docs/data.md has the layout of each."""
+    `aircraft`, `dtd`, `pets`, `caltech101`, `flowers102`, `digits`, `folder`, `train_test`, `list`,
+    `parquet` or `webdataset`; docs/data.md has the layout of each."""
     root: PlaceText | None = None
-    """Folder of the data, of shards that `ddp-ssl pack-shards` made of them, or of parquet files
-    (also a pattern such as `DIR/*.parquet`). Shards may lie in an object store: `s3://BUCKET/DIR`,
-    `gs://BUCKET/DIR`, `https://HOST/DIR`. `folder`: class folders under `train/` and `val/`,
-    class folders, or a flat folder of unlabelled images. `[A, B]`: several folders, one after the
-    other, with the classes of all."""
+    """Folder of the data, of shards that `ddp-ssl pack-shards` made of them, of parquet files or of
+    tar files (also a pattern: `DIR/*.parquet`, `DIR/train-{000..123}.tar`). These three may lie in
+    an object store: `s3://BUCKET/DIR`, `gs://BUCKET/DIR`, `https://HOST/DIR`. `folder`: class
+    folders under `train/` and `val/`, class folders, or a flat folder of unlabelled images.
+    `[A, B]`: several folders, one after the other, with the classes of all."""
     files: PathText | None = None
     """`name: list`: a text or CSV file with a path and, if there are labels, a class per line;
     paths are relative to `root`, or to the file where that is unset."""
     val_files: PathText | None = None
     """`name: list`: the same for validation. Unset: a `val_fraction` of `files`."""
     columns: list[str] | None = Field(None, min_length=1, max_length=2)
-    """Parquet files: the column of images and, if there are labels, that of the labels. Unset: the
+    """Parquet files: the column of images and, if there are labels, that of the labels. Tar files:
+    the extensions of these members, `[jpg, cls]`, `[jpg;png, txt]` or `[jpg, json.KEY]`. Unset: the
     only ones that may be meant."""
     fraction: float = Field(1.0, gt=0, le=1)
     """Seeded share of the training images used for pretraining; the probe and k-NN of
@@ -170,7 +171,7 @@ class Data(Section):
     """Width times height of the largest image that is decoded; a larger one is a bad image.
     Decoding takes about 6 bytes a pixel."""
     stage: PathText | None = None
-    """Node-local folder that shards or parquet files are copied to first, once per node."""
+    """Node-local folder that shards, parquet or tar files are copied to first, once per node."""
     stage_gb: float | None = Field(None, ge=0, le=1e6)
     """Copy only the first files, as many as fit into this many GB; the others are read where they
     are. Unset: all."""
@@ -246,9 +247,14 @@ class Data(Section):
         return made
 
     @property
+    def is_far(self) -> bool:
+        """Whether a root is in an object store."""
+        return any(map(is_url, self.roots))
+
+    @property
     def readers(self) -> int:
         """`read_threads`, or its default for this `root`."""
-        return self.read_threads or (64 if is_url(self.root) else 16)
+        return self.read_threads or (64 if self.is_far else 16)
 
     @property
     def normalisation(self) -> tuple[Channels, Channels]:

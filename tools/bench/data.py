@@ -17,8 +17,9 @@ are then DALI's own `fn.readers.file` before the same graph, and the same images
 `--latency 20` reads shards and parquet files from a web server, a process of its own, that answers
 each request 20 ms later, beside the same files on the disk.
 
-`--containers` compares the same images in folders, in shards and in parquet files as `datasets`
-writes them: the loader with one crop, reading alone, and the bytes read for each byte of an image.
+`--containers` compares the same images in folders, in shards, in tar files as WebDataset's writer
+packs them and in parquet files as `datasets` writes them: the loader with one crop, reading alone,
+and the bytes read for each byte of an image.
 """
 
 import argparse
@@ -52,7 +53,7 @@ from torchvision.transforms import InterpolationMode, v2
 from ddp_ssl.commands import pack_shards
 from ddp_ssl.config import Data
 from ddp_ssl.config.views import RECIPES, View
-from ddp_ssl.data.datasets import parquet, registry, remote
+from ddp_ssl.data.datasets import parquet, registry, remote, webdataset
 from ddp_ssl.data.datasets.shards import open_shards
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading import dali
@@ -380,6 +381,7 @@ def split_of(folder: Path) -> Split:
 
 
 PARQUET = "ddp_ssl, parquet"
+TARS = "ddp_ssl, tar files of others"
 
 
 def write_parquet(folder: Path, out: Path, codec: str = "snappy") -> None:
@@ -396,6 +398,16 @@ def write_parquet(folder: Path, out: Path, codec: str = "snappy") -> None:
         tables = pa.table({"image": pa.array(cells, kind)})
         name = out / f"train-{first // 1000:05d}.parquet"
         pq.write_table(tables, name, compression=codec, row_group_size=100)
+
+
+def write_tars(folder: Path, out: Path) -> None:
+    """The images of a folder as the writer of WebDataset packs them."""
+    from webdataset import ShardWriter
+
+    out.mkdir()
+    with ShardWriter(f"{out}/train-%05d.tar", maxcount=1000, verbose=0) as writer:
+        for path in sorted(folder.glob("*.jpg")):
+            writer.write({"__key__": path.stem, "jpg": path.read_bytes(), "cls": 0})
 
 
 def containers(args: argparse.Namespace) -> Iterator[str]:
@@ -418,14 +430,22 @@ def containers(args: argparse.Namespace) -> Iterator[str]:
         if pack_shards.main([*packing, f"data.root={folder}"]):
             raise RuntimeError("packing failed")
         splits = {INDEXED: open_shards(Path(temporary, "shards")).train, OURS: split_of(folder)}
-        for codec in ("snappy", "none", "zstd"):
-            write_parquet(folder, Path(temporary, codec), codec)
-            data = Data(name="parquet", root=f"{temporary}/{codec}")
-            cpu, split = cpu_seconds(), parquet.CONTAINER.load(data).train
+        write_tars(folder, Path(temporary, "tars"))
+        for codec in ("tars", "snappy", "none", "zstd"):
+            kind: Any = webdataset.CONTAINER if codec == "tars" else parquet.CONTAINER
+            if codec != "tars":
+                write_parquet(folder, Path(temporary, codec), codec)
+            cpu, before = cpu_seconds(), read_bytes()
+            split = kind.load(Data(name=kind.name, root=f"{temporary}/{codec}")).train
             assert split.shards is not None
-            cost = (cpu_seconds() - cpu) / (1e-9 * int(split.shards.size.sum()))
-            print(f"{codec}: read through once, {cost:.1f} CPU-s a GB", file=sys.stderr)
-            splits[f"{PARQUET}, {codec}"] = split
+            size = int(split.shards.size.sum())
+            cost, reads = (cpu_seconds() - cpu) / (1e-9 * size), (read_bytes() - before) / size
+            print(
+                f"{codec}: read through once, {cost:.1f} CPU-s a GB, {reads:.3f} bytes for each "
+                "byte of an image",
+                file=sys.stderr,
+            )
+            splits[TARS if codec == "tars" else f"{PARQUET}, {codec}"] = split
         title = f"Containers: one crop of 224 px, JPEGs of 500 × 375 and {kilobytes:.0f} kB"
         loaders = {
             name: package(split, [view], batch, args.workers, "seq")

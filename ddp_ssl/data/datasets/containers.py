@@ -16,6 +16,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -78,6 +79,7 @@ class Table(NamedTuple):
     paths: NDArray[np.uint8]
     lengths: Ints
     classes: NDArray[np.str_] = np.empty(0, np.str_)
+    notes: NDArray[np.str_] = np.empty(0, np.str_)  # of what else was in the file and is not read
     part: NDArray[np.int32] | None = None  # [m, 5], of parquet files
 
 
@@ -299,6 +301,10 @@ class Container(ABC, Generic[C]):
                         )
             finally:
                 stop.set()
+        notes = Counter(note for table in tables for note in table.notes.tolist())
+        if notes:
+            what = ", ".join(f"{note} ({count})" for note, count in sorted(notes.items()))
+            warn_once(f"data.root: {files.base}: not read: {what}")
         classes, labels = self._classes(data, files, chosen, tables)
         cut, roots = len(files.train), _root(data, files)
         made = [

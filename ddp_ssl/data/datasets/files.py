@@ -9,10 +9,11 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 from ddp_ssl.config.section import is_url
 from ddp_ssl.data.datasets import remote
@@ -20,10 +21,15 @@ from ddp_ssl.data.datasets.base import place_of
 from ddp_ssl.data.datasets.folders import LIKE_A_SPLIT, TRAIN, VAL
 from ddp_ssl.data.datasets.remote import Stamp, joined
 from ddp_ssl.data.datasets.scan import scan
+from ddp_ssl.errors import may_pass
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
 
+T = TypeVar("T")
+
+BUFFER = 1 << 20  # bytes read at a time
+RETRIES = (0.1, 1.0)  # seconds, after an error of the file system that may pass
 # What follows the split in a file's name.
 NUMBER = re.compile(r"([-_.](shard|part))?[-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?$")
 
@@ -53,9 +59,25 @@ def holds_images(folder: str) -> bool:
     return os.path.isdir(folder) and next(scan(os.fsencode(folder)), None) is not None
 
 
-def open_file(path: str, buffer: int = 1 << 20) -> BinaryIO:
+def open_file(path: str, buffer: int = BUFFER) -> BinaryIO:
     """A file to be read in order, `buffer` bytes at a time; raises `OSError`, `StoreError`."""
     return remote.opened(path) if is_url(path) else open(path, "rb", buffering=buffer)
+
+
+def retried(path: str, read: Callable[[], T]) -> T:
+    """What `read` returns, which is called again after an error of the file system that may pass.
+
+    Raises `ValueError` where the file system does not give the file.
+    """
+    for pause in (*RETRIES, None):
+        try:
+            return read()
+        except OSError as error:
+            if pause is None or not may_pass(error):
+                why = error.strerror or error
+                raise ValueError(f"data.root: {path} cannot be read: {why}") from None
+            time.sleep(pause)
+    raise AssertionError
 
 
 # --- which files ---------------------------------------------------------------------------------

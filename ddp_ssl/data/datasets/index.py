@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddp_ssl.data.datasets.containers import Table
-from ddp_ssl.data.datasets.files import open_file
+from ddp_ssl.data.datasets.files import BUFFER, RETRIES, open_file
 from ddp_ssl.data.datasets.pages import Page, Place, UnsupportedError, arrow, pages
 from ddp_ssl.data.datasets.remote import StoreError
 from ddp_ssl.data.datasets.tar import DAMAGED, EMPTY
@@ -29,8 +29,6 @@ from ddp_ssl.utils.once import warn_once
 logger = logging.getLogger("ddp_ssl")
 
 BATCH = 32  # images that pyarrow reads at a time
-BUFFER = 1 << 20  # bytes read at a time
-RETRIES = (0.1, 1.0)  # seconds, after an error of the file system that may pass
 LABELS = ("labels", "class")  # columns of labels, after `label`; other numbers may be anything
 
 Ints = NDArray[np.int64]

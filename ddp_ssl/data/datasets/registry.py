@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddp_ssl.config.section import is_url
-from ddp_ssl.data.datasets import containers, parquet, selection, several, shards, staging
+from ddp_ssl.data.datasets import (
+    containers,
+    parquet,
+    selection,
+    several,
+    shards,
+    staging,
+    webdataset,
+)
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part, place_of
 from ddp_ssl.data.datasets.files import is_pattern
 from ddp_ssl.utils.once import warn_once
@@ -37,7 +45,8 @@ def _definitions() -> dict[str, Definition]:
 
 
 DATASETS = _definitions()
-CONTAINERS = (parquet.CONTAINER,)
+# Beside tar files, img2dataset writes parquet files without images.
+CONTAINERS = (webdataset.CONTAINER, parquet.CONTAINER)
 
 
 def _in_shards(data: Data) -> bool:
@@ -64,8 +73,8 @@ def definition_of(data: Data) -> Definition:
     if is_url(data.root):
         raise ValueError(
             f"data.root: {data.root} holds no {shards.ABOUT}, and no files of images are found "
-            "there; accepted in an object store: shards and parquet files; on a web server, which "
-            "lists nothing, a pattern such as https://HOST/train-{000..099}.parquet"
+            "there; accepted in an object store: shards, parquet and tar files; on a web server, "
+            "which lists nothing, a pattern such as https://HOST/train-{000..099}.tar"
         )
     if data.stage is not None:
         raise ValueError(
@@ -74,8 +83,8 @@ def definition_of(data: Data) -> Definition:
         )
     if data.columns is not None:
         raise ValueError(
-            f"data.columns: is for parquet files, and {data.root or 'data.root'} holds none; leave "
-            "it out"
+            f"data.columns: is for parquet and tar files, and {data.root or 'data.root'} holds "
+            "none; leave it out"
         )
     if data.name not in DATASETS:
         hint = suggest(data.name, DATASETS)

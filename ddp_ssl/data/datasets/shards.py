@@ -207,7 +207,7 @@ def file_size(path: Path) -> int:
 
 def find(data: Data) -> None:
     about = describe(place_of(data.root or ""))
-    if SAME_AS.get(data.name, data.name) != about["name"]:
+    if SAME_AS.get(data.name, data.name) != SAME_AS.get(about["name"], about["name"]):
         raise ValueError(
             f"data.name: {data.root} holds shards of {about['name']}, not of {data.name}"
         )
