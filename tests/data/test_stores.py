@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ddp_ssl.data.loading.reader import UnreadableError
 from ddp_ssl.run.configure import load
 from tests.data.images import loader_of
 from tests.data.tables import as_parquet
+from tests.data.tars import as_tars
 from tests.store import Store, serving
 
 
@@ -103,30 +104,33 @@ def test_s3_with_credentials_of_the_environment(
     assert "Signature" not in said
 
 
-def test_parquet_files_are_found_and_read_once(
-    store: Store, files: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("written", [as_parquet, as_tars])
+def test_files_of_others_are_found_and_read_once(
+    store: Store, files: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    written: Callable[..., Path],
+) -> None:  # fmt: skip
     """By S3's listing and by a pattern; each byte is asked for once until the images are read."""
     store.environment(monkeypatch)
     monkeypatch.setenv("DDP_SSL_CACHE", str(tmp_path))
     monkeypatch.setattr(remote, "BLOCK", 4096)
     monkeypatch.setattr(remote, "CHUNK", 16384)
-    tables = as_parquet(files, packed.parent / "tables")
-    size = sum(path.stat().st_size for path in (tables / "data").iterdir())
-    here = opened(tables)
+    root = written(files, packed.parent / written.__name__.replace("_", "-"))
+    paths = [path for path in root.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in paths)
+    here = opened(root)
     store.reset()
-    there = opened(f"s3://{packed.parent.name}/tables")
+    there = opened(f"s3://{packed.parent.name}/{root.name}")
     assert store.sent == size
     assert there.train.digest == here.train.digest
     assert there.val is not None
     assert contents(there.train) == contents(here.train)
     store.reset()
-    opened(f"s3://{packed.parent.name}/tables")  # what was found is kept
+    opened(f"s3://{packed.parent.name}/{root.name}")  # what was found is kept
     assert store.sent < 20_000  # the end of a file, for its columns
-    for path in (tables / "data").iterdir():
+    for path in paths:
         os.utime(path, (1, 1))
     store.reset()
-    opened(f"s3://{packed.parent.name}/tables")
+    opened(f"s3://{packed.parent.name}/{root.name}")
     assert store.sent == size
 
 
