@@ -86,6 +86,8 @@ def judge_found(ctx: Context, facts: list[str]) -> Findings:
     if stage and train.shards is not None:
         packed = [split.shards for split in (train, val) if split is not None]
         needed = sum(int(shards.size.sum()) for shards in packed if shards is not None)
+        if ctx.config.data.stage_gb is not None:
+            needed = min(needed, int(ctx.config.data.stage_gb * 1e9))
         place = existing(Path(stage))
         free, _ = room(place)
         text = f"data.stage: {size(needed)} are to be copied, {size(free)} are free in {place}"

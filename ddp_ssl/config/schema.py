@@ -247,9 +247,14 @@ class Data(Section):
         return made
 
     @property
+    def is_far(self) -> bool:
+        """Whether a root is in an object store."""
+        return any(map(is_url, self.roots))
+
+    @property
     def readers(self) -> int:
         """`read_threads`, or its default for this `root`."""
-        return self.read_threads or (64 if is_url(self.root) else 16)
+        return self.read_threads or (64 if self.is_far else 16)
 
     @property
     def normalisation(self) -> tuple[Channels, Channels]:

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 
-from ddp_ssl.config.section import is_url
 from ddp_ssl.training import report
 from ddp_ssl.training.job import Job
 
@@ -82,7 +81,7 @@ def validation_is_long(job: Job) -> bool:
     seconds = job.state.latest.get("perf/validation_s", 0.0)
     done, config = job.state.epoch + 1, job.config
     due = is_due(config.eval.every, done) or is_due(config.measure.every, done)
-    return due and bool(job.world.broadcast_object(seconds > LONG_S or is_url(config.data.root)))
+    return due and bool(job.world.broadcast_object(seconds > LONG_S or config.data.is_far))
 
 
 def best_score(job: Job, metrics: dict[str, float]) -> float | None:

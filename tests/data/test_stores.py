@@ -104,32 +104,33 @@ def test_s3_with_credentials_of_the_environment(
     assert "Signature" not in said
 
 
-@pytest.mark.parametrize(("kind", "folder"), [(as_parquet, "tables/data"), (as_tars, "tars")])
+@pytest.mark.parametrize("written", [as_parquet, as_tars])
 def test_files_of_others_are_found_and_read_once(
     store: Store, files: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    kind: Callable[[Path, Path], Path], folder: str,
+    written: Callable[..., Path],
 ) -> None:  # fmt: skip
     """By S3's listing and by a pattern; each byte is asked for once until the images are read."""
     store.environment(monkeypatch)
     monkeypatch.setenv("DDP_SSL_CACHE", str(tmp_path))
     monkeypatch.setattr(remote, "BLOCK", 4096)
     monkeypatch.setattr(remote, "CHUNK", 16384)
-    name, place = folder.partition("/")[0], packed.parent / folder
-    here = opened(kind(files, packed.parent / name))
-    size = sum(path.stat().st_size for path in place.iterdir())
+    root = written(files, packed.parent / written.__name__.replace("_", "-"))
+    paths = [path for path in root.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in paths)
+    here = opened(root)
     store.reset()
-    there = opened(f"s3://{packed.parent.name}/{name}")
+    there = opened(f"s3://{packed.parent.name}/{root.name}")
     assert store.sent == size
     assert there.train.digest == here.train.digest
     assert there.val is not None
     assert contents(there.train) == contents(here.train)
     store.reset()
-    opened(f"s3://{packed.parent.name}/{name}")  # what was found is kept
-    assert store.sent < 20_000  # a part of a file, for its columns
-    for path in place.iterdir():
+    opened(f"s3://{packed.parent.name}/{root.name}")  # what was found is kept
+    assert store.sent < 20_000  # the end of a file, for its columns
+    for path in paths:
         os.utime(path, (1, 1))
     store.reset()
-    opened(f"s3://{packed.parent.name}/{name}")
+    opened(f"s3://{packed.parent.name}/{root.name}")
     assert store.sent == size
 
 

@@ -74,7 +74,7 @@ def definition_of(data: Data) -> Definition:
         raise ValueError(
             f"data.root: {data.root} holds no {shards.ABOUT}, and no files of images are found "
             "there; accepted in an object store: shards, parquet and tar files; on a web server, "
-            "which lists nothing, a pattern such as https://HOST/train-{000..099}.parquet"
+            "which lists nothing, a pattern such as https://HOST/train-{000..099}.tar"
         )
     if data.stage is not None:
         raise ValueError(

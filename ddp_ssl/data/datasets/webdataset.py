@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ddp_ssl.config.section import is_url
 from ddp_ssl.data.datasets import remote
 from ddp_ssl.data.datasets.containers import Container, Table
 from ddp_ssl.data.datasets.files import BUFFER, Files, open_file, retried
@@ -39,8 +40,8 @@ logger = logging.getLogger("ddp_ssl")
 PATH = re.compile(rb"(?:\./)?((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)  # key and extension
 NUMBER = re.compile(r"[-+]?\d{1,18}")
 LABELS = ("label", "class", "cls", "target", "class_name")  # keys of JSON that may be meant
-LOOKED_AT = 100  # members that are looked at first
-COUNTED = 10_000  # images after which the number of all is estimated
+LOOKED_AT = 300  # members that are looked at first
+COUNTED = 10_000  # images after which the number of all is estimated; fewer in a store
 SHORT = 1 << 14  # bytes read at a time where few are wanted
 CLASSES = "classnames.txt"  # of CLIP benchmark's data sets: a class a line
 
@@ -95,6 +96,7 @@ class WebDataset(Container[Members]):
         files = self.stamped(data)
         chosen, found = self.choose(data, files), list[bytes]()
         images = walked = 0
+        counted = sample if is_url(files.base) else COUNTED
         for path in map(files.path, files.train):
             with _opened(path, SHORT) as file:
                 for member in members(file):
@@ -102,10 +104,10 @@ class WebDataset(Container[Members]):
                         images += 1
                         if len(found) < sample:
                             found.append(file.read(member.size))
-                    if images == COUNTED:
+                    if images == counted:
                         break
-                walked += member.at if images == COUNTED else file.seek(0, 2)
-            if images == COUNTED:
+                walked += member.at if images == counted else file.seek(0, 2)
+            if images == counted:
                 break
         total = sum(files.stamps[name][0] for name in files.train)
         return round(images * total / walked), found
@@ -243,8 +245,10 @@ def _may_be_label(value: object) -> bool:
 def _classes(files: Files) -> tuple[str, ...]:
     """The names of the classes by number, where a file beside the tar files has them."""
     place = files.origin(CLASSES)
-    lines = remote.content(place).decode(errors="replace") if remote.exists(place) else ""
-    return tuple(line.strip() for line in lines.splitlines() if line.strip())
+    if not remote.exists(place):
+        return ()
+    lines = remote.content(place).decode(errors="replace").splitlines()
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 # --- the images of a file ------------------------------------------------------------------------
