@@ -428,7 +428,7 @@ def test_other_methods_run(ranks: Ranks, photos: Path, tmp_path: Path, method: s
     assert ranks.launch(train, 2, [*args, f"method.name={method}", "optim.epochs=1"]) == [0, 0]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])  # muon is AdamW too
 def test_other_optimisers_resume(
     ranks: Ranks, photos: Path, tmp_path: Path, optimizer: str
 ) -> None:
