@@ -262,7 +262,13 @@ def build(
     if config.name == "muon":
         return MuonAdamW(options, config)
     adam = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return adam(options, config.lr, betas=config.betas, foreach=True)
+    # On a GPU one kernel for all tensors, which leaves out a step of infinite gradients by itself.
+    fused = _on_gpu([p for group in options for _, p in group["params"]])
+    return adam(options, config.lr, betas=config.betas, fused=fused, foreach=not fused)
+
+
+def _on_gpu(parameters: Sequence[Tensor]) -> bool:
+    return all(p.is_cuda for p in parameters)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -423,8 +429,8 @@ def _placed(value: Tensor | int, p: Tensor, what: str, counter: bool) -> Tensor 
     """A copy of a state tensor with its parameter's device, type and memory format."""
     if not isinstance(value, Tensor):
         return value
-    if counter:  # Adam reads its step on the host
-        return value.detach().to("cpu", copy=True)
+    if counter:
+        return value.detach().to(p.device, copy=True)
     if value.shape != p.shape:
         raise ValueError(
             f"optimizer state of {what} is {list(value.shape)}, expected {list(p.shape)}"

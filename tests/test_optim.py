@@ -299,7 +299,11 @@ def test_sgd_decays_all() -> None:
     ("name", "kind"),
     [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)],
 )
-def test_parity_with_torch(name: str, kind: Any) -> None:
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_parity_with_torch(
+    name: str, kind: Any, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "_on_gpu", lambda parameters: on_gpu)
     config = Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.8, betas=(0.8, 0.9))  # type: ignore[arg-type]
     ours, theirs = network(), network()
     optimizer = build(config, groups_of(ours))
@@ -311,13 +315,38 @@ def test_parity_with_torch(name: str, kind: Any) -> None:
         groups = [{"params": deep}, {"params": flat, "weight_decay": 0.0}]
         other = kind(groups, lr=0.01, betas=(0.8, 0.9), weight_decay=0.1, foreach=False)
     for _ in range(4):
-        x = torch.randn(8, 3, 4, 4)
-        for module, o in ((ours, optimizer), (theirs, other)):
-            o.zero_grad()
-            module(x).square().mean().backward()
-            o.step()
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        optimizer.step()
+        other.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_adam_on_a_gpu_leaves_infinite_gradients_out_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In fp16: the scaler need not ask the device whether a gradient was infinite."""
+    monkeypatch.setattr(optim, "_on_gpu", lambda parameters: True)
+    module, scaler = network(), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = build(Optim(name="adamw", lr=0.01), groups_of(module))
+    x = torch.randn(8, 3, 4, 4)
+    weights = []
+    for scale in (1.0, math.inf, 1.0):
+        with Operators() as seen:
+            scaler.scale(module(x).square().mean() * scale).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert seen.waits == []
+        weights.append([p.detach().clone() for p in module.parameters()])
+    for first, left_out, second in zip(*weights, strict=True):
+        assert torch.equal(first, left_out)
+        assert not torch.equal(left_out, second)
+    assert scaler.get_scale() == 2
+    assert {float(state["step"]) for state in state_by_name(optimizer).values()} == {2}
 
 
 def test_groups_have_their_own_settings() -> None:
@@ -509,8 +538,12 @@ def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> 
     return [p.detach().clone() for p in module.parameters()]
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adam", "adamw"])
-def test_state_by_name_continues_to_the_last_bit(name: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("name", ["lars", "sgd", "adam", "adamw", "adamw on a GPU"])
+def test_state_by_name_continues_to_the_last_bit(
+    name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _, on_gpu = name.partition(" ")
+    monkeypatch.setattr(optim, "_on_gpu", lambda parameters: bool(on_gpu))
     config = Optim(name=name, lr=0.01)  # type: ignore[arg-type]
     straight = network()
     expected = train(straight, build(config, groups_of(straight)), range(6))
