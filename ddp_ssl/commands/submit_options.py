@@ -14,7 +14,7 @@ def parser() -> argparse.ArgumentParser:
     made = common.Parser(
         "python -m ddp_ssl.submit",
         "Submit a run, or a sweep, through submitit.",
-        "key=a,b,c is a sweep: one run for each value, or for each combination of several.",
+        "key=a,b,c is a sweep: a run for each value, or each combination of several.",
     )
     add = made.add_argument
     add("arguments", nargs="*", metavar="CONFIG key=value", help="as for ddp_ssl.train")
