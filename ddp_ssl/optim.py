@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ddp_ssl.config import Optim
-from ddp_ssl.errors import refused
+from ddp_ssl.errors import ConfigError, refused
 
 Variant = Literal["solo", "vicreg"]
 
@@ -208,36 +208,38 @@ def build(
 
     A group has `name`, `params` (pairs of name and parameter) and, where they differ from the
     config's, `base_lr` (per 256 images), `weight_decay`, and `schedule: False` for a constant rate
-    without warm-up (SimSiam's predictor). Under LARS, Adam and AdamW the 1-D parameters get a
-    group `NAME/1d` of their own without weight decay, with the tokens and position embeddings that
-    the timm model `backbone` names; SGD decays all of them (as solo-learn does). With
-    `optim.layer_decay` each rate of the backbone has a group `.../xRATE` of its own.
+    without warm-up (SimSiam's predictor). Some of a group's parameters get a group of their own:
+    `NAME/1d` the 1-D ones, without weight decay, with the tokens and position embeddings that the
+    timm model `backbone` names (SGD decays all of them, as solo-learn does); `NAME/muon` Muon's
+    matrices, if the group has no rate of its own; `.../xRATE` those whose rate `optim.layer_decay`
+    scales.
 
     Raises `ValueError` if two parameters have one name, since state is stored by name.
     """
-    split, scales, spared = config.name != "sgd", dict[Tensor, float](), set[Tensor]()
+    scales, spared = dict[Tensor, float](), set[Tensor]()
     if backbone is not None:
-        scales = layer_scales(backbone, config.layer_decay)
-        spared = undecayed(backbone)
+        scales, spared = layer_scales(backbone, config.layer_decay), undecayed(backbone)
+
+    def kind(p: Tensor, group: Mapping[str, Any]) -> str:
+        if config.name != "sgd" and (is_one_dimensional(p) or p in spared):
+            return "/1d"
+        return "/muon" if config.name == "muon" and p.ndim == 2 and "base_lr" not in group else ""
+
     options: list[dict[str, Any]] = []
     for group in groups:
-        shared = {
-            "base_lr": group.get("base_lr", config.lr),
-            "schedule": group.get("schedule", True),
-        }
-        parts: dict[tuple[bool, float], list[tuple[str, Tensor]]] = {}
+        parts: dict[tuple[float, str], list[tuple[str, Tensor]]] = {}
         for name, p in group["params"]:
-            flat = split and (is_one_dimensional(p) or p in spared)
-            parts.setdefault((flat, -scales.get(p, 1.0)), []).append((name, p))
-        for (flat, scale), params in sorted(parts.items(), key=lambda part: part[0]):
-            rate = "" if scale == -1 else f"/x{-scale:.3g}"
+            parts.setdefault((-scales.get(p, 1.0), kind(p, group)), []).append((name, p))
+        for (scale, own), params in sorted(parts.items(), key=lambda part: part[0]):
+            flat = own == "/1d"
             options.append({
-                "name": f"{group['name']}{'/1d' if flat else ''}{rate}",
+                "name": f"{group['name']}{own}" + ("" if scale == -1 else f"/x{-scale:.3g}"),
                 "params": params,
                 "weight_decay": 0.0 if flat else group.get("weight_decay", config.weight_decay),
                 "decay_schedule": not flat and "weight_decay" not in group,
+                "base_lr": group.get("base_lr", config.lr),
                 "scale": -scale,
-                **shared,
+                "schedule": group.get("schedule", True),
             })  # fmt: skip
     names = Counter(name for group in options for name, _ in group["params"])
     twice = [name for name, count in names.items() if count > 1]
@@ -257,8 +259,57 @@ def build(
         )
     if config.name == "sgd":
         return torch.optim.SGD(options, config.lr, momentum=config.momentum, foreach=True)
+    if config.name == "muon":
+        return MuonAdamW(options, config)
     adam = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return adam(options, config.lr, betas=config.betas, foreach=True)
+    # On a GPU one kernel for all tensors, which leaves out a step of infinite gradients by itself.
+    fused = _on_gpu([p for group in options for _, p in group["params"]])
+    return adam(options, config.lr, betas=config.betas, fused=fused, foreach=not fused)
+
+
+def _on_gpu(parameters: Sequence[Tensor]) -> bool:
+    return all(p.is_cuda for p in parameters)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's Muon for the groups `NAME/muon`, AdamW for the others (Jordan 2024).
+
+    Muon's updates have the size of AdamW's (0.2 in the root mean square, Liu et al. 2025), so that
+    one rate and one weight decay serve both. Newton-Schulz runs in bf16 whatever the matrix is, on
+    every process alike. Raises `ConfigError` where torch has no Muon.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: Optim) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise ConfigError(
+                f"optim.name: torch {torch.__version__} has no muon; adamw, or torch 2.9 or later "
+                "would be accepted"
+            )
+        matrices = [group for group in groups if "/muon" in group["name"]]
+        others = [group for group in groups if "/muon" not in group["name"]]
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(
+                torch.optim.Muon(
+                    matrices, config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+        if others:
+            self.parts.append(torch.optim.AdamW(others, config.lr, betas=config.betas))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        for part in self.parts:
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update; returns what `closure` returns, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
 
 
 def undecayed(backbone: nn.Module) -> set[Tensor]:
@@ -378,8 +429,8 @@ def _placed(value: Tensor | int, p: Tensor, what: str, counter: bool) -> Tensor 
     """A copy of a state tensor with its parameter's device, type and memory format."""
     if not isinstance(value, Tensor):
         return value
-    if counter:  # Adam reads its step on the host
-        return value.detach().to("cpu", copy=True)
+    if counter:
+        return value.detach().to(p.device, copy=True)
     if value.shape != p.shape:
         raise ValueError(
             f"optimizer state of {what} is {list(value.shape)}, expected {list(p.shape)}"

@@ -14,9 +14,10 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from ddp_ssl import optim
-from ddp_ssl.config import Optim
+from ddp_ssl.config import ConfigError, Optim
 from ddp_ssl.optim import (
     LARS,
+    MuonAdamW,
     Variant,
     build,
     learning_rate,
@@ -298,7 +299,11 @@ def test_sgd_decays_all() -> None:
     ("name", "kind"),
     [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)],
 )
-def test_parity_with_torch(name: str, kind: Any) -> None:
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_parity_with_torch(
+    name: str, kind: Any, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "_on_gpu", lambda parameters: on_gpu)
     config = Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.8, betas=(0.8, 0.9))  # type: ignore[arg-type]
     ours, theirs = network(), network()
     optimizer = build(config, groups_of(ours))
@@ -310,13 +315,38 @@ def test_parity_with_torch(name: str, kind: Any) -> None:
         groups = [{"params": deep}, {"params": flat, "weight_decay": 0.0}]
         other = kind(groups, lr=0.01, betas=(0.8, 0.9), weight_decay=0.1, foreach=False)
     for _ in range(4):
-        x = torch.randn(8, 3, 4, 4)
-        for module, o in ((ours, optimizer), (theirs, other)):
-            o.zero_grad()
-            module(x).square().mean().backward()
-            o.step()
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        optimizer.step()
+        other.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_adam_on_a_gpu_leaves_infinite_gradients_out_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In fp16: the scaler need not ask the device whether a gradient was infinite."""
+    monkeypatch.setattr(optim, "_on_gpu", lambda parameters: True)
+    module, scaler = network(), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = build(Optim(name="adamw", lr=0.01), groups_of(module))
+    x = torch.randn(8, 3, 4, 4)
+    weights = []
+    for scale in (1.0, math.inf, 1.0):
+        with Operators() as seen:
+            scaler.scale(module(x).square().mean() * scale).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert seen.waits == []
+        weights.append([p.detach().clone() for p in module.parameters()])
+    for first, left_out, second in zip(*weights, strict=True):
+        assert torch.equal(first, left_out)
+        assert not torch.equal(left_out, second)
+    assert scaler.get_scale() == 2
+    assert {float(state["step"]) for state in state_by_name(optimizer).values()} == {2}
 
 
 def test_groups_have_their_own_settings() -> None:
@@ -351,6 +381,62 @@ def test_groups_have_their_own_settings() -> None:
     assert {g["name"]: g["weight_decay"] for g in optimizer.param_groups} == {
         "network": 1e-4, "network/1d": 0, "probe": 0, "probe/1d": 0, "still": 1e-4
     }  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon before 2.9")
+def test_muon_moves_matrices_and_adamw_the_rest() -> None:
+    """As torch's two optimisers side by side, the probe's matrix under AdamW; and it resumes."""
+    config = Optim(name="muon", lr=0.01, weight_decay=0.1, momentum=0.8, betas=(0.8, 0.9))
+    ours, theirs, again = network(), network(), network()
+    optimizer = build(config, groups_of(ours))
+    assert [(g["name"], g["param_names"]) for g in optimizer.param_groups] == [
+        ("network/muon", ["3.weight"]),
+        ("network", ["0.weight"]),
+        ("network/1d", ["0.bias", "1.weight", "1.bias", "3.bias"]),
+    ]
+    convolution, matrix = theirs[0].weight, theirs[3].weight
+    flat = [p for p in theirs.parameters() if p.ndim == 1]
+    muon = torch.optim.Muon(
+        [matrix], 0.01, weight_decay=0.1, momentum=0.8, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(
+        [{"params": [convolution]}, {"params": flat, "weight_decay": 0.0}],
+        lr=0.01, betas=(0.8, 0.9), weight_decay=0.1,
+    )  # fmt: skip
+    other: torch.optim.Optimizer | None = None
+    for step in range(6):
+        for part in (muon, adamw):
+            part.zero_grad()
+        torch.manual_seed(step)
+        theirs(torch.randn(8, 3, 4, 4)).square().mean().backward()
+        for part in (muon, adamw):
+            part.step()
+        train(ours, optimizer, range(step, step + 1))
+        if step == 2:  # from here on another one goes on from what was saved
+            again.load_state_dict(ours.state_dict())
+            other = build(config, groups_of(again))
+            assert load_state_by_name(other, copy.deepcopy(state_by_name(optimizer))) == []
+        elif other is not None:
+            train(again, other, range(step, step + 1))
+    assert state_by_name(optimizer)["3.weight"].keys() == {"momentum_buffer"}
+    for a, b, c in zip(ours.parameters(), theirs.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        assert torch.equal(a, c)
+    probe = {"name": "probe", "params": [("p", nn.Parameter(torch.ones(2, 2)))], "base_lr": 0.1}
+    assert [g["name"] for g in build(config, [probe]).param_groups] == ["probe"]
+
+
+def test_an_older_torch_without_muon_is_said() -> None:
+    class Older:
+        __version__, optim = "2.8.0", object()
+
+    with (
+        patch.object(optim, "torch", Older),
+        pytest.raises(
+            ConfigError, match=r"optim.name: torch 2.8.0 has no muon; adamw, or torch 2.9"
+        ),
+    ):
+        MuonAdamW([], Optim(name="muon"))
 
 
 def test_layers_of_a_vit_have_rates_and_decays_as_timm_groups_them() -> None:
@@ -452,8 +538,12 @@ def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> 
     return [p.detach().clone() for p in module.parameters()]
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adam", "adamw"])
-def test_state_by_name_continues_to_the_last_bit(name: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("name", ["lars", "sgd", "adam", "adamw", "adamw on a GPU"])
+def test_state_by_name_continues_to_the_last_bit(
+    name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _, on_gpu = name.partition(" ")
+    monkeypatch.setattr(optim, "_on_gpu", lambda parameters: bool(on_gpu))
     config = Optim(name=name, lr=0.01)  # type: ignore[arg-type]
     straight = network()
     expected = train(straight, build(config, groups_of(straight)), range(6))

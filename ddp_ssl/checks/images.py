@@ -1,9 +1,12 @@
 """The data set: found, read and decoded as training does it."""
 
+import contextlib
+import itertools
 import os
 import shlex
 import statistics
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +29,7 @@ from ddp_ssl.checks.base import (
     warn,
 )
 from ddp_ssl.config.section import is_url
+from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.build import train_loader
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import Dataset
@@ -33,6 +37,8 @@ from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.decodable import Decoder, first_line, why, worth_trying
 from ddp_ssl.data.loading.formats import Decoding
+from ddp_ssl.evals.validation import central_crops
+from ddp_ssl.utils.device_memory import held_by_others
 
 SCAN_S = 1800.0  # for finding the images, at most (`examination.LONGEST_S` is the limit of all)
 DECODED = 10  # images of each split
@@ -187,10 +193,14 @@ class Decoded(NamedTuple):
     tried: int
     bad: tuple[str, ...]
     rate: float  # images per second, of which all views are made
+    gpu_bytes: tuple[int, int] | None = None
+    """Memory that DALI takes on the GPU: in training, and at most with one more pipeline."""
 
 
 def know_place(ctx: Context, before: list[Any]) -> None:
     """Find which part of a batch is made here; all processes form the view groups together."""
+    if ctx.device.type == "cuda":
+        ctx.gpu_bytes = held_by_others(ctx.device)
     ctx.comm = distributed.comm_of(ctx.world, ctx.config.data.view_shards)
 
 
@@ -242,7 +252,32 @@ def time_pipeline(ctx: Context, before: list[Any]) -> Decoded | None:
     rate = done / (time.perf_counter() - start) / ctx.config.data.view_shards
     tried, bad = before[ctx.world.rank]
     replaced = [f"{where}: {reason}" for where, reason in ctx.bad.known.items()]
-    return Decoded(tried, tuple(dict.fromkeys(bad + replaced)), rate)
+    return Decoded(tried, tuple(dict.fromkeys(bad + replaced)), rate, memory_of_pipelines(ctx))
+
+
+def memory_of_pipelines(ctx: Context) -> tuple[int, int] | None:
+    """`Decoded.gpu_bytes`; None on a CPU. Training's pipeline is running.
+
+    A run opens two others beside it, one at a time: for a method's measurement, and to validate.
+    """
+    if ctx.device.type != "cuda" or ctx.data is None or ctx.bad is None:
+        return None
+    config, val, bad = ctx.config, ctx.data.val, ctx.bad
+
+    def held() -> int:
+        return held_by_others(ctx.device) - ctx.gpu_bytes
+
+    def peak(loader: Iterable[Batch]) -> int:
+        return max(held() for _ in itertools.islice(loader, 1 + config.data.prefetch))
+
+    alone = held()
+    measuring = train_loader(config, ctx.comm, ctx.data, ctx.device, [0], bad)
+    with contextlib.closing(measuring):
+        most = max(alone, peak(measuring))
+    if val is not None:
+        crops = central_crops(val, np.arange(len(val)), config, ctx.comm, ctx.device, bad)
+        most = max(most, peak(crops))
+    return alone, most
 
 
 def judge_decoded(ctx: Context, facts: list[Decoded | None]) -> Findings:
@@ -259,6 +294,13 @@ def judge_decoded(ctx: Context, facts: list[Decoded | None]) -> Findings:
         f"{tried}the pipeline makes {ctx.config.num_views} views of {rate:.0f} images/s "
         f"(at least {slowest * ctx.config.data.view_shards:.0f} a process)"
     )
+    held = [fact.gpu_bytes for fact in decoded if fact.gpu_bytes is not None]
+    if held:
+        alone, most = (max(numbers) for numbers in zip(*held, strict=True))
+        yield ok(
+            f"DALI takes {size(alone)} of a GPU in training, and up to {size(most)} while a "
+            "validation or a measurement runs"
+        )
 
 
 def _check_data(ctx: Context) -> str:

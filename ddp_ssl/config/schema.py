@@ -274,8 +274,9 @@ class Data(Section):
 class Optim(Section):
     """Optimiser, schedule and precision."""
 
-    name: Literal["lars", "sgd", "adam", "adamw"] = "lars"
-    """`adam` couples weight decay to the gradient (L2), `adamw` decouples it."""
+    name: Literal["lars", "sgd", "adam", "adamw", "muon"] = "lars"
+    """`adam` couples weight decay to the gradient (L2), `adamw` decouples it. `muon`: for matrices,
+    and `adamw` for all else, convolutions among it, at one rate."""
     epochs: int = Field(100, ge=1, le=10**7)
     """Passes over the training images."""
     lr: float = Field(0.4, gt=0)
@@ -287,8 +288,8 @@ class Optim(Section):
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
     """The cosine ends at this fraction of the peak."""
     weight_decay: float = Field(1e-4, ge=0)
-    """Weight decay; under LARS, Adam and AdamW not on 1-D parameters (biases, norms), nor on a
-    ViT's tokens and position embeddings."""
+    """Weight decay. All but SGD leave out 1-D parameters (biases, norms) and a ViT's tokens and
+    position embeddings."""
     final_weight_decay: float | None = Field(None, ge=0)
     """Weight decay at the end, towards which it follows a cosine over all steps. Unset: it stays
     as it is."""
@@ -296,9 +297,9 @@ class Optim(Section):
     """Factor of the learning rate from each of the backbone's layers to the one before it. Unset:
     one rate for all."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of LARS and SGD."""
+    """Momentum of LARS, SGD and Muon (whose author has 0.95)."""
     betas: tuple[Below1, Below1] = (0.9, 0.999)
-    """Adam's and AdamW's averages."""
+    """Averages of Adam and of AdamW, beside Muon too."""
     lars_variant: Literal["solo", "vicreg"] = "solo"
     """`solo`: solo-learn's trust ratio; `vicreg`: the official VICReg's."""
     lars_eta: float = Field(0.02, gt=0)
@@ -318,7 +319,7 @@ class Optim(Section):
     backbones with batch norm."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast of the networks. fp16 uses a gradient scaler, which waits for the device at every
-    step. Losses are always in float32."""
+    step under LARS and SGD. Losses are always in float32."""
     gradient_compression: Literal["bf16"] | None = None
     """Send gradients in bf16. That halves the bytes, but rounds to 8 bits before and while
     gradients are added, so that results depend on the number of processes. Only with several

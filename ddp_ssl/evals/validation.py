@@ -50,6 +50,22 @@ class Features:
         return Features(self.r[known], self.z[known], self.labels[known], self.ids[known])
 
 
+def central_crops(
+    split: Split, ids: Ids, config: Config, comm: Comm, device: torch.device, bad: BadImages
+) -> EvalLoader:
+    """This process's share of `split[ids]`, in batches of at most `eval.batch_size` images."""
+    return EvalLoader(
+        split,
+        ids,
+        config.data.central_crop,
+        LoaderSettings.of(config.data, device),
+        batch_size=min(config.eval.batch_size, -(-len(ids) // comm.world_size)),
+        shard=comm.rank,
+        num_shards=comm.world_size,
+        bad=bad,
+    )
+
+
 class Validation:
     """Evaluates a method on a data set, on all processes together.
 
@@ -132,17 +148,7 @@ class Validation:
     @torch.no_grad()
     def _extract(self, embed: Embed, split: Split, ids: Ids) -> Features:
         """Features of `split[ids]` without bad images, in the order of `ids`, on every process."""
-        data, evaluation = self.config.data, self.config.eval
-        loader = EvalLoader(
-            split,
-            ids,
-            data.central_crop,
-            LoaderSettings.of(data, self.device),
-            batch_size=min(evaluation.batch_size, -(-len(ids) // self.comm.world_size)),
-            shard=self.comm.rank,
-            num_shards=self.comm.world_size,
-            bad=self.bad,
-        )
+        loader = central_crops(split, ids, self.config, self.comm, self.device, self.bad)
         parts = [(*embed(b.views[0]), b.labels, b.ids.to(b.labels.device)) for b in loader]
         r, z, labels, at = (
             self.comm.gather(torch.cat(part)[None]).flatten(0, 1)

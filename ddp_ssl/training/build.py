@@ -93,6 +93,8 @@ def build(
         some_unlabelled=bool((data.train.labels < 0).any()),
     )
     on_all_ranks(world, lambda: initial_weights(learner, config))
+    groups, backbone = parameter_groups(learner, config), learner.method.backbone
+    optimizer = on_all_ranks(world, lambda: optim.build(config.optim, groups, backbone))
     own = whole_identity(config, data)
     watch.next("loading the checkpoint")
     saved = on_all_ranks(world, lambda: load(own, start))
@@ -105,7 +107,7 @@ def build(
     validation = None
     if data.val is not None and len(data.val):
         validation = Validation(data, config, comm, device, bad)
-    network = network_of(learner, config, comm, world)
+    network = network_of(learner, optimizer, config, comm, world)
     ranks = distributed.layout(world)
     continued = saved if start.same_folder else None
     writer = on_all_ranks(
@@ -218,12 +220,14 @@ def images_of(data: Dataset) -> int:
     return sum(len(part) for part in parts if part is not None)
 
 
-def network_of(learner: Learner, config: Config, comm: Comm, world: World) -> Network:
-    """The learner on its device with its optimiser, after a throwaway pass on several processes."""
+def network_of(
+    learner: Learner, optimizer: torch.optim.Optimizer, config: Config, comm: Comm, world: World
+) -> Network:
+    """The learner on its device, after a throwaway pass on several processes."""
     network = Network(
         learner,
         on_device(learner, config, world),
-        optim.build(config.optim, parameter_groups(learner, config), learner.method.backbone),
+        optimizer,
         torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16"),
     )
     if world.size > 1:

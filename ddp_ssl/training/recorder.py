@@ -21,6 +21,7 @@ from ddp_ssl.logs.writer import MetricsWriter
 from ddp_ssl.training.bad_images import BadImageList
 from ddp_ssl.training.rank_skew import RankSkew
 from ddp_ssl.utils import device_timer
+from ddp_ssl.utils.device_memory import held_by_others
 
 Table = list[dict[str, Any]]
 
@@ -252,10 +253,8 @@ def _memory(device: torch.device) -> dict[str, float]:
     """
     if device.type != "cuda":
         return {"perf/memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-    free, total = torch.cuda.mem_get_info(device)
-    others = total - free - torch.cuda.memory_reserved(device)
     return {
         "perf/memory_gib": torch.cuda.max_memory_allocated(device) / 2**30,
         "perf/memory_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
-        "perf/memory_others_gib": others / 2**30,
+        "perf/memory_others_gib": held_by_others(device) / 2**30,
     }

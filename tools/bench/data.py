@@ -490,6 +490,8 @@ def from_a_server(args: argparse.Namespace) -> Iterator[str]:
                     patch.object(remote, "read", counting(remote.read, asked)),
                     ThreadPoolExecutor(data.readers) as pool,
                 ):
+                    list(pool.map(split.read, range(64)))  # until all threads are connected
+                    asked.clear()
                     start = time.perf_counter()
                     size = sum(pool.map(lambda i, s=split: len(s.read(i)), range(len(split))))
                     rate = len(split) / (time.perf_counter() - start)
