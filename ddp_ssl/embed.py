@@ -30,13 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str]) -> tuple[Source, EvaluateConfig, Wanted]:
     parser = common.Parser(
-        prog="ddp-ssl embed",
-        description="Features of a data set, from a run or from anybody's weights.",
-        epilog="key=value: those of `python -m ddp_ssl.evaluate`, such as data.root=FOLDER, "
+        "ddp-ssl embed",
+        "Features of a data set, from a run or from anybody's weights.",
+        "key=value: those of `python -m ddp_ssl.evaluate`, such as data.root=FOLDER,\n"
         "eval.batch_size=64, run.device=cpu, or model.backbone=resnet50 for a file of weights.",
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="RUN, RUN:best, RUN:last, a file of weights, timm:NAME or "
+    add("source", metavar="SOURCE", help="RUN, RUN:best, RUN:ema, a file of weights, timm:NAME or "
         "hf-hub:USER/NAME")  # fmt: skip
     add("settings", nargs="*", metavar="key=value", help="see below")
     add("--data", metavar="NAME", help="data set; the run's own if not given")

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import cast
 
 from ddp_ssl.commands import common
-from ddp_ssl.config import Config, ConfigError, Resolved, Section, reference_of
+from ddp_ssl.config import Config, ConfigError, Resolved, reference_of
 from ddp_ssl.evals.settings import OF_PRETRAINING, SECTIONS, EvaluateConfig, load_settings
 from ddp_ssl.evals.weights import Source, find_source
 from ddp_ssl.run.signals import stop_with_parent
 from ddp_ssl.utils.streams import say
+from ddp_ssl.utils.text import summary
 
 USAGE = """usage: ddp-ssl evaluate COMMAND SOURCE [CONFIG.yaml] [key=value ...]
        python -m ddp_ssl.evaluate COMMAND SOURCE [CONFIG.yaml] [key=value ...]
@@ -34,6 +35,7 @@ SOURCE
   RUN, RUN:last    a run folder: its newest good checkpoint; data and model are
                    the run's
   RUN:best         its best checkpoint
+  RUN:ema          the average of its weights (model.ema); also RUN:best:ema
   FILE             a checkpoint, or anybody's weights (.pt, .pth, .safetensors);
                    these need model.backbone=NAME
   timm:NAME        timm's model, with random weights; with a tag
@@ -110,7 +112,9 @@ def _parse(arguments: list[str]) -> tuple[str, Source, list[str]]:
     if command not in SECTIONS:
         raise ConfigError(f"{command}: unknown command; accepted: {accepted}")
     # A sweep's folders are named seed=0, seed=1, ...
-    if not rest or ("=" in rest[0] and not Path(re.sub(":(best|last)$", "", rest[0])).exists()):
+    if not rest or (
+        "=" in rest[0] and not Path(re.sub("(:best|:last)?(:ema)?$", "", rest[0])).exists()
+    ):
         raise ConfigError(
             f"{command}: the weights are missing: a run folder, RUN:best, RUN:last, a file, "
             "timm:NAME or hf-hub:USER/NAME comes after the command"
@@ -122,6 +126,8 @@ def _check(command: str, source: Source, origins: Mapping[str, str]) -> None:
     """Raise `ConfigError` for what this command does not use."""
     if command == "dynamics" and source.home is None:
         raise ConfigError(f"dynamics: {source.text} is no run; a run folder would be accepted")
+    if command == "dynamics" and source.average:
+        raise ConfigError(f"dynamics: {source.text}: it measures the weights; leave :ema out")
     for key, origin in origins.items():
         if origin == "command line" and not _used(command, key):
             raise ConfigError(
@@ -153,10 +159,7 @@ def _docstring(section: str, command: str | None) -> str:
     """A section's first line; "" for `eval` where the command uses its batch size only."""
     if section == "eval" and command not in (None, "dynamics"):
         return ""
-    kind = EvaluateConfig.model_fields[section].annotation
-    assert isinstance(kind, type)
-    assert issubclass(kind, Section)
-    return (kind.__doc__ or "").partition("\n")[0]
+    return summary(type(getattr(EvaluateConfig(), section)).__doc__)
 
 
 if __name__ == "__main__":

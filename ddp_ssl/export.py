@@ -35,12 +35,13 @@ from torch import Tensor, nn
 from ddp_ssl import models
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, Model
-from ddp_ssl.errors import reason
+from ddp_ssl.errors import reason, refused
 from ddp_ssl.evals.settings import config_of_run
 from ddp_ssl.evals.weights import fill, find_source, read_source
 from ddp_ssl.models import STEM_PADDING, architecture, build_backbone, loading_snippet
 from ddp_ssl.utils import hub
 from ddp_ssl.utils.files import json_file, path_of
+from ddp_ssl.utils.sealed import sha256_of
 from ddp_ssl.utils.text import one_line
 
 Form = Literal["timm", "torchvision", "safetensors", "onnx", "hub"]
@@ -76,6 +77,7 @@ class Trained:
     path: Path
     sha256: str
     """Of the checkpoint, as it was read: the run may have pruned it since."""
+    average: bool = False  # the average of the weights (`RUN:ema`)
 
     @property
     def size(self) -> int:
@@ -113,7 +115,7 @@ def load_trained(source: str, trusted: str = "") -> Trained:
     prefix = "method.backbone."
     own = {n.removeprefix(prefix): v for n, v in state["model"].items() if n.startswith(prefix)}
     fill(backbone, own, path)
-    return Trained(backbone.eval(), width, config, state, path, sha256)
+    return Trained(backbone.eval(), width, config, state, path, sha256, found.average)
 
 
 # --- the formats ---------------------------------------------------------------------------------
@@ -317,6 +319,7 @@ def about(trained: Trained) -> dict[str, str]:
 
 METRICS = {
     "eval/knn_top1": "k-NN top-1",
+    "eval/knn_top1_ema": "k-NN top-1 of the average",
     "eval/probe_top1": "online linear probe, top-1",
     "rep/effective_rank_r": "effective rank of the features",
     "rep/effective_rank_z": "effective rank of the embeddings",
@@ -337,10 +340,13 @@ def model_card(trained: Trained, form: Form, file: Path, place: str, off: float)
         stem = f", first convolution 3x3 with stride 1 and padding {padding}, no max-pool"
     images = {name: digest for name, digest in trained.identity.items() if " images" in name}
     code = state.get("code", {})
+    with open(file, "rb") as content:
+        digest = sha256_of(content)
     rows = {
         "architecture": f"timm `{model.backbone}`{f' ({arguments})' if arguments else ''}{stem}",
         "output": f"{trained.width} features; {parameters / 1e6:.2f} M parameters",
-        "pretrained with": f"{config.method.name}, without labels",
+        "pretrained with": f"{config.method.name}, without labels"
+        + f"; moving average of the weights ({config.model.ema})" * trained.average,
         "data": f"{config.data.name} ({', '.join(f'{k} {v}' for k, v in images.items())})",
         "training": f"{state['epoch']} of {config.optim.epochs} epochs, {state['step']} steps of "
         f"{config.data.batch_size} images x {config.num_views} views on {len(state['ranks'])} "
@@ -348,7 +354,7 @@ def model_card(trained: Trained, form: Form, file: Path, place: str, off: float)
         "config hash": f"`{trained.config_hash[:16]}` (SHA-256 of the settings below)",
         "checkpoint": f"{trained.path.name}, SHA-256 `{trained.sha256[:16]}`",
         "code": ", ".join(f"{name} {version}" for name, version in code.items()),
-        "file": f"{file.name}, {file.stat().st_size / 1e6:.1f} MB, SHA-256 `{_sha256(file)[:16]}`",
+        "file": f"{file.name}, {file.stat().st_size / 1e6:.1f} MB, SHA-256 `{digest[:16]}`",
         "checked": f"read back, its features are {equal(off)} (images of noise, CPU)",
     }
     latest: dict[str, float] = state.get("latest", {})
@@ -387,7 +393,7 @@ def model_card(trained: Trained, form: Form, file: Path, place: str, off: float)
         "",
         "## How it was made",
         "",
-        # What is published names no folder of this machine.
+        # A published card names no folder of this machine.
         f"`{TRAINED if form == 'hub' else _command(trained.path)}`",
         "",
         "<details><summary>The settings that make the run what it is</summary>",
@@ -449,14 +455,6 @@ def _command(path: Path) -> str:
     return str(about.get("command", TRAINED))
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # --- the command ---------------------------------------------------------------------------------
 
 
@@ -478,13 +476,10 @@ def export(
     """
     trained = load_trained(source, trusted)
     # `RUN/checkpoints/x.pt` lies two below the run.
-    folder = out or trained.path.absolute().parent.parent / "export" / form
-    try:
+    form_folder = form + "-ema" * trained.average
+    folder = out or trained.path.absolute().parent.parent / "export" / form_folder
+    with refused(f"--out: {folder} cannot be created", "a folder is accepted"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--out: {folder} cannot be created: {error.strerror}; a folder is accepted"
-        ) from None
     card = folder / "README.md"
     if card.exists() and CARD not in card.read_text(errors="replace"):
         raise ValueError(
@@ -513,11 +508,10 @@ def export(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     parser = common.Parser(
-        prog="ddp-ssl export",
-        description="Export a run's backbone, with a model card, for use without ddp_ssl.",
+        "ddp-ssl export", "Export a run's backbone, with a model card, for use without ddp_ssl."
     )
     parser.add_argument(
-        "source", metavar="RUN", help="a run folder, RUN:best, RUN:last or a checkpoint in it"
+        "source", metavar="RUN", help="a run folder, RUN:best, RUN:ema or a checkpoint in it"
     )
     parser.add_argument(
         "--format", choices=list(FILES), dest="form",
@@ -539,7 +533,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if push and form in (None, "timm"):  # the hub's form is timm's too
             form = "hub"
         if form is None:
-            parser.error("the following arguments are required: --format, or --push")
+            parser.error(f"--format ({', '.join(FILES)}) or --push USER/NAME is needed")
         if push and form != "hub":
             parser.error(f"--push: --format {form} given; hub or none would be accepted")
         if push:

@@ -12,7 +12,8 @@ from typing import Any
 from ddp_ssl import train
 from ddp_ssl.commands import common
 from ddp_ssl.config import Config, ConfigError, read_yaml
-from ddp_ssl.run.configure import check_trust
+from ddp_ssl.config.text import flow
+from ddp_ssl.run.configure import check_inside, check_recipes, check_trust
 from ddp_ssl.utils.files import json_file
 from ddp_ssl.utils.streams import say
 
@@ -24,7 +25,7 @@ newest good checkpoint. key=value changes what may change when a run goes on,
 such as eval.every or data.root.
   --help          this text
   --print-config  the resolved configuration and where each value came from
-  --trust         let the run import a method and loggers from outside this
+  --trust         let the run import a method, loggers and recipes from outside this
                   package (module:Class)
 """
 # Paths of a config. A relative one is meant from where the run was started.
@@ -68,23 +69,18 @@ def arguments_of(words: Sequence[str]) -> list[str]:
     check_trust(name, trusted)  # the folder may be anybody's
     given = any(word.startswith(("log.to=", "log.tensorboard=")) for word in rest)
     if not given and trusted != "*":
-        check_loggers(read_yaml(config, Config))
+        log = read_yaml(config, Config).get("log")
+        to = log.get("to") if isinstance(log, dict) else None
+        names = [str(name) for name in to] if isinstance(to, list) else []
+        check_inside("log.to", names, f"'log.to=[{', '.join(names)}]'")
+    data = read_yaml(config, Config).get("data")
+    views = data.get("views") if isinstance(data, dict) else None
+    groups = views if isinstance(views, list) else []
+    check_recipes([str(g.get("recipe")) for g in groups if isinstance(g, dict)], trusted)
     consent = [f"method.name={name}"] if ":" in name else []
     # A run that began with the weights of another one goes on with its own.
     own = [f"run.dir={folder}", "run.resume=auto", "run.init_from="]
     return [str(config), *_absolute(config), *own, *consent, *rest]
-
-
-def check_loggers(tree: dict[str, Any]) -> None:
-    """Raise `ConfigError` if a config's loggers would be imported from outside the package."""
-    log = tree.get("log")
-    named = log.get("to") if isinstance(log, dict) else None
-    names = [str(name) for name in named] if isinstance(named, list) else []
-    if outside := [name for name in names if ":" in name]:
-        raise ConfigError(
-            f"log.to: {outside[0]} would be imported from outside this package; if you trust it, "
-            f"'log.to=[{', '.join(names)}]' or --trust is accepted"
-        )
 
 
 def _is_place(word: str) -> bool:
@@ -101,9 +97,11 @@ def _absolute(config: Path) -> list[str]:
     for section, keys in PATHS.items():
         values = tree.get(section) or {}
         for key in keys:
-            path = values.get(key) if isinstance(values, dict) else None
-            if path and not os.path.isabs(path) and os.getcwd() != start:
-                found.append(f"{section}.{key}={os.path.join(start, path)}")
+            given = values.get(key) if isinstance(values, dict) else None
+            paths = given if isinstance(given, list) else [given] if given else []
+            if not all(map(os.path.isabs, paths)) and os.getcwd() != start:
+                whole = [os.path.join(start, path) for path in paths]
+                found.append(f"{section}.{key}={flow(whole) if given is paths else whole[0]}")
     return found
 
 

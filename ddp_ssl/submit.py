@@ -24,7 +24,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,8 @@ from ddp_ssl.config.files import find_config
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.files import if_readable, json_file, replace_text
 from ddp_ssl.utils.launcher import visible_gpus
-from ddp_ssl.utils.programs import output_of, queued_jobs
-from ddp_ssl.utils.streams import tell
+from ddp_ssl.utils.programs import queued_jobs, scontrol_fields
+from ddp_ssl.utils.streams import say, tell
 from ddp_ssl.utils.text import counted
 
 # Run once per job, before srun. Node addresses are used because node names need not resolve. The
@@ -67,7 +66,7 @@ class Training:
     the sweep, this one's too. `gpus`: those of this run alone, as in `CUDA_VISIBLE_DEVICES`.
     """
 
-    # Of the class as well: jobs that were submitted with an earlier version lack them.
+    # Attributes of the class too: jobs that were submitted with an earlier version lack their own.
     swept: Sequence[str] = ()
     gpus = ""
     on_step: Callable[[Any], None] | None = None
@@ -88,10 +87,8 @@ class Training:
         requeue = signal.getsignal(signal.SIGUSR2)  # before the trainer's handlers replace it
         group = submitit.helpers.TorchDistributedEnvironment()
         group.master_port = int(os.environ["MASTER_PORT"])
-        if environment.cluster == "slurm":
-            group.master_addr = os.environ["MASTER_ADDR"]
-        else:
-            group.master_addr = "127.0.0.1"
+        here = environment.cluster != "slurm"
+        group.master_addr = "127.0.0.1" if here else os.environ["MASTER_ADDR"]
         # Every rank sees the GPUs of its node and takes the one of its local rank.
         group.export(set_cuda_visible_devices=False, overwrite=True)
         if self.gpus:
@@ -112,7 +109,7 @@ class Training:
         state = _status(folder)
         if state == "preempted" and environment.cluster == "slurm":
             if (folder / "STOP").exists():
-                _say(environment, "stopped by the STOP file, so not requeued")
+                say("stopped by the STOP file, so not requeued")
             elif environment.global_rank == 0:
                 self._requeue(environment.job_id, requeue)
             else:
@@ -131,7 +128,8 @@ class Training:
 
     def _requeue(self, job_id: str, handler: Any) -> None:
         restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-        about = _about_job(job_id)
+        # Empty if Slurm does not answer.
+        about = if_readable(lambda: scontrol_fields("show", "job", "-o", job_id)) or {}
         if int(about.get("Restarts", restarts)) > restarts:
             print("Slurm has requeued the job by itself", flush=True)
             raise SystemExit(0)
@@ -326,18 +324,14 @@ def _run_local(
                 job, slot = running.pop(number)
                 free.append(slot)
                 # A run that was refused leaves the state that an earlier start wrote.
-                refused = if_readable(partial(_went_well, job)) is not True
+                refused = if_readable(lambda job=job: job.exception() is None) is not True  # type: ignore[misc]
                 failed |= refused
                 if refused or live.found[number].state not in FINE:
                     live.clear()
-                    tell(_tail(Path(str(job.paths.stderr))).rstrip())
+                    tell(_tail(Path(str(job.paths.stderr))))
     finally:
         signal.signal(signal.SIGINT, before)
     return max(_end(live, options), int(failed))
-
-
-def _went_well(job: Any) -> bool:
-    return job.exception() is None
 
 
 def _started(executor: Any, training: Training, cores: Sequence[int]) -> Any:
@@ -469,25 +463,10 @@ def _status(folder: Path) -> str:
     return str(json_file(folder / "status.json").get("state", "not started"))
 
 
-def _about_job(job_id: str) -> dict[str, str]:
-    """Slurm's fields of a job: JobState, Restarts, ...; empty if Slurm does not answer."""
-    try:
-        text = output_of(["scontrol", "show", "job", "-o", job_id])
-    except OSError:
-        return {}
-    return dict(re.findall(r"(\w+)=(\S*)", text))
-
-
-def _say(environment: Any, text: str) -> None:
-    if environment.global_rank == 0:
-        print(text, flush=True)
-
-
-def _tail(path: Path, lines: int = 5) -> str:
-    try:
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) + "\n"
-    except OSError:
-        return ""
+def _tail(path: Path) -> str:
+    """The last lines of a file; empty if it cannot be read."""
+    text = if_readable(lambda: path.read_text(errors="replace")) or ""
+    return "\n".join(text.splitlines()[-5:])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from ddp_ssl.run.signals import StopRequest, stop_with_parent
 from ddp_ssl.utils import hub
 from ddp_ssl.utils.launcher import rank_and_size
 from ddp_ssl.utils.streams import open_streams, say
+from ddp_ssl.utils.text import summary
 
 LEAVE_WITHIN_S = 120
 
@@ -83,12 +84,8 @@ def _help(arguments: Sequence[str]) -> str:
     if not parts or rest or any(part.startswith("method") for part in parts):
         config = load(rest).config  # imports torch for the method's own keys
     rows = common.rows_of(parts, reference(type(config.method)))
-    lines = common.describe_keys(rows, lambda name: _docstring(config, name))
+    lines = common.describe_keys(rows, lambda name: summary(type(getattr(config, name)).__doc__))
     return "\n".join([*([] if parts else [USAGE]), *lines]).lstrip("\n")
-
-
-def _docstring(config: Config, section: str) -> str:
-    return (type(getattr(config, section)).__doc__ or "").partition("\n")[0]
 
 
 def leave(command: Callable[[], int]) -> NoReturn:

@@ -19,6 +19,7 @@ import torch
 
 from ddp_ssl.checkpoint import store
 from ddp_ssl.config import ConfigError
+from ddp_ssl.config.views import views_of
 from ddp_ssl.errors import CheckpointError
 from ddp_ssl.run.configure import load
 from ddp_ssl.run.identity import check_identity, compare_identity, identity
@@ -473,8 +474,27 @@ def test_a_new_setting_is_off_by_default_or_free_on_resume(name: str) -> None:
     assert {key: value for key, value in mine.items() if key not in old and value != "null"} == {}
 
 
+def test_views_are_written_as_in_old_checkpoints() -> None:
+    """A later key of a view counts only where it is set."""
+    plain, turned = (
+        load([f"data.views=[{{size: 8{more}}}]"]).config.data.views[0]
+        for more in ("", ", rotate: 90")
+    )
+    unset = ("scale", "ratio", "jitter_p", "brightness", "contrast", "saturation", "hue", "gray_p",
+             "blur_p", "blur_sigma", "solarize_p", "flip_p")  # fmt: skip
+    old = {"count": 2, "size": 8, "recipe": "asym", **dict.fromkeys(unset)}
+    assert plain.model_dump() == old
+    assert turned.model_dump() == {**old, "rotate": 90}
+    assert repr(views_of([plain])[0]) == (
+        "View(size=8, scale=(0.08, 1.0), ratio=(0.75, 1.3333333333333333), jitter_p=0.8, "
+        "brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, gray_p=0.2, blur_p=1.0, "
+        "blur_sigma=(0.1, 2.0), solarize_p=0.0, flip_p=0.5)"
+    )
+    assert "rotate=90" in repr(views_of([turned])[0])
+
+
 def test_packed_states(tmp_path: Path) -> None:
-    """What every process adds: bytes that only that process reads again."""
+    """Every process adds bytes that it alone reads again."""
     state = {"rng": torch.get_rng_state(), "python": random.getstate(), "blob": b"\0\1"}
     again = store.from_bytes(store.to_bytes(state))
     assert torch.equal(again.pop("rng"), state.pop("rng"))  # type: ignore[arg-type]

@@ -34,8 +34,8 @@ def test_no_module_of_the_tests_imports_a_test_module() -> None:
 
 PACKAGE = TESTS.parent / "ddp_ssl"
 
-# The rooms of the package from the top floor down. A room imports from lower floors only.
-FLOORS = [
+# The parts of the package, the highest layer first. A part imports from lower layers only.
+LAYERS = [
     {"cli"},
     {"submit", "resume"},  # they run `train`
     {"train", "evaluate", "embed", "doctor"},
@@ -55,7 +55,7 @@ FLOORS = [
     {"utils"},
     {"comm", "driver", "errors"},
 ]
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 TO_DALI = {"ddp_ssl.data.loading.dali"}
 
 
@@ -80,25 +80,25 @@ def imports_of(module: str) -> set[str]:
     return found - {module}
 
 
-def room_of(module: str) -> str:
+def part_of(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-def test_rooms_import_only_from_lower_floors() -> None:
-    rooms = {room_of(module) for module in FILES} - {""}
-    assert rooms == set(FLOOR)
+def test_parts_import_only_from_lower_layers() -> None:
+    parts = {part_of(module) for module in FILES} - {""}
+    assert parts == set(LAYER)
     wrong = [
         f"{module} imports {other}"
         for module in FILES
         for other in imports_of(module)
-        if room_of(module) and room_of(other) and room_of(module) != room_of(other)
-        and FLOOR[room_of(other)] <= FLOOR[room_of(module)]
+        if part_of(module) and part_of(other) and part_of(module) != part_of(other)
+        and LAYER[part_of(other)] <= LAYER[part_of(module)]
     ]  # fmt: skip
     assert wrong == []
 
 
 def test_no_imports_go_in_a_circle() -> None:
-    """Nor within a room. A package's `__init__` stands for its whole room and is left out."""
+    """Nor within a package. Its `__init__` stands for all of it and is left out."""
     left = {
         module: {m for m in imports_of(module) if FILES[m].name != "__init__.py"}
         for module, path in FILES.items()
@@ -121,19 +121,19 @@ def test_torch_distributed_and_dali_have_one_importer() -> None:
     def importers(*starts: str) -> set[str]:
         return {m for m, path in FILES.items() if any(n.startswith(starts) for n in imported(path))}
 
-    assert {room_of(m) for m in importers("torch.distributed")} == {"distributed"}
+    assert {part_of(m) for m in importers("torch.distributed")} == {"distributed"}
     assert {m for m, path in FILES.items() if '"nvidia.dali' in path.read_text()} == TO_DALI
 
 
 def test_losses_and_metrics_import_torch_and_comm_alone() -> None:
-    for room in ("losses", "metrics"):
-        for module in (m for m in FILES if room_of(m) == room):
-            others = {room_of(other) for other in imports_of(module)} - {room, ""}
+    for part in ("losses", "metrics"):
+        for module in (m for m in FILES if part_of(m) == part):
+            others = {part_of(other) for other in imports_of(module)} - {part, ""}
             assert others <= {"comm"}, module
 
 
 def test_config_imports_no_torch() -> None:
-    for module in (m for m in FILES if room_of(m) == "config"):
+    for module in (m for m in FILES if part_of(m) == "config"):
         assert not any(name.startswith("torch") for name in imported(FILES[module])), module
 
 

@@ -392,7 +392,7 @@ def talk(folder: Path | None, rank: int) -> None:
     console.setup_logging(None, rank)
     console.setup_logging(folder, rank)
     progress = console.ProgressLine(12, 5)
-    progress.tell("hello")
+    logging.getLogger("ddp_ssl").info("hello")
     progress.update({"step": 5, "epoch": 1})
     progress.update({"step": 10, "epoch": 2})
     logging.getLogger("ddp_ssl.training").warning("careful")
@@ -448,7 +448,7 @@ def test_the_log_file_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_markdown_table() -> None:
-    assert text.markdown_table([("k-NN top-1", "0.97"), ("a|b", "1")]) == (
+    assert "\n".join(text.markdown_lines([("", ""), ("k-NN top-1", "0.97"), ("a|b", "1")])) == (
         "|            |      |\n"
         "|------------|------|\n"
         "| k-NN top-1 | 0.97 |\n"

@@ -31,14 +31,14 @@ def test_every_name_of_the_tour_exists() -> None:
         assert name is None or name in definitions(path), f"{file}:{name}"
 
 
-def test_the_architecture_names_every_room() -> None:
-    """The table of rooms is whole, and holds no room that is gone."""
+def test_the_architecture_names_every_part() -> None:
+    """The table names every part of the package, and none that is gone."""
     text = (ROOT / "docs/architecture.md").read_text()
     table = "\n".join(line for line in text.splitlines() if line.startswith("| "))
     named = {name.rstrip("/") for name in re.findall(r"`([a-z_]+(?:/|\.py))`", table)}
     package = ROOT / "ddp_ssl"
-    rooms = {path.name for path in package.iterdir() if (path / "__init__.py").is_file()}
-    rooms |= {path.name for path in package.glob("*.py")} - {"__init__.py"}
-    assert rooms <= named
+    parts = {path.name for path in package.iterdir() if (path / "__init__.py").is_file()}
+    parts |= {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert parts <= named
     inside = {"datasets", "loading", "kernels", "common.py"}
-    assert named - inside == rooms
+    assert named - inside == parts

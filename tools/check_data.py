@@ -1,6 +1,6 @@
 """The same as `ddp-ssl check-data`."""
 
-import door
+import shim
 
 if __name__ == "__main__":
-    door.enter("check_data")
+    shim.run("check_data")

@@ -1,6 +1,6 @@
 """The same as `ddp-ssl pack-shards`."""
 
-import door
+import shim
 
 if __name__ == "__main__":
-    door.enter("pack_shards")
+    shim.run("pack_shards")

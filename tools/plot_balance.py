@@ -1,6 +1,6 @@
 """The same as `ddp-ssl plot balance`."""
 
-import door
+import shim
 
 if __name__ == "__main__":
-    door.enter("plot_balance")
+    shim.run("plot_balance")

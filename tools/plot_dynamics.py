@@ -1,6 +1,6 @@
 """The same as `ddp-ssl plot dynamics`."""
 
-import door
+import shim
 
 if __name__ == "__main__":
-    door.enter("plot_dynamics")
+    shim.run("plot_dynamics")

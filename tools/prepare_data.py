@@ -1,6 +1,6 @@
 """The same as `ddp-ssl prepare-data`."""
 
-import door
+import shim
 
 if __name__ == "__main__":
-    door.enter("prepare_data")
+    shim.run("prepare_data")

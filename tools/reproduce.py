@@ -1,6 +1,6 @@
 """The same as `ddp-ssl reproduce`."""
 
-import door
+import shim
 
 if __name__ == "__main__":
-    door.enter("reproduce")
+    shim.run("reproduce")

@@ -1,6 +1,6 @@
 """The same as `ddp-ssl simulate`."""
 
-import door
+import shim
 
 if __name__ == "__main__":
-    door.enter("simulate")
+    shim.run("simulate")

@@ -36,7 +36,7 @@ from ddp_ssl.utils.files import (
     sync_folder,
     write_synced,
 )
-from ddp_ssl.utils.sealed import CHECKSUM, sealed, unsealed
+from ddp_ssl.utils.sealed import CHECKSUM, sealed, sha256_of, unsealed
 from ddp_ssl.utils.text import one_line
 
 logger = logging.getLogger("ddp_ssl")
@@ -364,7 +364,7 @@ def load_file(
 ) -> tuple[str, dict[str, Any]]:
     """The SHA-256 and the state of a checkpoint file; raises `ValueError` as `load` does.
 
-    What the run prunes or exchanges meanwhile is read as it was.
+    A file that the run prunes or exchanges meanwhile is read as it was.
     """
     manifest = path.with_suffix(".json")
     if path == manifest:
@@ -400,18 +400,13 @@ def load_file(
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def is_of_a_run(state: dict[str, Any]) -> bool:
-    """Whether a state has the parts of a run's checkpoint that weights are taken from."""
-    return {"model", "step", "identity"} <= state.keys() and isinstance(state["model"], dict)
-
-
 def _verify(
     file: io.BufferedReader, manifest: Path, text: str | None, sha256: str | None
 ) -> tuple[str, str | None]:
     """The SHA-256 of an open file, and how it differs from its manifest's text, or None."""
     file.seek(0)
     if text is None:
-        digest = _sha256(file)
+        digest = sha256_of(file)
         other = sha256 not in (None, digest)
         return digest, f"its SHA-256 is not {(sha256 or '')[:12]}, rank 0's" if other else None
     try:
@@ -490,14 +485,7 @@ def _mismatch(found: CheckpointInfo, file: io.BufferedReader) -> str | None:
     size = os.fstat(file.fileno()).st_size
     if size != found.bytes:
         return f"{size} bytes, its manifest says {found.bytes}"
-    return None if _sha256(file) == found.sha256 else "its SHA-256 is not the manifest's"
-
-
-def _sha256(file: io.BufferedReader) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 22):
-        digest.update(block)
-    return digest.hexdigest()
+    return None if sha256_of(file) == found.sha256 else "its SHA-256 is not the manifest's"
 
 
 def _read(file: io.BufferedReader, path: Path, map_location: torch.device | str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from ddp_ssl.checks.base import (
     size,
     warn,
 )
+from ddp_ssl.config.section import is_url
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.build import train_loader
 from ddp_ssl.data.datasets import registry
@@ -91,6 +92,8 @@ def judge_found(ctx: Context, facts: list[str]) -> Findings:
     if stage and train.shards is not None:
         packed = [split.shards for split in (train, val) if split is not None]
         needed = sum(int(shards.size.sum()) for shards in packed if shards is not None)
+        if ctx.config.data.stage_gb is not None:
+            needed = min(needed, int(ctx.config.data.stage_gb * 1e9))
         place = existing(Path(stage))
         free, _ = room(place)
         text = f"data.stage: {size(needed)} are to be copied, {size(free)} are free in {place}"
@@ -100,10 +103,15 @@ def judge_found(ctx: Context, facts: list[str]) -> Findings:
 def _where(split: Split) -> str:
     if split.images is not None:
         return "in memory"
+    if split.roots:
+        return f"files in {', '.join(split.roots)}"
     kind, folder = "files", Path(split.root)
     if split.shards is not None:
-        kind = "shards" if split.shards.part is None else "parquet files"
-        folder = Path(split.shards.paths[0]).parent
+        kind = split.shards.kind
+        place = os.path.dirname(split.shards.paths[0])
+        if is_url(place):
+            return f"{kind} in {place}"
+        folder = Path(place)
     return f"{kind} in {folder} ({file_system(folder)})"
 
 
@@ -119,7 +127,7 @@ class Reading(NamedTuple):
 
 def read_some(ctx: Context, before: list[Any]) -> Reading | None:
     """Read random files with the run's threads, different ones on every process."""
-    if ctx.data is None or ctx.data.train.images is not None or ctx.config.data.url:
+    if ctx.data is None or ctx.data.train.images is not None:
         return None
     split, rank = ctx.data.train, ctx.world.rank
     some = np.random.default_rng(rank).permutation(len(split))[:READ]
@@ -136,7 +144,7 @@ def read_some(ctx: Context, before: list[Any]) -> Reading | None:
             return f"{split.where(i)}: {first_line(error)}"
 
     start = time.perf_counter()
-    with ThreadPoolExecutor(ctx.config.data.read_threads) as pool:
+    with ThreadPoolExecutor(ctx.config.data.readers) as pool:
         results = list(pool.map(read, map(int, some)))
     seconds = time.perf_counter() - start
     done = [r for r in results if isinstance(r, tuple)]
@@ -160,8 +168,7 @@ def judge_read(ctx: Context, facts: list[Reading | None]) -> Findings:
         return  # said already
     read = [fact for fact in facts if fact is not None]
     if not read:
-        where = "a URL: read by the pipeline alone" if ctx.config.data.url else "in memory"
-        yield ok(f"{where}: no files to read one by one")
+        yield ok("in memory: no files to read one by one")
         return
     for rank, fact in enumerate(read):
         if fact.problem:
@@ -172,7 +179,7 @@ def judge_read(ctx: Context, facts: list[Reading | None]) -> Findings:
     median = max(fact.median for fact in read)
     text = (
         f"{files:.0f} files/s, {size(rate)}/s with {ctx.world.size} x "
-        f"{ctx.config.data.read_threads} threads, {median * 1000:.2g} ms a file"
+        f"{ctx.config.data.readers} threads, {median * 1000:.2g} ms a file"
     )
     if median > SLOW_READ_S:
         yield warn(text, "ddp-ssl pack-shards, data.stage, or more data.read_threads")
@@ -203,7 +210,7 @@ def decode_some(ctx: Context, before: list[Any]) -> tuple[int, list[str]]:
     index = ctx.device.index if ctx.device.type == "cuda" else None
     decoder = Decoder(index, Decoding(config.hw_decoder_load, config.preallocate))
     for split in () if ctx.data is None else (ctx.data.train, ctx.data.val):
-        if split is None or split.images is not None or config.url:
+        if split is None or split.images is not None:
             continue
         for i in np.linspace(0, len(split) - 1, min(DECODED, len(split)), dtype=np.int64):
             tried += 1

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ddp_ssl.checks.base import Check, Context, Findings, ok, warn
+from ddp_ssl.utils.files import if_readable
 from ddp_ssl.utils.launcher import under_srun
-from ddp_ssl.utils.programs import output_of
+from ddp_ssl.utils.programs import output_of, scontrol_fields, slurm_seconds
 
 STEP_S = 10.0  # for the step under way to end, and for the others to agree
-SHORT_MIN = 15  # a job shorter than this spends its time on starting
+SHORT_S = 900  # a job shorter than this spends its time on starting
 
 
 def look_at_slurm(ctx: Context, before: list[Any]) -> dict[str, Any] | None:
@@ -28,9 +29,9 @@ def look_at_slurm(ctx: Context, before: list[Any]) -> dict[str, Any] | None:
         raise
     found: dict[str, Any] = {"config": config, "job": {}, "script": "", "partition": {}}
     if job is not None:
-        found["job"] = fields(ask("show", "job", "-o", job))
+        found["job"] = scontrol_fields("show", "job", "-o", job)
         name = found["job"].get("Partition", "")
-        found["partition"] = fields(ask("show", "partition", "-o", name)) if name else {}
+        found["partition"] = scontrol_fields("show", "partition", "-o", name) if name else {}
         with contextlib.suppress(OSError):  # an interactive job has none
             found["script"] = ask("write", "batch_script", job, "-")
     return found
@@ -45,11 +46,6 @@ def pairs(text: str) -> dict[str, str]:
     """`scontrol show config`: a `Name = value` a line."""
     found = (line.partition("=") for line in text.splitlines() if "=" in line)
     return {name.strip(): value.strip() for name, _, value in found}
-
-
-def fields(text: str) -> dict[str, str]:
-    """`scontrol show job -o`: `Name=value` between blanks."""
-    return dict(re.findall(r"(\S+?)=(\S*)", text))
 
 
 def judge_slurm(ctx: Context, facts: list[dict[str, Any] | None]) -> Findings:
@@ -119,8 +115,8 @@ def _of_job(found: dict[str, Any], env: Mapping[str, str]) -> Findings:
             "the batch script asks for no signal before the time limit",
             "#SBATCH --signal=B:USR2@300, as the scripts in slurm/ have it",
         )
-    minutes = to_minutes(job.get("TimeLimit", ""))
-    if minutes is not None and minutes < SHORT_MIN:
+    limit = if_readable(lambda: slurm_seconds(job.get("TimeLimit", "")))  # None: UNLIMITED
+    if limit is not None and limit < SHORT_S:
         text = f"the time limit is {job['TimeLimit']}: much of it goes into starting"
         yield warn(text, "#SBATCH --time; the run goes on after a requeue")
     mode = partition.get("PreemptMode", "")
@@ -149,15 +145,6 @@ def _of_environment(ctx: Context, env: Mapping[str, str]) -> Findings:
     if ctx.world.size == 1 and tasks.isdigit() and int(tasks) > 1:
         text = f"one process of a job with {tasks} tasks was looked at"
         yield warn(text, "srun ddp-ssl doctor ... looks at all")
-
-
-def to_minutes(limit: str) -> float | None:
-    """`1-02:03:04`, `02:03:04` or `03:04` in minutes; None for no limit."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
-    if match is None:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) + seconds / 60
 
 
 CHECKS = (Check("slurm", (look_at_slurm,), judge_slurm),)

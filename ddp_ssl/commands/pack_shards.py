@@ -45,7 +45,7 @@ from ddp_ssl.commands.shard_writer import (
     write_shards,
 )
 from ddp_ssl.data.datasets import registry, selection, shards
-from ddp_ssl.data.datasets.base import absolute
+from ddp_ssl.data.datasets.base import absolute, place_of
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.files import path_of
@@ -63,11 +63,7 @@ class Unfinished(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = common.Parser(
-        prog="ddp-ssl pack-shards",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = common.Parser("ddp-ssl pack-shards", __doc__)
     parser.add_argument("config", nargs="*", help="[CONFIG.yaml] [key=value ...]")
     parser.add_argument("--out", type=path_of, required=True, help="folder for the shards")
     parser.add_argument("--shard-size", type=float, default=1e9, help="bytes (default 1e9)")
@@ -165,8 +161,8 @@ def _to_pack(split: Split, data: Any) -> Ids:
     """The ids of a split that `data.skip` does not list."""
     if not data.skip:
         return np.arange(len(split))
-    root = absolute(data.root) if data.root else Path.cwd()
-    skip = selection.Skip.of_file(absolute(data.skip), str(root))
+    root = place_of(data.root) if data.root else os.getcwd()
+    skip = selection.Skip.of_file(absolute(data.skip), root)
     return np.flatnonzero(skip.keep(split))
 
 
@@ -227,13 +223,14 @@ def _plan(name: str, split: Split, ids: Ids, sizes: Ids, shard_size: int, seed: 
 
 def _keep_apart(data: Any, out: Path) -> None:
     """Raw data with shards in its folder would be read as shards from then on."""
-    if not data.root:
-        return
-    root, to = (Path(os.path.realpath(path)) for path in (absolute(data.root), out))
-    # A list's root is only what its paths are relative to, maybe `/`.
-    if to == root or (root in to.parents and data.name != "list"):
-        where = "is" if to == root else "is inside"
-        raise ValueError(f"--out: {out} {where} data.root; accepted: a folder apart from the data")
+    for place in data.roots:
+        root, to = (Path(os.path.realpath(path)) for path in (absolute(place), out))
+        # A list's root is only what its paths are relative to, maybe `/`.
+        if to == root or (root in to.parents and data.name != "list"):
+            where = "is" if to == root else "is inside"
+            raise ValueError(
+                f"--out: {out} {where} data.root; accepted: a folder apart from the data"
+            )
 
 
 def _why(error: OSError, out: Path) -> str:

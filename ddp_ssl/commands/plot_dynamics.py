@@ -22,6 +22,7 @@ from ddp_ssl.evals import dynamics
 from ddp_ssl.logs.writer import read_metrics
 from ddp_ssl.reproduction.figures import pyplot, save
 from ddp_ssl.utils.files import path_of
+from ddp_ssl.utils.text import summary
 
 Curve = dict[float, float]  # epoch -> value
 
@@ -132,9 +133,7 @@ def draw(runs: Sequence[Run], centred: bool = False) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = common.Parser(
-        prog="ddp-ssl plot dynamics", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = common.Parser("ddp-ssl plot dynamics", summary(__doc__))
     add = parser.add_argument
     add("runs", nargs="+", type=path_of, metavar="RUN", help="run folder")
     add("--out", type=path_of, default=Path("dynamics.png"), help="default: %(default)s")

@@ -22,6 +22,7 @@ from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import prepare
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.errors import reason, refused
+from ddp_ssl.utils.text import summary
 
 
 class Counts(NamedTuple):
@@ -175,9 +176,7 @@ def with_remedy(message: str, name: str, root: str | None) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = common.Parser(
-        prog="ddp-ssl prepare-data", description=(__doc__ or "").split("\n", 1)[0]
-    )
+    parser = common.Parser("ddp-ssl prepare-data", summary(__doc__))
     parser.add_argument("name", choices=sorted(EXPECTED), metavar="NAME", help=", ".join(EXPECTED))
     parser.add_argument("root", metavar="ROOT", nargs="?", help="its folder, data.root of a run")
     parser.add_argument("--download", action="store_true", help="fetch it first, where allowed")

@@ -225,11 +225,7 @@ def _roots(given: Sequence[str], datasets: Sequence[str]) -> dict[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = common.Parser(
-        prog="ddp-ssl reproduce",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = common.Parser("ddp-ssl reproduce", __doc__)
     add = parser.add_argument
     add("table", nargs="?", metavar="TABLE", help="a name that --list gives")
     add("overrides", nargs="*", default=[], metavar="key=value", help="for every run, last")

@@ -8,7 +8,6 @@ Reads the run folders only. docs/runs.md says what the states mean.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,11 +26,7 @@ Row = tuple[str, ...]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = common.Parser(
-        prog="ddp-ssl runs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = common.Parser("ddp-ssl runs", __doc__)
     parser.add_argument("folders", nargs="*", type=path_of, metavar="DIR")
     return common.exit_code(lambda: run(parser.parse_args(arguments).folders))
 

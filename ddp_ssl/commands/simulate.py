@@ -27,6 +27,7 @@ from ddp_ssl.errors import refused
 from ddp_ssl.reproduction import figures, gaussian, gaussian_network
 from ddp_ssl.reproduction.gaussian import FEATURES, STDS
 from ddp_ssl.utils.files import path_of
+from ddp_ssl.utils.text import summary
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73")  # told apart without red and green
 
@@ -200,7 +201,7 @@ def _at_least(low: int) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = common.Parser(prog="ddp-ssl simulate", description=(__doc__ or "").partition("\n")[0])
+    parser = common.Parser("ddp-ssl simulate", summary(__doc__))
     parser.add_argument("--out", type=path_of, default=Path("runs/simulation"))
     parser.add_argument("--repetitions", type=_at_least(2), default=100)
     parser.add_argument("--seeds-from", type=_at_least(0), default=0)

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 from ddp_ssl.commands import common
 from ddp_ssl.config import ConfigError
+from ddp_ssl.utils.programs import slurm_seconds
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options; what cannot be parsed raises `ConfigError`."""
     made = common.Parser(
-        prog="python -m ddp_ssl.submit",
-        description="Submit a run, or a sweep, through submitit.",
-        epilog="key=a,b,c is a sweep: one run for each value, and for each combination of several.",
+        "python -m ddp_ssl.submit",
+        "Submit a run, or a sweep, through submitit.",
+        "key=a,b,c is a sweep: one run for each value, or for each combination of several.",
     )
     add = made.add_argument
     add("arguments", nargs="*", metavar="CONFIG key=value", help="as for ddp_ssl.train")
@@ -74,17 +75,11 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _minutes(text: str) -> int:
-    """Minutes in a time as sbatch writes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; rounded up."""
-    days, dash, clock = text.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in parts + ([days] if dash else [])) or len(parts) > 3:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 24:00:00 or 2-12:00:00")
-    numbers = [int(part) for part in parts]
-    if dash or len(numbers) == 3:
-        hours, minutes, seconds = ([*numbers, 0, 0])[:3]
-    else:
-        hours, (minutes, seconds) = 0, ([*numbers, 0])[:2]
-    total = (int(days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds
-    if not total:
+    """Minutes in a time as sbatch takes it, rounded up."""
+    try:
+        seconds = slurm_seconds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not seconds:
         raise argparse.ArgumentTypeError(f"{text!r} is no time at all")
-    return -(-total // 60)
+    return -(-seconds // 60)

@@ -37,10 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     made = common.Parser(
-        prog="ddp-ssl verify",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The last line is `verdict: WORD`. The exit code is 0 if all are exact, else 1.",
+        "ddp-ssl verify",
+        __doc__,
+        "The last line is `verdict: WORD`. The exit code is 0 if all are exact, else 1.",
     )
     made.add_argument(
         "words", nargs="+", metavar="TARGET",
@@ -147,7 +146,7 @@ def _receive(
         except ProcessException as error:
             why = one_line(str(error).strip().rpartition("\n")[2])
             raise ConfigError(f"a process died while it ran {target}: {why}") from None
-        # One that has ended had sent all that it sent.
+        # A process that has ended sent all its results before.
         early = [rank for rank in ended if (*last, rank) not in waiting]
         if early:
             for process in processes.processes:
@@ -174,7 +173,7 @@ def _work(
     for number, target in enumerate(targets):
         for size in SIZES:
             name = f"target {number}, {size} processes"
-            # All of them, so that nobody waits in a group for one that is at work on another size.
+            # All four meet, so that none waits in a group for one that is at work on another size.
             meeting = functools.partial(meet, port, name, SIZES[-1], timeout_s=MEETING_S)
             if rank >= size:
                 meeting(True)

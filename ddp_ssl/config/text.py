@@ -68,8 +68,9 @@ def _keep_text(node: yaml.Node, kind: Any) -> None:
             if isinstance(key, yaml.ScalarNode) and key.value in fields:
                 _keep_text(value, fields[key.value].annotation)
     elif isinstance(node, yaml.SequenceNode):
-        for item in node.value if get_origin(kind) is list else ():
-            _keep_text(item, get_args(kind)[0])
+        inner = get_args(kind)[0] if get_origin(kind) is list else kind
+        for item in node.value if inner is not kind or takes_text(kind) else ():
+            _keep_text(item, inner)
     elif takes_text(kind) and node.tag != f"{TAG}null":
         node.tag = f"{TAG}str"
 

@@ -6,19 +6,25 @@ probabilities are per image.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from ddp_ssl.config.section import Probability, Section, Side, Strength
 from ddp_ssl.utils.text import suggest
 
+# Fields that older checkpoints do not know; they are written down only where they are set.
+LATER = ("vertical_flip_p", "rotate", "function")
+QUARTERS = 90
+"""The `rotate` that means quarter turns."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class View:
-    """One random view, in this order: crop, jitter, grayscale, blur, solarize, flip."""
+    """One random view, in this order: crop, turn, jitter, grayscale, blur, solarize, flip."""
 
     size: int = 224
     """Side of the square output, in pixels."""
@@ -37,6 +43,16 @@ class View:
     """Range of the Gaussian's standard deviation, in pixels of the output."""
     solarize_p: float = 0.0
     flip_p: float = 0.5
+    vertical_flip_p: float = 0.0
+    rotate: float = 0.0
+    """0: no turn; 90: 0 to 3 quarter turns; otherwise an angle within +- so many degrees."""
+    function: str = ""
+    """`module:function` that makes the view in place of all augmentations; empty: none."""
+
+    def __repr__(self) -> str:
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        shown = (f"{name}={value!r}" for name, value in values if value or name not in LATER)
+        return f"View({', '.join(shown)})"
 
 
 class CentralCrop(NamedTuple):
@@ -48,7 +64,7 @@ class CentralCrop(NamedTuple):
     """Or `bilinear`; both antialiased."""
 
 
-AUGMENTATION_FIELDS = tuple(f.name for f in fields(View) if f.name != "size")
+AUGMENTATION_FIELDS = tuple(f.name for f in fields(View) if f.name not in ("size", "function"))
 
 # The recipes of solo-learn, ReSSL and SwAV. A recipe lists one view or more, and a group takes them
 # in turn: four views of `asym` are first, second, first, second.
@@ -80,7 +96,8 @@ class ViewGroup(Section):
     size: Side = 224
     """Side of the crops, in pixels."""
     recipe: str = "asym"
-    """Named augmentations: asym, sym, weak, vic, ressl, multiview, crop."""
+    """Named augmentations: asym, sym, weak, vic, ressl, multiview, crop; or `module:function`, a
+    function of one's own on DALI's graph, docs/data.md."""
     scale: tuple[Probability, Probability] | None = None
     """Range of the crop's area, as a fraction of the image's."""
     ratio: tuple[Strength, Strength] | None = None
@@ -105,12 +122,21 @@ class ViewGroup(Section):
     """Probability of solarisation at 128."""
     flip_p: Probability | None = None
     """Probability of a horizontal flip."""
+    vertical_flip_p: Probability | None = None
+    """Probability of a vertical flip. Unset: 0."""
+    rotate: Annotated[float, Field(ge=0, le=180)] | None = None
+    """90: no turn or one, two or three quarter turns, equally often, without interpolation.
+    Another number: an angle drawn from plus or minus so many degrees, bilinear; the pixels at the
+    border of the crop are repeated into the corners. Unset: 0, no turn."""
 
     @field_validator("recipe")
     @classmethod
     def _known_recipe(cls, value: str) -> str:
-        if value not in RECIPES:
-            raise ValueError(f"unknown recipe {value!r}{suggest(value, RECIPES)}")
+        if value not in RECIPES and not re.fullmatch(r"[\w.]+:\w+", value):
+            raise ValueError(
+                f"unknown recipe {value!r}{suggest(value, RECIPES)}; accepted: "
+                f"{', '.join(RECIPES)}, or module:function"
+            )
         return value
 
     @field_validator("scale", "ratio", "blur_sigma")
@@ -119,6 +145,11 @@ class ViewGroup(Section):
         if value is not None and not 0 < value[0] <= value[1]:
             raise ValueError(f"expected [low, high] with 0 < low <= high, got {list(value)}")
         return value
+
+    @model_serializer(mode="wrap")
+    def _as_older_checkpoints(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        return {k: v for k, v in values.items() if v is not None or k not in LATER}
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -135,7 +166,7 @@ def views_of(groups: Sequence[ViewGroup]) -> list[View]:
     """
     views, largest = [], max((group.size for group in groups), default=0)
     for group in groups:
-        recipe = RECIPES[group.recipe]
+        recipe = RECIPES.get(group.recipe) or (View(function=group.recipe),)
         small = SMALL.get(group.recipe, {}) if group.size < largest else {}
         for index in range(group.count):
             base = recipe[index % len(recipe)]

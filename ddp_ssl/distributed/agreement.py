@@ -38,3 +38,9 @@ def on_all_ranks(world: World, action: Callable[[], T]) -> T:
     finally:
         del own  # its traceback holds this frame: a circle that keeps what the action had made
     return cast(T, result)
+
+
+def on_rank_0(world: World, action: Callable[[], T]) -> T:
+    """Call `action` on rank 0 alone; every rank gets its result, or its error as `on_all_ranks`."""
+    result = on_all_ranks(world, lambda: action() if world.is_main else None)
+    return cast(T, world.broadcast_object(result))

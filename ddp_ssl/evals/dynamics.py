@@ -28,7 +28,7 @@ from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.distributed import World
-from ddp_ssl.distributed.agreement import on_all_ranks
+from ddp_ssl.distributed.agreement import on_all_ranks, on_rank_0
 from ddp_ssl.evals.settings import EvaluateConfig, config_of_run
 from ddp_ssl.evals.validation import Validation
 from ddp_ssl.evals.weights import fill, make_learner, read_checkpoint
@@ -80,23 +80,18 @@ class Row:
         return json.dumps(self.as_dict(), allow_nan=False) + "\n"
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a `dynamics.jsonl`, in order of steps; none if there is no such file.
-
-    An incomplete line is left out.
-    """
-    return sorted(_lines(path), key=lambda row: row.step)
-
-
 def latest(path: Path) -> list[Row]:
     """The rows of the settings that were measured last, in order of steps."""
-    lines = _lines(path)
-    newest = [row for row in lines if row.settings == lines[-1].settings]
+    rows = read(path)
+    newest = [row for row in rows if row.settings == rows[-1].settings]
     return sorted(newest, key=lambda row: row.step)
 
 
-def _lines(path: Path) -> list[Row]:
-    """The rows in the order in which they were written."""
+def read(path: Path) -> list[Row]:
+    """The rows of a `dynamics.jsonl`, as they were written; none if there is no such file.
+
+    An incomplete line is left out.
+    """
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     rows = (if_readable(partial(_row, line)) for line in lines if line.endswith(b"\n"))
     return [row for row in rows if row is not None]
@@ -119,11 +114,7 @@ def run(settings: EvaluateConfig, home: Path, world: World, trusted: str = "") -
     config = own.model_copy(
         update={"data": settings.data, "eval": settings.eval, "measure": settings.measure}
     )
-    found, best, images = world.broadcast_object(
-        on_all_ranks(
-            world, lambda: (*chosen(home), validation_images(home)) if world.is_main else None
-        )
-    )
+    found, best, images = on_rank_0(world, lambda: (*chosen(home), validation_images(home)))
     if not found:
         raise ConfigError(f"{home / 'checkpoints'}: no checkpoint; a run that saved one is needed")
     on_all_ranks(world, lambda: registry.find(config.data))
@@ -137,13 +128,10 @@ def run(settings: EvaluateConfig, home: Path, world: World, trusted: str = "") -
     key = fingerprint(config, data, world.size)
     same = config.data.name == own.data.name and images in (None, data.val.digest[:12])
     file = out / (FILE if same else f"dynamics-{data.name}.jsonl")
-    rows = world.broadcast_object(
-        on_all_ranks(world, lambda: kept(file, key, found) if world.is_main else None)
-    )
-    if world.is_main:
-        said = f"; {len(rows)} are measured already" if rows else ""
-        more = "" if config.measure.views else "; measure.views=10 adds alignment and LiDAR"
-        logger.info("%s: checkpoints at %d steps%s%s", home, len(found), said, more)
+    rows = on_rank_0(world, lambda: kept(file, key, found))
+    said = f"; {len(rows)} are measured already" if rows else ""
+    more = "" if config.measure.views else "; measure.views=10 adds alignment and LiDAR"
+    logger.info("%s: checkpoints at %d steps%s%s", home, len(found), said, more)
     failures = 0
     for number, one in enumerate(found, 1):
         if one.sha256 in rows:
@@ -158,15 +146,13 @@ def run(settings: EvaluateConfig, home: Path, world: World, trusted: str = "") -
             continue
         metrics = measured(validation, learner, data)
         row = rows[one.sha256] = Row(one.step, one.epoch, one.path.name, one.sha256, key, metrics)
-        on_all_ranks(world, lambda row=row: append(file, row) if world.is_main else None)  # type: ignore[misc]
-        if world.is_main:
-            seconds = time.perf_counter() - start
-            logger.info("%d/%d %s (%.0f s)", number, len(found), brief(row), seconds)
+        on_rank_0(world, partial(append, file, row))
+        seconds = time.perf_counter() - start
+        logger.info("%d/%d %s (%.0f s)", number, len(found), brief(row), seconds)
     ordered = sorted(rows.values(), key=lambda row: row.step)
     place = out / "evaluate" / f"{file.stem}.md"
     if rows:
-        on_all_ranks(world, lambda: write(place, ordered, best) if world.is_main else None)
-    if world.is_main and rows:
+        on_rank_0(world, lambda: write(place, ordered, best))
         logger.info("\n%s\n\nin %s; all metrics in %s", table(ordered, best), place, file)
     world.barrier()
     return int(failures > 0)
@@ -233,7 +219,7 @@ def kept(path: Path, key: str, found: list[CheckpointInfo]) -> dict[str, Row]:
 
     Rewrites the file on rank 0: the rows of `key` come last. No row is dropped.
     """
-    before = _lines(path)
+    before = read(path)
     wanted = {one.sha256 for one in found}
     own = [row for row in before if row.settings == key]
     others = [row for row in before if row.settings != key]

@@ -24,8 +24,9 @@ from ddp_ssl.config import ConfigError
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import World
-from ddp_ssl.distributed.agreement import on_all_ranks
-from ddp_ssl.evals.features import Block, Extractor, gather_rows, some_of, teller
+from ddp_ssl.distributed.agreement import on_all_ranks, on_rank_0
+from ddp_ssl.errors import refused
+from ddp_ssl.evals.features import Block, Extractor, gather_rows, some_of
 from ddp_ssl.evals.pretrained import Pretrained, prepare
 from ddp_ssl.evals.settings import EvaluateConfig
 from ddp_ssl.evals.weights import Source
@@ -60,12 +61,12 @@ def embed(source: Source, settings: EvaluateConfig, wanted: Wanted, world: World
     )
     network = Network(pretrained, wanted.embeddings)
     splits = on_all_ranks(world, lambda: _splits(data, wanted.split))
-    on_all_ranks(world, lambda: _make_room(wanted) if world.is_main else None)
+    on_rank_0(world, lambda: _make_room(wanted))
 
     comm = distributed.comm_of(world)
     widths = network.widths(settings.image_size)
     network.to(world.device)
-    extractor = Extractor(network, sum(widths), settings, comm, world.device, tell=teller(world))
+    extractor = Extractor(network, sum(widths), settings, comm, world.device, tell=logger.info)
     found = {
         name: _all(extractor, split, f"{name} images of {data.name}", world)
         for name, split in splits.items()
@@ -78,13 +79,13 @@ def embed(source: Source, settings: EvaluateConfig, wanted: Wanted, world: World
     about = _about(pretrained, settings, data, splits)
 
     def write() -> None:
-        if world.is_main and wanted.out is not None:
+        if wanted.out is not None:
             images = _images(splits, {name: ids for name, (_, ids) in found.items()})
             write_features(wanted.out, parts, images, data.class_names, about)
             shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in parts.items())
             say(f"{wanted.out}: {shapes}, {', '.join(images)}, class names")
 
-    on_all_ranks(world, write)
+    on_rank_0(world, write)
     if wanted.projector is not None:
         (split,), ((_, ids),) = splits.values(), found.values()
         project(wanted.projector, wanted.points, parts, ids, data, split, settings, world)
@@ -113,8 +114,6 @@ def project(
     shown = shown[at]
 
     def write() -> None:
-        if not world.is_main:
-            return
         rows, names = np.searchsorted(ids, shown), dict(enumerate(data.class_names))
         write_projector(
             folder,
@@ -128,7 +127,7 @@ def project(
             "Projector"
         )
 
-    on_all_ranks(world, write)
+    on_rank_0(world, write)
 
 
 def _all(extractor: Extractor, split: Split, what: str, world: World) -> tuple[Array, Array]:
@@ -305,7 +304,5 @@ def _make_room(wanted: Wanted) -> None:
     """Create the folders before the work starts, so that an error comes early."""
     for key, folder in (("out", wanted.out and wanted.out.parent), ("projector", wanted.projector)):
         if folder is not None:
-            try:
+            with refused(f"--{key}: {folder} cannot be created"):
                 folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ValueError(f"--{key}: {folder} cannot be created: {error.strerror}") from None

@@ -12,13 +12,12 @@ from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.config import ConfigError
 from ddp_ssl.data.datasets import selection
 from ddp_ssl.data.datasets.split import Split
-from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.loader import TrainLoader
 from ddp_ssl.data.loading.order import Order, permutation
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 from ddp_ssl.evals.accuracy import Accuracy, Tally
 from ddp_ssl.evals.features import Block, Extractor, crop_view, gather_rows
-from ddp_ssl.evals.settings import EvaluateConfig, Protocol, protocol_of
+from ddp_ssl.evals.settings import Protocol, protocol_of
 from ddp_ssl.optim import learning_rate
 from ddp_ssl.utils.progress import Ticker
 from ddp_ssl.utils.seeds import hashed
@@ -57,13 +56,15 @@ def evaluate_linear(
     test = extractor.features(val, protocol.patches, f"{settings.data.name} test images")
     # Sums over processes round differently at each number of them, and a high learning rate makes
     # much of that. Small data sets are trained on by every process alike, in its one order.
-    alike = not settings.linear.augment and is_small(extractor, len(train) + len(val))
+    small = 4 * extractor.width * (len(train) + len(val)) <= SMALL
+    alike = small and not settings.linear.augment
     if alike:
         test, comm = gathered(test, comm, device), ONE_PROCESS
     choosing = len(protocol.lrs) > 1 and settings.linear.held_out > 0 and few is None
-    held: selection.Mask = np.zeros(len(train), np.bool_)
+    held: Tensor | None = None
     if choosing:
-        held = selection.held_out(train.labels, settings.linear.held_out)
+        held = torch.from_numpy(selection.held_out(train.labels, settings.linear.held_out))
+    held_block: Block | None = None
     if settings.linear.augment:
         batch = fitting_batch(extractor, "linear", protocol.batch_size, len(train))
         if batch == 0:
@@ -72,13 +73,14 @@ def evaluate_linear(
                 "processes"
             )
         protocol = replace(protocol, batch_size=batch)
-        kept = train.subset(np.flatnonzero(held))
-        probe_block = extractor.features(kept, protocol.patches, "held-out") if choosing else None
+        if held is not None:
+            kept = train.subset(np.flatnonzero(held))
+            held_block = extractor.features(kept, protocol.patches, "held-out")
     else:
         block = extractor.features(train, protocol.patches, f"{settings.data.name} training images")
         block = gathered(block, extractor.comm, device) if alike else block
-        probe_block = block.where(torch.from_numpy(held)[block.ids]) if choosing else None
-        block = on_device(block, extractor.device)  # once for all seeds
+        held_block = None if held is None else block.where(held[block.ids])
+        block = on_device(block, device)  # once for all seeds
     results = []
     for seed in settings.linear.seeds:
         steps: CachedSteps | AugmentedSteps
@@ -89,16 +91,15 @@ def evaluate_linear(
             if few is not None:
                 chosen = torch.from_numpy(selection.per_class(train.labels, few, seed))
                 some = block.where(chosen.to(block.ids.device)[block.ids])
-            steps = CachedSteps(some, protocol.batch_size, seed, comm, extractor.device)
-        mask = torch.from_numpy(held) if choosing else None
-        heads, finite = train_heads(steps, protocol, seed, extractor.width, classes, mask)
+            steps = CachedSteps(some, protocol.batch_size, seed, comm, device)
+        heads, finite = train_heads(steps, protocol, seed, extractor.width, classes, held)
         if isinstance(steps, AugmentedSteps):
             steps.loader.close()
         rates = len(protocol.lrs)
-        accuracies = [score(head, test, classes, comm, extractor.device) for head in heads[:rates]]
+        accuracies = [score(head, test, classes, comm, device) for head in heads[:rates]]
         held_out = None
-        if probe_block is not None:
-            scores = [score(h, probe_block, classes, comm, extractor.device) for h in heads[rates:]]
+        if held_block is not None:
+            scores = [score(head, held_block, classes, comm, device) for head in heads[rates:]]
             held_out = [s.top1 if ok else 0.0 for s, ok in zip(scores, finite[rates:], strict=True)]
         results.append(LinearResult(seed, accuracies, held_out, finite[:rates]))
     if not choosing:
@@ -106,11 +107,6 @@ def evaluate_linear(
     # The best mean accuracy on held-out images; the first among equals.
     means = np.mean([result.held_out or [] for result in results], axis=0)
     return protocol, results, int(means.argmax())
-
-
-def is_small(extractor: Extractor, images: int) -> bool:
-    """Whether each process can hold the features of so many images."""
-    return 4 * extractor.width * images <= SMALL
 
 
 def gathered(block: Block, comm: Comm, device: torch.device) -> Block:
@@ -167,10 +163,7 @@ class AugmentedSteps:
 
     def __init__(self, extractor: Extractor, train: Split, protocol: Protocol, seed: int) -> None:
         self.extractor, self.device, self.comm = extractor, extractor.device, extractor.comm
-        self.loader = random_crops(
-            extractor.settings, train, protocol.batch_size, seed, self.comm, self.device,
-            extractor.bad,
-        )  # fmt: skip
+        self.loader = random_crops(extractor, train, protocol.batch_size, seed)
         self.per_epoch = self.loader.steps_per_epoch
 
     def epoch(self, number: int) -> Iterator[Step]:
@@ -181,26 +174,18 @@ class AugmentedSteps:
             yield features, batch.labels, batch.ids.cpu()
 
 
-def random_crops(
-    settings: EvaluateConfig,
-    split: Split,
-    batch_size: int,
-    seed: int,
-    comm: Comm,
-    device: torch.device,
-    bad: BadImages,
-) -> TrainLoader:
+def random_crops(extractor: Extractor, split: Split, batch_size: int, seed: int) -> TrainLoader:
     """Endless batches of `split`, each image cropped and flipped at random.
 
-    Images that cannot be read are added to `bad`.
+    Images that cannot be read are added to the extractor's.
     """
-    data = settings.data
+    data, comm = extractor.settings.data, extractor.comm
     return TrainLoader(
         split,
         Order(len(split), batch_size, comm.rank, comm.world_size, seed),
-        Augmentation([crop_view(settings)], data.color_jitter, comm.rank),
-        LoaderSettings.of(data, device),
-        bad=bad,
+        Augmentation([crop_view(extractor.settings)], data.color_jitter, comm.rank),
+        LoaderSettings.of(data, extractor.device),
+        bad=extractor.bad,
     )
 
 

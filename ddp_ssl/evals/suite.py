@@ -1,8 +1,7 @@
 """The suite: small data sets x linear classifier, k-NN and few labels, as one table of a run.
 
-`suite-CHECKPOINT.json` in `evaluate/` of the run folder holds what is measured, and is written
-after each measurement. What it holds for the same weights, settings and images is not measured
-again.
+`suite-CHECKPOINT.json` in `evaluate/` of the run folder holds the measurements, and is written
+after each. A measurement of the same weights, settings and images is not made again.
 """
 
 import fcntl
@@ -22,12 +21,11 @@ from ddp_ssl.data import recognise
 from ddp_ssl.data.datasets import transfer
 from ddp_ssl.data.datasets.base import absolute
 from ddp_ssl.distributed import World
-from ddp_ssl.distributed.agreement import on_all_ranks
+from ddp_ssl.distributed.agreement import on_all_ranks, on_rank_0
 from ddp_ssl.evals import evaluation, report
 from ddp_ssl.evals.accuracy import difference, over_both
 from ddp_ssl.evals.evaluation import Evaluation
-from ddp_ssl.evals.features import teller
-from ddp_ssl.evals.pretrained import Pretrained, agree, load_pretrained
+from ddp_ssl.evals.pretrained import Pretrained, load_everywhere
 from ddp_ssl.evals.report import Report, percent
 from ddp_ssl.evals.settings import EvaluateConfig, protocol_of
 from ddp_ssl.evals.weights import Source
@@ -79,19 +77,13 @@ def run(
     """
     start = time.perf_counter()
     check(settings)
+    if len(settings.data.roots) > 1:
+        raise ConfigError("data.root: the suite takes one folder, which holds the data sets")
     root = settings.data.root
-    places, missing = world.broadcast_object(
-        on_all_ranks(world, lambda: find(root, asked) if world.is_main else None)
-    )
-    tell = teller(world)
+    places, missing = on_rank_0(world, lambda: find(root, asked))
     if missing:
-        tell(f"not in {place_in_words(root)}: {', '.join(missing)}")
-    size = [settings.image_size]
-    pretrained = on_all_ranks(
-        world, lambda: load_pretrained(source, settings.model, size, settings.run.seed)
-    )
-    agree(pretrained, world)
-    tell(pretrained.description)
+        logger.info(f"not in {place_in_words(root)}: {', '.join(missing)}")
+    pretrained = load_everywhere(source, settings, world)
     suite = Suite(source, settings, pretrained, world)
     if against is not None:
         on_all_ranks(world, lambda: check_comparable(suite.content, against))
@@ -103,8 +95,10 @@ def run(
             suite.measure(label, evaluated)
         except ConfigError as error:  # on all processes
             suite.leave_out(label, str(error))
-    on_all_ranks(world, lambda: suite.finish(against) if world.is_main else None)
-    tell(f"{suite.measured} measured, {suite.kept} kept ({time.perf_counter() - start:.0f} s)")
+    on_rank_0(world, lambda: suite.finish(against))
+    logger.info(
+        f"{suite.measured} measured, {suite.kept} kept ({time.perf_counter() - start:.0f} s)"
+    )
     return int(bool(suite.content["left_out"]))
 
 
@@ -207,14 +201,12 @@ class Suite:
         folder = evaluation.folder_of(source, settings)
         name = settings.run.name or f"suite-{stem}"
 
-        def place() -> tuple[Path, Tree] | None:
-            if not world.is_main:
-                return None
+        def place() -> tuple[Path, Tree]:
             folder.mkdir(parents=True, exist_ok=True)
             path = report.free_name(folder, name, tree)
             return path, json_file(path.with_name(path.name + ".json")).get("data", {})
 
-        self.path, data = world.broadcast_object(on_all_ranks(world, place))
+        self.path, data = on_rank_0(world, place)
         self.content: Tree = {
             "command": "suite",
             "source": source.text,
@@ -237,11 +229,10 @@ class Suite:
         entry = self.mine[label] = self.content["data"][label] = {**facts, "measures": {}}
         if all(before.get(key) == facts[key] for key in DIGESTS):
             entry["measures"] = before.get("measures", {})
-        tell = teller(self.world)
         for name, (command, settings) in zip(MEASURES, steps(evaluated.settings), strict=True):
             if name in entry["measures"]:
                 self.kept += 1
-                tell(f"{label}, {name}: {cell(entry['measures'][name])}, measured before")
+                logger.info(f"{label}, {name}: {cell(entry['measures'][name])}, measured before")
                 continue
             evaluated.command, evaluated.settings = command, settings
             evaluated.extractor.settings = settings
@@ -250,8 +241,8 @@ class Suite:
             bad = evaluation.unreadable(evaluated)
             entry["measures"][name] = {**numbers(result), "unreadable": len(bad)}
             self.measured += 1
-            on_all_ranks(self.world, self._write)
-            tell(f"{label}, {name}: {cell(entry['measures'][name])}")
+            on_rank_0(self.world, self._write)
+            logger.info(f"{label}, {name}: {cell(entry['measures'][name])}")
 
     def leave_out(self, label: str, why: str) -> None:
         """Say why a data set is not measured, and go on."""
@@ -267,8 +258,7 @@ class Suite:
             print(f"\n{comparison(self.content, against)}", flush=True)
 
     def _write(self) -> None:
-        if not self.world.is_main:
-            return
+        """Write the files, with the data sets of other jobs; on rank 0."""
         file, lock = (self.path.with_name(self.path.name + end) for end in (".json", ".lock"))
         with open(lock, "w") as held:  # a job for each data set may write into the same file
             fcntl.flock(held, fcntl.LOCK_EX)

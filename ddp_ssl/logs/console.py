@@ -119,14 +119,6 @@ class ProgressLine:
         text = line(row, self.epochs, self.total_steps, step_s)
         logger.info("%s", text, extra={"progress": True})
 
-    def tell(self, text: str) -> None:
-        """Show any other line."""
-        logger.info("%s", text)
-
-    def warn(self, text: str) -> None:
-        """Show a warning."""
-        logger.warning("%s", text)
-
 
 def line(row: Row, epochs: int, total_steps: int, step_s: float | None) -> str:
     """`epoch  3/12  step   15/60  loss 23.41  1234 img/s  data wait 3 %  eta 0:42  mem 1.2 GiB`

@@ -58,7 +58,9 @@ class TensorBoard(Logger):
         self._events.add_custom_scalars(charts)
 
     def row(self, row: dict[str, float | int]) -> None:
-        shown = {n: v for n, v in row.items() if n not in UNSHOWN and not _says_nothing(n, v)}
+        shown = {name: value for name, value in row.items() if name not in UNSHOWN}
+        if not shown.get("run/bad_images", 1):
+            del shown["run/bad_images"]
         if shown:
             # One event for the row: `add_scalar` for each figure costs ten times as much.
             points = [Summary.Value(tag=name, simple_value=v) for name, v in shown.items()]
@@ -78,7 +80,3 @@ class TensorBoard(Logger):
 
     def close(self) -> None:
         self._events.close()
-
-
-def _says_nothing(name: str, value: float | int) -> bool:
-    return name == "run/bad_images" and value == 0

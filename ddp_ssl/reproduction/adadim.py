@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from ddp_ssl.reproduction.cells import Cell, Simulation, Table, published
+from ddp_ssl.reproduction.cells import Cell, Simulation, Table, published, short_name
 
 # Side of the crops, whether the stem is for small images (padding 2, the code base's). The paper
 # does not say; as in `configs/`.
@@ -45,8 +45,8 @@ METHODS = {
     "ReSSL": "ressl",
     "SwAV": "swav",
 }
-# Table 17, where it differs from the recipes of `configs/cifar`. Of methods with a predictor its
-# three widths are solo-learn's: projector's hidden layer, predictor's hidden layer, output. MoCo's
+# Table 17, where it differs from the recipes of `configs/cifar`. Its three widths of methods with a
+# predictor are solo-learn's: projector's hidden layer, predictor's hidden layer, output. MoCo's
 # momentum, 0.9 to 0.99 there, stays solo-learn's.
 TABLE_17 = {"simsiam": ("optim.name=lars",)}
 
@@ -76,7 +76,7 @@ def balanced(name: str, dataset: str, *overrides: str) -> Made:
     base = {"simclr": "simclr_mi", "vicreg": "vicreg_mi"}.get(name, name)
     folder = "cifar" if base in ("adadim", "simclr_mi", "vicreg_mi") else "cifar/ablation"
     without = ("method.beta=off",) if name in ("simclr", "vicreg") else ()
-    run = "-".join(["standard", name, *(_short(o) for o in overrides)])
+    run = "-".join(["standard", name, *(short_name(o) for o in overrides)])
     return run, f"{folder}/{base}.yaml", (*on(dataset), *WEAK, *without, *overrides)
 
 
@@ -91,15 +91,9 @@ def alpha(value: float, dataset: str, *overrides: str) -> Made:
 
 def standard(method: str, dataset: str, *overrides: str) -> Made:
     """A baseline in the standardised setting, Table 17."""
-    run = "-".join(["standard", method, *(_short(o) for o in overrides)])
+    run = "-".join(["standard", method, *(short_name(o) for o in overrides)])
     rest = (*on(dataset), *WEAK, *TABLE_17.get(method, ()), *overrides)
     return run, f"cifar/{method}.yaml", rest
-
-
-def _short(override: str) -> str:
-    key, _, value = override.partition("=")
-    plain = value.replace(" ", "").strip("[]").replace(",", "-")
-    return f"{key.rpartition('.')[2]}_{plain}"
 
 
 def _cell(table: str, dataset: str, row: str, made: Made) -> Cell:
@@ -201,7 +195,7 @@ def _random_models(method: str, dataset: str, epochs: int, count: int) -> list[C
             for lr, t, wd in RATES
         ]  # fmt: skip
     for row, keys in settings[:count]:
-        name = "-".join([f"random-{method}", f"epochs_{epochs}", *(_short(k) for k in keys)])
+        name = "-".join([f"random-{method}", f"epochs_{epochs}", *(short_name(k) for k in keys)])
         wide = ("model.projector=[2048, 2048, 2048]",)
         rest = (*on(dataset), *WEAK, *wide, f"optim.epochs={epochs}", *keys)
         cells.append(Cell(group, row, name, f"cifar/{method}.yaml", rest))

@@ -28,8 +28,15 @@ class Cell:
 
     @property
     def arguments(self) -> list[str]:
-        """As for `ddp_ssl.config.load`."""
+        """As for `ddp_ssl.run.configure.load`."""
         return [str(FOLDER / self.base), *self.overrides]
+
+
+def short_name(override: str) -> str:
+    """An override as a part of a run's name: `epochs_400`."""
+    key, _, value = override.partition("=")
+    plain = value.replace(" ", "").strip("[]").replace(",", "-")
+    return f"{key.rpartition('.')[2]}_{plain}"
 
 
 @dataclass(frozen=True)

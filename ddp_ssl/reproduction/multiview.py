@@ -7,7 +7,7 @@ number of views, else 3 / width, the law they fit.
 
 from itertools import product
 
-from ddp_ssl.reproduction.cells import Cell, Simulation, Table, published
+from ddp_ssl.reproduction.cells import Cell, Simulation, Table, published, short_name
 
 LOSSES = ("barlow_twins", "vicreg")
 # Side of the crops and of small ones.
@@ -85,9 +85,7 @@ def run_of(
     best = coefficient(loss, dataset, views, width, fraction)
     value = best if weight is None else weight
     share = "" if fraction == 1 else f"-fraction_{fraction:g}"
-    extra = "".join(
-        f"-{k.partition('=')[0].rpartition('.')[2]}_{k.partition('=')[2]}" for k in keys
-    )
+    extra = "".join(f"-{short_name(key)}" for key in keys)
     name = f"multiview-{loss}-views_{views}-width_{width}-weight_{value:g}{share}{extra}"
     weights = (
         (f"method.off_diagonal={value:g}",)
@@ -130,7 +128,7 @@ def projector(dataset: str) -> list[Cell]:
     return cells
 
 
-# The same for every width, so that nothing but the accuracy can make a law of the best ones: the
+# The same for every width, so that the accuracy alone decides the law of the best ones: the
 # authors' sweep (fastssl, sbatch_sh_files/resnet50_barlow_sweep.sh) and three at the upper end.
 GRID = (0.0001, 0.0002, 0.0004, 0.0008, 0.001, 0.002, 0.004, 0.006, 0.01, 0.02, 0.04, 0.1, 0.2)
 

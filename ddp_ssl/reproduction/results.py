@@ -217,12 +217,17 @@ def _grid(table: Table, rows: list[Row], scale: str) -> list[str]:
 
 def _centre(rows: list[Row], measure: str) -> tuple[float, float]:
     """Means over the rows that have both values."""
-    pairs = [(o[0], row.cell.paper[measure][0]) for row in rows
-             if measure in row.cell.paper and (o := row.mean(measure))]  # fmt: skip
+    pairs = _pairs(rows, measure)
     if not pairs:
         papers = [row.cell.paper[measure][0] for row in rows if measure in row.cell.paper]
         return math.nan, statistics.fmean(papers)
     return statistics.fmean(ours for ours, _ in pairs), statistics.fmean(p for _, p in pairs)
+
+
+def _pairs(rows: Sequence[Row], measure: str) -> list[tuple[float, float]]:
+    """Our mean and the published one of each row that has both."""
+    papers = ((row.mean(measure), row.cell.paper.get(measure)) for row in rows)
+    return [(ours[0], paper[0]) for ours, paper in papers if ours and paper]
 
 
 def _why_not(row: Row, measure: str) -> str:
@@ -310,8 +315,7 @@ def order(rows: Sequence[Row], measure: str) -> tuple[float, int] | None:
     """Spearman's ρ of our means and the published ones over the rows that have both."""
     from scipy.stats import spearmanr
 
-    pairs = [(ours[0], row.cell.paper[measure][0]) for row in rows
-             if measure in row.cell.paper and (ours := row.mean(measure))]  # fmt: skip
+    pairs = _pairs(rows, measure)
     if len(pairs) < 3:
         return None
     rho = float(spearmanr(*zip(*pairs, strict=True)).statistic)

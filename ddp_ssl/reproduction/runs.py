@@ -18,7 +18,7 @@ from ddp_ssl.config import ConfigError
 from ddp_ssl.errors import reason
 from ddp_ssl.reproduction import configs
 from ddp_ssl.reproduction.cells import Cell, Table
-from ddp_ssl.utils.files import json_file
+from ddp_ssl.utils.files import if_readable, json_file
 from ddp_ssl.utils.launcher import visible_gpus
 from ddp_ssl.utils.programs import queued_jobs
 from ddp_ssl.utils.text import one_line
@@ -94,7 +94,7 @@ def plan(
     for name in only:
         if name not in rows:
             raise ConfigError(
-                f"--only: {name!r} is no row of {table.name}; accepted: {_list(rows)}"
+                f"--only: {name!r} is no row of {table.name}; accepted: {'; '.join(sorted(rows))}"
             )
     if only:
         kept = [cell for cell in cells if cell.row in only or cell.group in only]
@@ -126,10 +126,6 @@ def _small(cell: Cell, dataset: str, out: Path) -> Cell:
 def distinct(runs: Sequence[Run]) -> list[Run]:
     """Each folder once (with each of its evaluations)."""
     return list({(run.folder, run.evaluation): run for run in reversed(runs)}.values())[::-1]
-
-
-def _list(words: set[str]) -> str:
-    return "; ".join(sorted(words))
 
 
 def train_command(run: Run, processes: int, extra: Sequence[str] = ()) -> list[str]:
@@ -298,11 +294,8 @@ def _link_array(group: Sequence[Run]) -> None:
 
 def _in_slurm(marker: Path) -> bool:
     """Whether Slurm still has the job whose number is in `marker`."""
-    try:
-        job = marker.read_text().strip()
-    except OSError:
-        return False
-    return job in slurm_jobs()
+    job = if_readable(lambda: marker.read_text().strip())
+    return job is not None and job in slurm_jobs()
 
 
 @cache

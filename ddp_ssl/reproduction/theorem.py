@@ -220,14 +220,14 @@ def own_loss(p: Tensor, f: Tensor) -> Tensor:
     return (whole.average(f) - f).square().sum(1).mean()
 
 
-def own_image(p: Tensor, starts: int, width: int = 2) -> float:
+def own_image(p: Tensor, starts: int) -> float:
     """The least cosine of what `own_loss` learns to the leading eigenspace of T_k."""
     whole = Graph(p)
-    leading = whole.spectrum()[1][:, :width]
+    leading = whole.spectrum()[1][:, :2]
     generator = torch.Generator().manual_seed(2)
     cosines = []
     for _ in range(starts):
-        start = torch.randn(len(p), width, generator=generator, dtype=p.dtype)
+        start = torch.randn(len(p), 2, generator=generator, dtype=p.dtype)
         cosines.append(whole.cosine(minimise(partial(own_loss, p), start)[-1], leading))
     return min(cosines)
 
@@ -293,29 +293,27 @@ def checks(found: Found) -> list[Claim]:
 
 def draw(found: Found, file: Path) -> None:
     """The kernel, its eigenvalues beside what is learned, and the way there."""
-    pyplot = figures.pyplot()
     whole = of_looks(augmentations())
-    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4))
-    picture = axes[0].imshow(whole.kernel.numpy(), cmap="Blues", vmin=0)
-    figure.colorbar(picture, ax=axes[0])
-    axes[0].set(title="similarity kernel of nine looks", xlabel="look", ylabel="look")
-    places = range(1, LOOKS + 1)
-    axes[1].plot(places, found.values.tolist(), marker="o", label="eigenvalues of T_k")
-    for index, norms in enumerate(found.norms):
-        axes[1].plot(places[:WIDTH], norms.tolist(), linestyle="none", marker="x", color="black",
-                     label="learned, spectral contrastive" if index == 0 else None)  # fmt: skip
-    axes[1].set(title=f"eigenvalues; {WIDTH} features are learned", xlabel="index")
-    axes[1].legend()
-    for colour, (name, paths) in zip(("C0", "C1", "C2", "C3"), found.paths.items(), strict=True):
-        for index, path in enumerate(paths):
-            gaps = [max(1 - cosine, 1e-16) for cosine in path]
-            axes[2].plot(gaps, color=colour, linewidth=1, label=name if index == 0 else None)
-    axes[2].set(title="distance from the leading eigenspace", xlabel="step of L-BFGS, 4 each",
-                ylabel="1 - cosine of the largest angle", yscale="log")  # fmt: skip
-    axes[2].legend(fontsize=8, loc=(0.28, 0.12))
-    figure.tight_layout()
-    figure.savefig(file, dpi=130)
-    pyplot.close(figure)
+    with figures.canvas(file, 1, 3, (14, 4), 130) as (axes,):
+        picture = axes[0].imshow(whole.kernel.numpy(), cmap="Blues", vmin=0)
+        axes[0].figure.colorbar(picture, ax=axes[0])
+        axes[0].set(title="similarity kernel of nine looks", xlabel="look", ylabel="look")
+        places = range(1, LOOKS + 1)
+        axes[1].plot(places, found.values.tolist(), marker="o", label="eigenvalues of T_k")
+        for index, norms in enumerate(found.norms):
+            label = "learned, spectral contrastive" if index == 0 else None
+            axes[1].plot(places[:WIDTH], norms.tolist(), "kx", label=label)
+        axes[1].set(title=f"eigenvalues; {WIDTH} features are learned", xlabel="index")
+        axes[1].legend()
+        for colour, (name, paths) in zip(
+            ("C0", "C1", "C2", "C3"), found.paths.items(), strict=True
+        ):
+            for index, path in enumerate(paths):
+                gaps = [max(1 - cosine, 1e-16) for cosine in path]
+                axes[2].plot(gaps, color=colour, linewidth=1, label=name if index == 0 else None)
+        axes[2].set(title="distance from the leading eigenspace", xlabel="step of L-BFGS, 4 each",
+                    ylabel="1 - cosine of the largest angle", yscale="log")  # fmt: skip
+        axes[2].legend(fontsize=8, loc=(0.28, 0.12))
 
 
 def main() -> int:

@@ -6,12 +6,12 @@ YAML is given, a preset and the choices for the images take its place, or the em
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddp_ssl.config import schema
-from ddp_ssl.config.files import with_places
+from ddp_ssl.config.files import name_of, with_places
 from ddp_ssl.config.reader import (
     Layer,
     Resolved,
@@ -69,14 +69,16 @@ def load(arguments: Sequence[str], trusted: str = "*") -> Resolved:
         own = layers[0][1].get("method")  # without this section it is for any method
         another = bool(own) and named(layers[0][1]) != name
         if another and (other := sibling(path, named(layers[0][1]), name)):
-            notes.append(f"method.name={name}: takes {other} in place of {path.name}")
+            notes.append(f"method.name={name}: takes {name_of(other)} in place of {name_of(path)}")
             path, text, another = other, read_text(other), False
         tree = tree_of(path, text, typed)
         if another:
             tree, dropped = adapted(tree, path, method)
             given = {override.partition("=")[0] for override in overrides}
             if left := [key for key in dropped if key not in given]:
-                notes.append(f"method.name={name}: not taken from {path}: {', '.join(left)}")
+                notes.append(
+                    f"method.name={name}: not taken from {name_of(path)}: {', '.join(left)}"
+                )
         layers = [(str(path), tree)]
         if preset is not None:
             made, lines = preset.layers(tree, method)
@@ -86,6 +88,7 @@ def load(arguments: Sequence[str], trusted: str = "*") -> Resolved:
     merged, origins = merge(with_overrides([recipe, *layers], overrides, typed))
     merged["method"] = {**merged.get("method", {}), "name": name}
     config = validate(merged, typed, origins)
+    check_recipes([group.recipe for group in config.data.views], trusted)
     try:
         check(config)
         config.method.check(config)
@@ -99,31 +102,41 @@ def check_trust(method: str, trusted: str) -> None:
 
     Another method that is `trusted` by its name is a mistake.
     """
-    if ":" in method and trusted not in (method, "*"):
-        raise ConfigError(
-            f"method.name: {method} would be imported from outside this package; if you trust it, "
-            f"method.name={method} or --trust is accepted"
-        )
+    if trusted not in (method, "*"):
+        check_inside("method.name", [method], f"method.name={method}")
     if trusted not in ("", "*", method):
         raise ConfigError(f"method.name: the run's is {method}, not {trusted}")
 
 
+def check_recipes(names: Sequence[str], trusted: str) -> None:
+    """Raise `ConfigError` if views are made by a function from outside that is not `trusted`."""
+    if trusted != "*":
+        check_inside("data.views", names)
+
+
+def check_inside(key: str, names: Iterable[str], consent: str = "") -> None:
+    """Raise `ConfigError` if what a name stands for would come from outside the package.
+
+    `consent`: the argument that permits it.
+    """
+    if outside := next((name for name in names if ":" in name), None):
+        raise ConfigError(
+            f"{key}: {outside} would be imported from outside this package; if you trust it, "
+            f"{consent}{' or ' if consent else ''}--trust is accepted"
+        )
+
+
 def _preset(overrides: Sequence[str]) -> Preset | None:
     """The preset for the images that the user names; None for the embedded digits."""
-    typed = _tree(overrides)
+    typed, _ = merge(with_overrides([], overrides, Config))
     data = typed.get("data") or {}
-    if not {"root", "files", "url"} & data.keys() and data.get("name", "digits") == "digits":
+    if not {"root", "files"} & data.keys() and data.get("name", "digits") == "digits":
         return None
     from ddp_ssl.run.preset import Preset  # here, since it brings numpy
 
     _method_name(typed, {})  # a mistake in any key is told before images are looked for
     config = validate({"data": data, "run": typed.get("run", {})}, Config, {})
     return None if config.data.name == "digits" else Preset(typed, config.data, config.run.device)
-
-
-def _tree(overrides: Sequence[str]) -> dict[str, Any]:
-    """The tree of the `key=value` arguments alone."""
-    return merge(with_overrides([], overrides, Config))[0]
 
 
 def _method_name(tree: Mapping[str, Any], origins: Mapping[str, str]) -> str:

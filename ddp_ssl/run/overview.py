@@ -71,7 +71,7 @@ def _runs_in(folder: str, depth: int) -> Iterator[str]:
 def overview(folder: Path, me: claims.Holder, now: float) -> Overview:
     """A run's overview; damaged files tell nothing. `me`: this process, `now`: the time."""
     status = json_file(folder / "status.json")
-    config = _text(folder / "config.yaml")
+    config = if_readable(lambda: (folder / "config.yaml").read_text(errors="replace")) or ""
     metrics = folder / "metrics.jsonl"
     last: Row = {}
     std = best = None
@@ -107,18 +107,8 @@ def overview(folder: Path, me: claims.Holder, now: float) -> Overview:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
-
-
 def _changed(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
+    return if_readable(lambda: path.stat().st_mtime) or 0.0
 
 
 def _whole(value: Any) -> int:

@@ -1,7 +1,7 @@
 """A config for images that no config was given for: a preset, and the choices on top of it.
 
-`configs/preset/SIDE.yaml` is chosen by the size and the number of the images. What their number and
-the machine ask for otherwise is one key each, with its reason as the origin.
+`configs/preset/SIDE.yaml` is chosen by the size and the number of the images. Each key that their
+number or the machine asks to change is a choice, with its reason as the origin.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Preset:
         self._gpu = device != "cpu" and (device == "cuda" or gpu_is_meant() is not None)
         side, bound = self._side()
         self.path = PRESETS / f"{side}.yaml"
-        place = data.root or data.files
+        place = ", ".join(data.roots) or data.files
         self.headline = (
             f"{place or self.look.name}: {self.look.number} {self.look.what} to train on, about "
             f"{self.look.side} pixels a side: preset/{side}{bound}"

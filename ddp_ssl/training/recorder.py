@@ -211,16 +211,6 @@ class Recorder:
         if self.writer is not None:
             self.writer.scalars({"step": step, "epoch": self.epoch(step), **metrics})
 
-    def tell(self, text: str) -> None:
-        """A line for people, on rank 0."""
-        if self.writer is not None:
-            self.progress.tell(text)
-
-    def warn(self, text: str) -> None:
-        """A warning for people, on rank 0."""
-        if self.writer is not None:
-            self.progress.warn(text)
-
     def image(self, name: str, image: Any) -> None:
         """A picture `[H, W, 3]` for the loggers."""
         if self.writer is not None:

@@ -1,1 +1,1 @@
-"""Small things that every room uses: seeds, files, texts, progress lines."""
+"""Helpers for all parts of the package: seeds, files, texts, progress lines."""

@@ -19,6 +19,10 @@ from ddp_ssl.errors import ConfigError, refused
 PREFIX = "hf-hub:"
 # For the hub's first answer: its client would try again for minutes. The variable is the client's.
 PATIENCE_S = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 2)
+UNREACHABLE = (
+    "{0.ENDPOINT} cannot be reached, and its cache on this machine ({0.HF_HUB_CACHE}) does not "
+    "have it"
+)
 
 
 @functools.cache
@@ -41,7 +45,7 @@ def answers(endpoint: str) -> bool:
 
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """Where the hub does not answer, take what is asked of it from its cache alone, at once.
+    """In this context a hub that does not answer is replaced by its cache, at once.
 
     Raises `OSError`, one line, for what is in neither.
     """
@@ -53,10 +57,7 @@ def no_waiting() -> Iterator[None]:
     try:
         yield
     except LocalEntryNotFoundError:
-        raise OSError(
-            f"{constants.ENDPOINT} cannot be reached, and its cache on this machine "
-            f"({constants.HF_HUB_CACHE}) does not have it"
-        ) from None
+        raise OSError(UNREACHABLE.format(constants)) from None
     finally:
         constants.HF_HUB_OFFLINE = before
 
@@ -72,17 +73,14 @@ def require(name: str) -> None:
     with refused(f"{name}: no model of timm's can be fetched"):
         kept = try_to_load_from_cache(repository, "config.json", revision=revision or None)
         if not isinstance(kept, str) and not answers(constants.ENDPOINT):
-            raise OSError(
-                f"{constants.ENDPOINT} cannot be reached, and its cache on this machine "
-                f"({constants.HF_HUB_CACHE}) does not have it"
-            )
+            raise OSError(UNREACHABLE.format(constants))
 
 
 def described(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """What `config.json` of `hf-hub:USER/NAME[@REVISION]` says: architecture, arguments, the rest.
 
-    The arguments are those of `timm.create_model`. Of the rest the mean, the standard deviation and
-    the classifier's names are taken: other entries may name files and loaders.
+    The arguments are those of `timm.create_model`. The rest is the mean, the standard deviation and
+    the classifier's names alone: other entries may name files and loaders.
 
     Raises `ConfigError`, one line.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,24 @@ def output_of(command: Sequence[str], timeout_s: float = 60, cwd: Path | None = 
         said = (told.stderr or told.stdout).strip().splitlines()
         raise OSError(f"{command[0]}: {said[-1] if said else f'exit code {told.returncode}'}")
     return told.stdout
+
+
+def scontrol_fields(*words: str) -> dict[str, str]:
+    """`Name=value` between blanks, as `scontrol show job -o` prints them. Raises `OSError`."""
+    return dict(re.findall(r"(\S+?)=(\S*)", output_of(["scontrol", *words], timeout_s=20)))
+
+
+def slurm_seconds(text: str) -> int:
+    """Seconds of a time in Slurm's form: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; or `ValueError`."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if found is None:
+        raise ValueError(f"{text!r} is not a time such as 24:00:00 or 2-12:00:00")
+    days, *clock = found.groups()
+    parts = [int(part) for part in clock if part]
+    if days is None and len(parts) < 3:
+        parts = [0, *parts]  # no hours
+    hours, minutes, seconds = [*parts, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def queued_jobs() -> set[str]:

@@ -1,18 +1,27 @@
-"""Checksums of files that are read back: CRC-32, for damage, not against a forger."""
+"""Checksums of files that are read back."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 CHUNK = 8 << 20
 CHECKSUM = "checksum"
 
 
+def sha256_of(file: BinaryIO) -> str:
+    """SHA-256 of the rest of an open file; may raise `OSError`."""
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
 def checksum(path: Path) -> int:
-    """CRC-32 of a file; raises `OSError`."""
+    """CRC-32 of a file, which shows damage and no forgery; may raise `OSError`."""
     value = 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK):

@@ -9,6 +9,11 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def summary(docstring: str | None) -> str:
+    """The first line of a docstring."""
+    return (docstring or "").partition("\n")[0]
+
+
 def counted(count: int, noun: str, plural: str = "") -> str:
     """`1 step`, `2 steps`; `plural` where it is not the noun and an s."""
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
@@ -40,8 +45,3 @@ def markdown_lines(rows: Sequence[Sequence[str]], align: str = "-") -> list[str]
     rules = {"<": ":{}-", ">": "-{}:", "-": "-{}-"}
     rule = (rules[mark].format("-" * w) for w, mark in zip(widths, marks, strict=True))
     return [lines[0], f"|{'|'.join(rule)}|", *lines[1:]]
-
-
-def markdown_table(rows: Sequence[tuple[str, str]]) -> str:
-    """Rows of name and value as an aligned Markdown table, without a heading."""
-    return "\n".join(markdown_lines([("", ""), *rows]))

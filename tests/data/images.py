@@ -64,7 +64,10 @@ def array_of(count: int, size: int = 20) -> Split:
 def loader_of(split: Split, views: list[View] | None = None, **changes: Any) -> TrainLoader:
     """A loader of two small views that use every operator."""
     if views is None:
-        views = [View(size=16, solarize_p=0.3), View(size=8, blur_p=0.1)]
+        views = [
+            View(size=16, solarize_p=0.3, vertical_flip_p=0.5, rotate=90),
+            View(size=8, blur_p=0.1, rotate=20),
+        ]
     grouped = grouped_settings(split, views, changes)
     return TrainLoader(split, *grouped, **changes)
 

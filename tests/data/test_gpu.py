@@ -26,7 +26,9 @@ STILL: dict[str, Any] = {
 }  # fmt: skip
 OPERATORS: dict[str, tuple[dict[str, Any], float]] = {
     "crop": ({}, 1.0),
-    "flip": ({"flip_p": 0.5}, 1.0),
+    "flip": ({"flip_p": 0.5, "vertical_flip_p": 0.5}, 1.0),
+    "quarter turns": ({"rotate": 90}, 1.0),
+    "turns": ({"rotate": 30}, 1.5),
     "brightness": ({"jitter_p": 1.0, "contrast": 0, "saturation": 0, "hue": 0}, 1.5),
     "contrast": ({"jitter_p": 1.0, "brightness": 0, "saturation": 0, "hue": 0}, 1.5),
     "saturation": ({"jitter_p": 1.0, "brightness": 0, "contrast": 0, "hue": 0}, 1.5),

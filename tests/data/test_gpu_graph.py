@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -29,8 +30,11 @@ REGISTERED = {
 }
 
 
-def train(reading: Any, mode: str) -> Any:
-    return dali.train_iterator(reading, Augmentation([VIEW], mode), SETTINGS, seed=1, batch_size=4)
+TURNED = {turn: replace(VIEW, rotate=turn, vertical_flip_p=0.5) for turn in (20, 90)}
+
+
+def train(reading: Any, mode: str, view: View = VIEW) -> Any:
+    return dali.train_iterator(reading, Augmentation([view], mode), SETTINGS, seed=1, batch_size=4)
 
 
 def evaluate(reading: Any) -> Any:
@@ -43,15 +47,13 @@ def source(info: Any) -> Any:
 
 FILES = functools.partial(dali.read, source, True, SETTINGS.decoding)
 ARRAY = functools.partial(dali.read, source, False, SETTINGS.decoding)
-STREAM = functools.partial(
-    dali.stream, ["a.tar"], ["a.idx"], 0, 1, 16, 1, Decoding(0.65, None)
-)  # fmt: skip
 GRAPHS: dict[str, tuple[Callable[[], Any], int]] = {
     "files, fast": (lambda: train(FILES, "fast"), 50),
     "files, seq": (lambda: train(FILES, "seq"), 60),
     "files, exact": (lambda: train(FILES, "exact"), 450),
+    "files, turned": (lambda: train(FILES, "seq", TURNED[20]), 65),
+    "files, turned by quarters": (lambda: train(FILES, "seq", TURNED[90]), 80),
     "an array": (lambda: train(ARRAY, "seq"), 60),
-    "a stream": (lambda: train(STREAM, "seq"), 60),
     "evaluation, files": (lambda: evaluate(FILES), 60),
     "evaluation, an array": (lambda: evaluate(ARRAY), 60),
 }

@@ -262,9 +262,11 @@ def test_probabilities() -> None:
         View(**{**vars(still), "gray_p": 0.3, "flip_p": 0.25}),
         View(**{**vars(still), "gray_p": 1.0, "flip_p": 1.0}),
         still,
+        View(**{**vars(still), "vertical_flip_p": 0.25}),
+        View(**{**vars(still), "rotate": 90}),
     ]
     loader = loader_of(split, views, global_batch=1000, mean=(0, 0, 0), std=(1, 1, 1))
-    some, always, never = next(loader).views
+    some, always, never, upside, quarters = next(loader).views
     plain = torch.from_numpy(image).permute(2, 0, 1) / 255
     assert torch.allclose(never, plain.expand_as(never))
     gray = (some[:, 0] == some[:, 1]).flatten(1).all(1)
@@ -274,6 +276,11 @@ def test_probabilities() -> None:
     assert abs(flipped.float().mean() - 0.25) < 0.05
     assert abs((gray & flipped).float().mean() - 0.075) < 0.04
     assert torch.equal(always[:, 0], always[:, 2])
+    for views, expected, share in (
+        (upside, plain.flip(1), 0.25), *((quarters, plain.rot90(k, (1, 2)), 0.25) for k in range(4))
+    ):  # fmt: skip
+        hits = (views - expected).abs().flatten(1).amax(1) < 1e-5
+        assert abs(hits.float().mean() - share) < 0.05
 
 
 @both_ways

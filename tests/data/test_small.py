@@ -32,7 +32,7 @@ def draws_of(**given: Any) -> Draws:
     fixed = {
         "top": 0, "left": 0, "height": 40, "width": 32, "brightness": 1.0, "contrast": 1.0,
         "saturation": 1.0, "hue": 0.0, "sigma": 1.0, "jitter": True, "gray": False, "blur": False,
-        "solarize": False, "flip": False,
+        "solarize": False, "flip": False, "vertical_flip": False, "angle": 0.0,
     }  # fmt: skip
     values = fixed | given
     return Draws(**{k: torch.as_tensor(v).expand(N) for k, v in values.items()})
@@ -55,15 +55,17 @@ def test_crops_are_torchvisions(size: int) -> None:
     boxes = [(0, 0, 40, 32), (3, 5, 20, 11), (39, 31, 1, 1), (0, 2, 40, 9), (8, 0, 32, 32),
              (11, 7, 5, 25)]  # fmt: skip
     top, left, height, width = (torch.tensor(side) for side in zip(*boxes, strict=True))
-    flip = torch.tensor([False, True] * 3)
-    draws = draws_of(top=top, left=left, height=height, width=width, flip=flip)
+    flip, upside = torch.tensor([False, True] * 3), torch.tensor([False] * 2 + [True] * 4)
+    box = {"top": top, "left": left, "height": height, "width": width}
+    draws = draws_of(**box, flip=flip, vertical_flip=upside)
     ours = pixels_of(small.crop(torch.from_numpy(IMAGES), size, draws))
 
-    def theirs(x: Tensor, box: tuple[int, int, int, int], flip: bool) -> Tensor:
+    def theirs(x: Tensor, box: tuple[int, int, int, int], flip: bool, upside: bool) -> Tensor:
         y = tv.resized_crop(x, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
-        return tv.horizontal_flip(y) if flip else y
+        y = tv.horizontal_flip(y) if flip else y
+        return tv.vertical_flip(y) if upside else y
 
-    expected = reference(theirs, boxes, flip.tolist(), images=IMAGES)
+    expected = reference(theirs, boxes, flip.tolist(), upside.tolist(), images=IMAGES)
     assert off(ours, expected) <= 0.25  # torchvision rounds between the axes, too
     assert np.abs(ours - expected).max() <= 2
     assert (ours == ours.round()).all()
@@ -98,6 +100,19 @@ def test_boxes_follow_torchvisions(
     assert min(top.min(), left.min(), h.min() - 1, w.min() - 1) >= 0
     assert (top + h).max() <= height
     assert (left + w).max() <= width
+
+
+def test_turns_are_the_graphs() -> None:
+    quarters = [0, 1, 2, 3, 3, 1]
+    expected = np.stack([np.rot90(image, k) for image, k in zip(FLAT, quarters, strict=True)])
+    assert (run(dali.quarter_turns, FLAT, turns=quarters) == expected).all()
+    ours = small.turned(planar(FLAT), True, torch.tensor(quarters) * 90.0)
+    assert (pixels_of(ours) == expected).all()
+    angles = [0.0, 10.0, -20.0, 45.0, 90.0, -170.0]
+    theirs = run(dali.rotate, FLAT, angle=angles)
+    assert (theirs[4] == np.rot90(FLAT[4])).all()  # counter-clockwise
+    ours = small.turned(planar(FLAT), False, torch.tensor(angles))
+    assert np.abs(pixels_of(ours) - theirs).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -154,7 +169,7 @@ def test_normalisation_and_solarize_are_the_graphs() -> None:
 
 # --- random numbers ------------------------------------------------------------------------------
 
-PLAIN = View(size=16, jitter_p=0.5, blur_p=0.5, solarize_p=0.5)
+PLAIN = View(size=16, jitter_p=0.5, blur_p=0.5, solarize_p=0.5, vertical_flip_p=0.5, rotate=30)
 
 
 def test_draws_are_a_function_of_seed_view_and_step() -> None:
@@ -166,7 +181,10 @@ def test_draws_are_a_function_of_seed_view_and_step() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("change", [{"jitter_p": 0.0}, {"blur_p": 0.1}, {"brightness": 0.0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"jitter_p": 0.0}, {"blur_p": 0.1}, {"brightness": 0.0}, {"vertical_flip_p": 0.1}],
+)
 def test_every_draw_has_a_stream_of_its_own(change: dict[str, Any]) -> None:
     a = small.draw(PLAIN, (50, 32, 32), (0, 0, 0))._asdict()
     b = small.draw(replace(PLAIN, **change), (50, 32, 32), (0, 0, 0))._asdict()
@@ -198,6 +216,7 @@ def test_what_is_made_here() -> None:
     assert small.suits(images, [view], "seq", cpu)
     assert small.suits(images, [view], "fast", cpu)
     assert not small.suits(images, [view], "exact", cpu)
+    assert not small.suits(images, [View(size=32, function="mine:erased")], "seq", cpu)
     assert not small.suits(images, [view, View(size=96)], "seq", cpu)
     assert not small.suits(large, [view], "seq", cpu)
     assert not small.suits(None, [view], "seq", cpu)

@@ -82,7 +82,7 @@ class Moved(TorchDispatchMode):
         return out
 
     def saw(self, func: Any, args: Any, kwargs: Any, out: Any, nbytes: int) -> None:
-        """A further count, for subclasses."""
+        """A hook for subclasses that count more."""
 
 
 def moved(name: str, args: Any, kwargs: dict[str, Any], out: Any) -> int:
@@ -118,7 +118,7 @@ SHAPES = {
 
 @contextlib.contextmanager
 def as_one_of(processes: int) -> Iterator[None]:
-    """Within: this process is rank 0 of so many, whose collectives do nothing."""
+    """In this context the process is rank 0 of `processes`, and collectives do nothing."""
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
         yield
@@ -128,7 +128,7 @@ def as_one_of(processes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_on_a_gpu(key: str = "Meta") -> Iterator[None]:
-    """Within: tensors without values (with `CPU` those of a CPU) take the way of a GPU's."""
+    """In this context tensors without values (with `CPU`, the CPU's) take a GPU's code path."""
     library = torch.library.Library("aten", "IMPL", key)
     for name, shape in SHAPES.items():
         library.impl(name, shape)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,11 @@ class Skip:
         """The images of a split that are not listed."""
         keep = np.ones(len(split), np.bool_)
         if split.names is None or split.spans is None:
+            return keep
+        if split.part is not None:
+            for number, root in enumerate(split.roots):
+                (ids,) = np.nonzero(split.part == number)
+                keep[ids] = self.keep(replace(split.subset(ids), root=root, part=None))
             return keep
         wanted: dict[int, list[tuple[bytes, int]]] = {}
         for i, line in enumerate(self.lines):

@@ -10,13 +10,14 @@ import errno
 import hashlib
 import os
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddp_ssl.config.section import is_url
 from ddp_ssl.data.datasets.tar import DAMAGED, Shards
 from ddp_ssl.errors import printable
 
@@ -31,7 +32,8 @@ class Split:
     relative to `root`, and `spans` is int64 `[M, 2]`; file i is
     `names[spans[i, 0] : spans[i, 1]]`. With `shards` the bytes lie in tar files, and a name is
     never used as a path. Array: `images` is uint8 `[M, H, W, 3]`. Make a split with `of_files` or
-    `of_array`. `named` is false where the images have no names of their own, only places.
+    `of_array`. `named` is false where the images have no names of their own, only places. Files
+    below several `roots`: int64 `part` `[M]` says below which one; `root` is the first.
     """
 
     labels: NDArray[np.int64]
@@ -41,6 +43,8 @@ class Split:
     images: NDArray[np.uint8] | None = None
     shards: Shards | None = None
     named: bool = True
+    roots: tuple[str, ...] = ()
+    part: NDArray[np.int64] | None = None
 
     @staticmethod
     def of_files(root: str, names: list[bytes] | Names, labels: NDArray[np.int64]) -> Split:
@@ -50,7 +54,8 @@ class Split:
         ends = np.frombuffer(found.ends, np.int64) if found.ends else np.empty(0, np.int64)
         spans = np.stack([np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(ends)], ends], 1)
         assert len(spans) == len(labels)
-        return Split(labels.astype(np.int64), os.path.abspath(root), block, spans)
+        whole = root if is_url(root) else os.path.abspath(root)
+        return Split(labels.astype(np.int64), whole, block, spans)
 
     @staticmethod
     def of_array(images: NDArray[np.uint8], labels: NDArray[np.int64] | None = None) -> Split:
@@ -68,6 +73,22 @@ class Split:
             labels = np.full(len(images), -1)
         assert len(labels) == len(images)
         return Split(np.asarray(labels, np.int64), images=np.ascontiguousarray(images))
+
+    @staticmethod
+    def joined(splits: Sequence[Split], numbers: Sequence[NDArray[np.int64]]) -> Split:
+        """Files of several roots, one split after the other; its label `c` is now `numbers[c]`."""
+        labels = [new[split.labels] for split, new in zip(splits, numbers, strict=True)]
+        blocks = [split.names for split in splits if split.names is not None]
+        spans, first = [], 0
+        for block, split in zip(blocks, splits, strict=True):
+            assert split.spans is not None
+            spans.append(split.spans + first)
+            first += len(block)
+        return Split(
+            np.concatenate(labels), splits[0].root, np.concatenate(blocks), np.concatenate(spans),
+            roots=tuple(split.root for split in splits),
+            part=np.repeat(np.arange(len(splits)), [len(split) for split in splits]),
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -98,8 +119,7 @@ class Split:
             return None
         if (shards.offset == DAMAGED).any():
             return None
-        kind = "shards" if shards.part is None else "parquet"
-        return kind, hashlib.sha256(np.ascontiguousarray(shards.crc).data).hexdigest()
+        return shards.kind, hashlib.sha256(np.ascontiguousarray(shards.crc).data).hexdigest()
 
     def known_by(self, digest: str) -> Split:
         """This split with a digest that was computed before, so that no process computes it again.
@@ -109,9 +129,9 @@ class Split:
         self.__dict__["digest"] = digest
         return self
 
-    @cached_property
-    def _prefix(self) -> bytes:
-        return os.fsencode(os.path.join(self.root, ""))
+    def _prefix(self, i: int) -> bytes:
+        root = self.root if self.part is None else self.roots[self.part[i]]
+        return os.fsencode(os.path.join(root, ""))
 
     def name(self, i: int) -> bytes:
         """The path of file or member `i`, relative to `root`."""
@@ -123,7 +143,7 @@ class Split:
     def path(self, i: int) -> bytes:
         """The absolute path of file `i`."""
         assert self.shards is None
-        return self._prefix + self.name(i)
+        return self._prefix(i) + self.name(i)
 
     def where(self, i: int) -> str:
         """The name of image `i` in lists of bad images: a path, also for a member of a shard.
@@ -133,7 +153,7 @@ class Split:
         """
         if self.images is not None:
             return f"image {i}"
-        path = os.fsdecode(self._prefix + self.name(i))
+        path = os.fsdecode(self._prefix(i) + self.name(i))
         return "".join(c if "\udc80" <= c <= "\udcff" else printable(c) for c in path)
 
     def read(self, i: int) -> NDArray[np.uint8]:
@@ -154,6 +174,7 @@ class Split:
             spans=None if self.spans is None else self.spans[ids],
             images=None if self.images is None else self.images[ids],
             shards=None if self.shards is None else self.shards.subset(ids),
+            part=None if self.part is None else self.part[ids],
         )
 
 

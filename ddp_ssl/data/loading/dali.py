@@ -9,6 +9,7 @@ augmented on a CPU by `small_images.py` and only pass through here.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -16,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from ddp_ssl.config.views import CentralCrop, View
-from ddp_ssl.data.datasets.scan import EXTENSIONS
+from ddp_ssl.config.views import QUARTERS, CentralCrop, View
+from ddp_ssl.data.loading import recipes
 from ddp_ssl.data.loading.formats import Decoding, PixelFormat
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 from ddp_ssl.driver import find_driver, install_command
+from ddp_ssl.errors import refused
 from ddp_ssl.utils.seeds import hashed
 
 try:
@@ -31,7 +33,6 @@ except ModuleNotFoundError:
         f"nvidia-dali is not installed: {install_command(find_driver())} in a checkout mends it"
     ) from None
 
-IMAGE_KINDS = ";".join(sorted(name.decode()[1:] for name in EXTENSIONS))
 VERSION: str = dali.__version__
 GRAPH = 2  # counts changes of the training graph; a saved state fits one graph only
 fn, types, dmath = dali.fn, dali.types, dali.math
@@ -54,12 +55,13 @@ def train_iterator(
 ) -> Any:
     """An endless iterator over `[{"view0": [n, S, S, 3], ..., "ids": [n, 1]}]`.
 
-    `reading` makes the part of the graph that gives images and ids: `read` or `stream` with their
+    `reading` makes the part of the graph that gives images and ids: `read` with its
     arguments. `checkpoint` is a blob of this graph's.
     """
-    views = [(view, (seed, view_id)) for view_id, view in augmentation.keyed]
+    mode, form = augmentation.color_jitter, settings.form
+    views = [_maker(view, mode, form, (seed, view_id)) for view_id, view in augmentation.keyed]
     pipe = dali.pipeline_def(_train_graph, enable_conditionals=True)(
-        reading, views, augmentation.color_jitter, settings.form,
+        reading, views,
         batch_size=batch_size, num_threads=settings.cpu_threads, device_id=settings.device_id,
         seed=seed & 0x7FFFFFFF, prefetch_queue_depth=settings.prefetch, exec_dynamic=True,
         enable_checkpointing=True, checkpoint=checkpoint,
@@ -137,17 +139,42 @@ def _iterator(pipe: Any, views: int) -> Any:
     return dali_torch.DALIGenericIterator([pipe], names, prepare_first_batch=False)
 
 
+def try_recipe(view: View, settings: LoaderSettings) -> None:
+    """Make a view of two gray images by its recipe from outside; raises `ConfigError`."""
+
+    def source(info: Any) -> Any:
+        return [np.full((72, 64, 3), 128, np.uint8)] * 2, np.zeros((2, 1), np.int64)
+
+    reading = functools.partial(read, source, False, settings.decoding)
+    with refused(f"data.views: the recipe {view.function}"):
+        try:
+            pipe = train_iterator(
+                reading, Augmentation([view], "seq"), settings, seed=1, batch_size=2
+            )
+            shape = list(next(pipe)[0]["view0"].shape)
+        except Exception as error:
+            raise ValueError(recipes.mistake(view.function, error)) from error
+        if shape != [2, view.size, view.size, 3]:
+            raise ValueError(
+                f"it gives images of {shape[1:]}; [{view.size}, {view.size}, 3] are accepted"
+            )
+
+
 # --- graphs --------------------------------------------------------------------------------------
 
 
-def _train_graph(
-    reading: Reading,
-    views: Sequence[tuple[View, Key]],
-    color_jitter: str,
-    form: PixelFormat,
-) -> Any:
+def _train_graph(reading: Reading, views: Sequence[Callable[[Node], Node]]) -> Any:
     images, ids = reading()
-    return (*[augment(images, view, color_jitter, form, key) for view, key in views], ids)
+    return (*[make(images) for make in views], ids)
+
+
+def _maker(view: View, color_jitter: str, form: PixelFormat, key: Key) -> Callable[[Node], Node]:
+    """What makes a view of the images: `augment`, or the view's own function."""
+    if not view.function:
+        return functools.partial(augment, view=view, color_jitter=color_jitter, form=form, key=key)
+    seed = functools.partial(recipes.seed_of, key)
+    function = functools.partial(recipes.load_recipe(view.function), view=view, seed=seed)
+    return lambda images: normalize(function(images), form)
 
 
 def _eval_graph(reading: Reading, crop: CentralCrop, form: PixelFormat) -> Any:
@@ -173,33 +200,6 @@ def read(source: Callback, encoded: bool, decoding: Decoding) -> tuple[Node, Nod
     if encoded:
         return decode(data, decoding), ids
     return (data.gpu() if dali.Pipeline.current().device_id is not None else data), ids
-
-
-def stream(
-    paths: Sequence[str],
-    indices: Sequence[str],
-    shard: int,
-    num_shards: int,
-    shuffle: int,
-    seed: int,
-    decoding: Decoding,
-) -> tuple[Node, Node]:
-    """The same from tar files, without end; ids are their digits, filled up with zeros."""
-    encoded, ids = fn.readers.webdataset(
-        paths=list(paths),
-        index_paths=list(indices),
-        ext=[IMAGE_KINDS, "id"],
-        case_sensitive_extensions=False,
-        missing_component_behavior="error",
-        shard_id=shard,
-        num_shards=num_shards,
-        stick_to_shard=True,
-        random_shuffle=True,
-        initial_fill=shuffle,
-        seed=seed,
-        dont_use_mmap=True,
-    )
-    return decode(encoded, decoding), fn.pad(ids)
 
 
 def decode(encoded: Node, decoding: Decoding) -> Node:
@@ -229,7 +229,7 @@ def augment(
     """One random view, HWC. `key` makes the operators' seeds."""
     # Parameters are drawn for every image. Drawn inside the conditionals, they would depend on the
     # coins of the other images.
-    x = random_crop(images, view, hashed(*key, "crop"))
+    x = turned(random_crop(images, view, hashed(*key, "crop")), view, key)
     if view.jitter_p > 0 or view.gray_p > 0:
         x = recolor(x, view, color_jitter, key)
     elif view.blur_p > 0 or view.solarize_p > 0:
@@ -308,6 +308,39 @@ def random_crop(x: Node, view: View, seed: int) -> Node:
         interp_type=types.INTERP_CUBIC,
         antialias=True,
         seed=seed,
+    )
+
+
+def turned(x: Node, view: View, key: Key) -> Node:
+    """Turned by `view.rotate`, then flipped vertically. Positive angles are counter-clockwise."""
+    if view.rotate == QUARTERS:
+        turns = fn.random.uniform(values=[0.0, 1.0, 2.0, 3.0], seed=hashed(*key, "rotate"))
+        x = quarter_turns(x, turns)
+    elif view.rotate > 0:
+        angle = uniform(-view.rotate, view.rotate, hashed(*key, "rotate"))
+        x = rotate(x, angle)
+    if view.vertical_flip_p > 0:
+        probability, seed = view.vertical_flip_p, hashed(*key, "vertical flip")
+        flip = fn.random.coin_flip(probability=probability, seed=seed)
+        x = fn.flip(x, horizontal=0, vertical=flip)
+    return x
+
+
+def rotate(x: Node, angle: Node) -> Node:
+    """Turned by degrees, bilinear; beyond the border its pixels are repeated."""
+    return fn.rotate(x, angle=angle, keep_size=True, interp_type=types.INTERP_LINEAR)
+
+
+def quarter_turns(x: Node, turns: Node) -> Node:
+    """Turned `turns` (0 to 3) times by 90 degrees: a transposition and flips."""
+    if turns == 1.0 or turns == 3.0:
+        x = fn.transpose(x, perm=[1, 0, 2], transpose_layout=False, output_layout="HWC")
+    horizontal, vertical = turns >= 2.0, (turns == 1.0) | (turns == 2.0)
+    as_number = {"dtype": types.INT32}
+    return fn.flip(
+        x,
+        horizontal=fn.cast(horizontal, **as_number),
+        vertical=fn.cast(vertical, **as_number),
     )
 
 

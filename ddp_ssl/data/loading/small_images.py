@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddp_ssl.config.views import View
+from ddp_ssl.config.views import QUARTERS, View
 from ddp_ssl.data.loading.formats import PixelFormat
 from ddp_ssl.utils.seeds import generator
 
@@ -45,7 +45,8 @@ def suits(
     images: Pixels | None, views: Sequence[View], color_jitter: str, device: torch.device
 ) -> bool:
     """Whether views of `images`, uint8 `[M, H, W, 3]` or None for files, are made here."""
-    if images is None or device.type != "cpu" or color_jitter == "exact":
+    outside = any(view.function for view in views)  # builds on the graph
+    if images is None or device.type != "cpu" or color_jitter == "exact" or outside:
         return False
     return max(*images.shape[1:3], *(view.size for view in views)) <= LARGEST
 
@@ -64,6 +65,8 @@ def augment(
         part = slice(first, first + CHUNK)
         own = Draws(*(value[part] for value in draws))
         x = crop(torch.from_numpy(pixels[part]), view.size, own)
+        if view.rotate > 0:
+            x = turned(x, view.rotate == QUARTERS, own.angle)
         x = recolor(x, view, color_jitter, own)
         if view.blur_p > 0:
             blur_(x, own)
@@ -95,6 +98,9 @@ class Draws(NamedTuple):
     sigma: Tensor
     solarize: Tensor
     flip: Tensor
+    vertical_flip: Tensor
+    angle: Tensor
+    """In degrees, counter-clockwise."""
 
 
 def draw(view: View, shape: Sequence[int], key: tuple[int, ...]) -> Draws:
@@ -112,6 +118,9 @@ def draw(view: View, shape: Sequence[int], key: tuple[int, ...]) -> Draws:
         strength = getattr(view, name)
         return uniform(max(0.0, 1 - strength), 1 + strength, name)
 
+    angle = uniform(-view.rotate, view.rotate, "rotate")
+    if view.rotate == QUARTERS:
+        angle = torch.from_numpy(generator(*key, "rotate").integers(0, 4, n) * 90.0)
     top, left, height, width = crop_boxes(view, n, rows, columns, generator(*key, "crop"))
     return Draws(
         top=torch.from_numpy(top),
@@ -128,6 +137,8 @@ def draw(view: View, shape: Sequence[int], key: tuple[int, ...]) -> Draws:
         sigma=uniform(*view.blur_sigma, "sigma"),
         solarize=coin(view.solarize_p, "solarize"),
         flip=coin(view.flip_p, "flip"),
+        vertical_flip=coin(view.vertical_flip_p, "vertical flip"),
+        angle=angle,
     )
 
 
@@ -171,12 +182,29 @@ def crop(pixels: Tensor, size: int, draws: Draws) -> Tensor:
     rows = resampling(height, size)[spans(draws.top, draws.height, height)]
     columns = resampling(width, size)[spans(draws.left, draws.width, width)]
     columns = torch.where(draws.flip[:, None, None], columns.flip(1), columns)
+    if draws.vertical_flip.any():
+        rows = torch.where(draws.vertical_flip[:, None, None], rows.flip(1), rows)
     # [n, H, 3, W], so that each axis in turn is a factor's inner one.
     x = pixels.permute(0, 1, 3, 2).contiguous().to(torch.float32)
     x = torch.bmm(rows, x.view(n, height, 3 * width))
     x = torch.bmm(x.view(n, size * 3, width), columns.transpose(1, 2))
     x = x.view(n, size, 3, size).transpose(1, 2).contiguous()
     return x.round_().clamp_(0.0, 255.0)
+
+
+def turned(x: Tensor, quarters: bool, angle: Tensor) -> Tensor:
+    """Each image by its angle, bilinear, the border's pixels repeated; quarter turns exactly."""
+    if quarters:
+        for turns in (1, 2, 3):
+            part = angle == 90 * turns
+            x[part] = torch.rot90(x[part], turns, (2, 3))
+        return x
+    radians = torch.deg2rad(angle)
+    cos, sin, zero = torch.cos(radians), torch.sin(radians), torch.zeros_like(radians)
+    back = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)
+    grid = torch.nn.functional.affine_grid(back, list(x.shape), align_corners=False)
+    x = torch.nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    return x.round_()
 
 
 def spans(start: Tensor, length: Tensor, side: int) -> Tensor:
