@@ -11,7 +11,7 @@ from ddp_ssl.config import ConfigError
 def parser() -> argparse.ArgumentParser:
     """The command line's options; what cannot be parsed raises `ConfigError`."""
     made = common.Parser(
-        prog="python -m ddp_ssl.submit",
+        prog="ddp-ssl submit",
         description="Submit a run, or a sweep, through submitit.",
         epilog="key=a,b,c is a sweep: one run for each value, and for each combination of several.",
     )
@@ -52,7 +52,7 @@ def for_evaluation(options: Sequence[str]) -> list[str]:
     unknown += given.arguments
     if unknown:
         raise ConfigError(
-            f"--submit: {unknown[0]} is no option of python -m ddp_ssl.submit, whose --help lists "
+            f"--submit: {unknown[0]} is no option of ddp-ssl submit, whose --help lists "
             "them; key=value for every run stands outside --submit"
         )
     words = {
