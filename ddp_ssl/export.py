@@ -84,6 +84,11 @@ class Trained:
         return self.config.data.central_crop.size
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of these images."""
+        return models.channels(self.config.model), self.size, self.size
+
+    @property
     def identity(self) -> dict[str, str]:
         """The settings and the digests of the images that identify the run."""
         return dict(self.state["identity"])
@@ -216,7 +221,11 @@ def write_torchvision(trained: Trained, file: Path) -> Features:
     model.fc = nn.Identity()
     if config.stem != "standard":
         model.conv1 = nn.Conv2d(
-            3, model.conv1.out_channels, 3, padding=STEM_PADDING[config.stem], bias=False
+            models.channels(config),
+            model.conv1.out_channels,
+            3,
+            padding=STEM_PADDING[config.stem],
+            bias=False,
         )
         model.maxpool = nn.Identity()
     model.load_state_dict(torch.load(file, weights_only=True))
@@ -233,7 +242,7 @@ def write_onnx(trained: Trained, file: Path) -> Features:
             raise ValueError(
                 f"--format onnx: {package} is not installed; pip install 'ddp_ssl[onnx]'"
             ) from None
-    images = torch.randn(2, 3, trained.size, trained.size)
+    images = torch.randn(2, *trained.shape)
     # The exporter tells its progress on stdout and warns about itself.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -279,9 +288,9 @@ class MismatchError(RuntimeError):
 
 
 @torch.no_grad()
-def difference(a: Features, b: Features, size: int) -> float:
+def difference(a: Features, b: Features, shape: tuple[int, int, int]) -> float:
     """|a - b| / |b| of the features of five images of noise."""
-    images = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
     ours, theirs = a(images).flatten(1), b(images).flatten(1)
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
 
@@ -383,7 +392,8 @@ def model_card(trained: Trained, form: Form, file: Path, place: str, off: float)
         loading_snippet(model, config.data, place, form),
         "```",
         "",
-        f"Input: float32 `[n, 3, {trained.size}, {trained.size}]`, RGB, pixels in [0, 1], minus",
+        f"Input: float32 `[n, {', '.join(map(str, trained.shape))}]`, "
+        f"{'RGB, ' * (trained.shape[0] == 3)}{config.data.units}, minus",
         f"{_numbers(mean)}, divided by {_numbers(std)}.",
         f"The run evaluates on images resized to {crop.resize} pixels (shorter side, "
         f"{crop.interpolation}), central crop.",
@@ -484,7 +494,7 @@ def export(
         )
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as place:
         file = Path(place) / FILES[form]
-        off = difference(WRITERS[form](trained, file), trained.backbone, trained.size)
+        off = difference(WRITERS[form](trained, file), trained.backbone, trained.shape)
         if not off <= TOLERANCE:
             raise MismatchError(
                 f"features read back from the {form} file are {off:.1e} off (relative), more than "

@@ -19,6 +19,7 @@ _INSIDE = _PACKAGE / "configs"
 FOLDER = _INSIDE if _INSIDE.is_dir() else _PACKAGE.parent / "configs"
 PRESETS = FOLDER / "preset"
 LISTS = (".csv", ".tsv", ".txt", ".lst")
+ARRAYS = (".npz", ".npy")
 
 
 def find_config(given: str) -> Path | None:
@@ -41,6 +42,8 @@ def with_places(arguments: Sequence[str]) -> list[str]:
         key = ""
         if os.path.isfile(argument) and argument.endswith(LISTS):
             key = "data.files="
+        elif os.path.isfile(argument) and argument.endswith(ARRAYS):
+            key = "data.root="
         elif os.path.isdir(argument) and find_config(argument) is None:
             key = "data.root="
             if _is_run(Path(argument)):

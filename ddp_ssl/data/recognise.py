@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from ddp_ssl.data.datasets import arrays, folders, parquet, registry, shards, transfer
+from ddp_ssl.data.datasets import array_files, arrays, folders, parquet, registry, shards, transfer
 from ddp_ssl.data.datasets.base import absolute
 from ddp_ssl.data.datasets.lists import opened
 from ddp_ssl.data.datasets.scan import scan
@@ -109,6 +109,12 @@ def _look(data: Data, name: str | None) -> Look:
         capped = any(look.capped for look in looks)
         return Look(name, what, sum(look.images for look in looks), side, capped)
     root = absolute(data.root) if data.root else None
+    if name == "array" and root is not None:
+        found = array_files.split_arrays(data)
+        x = found["train"].images
+        count = _training(data, len(x), "val" in found)
+        side = round(math.sqrt(x.shape[1] * x.shape[2]))
+        return Look(name, f"{_images(count)} in arrays", count, side)
     if root is not None and shards.is_shards(root):
         splits = shards.describe(root, data.url is not None)["splits"]
         count = _training(data, int(splits["train"]["count"]), "val" in splits)
@@ -141,7 +147,10 @@ def _name_of(data: Data) -> str:
         raise ConfigError(
             f"data.root: {root} holds {' and '.join(found)}; data.name={found[0]} chooses one"
         )
-    return found[0] if found else "folder"
+    if found or not array_files.is_place(root) or parquet.accepts(data):
+        return found[0] if found else "folder"
+    images = root.is_dir() and next(scan(os.fsencode(root)), None) is not None
+    return "folder" if images else "array"
 
 
 def holds(root: Path, name: str) -> bool:
@@ -150,8 +159,8 @@ def holds(root: Path, name: str) -> bool:
 
 
 def _folder(data: Data, root: Path) -> Look:
-    train, val, _ = folders.splits_of(root)
-    where = train or root
+    train, val, _ = folders.places_of(root)
+    where = train or folders.beside_masks(root)
     names = list(itertools.islice(scan(os.fsencode(where)), MOST))
     capped = len(names) == MOST
     classes = len({name.partition(b"/")[0] for name in names if b"/" in name})

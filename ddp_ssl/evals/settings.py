@@ -19,6 +19,7 @@ from ddp_ssl.config import (
 )
 from ddp_ssl.config.section import PathText, Seconds
 from ddp_ssl.evals.weights import Source
+from ddp_ssl.run.arrays import facts_of, with_statistics
 from ddp_ssl.run.configure import load
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -242,6 +243,9 @@ def load_settings(
             raise ConfigError(
                 f"model.backbone: {source.text} names the model already; leave it out"
             )
+        facts = facts_of(plain.data)
+        if facts is not None:
+            plain = plain.model_copy(update={"data": with_statistics(plain.data, facts)})
         return plain, origins
     for key in ("backbone", "backbone_args", "stem"):
         if f"model.{key}" in origins:

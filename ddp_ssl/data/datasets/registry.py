@@ -54,7 +54,7 @@ def definition_of(data: Data) -> Definition:
             )
     if in_parquet:
         return parquet.DEFINITION
-    if data.columns is not None:
+    if data.columns is not None and data.name != "array":
         raise ValueError(
             f"data.columns: is for parquet files, and {data.root or 'data.root'} holds none; leave "
             "it out"
