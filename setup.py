@@ -44,11 +44,12 @@ setup(
         "plots": ["matplotlib>=3.9"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.7", "onnxruntime>=1.20"],
         "parquet": ["pyarrow>=15"],
+        "remote": ["obstore>=0.8"],
         "wandb": ["wandb>=0.31"],
         # lightly: an independent implementation of several losses, for the tests alone.
         "dev": [
             *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"),
-            *("lightly==1.6.*", "pyarrow>=15"),
+            *("lightly==1.6.*", "pyarrow>=15", "obstore>=0.8", "webdataset>=1.0"),
         ],
     },
     entry_points={"console_scripts": ["ddp-ssl = ddp_ssl.cli:main"]},

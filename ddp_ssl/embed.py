@@ -36,7 +36,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Source, EvaluateConfig, Wanted]:
         "eval.batch_size=64, run.device=cpu, or model.backbone=resnet50 for a file of weights.",
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="RUN, RUN:best, RUN:last, a file of weights, timm:NAME or "
+    add("source", metavar="SOURCE", help="RUN, RUN:best, RUN:ema, a file of weights, timm:NAME or "
         "hf-hub:USER/NAME")  # fmt: skip
     add("settings", nargs="*", metavar="key=value", help="see below")
     add("--data", metavar="NAME", help="data set; the run's own if not given")

@@ -35,6 +35,7 @@ SOURCE
   RUN, RUN:last    a run folder: its newest good checkpoint; data and model are
                    the run's
   RUN:best         its best checkpoint
+  RUN:ema          the average of its weights (model.ema); also RUN:best:ema
   FILE             a checkpoint, or anybody's weights (.pt, .pth, .safetensors);
                    these need model.backbone=NAME
   timm:NAME        timm's model, with random weights; with a tag
@@ -111,7 +112,9 @@ def _parse(arguments: list[str]) -> tuple[str, Source, list[str]]:
     if command not in SECTIONS:
         raise ConfigError(f"{command}: unknown command; accepted: {accepted}")
     # A sweep's folders are named seed=0, seed=1, ...
-    if not rest or ("=" in rest[0] and not Path(re.sub(":(best|last)$", "", rest[0])).exists()):
+    if not rest or (
+        "=" in rest[0] and not Path(re.sub("(:best|:last)?(:ema)?$", "", rest[0])).exists()
+    ):
         raise ConfigError(
             f"{command}: the weights are missing: a run folder, RUN:best, RUN:last, a file, "
             "timm:NAME or hf-hub:USER/NAME comes after the command"
@@ -123,6 +126,8 @@ def _check(command: str, source: Source, origins: Mapping[str, str]) -> None:
     """Raise `ConfigError` for what this command does not use."""
     if command == "dynamics" and source.home is None:
         raise ConfigError(f"dynamics: {source.text} is no run; a run folder would be accepted")
+    if command == "dynamics" and source.average:
+        raise ConfigError(f"dynamics: {source.text}: it measures the weights; leave :ema out")
     for key, origin in origins.items():
         if origin == "command line" and not _used(command, key):
             raise ConfigError(

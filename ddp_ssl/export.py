@@ -77,16 +77,13 @@ class Trained:
     path: Path
     sha256: str
     """Of the checkpoint, as it was read: the run may have pruned it since."""
-
-    @property
-    def size(self) -> int:
-        """Side of the images that the run evaluates on."""
-        return self.config.data.central_crop.size
+    average: bool = False  # the average of the weights (`RUN:ema`)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of these images."""
-        return models.channels(self.config.model), self.size, self.size
+        """Channels, height and width of the images that the run evaluates on."""
+        side = self.config.data.central_crop.size
+        return models.channels(self.config.model), side, side
 
     @property
     def identity(self) -> dict[str, str]:
@@ -119,7 +116,7 @@ def load_trained(source: str, trusted: str = "") -> Trained:
     prefix = "method.backbone."
     own = {n.removeprefix(prefix): v for n, v in state["model"].items() if n.startswith(prefix)}
     fill(backbone, own, path)
-    return Trained(backbone.eval(), width, config, state, path, sha256)
+    return Trained(backbone.eval(), width, config, state, path, sha256, found.average)
 
 
 # --- the formats ---------------------------------------------------------------------------------
@@ -178,7 +175,7 @@ def hub_config(trained: Trained) -> dict[str, Any]:
         "model_args": arguments,
         "pretrained_cfg": {
             "num_classes": 0,
-            "input_size": [3, crop.size, crop.size],
+            "input_size": [models.channels(config.model), crop.size, crop.size],
             "fixed_input_size": fixed and not arguments.get("dynamic_img_size"),
             "interpolation": crop.interpolation,
             # timm resizes to floor(size / crop_pct); a rounded quotient may be below `resize`.
@@ -221,11 +218,7 @@ def write_torchvision(trained: Trained, file: Path) -> Features:
     model.fc = nn.Identity()
     if config.stem != "standard":
         model.conv1 = nn.Conv2d(
-            models.channels(config),
-            model.conv1.out_channels,
-            3,
-            padding=STEM_PADDING[config.stem],
-            bias=False,
+            3, model.conv1.out_channels, 3, padding=STEM_PADDING[config.stem], bias=False
         )
         model.maxpool = nn.Identity()
     model.load_state_dict(torch.load(file, weights_only=True))
@@ -313,7 +306,7 @@ def about(trained: Trained) -> dict[str, str]:
         "architecture": f"timm {config.model.backbone}",
         "architecture_arguments": json.dumps(architecture(config.model).backbone_args),
         "stem": config.model.stem,
-        "image_size": str(trained.size),
+        "image_size": str(trained.shape[1]),
         "mean": json.dumps(mean),
         "std": json.dumps(std),
         "method": config.method.name,
@@ -327,6 +320,7 @@ def about(trained: Trained) -> dict[str, str]:
 
 METRICS = {
     "eval/knn_top1": "k-NN top-1",
+    "eval/knn_top1_ema": "k-NN top-1 of the average",
     "eval/probe_top1": "online linear probe, top-1",
     "rep/effective_rank_r": "effective rank of the features",
     "rep/effective_rank_z": "effective rank of the embeddings",
@@ -352,7 +346,8 @@ def model_card(trained: Trained, form: Form, file: Path, place: str, off: float)
     rows = {
         "architecture": f"timm `{model.backbone}`{f' ({arguments})' if arguments else ''}{stem}",
         "output": f"{trained.width} features; {parameters / 1e6:.2f} M parameters",
-        "pretrained with": f"{config.method.name}, without labels",
+        "pretrained with": f"{config.method.name}, without labels"
+        + f"; moving average of the weights ({config.model.ema})" * trained.average,
         "data": f"{config.data.name} ({', '.join(f'{k} {v}' for k, v in images.items())})",
         "training": f"{state['epoch']} of {config.optim.epochs} epochs, {state['step']} steps of "
         f"{config.data.batch_size} images x {config.num_views} views on {len(state['ranks'])} "
@@ -400,7 +395,7 @@ def model_card(trained: Trained, form: Form, file: Path, place: str, off: float)
         "",
         "## How it was made",
         "",
-        # What is published names no folder of this machine.
+        # A published card names no folder of this machine.
         f"`{TRAINED if form == 'hub' else _command(trained.path)}`",
         "",
         "<details><summary>The settings that make the run what it is</summary>",
@@ -483,7 +478,8 @@ def export(
     """
     trained = load_trained(source, trusted)
     # `RUN/checkpoints/x.pt` lies two below the run.
-    folder = out or trained.path.absolute().parent.parent / "export" / form
+    form_folder = form + "-ema" * trained.average
+    folder = out or trained.path.absolute().parent.parent / "export" / form_folder
     with refused(f"--out: {folder} cannot be created", "a folder is accepted"):
         folder.mkdir(parents=True, exist_ok=True)
     card = folder / "README.md"
@@ -517,7 +513,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ddp-ssl export", "Export a run's backbone, with a model card, for use without ddp_ssl."
     )
     parser.add_argument(
-        "source", metavar="RUN", help="a run folder, RUN:best, RUN:last or a checkpoint in it"
+        "source", metavar="RUN", help="a run folder, RUN:best, RUN:ema or a checkpoint in it"
     )
     parser.add_argument(
         "--format", choices=list(FILES), dest="form",
@@ -539,7 +535,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if push and form in (None, "timm"):  # the hub's form is timm's too
             form = "hub"
         if form is None:
-            parser.error("the following arguments are required: --format, or --push")
+            parser.error(f"--format ({', '.join(FILES)}) or --push USER/NAME is needed")
         if push and form != "hub":
             parser.error(f"--push: --format {form} given; hub or none would be accepted")
         if push:

@@ -31,13 +31,18 @@ REFUSED = {
 }
 
 
+# timm's modules of ViTs that take images of any size that their patches divide.
+VITS = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva")
+
+
 def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]:
     """The timm backbone without classifier, `[n, C, S, S] -> [n, d_R]`, and d_R.
 
     `sizes`: the image sizes in pixels that it must take; each is tried.
 
     ResNets keep torchvision's initialisation (the last norm of a block is not zeroed), which the
-    papers' code builds on. Raises `ValueError` for a name, arguments or sizes that timm refuses.
+    papers' code builds on. ViTs interpolate their position embeddings to each size. Raises
+    `ValueError` for a name, arguments or sizes that timm refuses.
     """
     import timm  # here, so that `--help` does not wait for it
     from timm.models.resnet import ResNet
@@ -46,7 +51,7 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
     check_backbone(name)
     for key in sorted(REFUSED.keys() & config.backbone_args.keys()):
         raise ValueError(f"model.backbone_args: {key} is not accepted: {REFUSED[key]}")
-    arguments: dict[str, Any] = {"num_classes": 0, **config.backbone_args}
+    arguments: dict[str, Any] = {"num_classes": 0, **any_size(config).backbone_args}
     place = arguments.get("pretrained")
     if isinstance(place, str):
         arguments |= hub.weights_of(place, name)
@@ -119,10 +124,9 @@ def _width(model: nn.Module, config: Model, sizes: Sequence[int]) -> int:
         try:
             made = model(torch.zeros(1, channels(config), size, size))
         except Exception as error:  # whatever arguments make of timm's code
-            hint = "; model.backbone_args={dynamic_img_size: true} lets timm's ViTs take any size"
             raise ValueError(
                 f"model.backbone: {config.backbone} cannot take images of {size} pixels: "
-                f"{one_line(error)[:300]}{hint if 'vit' in config.backbone else ''}"
+                f"{one_line(error)[:300]}"
             ) from None
         shape = list(made.shape[1:]) if isinstance(made, torch.Tensor) else [type(made).__name__]
         if len([n for n in shape if n != 1]) > 1 or not isinstance(made, torch.Tensor):
@@ -165,9 +169,22 @@ def projection_head(
     return nn.Sequential(*layers)
 
 
+def any_size(config: Model) -> Model:
+    """The same network; a ViT of timm's takes images of any size that its patches divide."""
+    from timm.models import is_model, model_entrypoint
+
+    name = config.backbone.partition(".")[0]
+    vits = {f"timm.models.{module}" for module in VITS}
+    if not is_model(name) or model_entrypoint(name).__module__ not in vits:
+        return config
+    arguments = {"dynamic_img_size": True, **config.backbone_args}
+    return config.model_copy(update={"backbone_args": arguments})
+
+
 def architecture(config: Model) -> Model:
-    """The same network without pretrained weights, which timm would fetch."""
-    arguments = {k: v for k, v in config.backbone_args.items() if not k.startswith("pretrained")}
+    """The same network for any size of image and without pretrained weights, which timm fetches."""
+    every = any_size(config).backbone_args
+    arguments = {k: v for k, v in every.items() if not k.startswith("pretrained")}
     return config.model_copy(update={"backbone_args": arguments})
 
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddp_ssl.config import Optim
+from ddp_ssl.errors import ConfigError, refused
 
 Variant = Literal["solo", "vicreg"]
 
@@ -200,32 +201,46 @@ def is_one_dimensional(parameter: Tensor) -> bool:
     return parameter.ndim == 1
 
 
-def build(config: Optim, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
+def build(
+    config: Optim, groups: Sequence[Mapping[str, Any]], backbone: nn.Module | None = None
+) -> torch.optim.Optimizer:
     """The configured optimiser over named groups of parameters.
 
     A group has `name`, `params` (pairs of name and parameter) and, where they differ from the
     config's, `base_lr` (per 256 images), `weight_decay`, and `schedule: False` for a constant rate
-    without warm-up (SimSiam's predictor). Under LARS, Adam and AdamW the 1-D parameters get a
-    group `NAME/1d` of their own without weight decay; SGD decays all of them (as solo-learn does).
+    without warm-up (SimSiam's predictor). Some of a group's parameters get a group of their own:
+    `NAME/1d` the 1-D ones, without weight decay, with the tokens and position embeddings that the
+    timm model `backbone` names (SGD decays all of them, as solo-learn does); `NAME/muon` Muon's
+    matrices, if the group has no rate of its own; `.../xRATE` those whose rate `optim.layer_decay`
+    scales.
 
     Raises `ValueError` if two parameters have one name, since state is stored by name.
     """
-    split = config.name != "sgd"
+    scales, spared = dict[Tensor, float](), set[Tensor]()
+    if backbone is not None:
+        scales, spared = layer_scales(backbone, config.layer_decay), undecayed(backbone)
+
+    def kind(p: Tensor, group: Mapping[str, Any]) -> str:
+        if config.name != "sgd" and (is_one_dimensional(p) or p in spared):
+            return "/1d"
+        return "/muon" if config.name == "muon" and p.ndim == 2 and "base_lr" not in group else ""
+
     options: list[dict[str, Any]] = []
     for group in groups:
-        shared = {
-            "base_lr": group.get("base_lr", config.lr),
-            "schedule": group.get("schedule", True),
-        }
-        decay = group.get("weight_decay", config.weight_decay)
-        params = list(group["params"])
-        deep = [(name, p) for name, p in params if not (split and is_one_dimensional(p))]
-        flat = [(name, p) for name, p in params if split and is_one_dimensional(p)]
-        if deep:
-            options.append({"name": group["name"], "params": deep, "weight_decay": decay, **shared})
-        if flat:
-            name = f"{group['name']}/1d"
-            options.append({"name": name, "params": flat, "weight_decay": 0.0, **shared})
+        parts: dict[tuple[float, str], list[tuple[str, Tensor]]] = {}
+        for name, p in group["params"]:
+            parts.setdefault((-scales.get(p, 1.0), kind(p, group)), []).append((name, p))
+        for (scale, own), params in sorted(parts.items(), key=lambda part: part[0]):
+            flat = own == "/1d"
+            options.append({
+                "name": f"{group['name']}{own}" + ("" if scale == -1 else f"/x{-scale:.3g}"),
+                "params": params,
+                "weight_decay": 0.0 if flat else group.get("weight_decay", config.weight_decay),
+                "decay_schedule": not flat and "weight_decay" not in group,
+                "base_lr": group.get("base_lr", config.lr),
+                "scale": -scale,
+                "schedule": group.get("schedule", True),
+            })  # fmt: skip
     names = Counter(name for group in options for name, _ in group["params"])
     twice = [name for name, count in names.items() if count > 1]
     if twice:
@@ -244,8 +259,87 @@ def build(config: Optim, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Opt
         )
     if config.name == "sgd":
         return torch.optim.SGD(options, config.lr, momentum=config.momentum, foreach=True)
+    if config.name == "muon":
+        return MuonAdamW(options, config)
     adam = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return adam(options, config.lr, betas=config.betas, foreach=True)
+    # On a GPU one kernel for all tensors, which leaves out a step of infinite gradients by itself.
+    fused = _on_gpu([p for group in options for _, p in group["params"]])
+    return adam(options, config.lr, betas=config.betas, fused=fused, foreach=not fused)
+
+
+def _on_gpu(parameters: Sequence[Tensor]) -> bool:
+    return all(p.is_cuda for p in parameters)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's Muon for the groups `NAME/muon`, AdamW for the others (Jordan 2024).
+
+    Muon's updates have the size of AdamW's (0.2 in the root mean square, Liu et al. 2025), so that
+    one rate and one weight decay serve both. Newton-Schulz runs in bf16 whatever the matrix is, on
+    every process alike. Raises `ConfigError` where torch has no Muon.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: Optim) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise ConfigError(
+                f"optim.name: torch {torch.__version__} has no muon; adamw, or torch 2.9 or later "
+                "would be accepted"
+            )
+        matrices = [group for group in groups if "/muon" in group["name"]]
+        others = [group for group in groups if "/muon" not in group["name"]]
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(
+                torch.optim.Muon(
+                    matrices, config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+        if others:
+            self.parts.append(torch.optim.AdamW(others, config.lr, betas=config.betas))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        for part in self.parts:
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update; returns what `closure` returns, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+def undecayed(backbone: nn.Module) -> set[Tensor]:
+    """The tokens and position embeddings that timm's model names as parameters without decay."""
+    names: set[str] = getattr(backbone, "no_weight_decay", set)()
+    return {p for name, p in backbone.named_parameters() if name in names}
+
+
+def layer_scales(backbone: nn.Module, decay: float | None) -> dict[Tensor, float]:
+    """Factor of each parameter's rate, `decay ** (L - l)`: 1 for the last of timm's L layers.
+
+    For a ViT layer 0 makes the tokens, and layer L is the last block with the norm after it; BEiT
+    (Bao et al. 2021) counts the norm as a layer of its own.
+    Raises `ValueError` for a model whose layers have no order.
+    """
+    if decay is None:
+        return {}
+    from timm.models import group_parameters
+
+    what = f"layer_decay: {type(backbone).__name__} has no order of layers"
+    with refused(what, "null is accepted"):
+        matcher = backbone.group_matcher(coarse=False)  # type: ignore[operator]
+        layers = group_parameters(backbone, matcher, reverse=True)
+    last = max(layers.values())
+    return {p: decay ** (last - layers[name]) for name, p in backbone.named_parameters()}
+
+
+def cosine(first: float, last: float, step: int, total_steps: int) -> float:
+    """`last - (last - first) (cos(pi t / T) + 1) / 2`, a function of the step alone."""
+    return last - (last - first) * (math.cos(math.pi * step / total_steps) + 1) / 2
 
 
 def learning_rate(
@@ -278,18 +372,22 @@ def set_learning_rates(
 ) -> float:
     """Write every group's rate for `step`, scaled by `global_batch` / 256; returns the first's.
 
-    The rates depend on the step alone, so there is nothing to checkpoint.
+    The weight decay follows where it has a schedule. Both depend on the step alone, so there is
+    nothing to checkpoint.
     """
     total_steps = config.epochs * steps_per_epoch
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     for group in optimizer.param_groups:
-        peak = group["base_lr"] * global_batch / 256
+        rate = peak = group["base_lr"] * global_batch / 256
         if group["schedule"]:
-            group["lr"] = learning_rate(
+            rate = learning_rate(
                 step, total_steps, warmup_steps, peak, config.warmup_lr, config.final_lr_fraction
             )
-        else:
-            group["lr"] = peak
+        group["lr"] = group["scale"] * rate
+        if group["decay_schedule"] and config.final_weight_decay is not None:
+            group["weight_decay"] = cosine(
+                config.weight_decay, config.final_weight_decay, step, total_steps
+            )
     return float(optimizer.param_groups[0]["lr"])
 
 
@@ -331,8 +429,8 @@ def _placed(value: Tensor | int, p: Tensor, what: str, counter: bool) -> Tensor 
     """A copy of a state tensor with its parameter's device, type and memory format."""
     if not isinstance(value, Tensor):
         return value
-    if counter:  # Adam reads its step on the host
-        return value.detach().to("cpu", copy=True)
+    if counter:
+        return value.detach().to(p.device, copy=True)
     if value.shape != p.shape:
         raise ValueError(
             f"optimizer state of {what} is {list(value.shape)}, expected {list(p.shape)}"

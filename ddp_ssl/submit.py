@@ -66,7 +66,7 @@ class Training:
     the sweep, this one's too. `gpus`: those of this run alone, as in `CUDA_VISIBLE_DEVICES`.
     """
 
-    # Of the class as well: jobs that were submitted with an earlier version lack them.
+    # Attributes of the class too: jobs that were submitted with an earlier version lack their own.
     swept: Sequence[str] = ()
     gpus = ""
     on_step: Callable[[Any], None] | None = None

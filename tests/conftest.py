@@ -1,4 +1,4 @@
-"""Fixtures that are dear: the pool of ranks, a small image folder."""
+"""Expensive fixtures: the pool of ranks, a small image folder."""
 
 from __future__ import annotations
 

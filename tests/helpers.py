@@ -78,7 +78,7 @@ class Operators(TorchDispatchMode):
 
     @property
     def waits(self) -> list[str]:
-        """Those that on a GPU give a value to the host, or an output whose size depends on values.
+        """Operators that on a GPU give the host a value, or an output whose size depends on values.
 
         Not seen here: `tolist`, `numpy` and `cpu`.
         """

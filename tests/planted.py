@@ -128,7 +128,7 @@ def own_statistics(a: Tensor, b: Tensor) -> Tensor:
 
 
 def summed(z: Tensor) -> Tensor:
-    """The mean over processes is divided by their number once too little."""
+    """A sum over processes that is not divided by their number."""
     return sum_of_all(z.square().mean())
 
 

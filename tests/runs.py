@@ -20,13 +20,29 @@ import torch
 from ddp_ssl.checkpoint.saver import Saver
 from ddp_ssl.commands import common
 from ddp_ssl.run.configure import DIGITS
-from tests.helpers import SHALLOW
+from tests.helpers import SHALLOW, TINY
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 WAIT_S = 60
 Seen = list[tuple[list[int], list[torch.Tensor]]]
+
+
+# AdaDim for 3 epochs of a tiny network, with everything switched on.
+SMALL = (
+    *TINY,
+    SHALLOW,
+    "run.threads=1",
+    "data.threads=1",
+    "optim.epochs=3",
+    "method.alpha_every=1",
+    "method.beta_scale=0.1",
+    "measure.every=1",
+    "eval.raw_pixels=false",
+    "log.every_steps=2",
+    "log.tensorboard=false",
+)
 
 
 def arguments(photos: Path, folder: Path, *more: str) -> list[str]:
@@ -36,22 +52,9 @@ def arguments(photos: Path, folder: Path, *more: str) -> list[str]:
         "data.name=folder",
         f"data.root={photos}",
         f"run.dir={folder}",
-        "run.device=cpu",
-        "run.threads=1",
-        SHALLOW,
-        "model.projector=[24, 12]",
-        "data.views=[{count: 2, size: 16, recipe: sym}]",
-        "data.batch_size=12",
-        "data.threads=1",
-        "optim.epochs=3",
+        *SMALL,
         "optim.lr=1.0",
-        "method.alpha_every=1",
-        "method.beta_scale=0.1",
         "eval.every=1",
-        "measure.every=1",
-        "eval.raw_pixels=false",
-        "log.every_steps=2",
-        "log.tensorboard=false",
         "checkpoint.every_steps=2",
         *more,
     ]
@@ -83,11 +86,13 @@ def train(
     args: list[str],
     die_at: int | None = None,
     break_at: int | None = None,
+    stop_at: int | None = None,
     on_step: Callable[[Any], None] | None = None,
 ) -> int | str:
     """Run in this process; `die_at` ends it before that step, `break_at` gives a NaN there.
 
-    `on_step` is called before every step with the job; `job.state.step` steps are done.
+    `stop_at` is a SIGTERM there. `on_step` is called before every step with the job;
+    `job.state.step` steps are done.
     """
     from ddp_ssl.train import main
 
@@ -97,6 +102,8 @@ def train(
         if job.state.step == break_at:
             with torch.no_grad():
                 job.network.optimizer.param_groups[0]["params"][0].fill_(float("nan"))
+        if job.state.step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         if on_step is not None:
             on_step(job)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ def test_training_and_checkpoints_do_not_wait_for_alpha(
 
 
 def held_and_killed(args: list[str], death: int) -> int | str:
-    """alpha does not come to its end while the run lasts."""
+    """The decomposition does not end while the run lasts."""
     work, over = Matrix.effective_rank, threading.Event()
 
     def held(self: Matrix) -> float:
@@ -214,19 +213,11 @@ def test_stopped_while_the_batches_are_read(
 ) -> None:
     """The run that goes on reads them again."""
     args = arguments(photos, tmp_path / "run", *SETTINGS, "method.alpha_delay=1")
-    assert ranks.launch(stopped_at_5, 2, args) == [0, 0]
+    assert ranks.launch(train, 2, args, None, None, 4) == [0, 0]
     assert status(tmp_path / "run")["state"] == "preempted"
     assert status(tmp_path / "run")["step"] in (5, 6)
     assert ranks.launch(train, 2, [*args, "run.resume=auto"]) == [0, 0]
     assert rows(tmp_path / "run") == rows(whole)
-
-
-def stopped_at_5(args: list[str]) -> int | str:
-    def fifth(job: Any) -> None:
-        if job.state.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return train(args, on_step=fifth)
 
 
 def test_batches_that_only_one_process_cannot_read(

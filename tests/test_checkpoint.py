@@ -494,7 +494,7 @@ def test_views_are_written_as_in_old_checkpoints() -> None:
 
 
 def test_packed_states(tmp_path: Path) -> None:
-    """What every process adds: bytes that only that process reads again."""
+    """Every process adds bytes that it alone reads again."""
     state = {"rng": torch.get_rng_state(), "python": random.getstate(), "blob": b"\0\1"}
     again = store.from_bytes(store.to_bytes(state))
     assert torch.equal(again.pop("rng"), state.pop("rng"))  # type: ignore[arg-type]

@@ -143,7 +143,7 @@ def test_when_a_claim_is_over(
     me: dict[str, str],
     over: bool,
 ) -> None:
-    """By its process on this machine, by its heartbeat elsewhere, and by the job of a restart."""
+    """Decided by its process on this machine, its heartbeat elsewhere, the job of a restart."""
     for name, value in me.items():
         monkeypatch.setenv(name, value)
     path = write(tmp_path / "run", holder if isinstance(holder, Holder) else holder(), silent_s)

@@ -236,7 +236,7 @@ def test_data_that_vanish_cost_nothing_and_can_come_back(
 def test_bad_validation_images_are_said_after_the_epoch_counts(
     ranks: Ranks, photos: Path, tmp_path: Path
 ) -> None:
-    """All of them: no figures, one clear line, nothing measured twice after it was mended."""
+    """All images are bad: no figures, one clear line, and nothing is measured twice once mended."""
     from ddp_ssl.data.datasets import registry
     from ddp_ssl.run.configure import load
 

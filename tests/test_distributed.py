@@ -181,7 +181,7 @@ class Kernels:
 
 @contextlib.contextmanager
 def with_kernels() -> Iterator[None]:
-    """Within: tensors on a CPU take the way of those on a GPU."""
+    """In this context tensors on a CPU take the code path of a GPU."""
     with contextlib.ExitStack() as stack:
         for name in (n for n in vars(Kernels) if n.startswith("batch_norm")):
             stack.enter_context(patch.object(torch, name, getattr(Kernels, name)))
@@ -388,7 +388,7 @@ def test_flags_are_seen_by_all_at_the_same_step(ranks: Ranks, size: int) -> None
 
 
 def raise_now(world: World, step: int) -> list[bool]:
-    """Rank 0 raises its flag at `step`; step 3 is the one that nobody goes beyond unasked."""
+    """Rank 0 raises its flag at `step`. At step 3 all wait for the flags of that step."""
     late = StopFlag(world)
     flags = [world.is_main and s == step for s in range(4)]
     return [*[late.exchange(flag) for flag in flags[:3]], late.now(flags[3])]
@@ -396,7 +396,7 @@ def raise_now(world: World, step: int) -> list[bool]:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_flag_is_seen_at_once_where_it_matters(ranks: Ranks, size: int) -> None:
-    """That of this step, of the step before, which is under way, and those long seen."""
+    """The flag of this step, of the step before (still under way), and of earlier ones."""
     assert ranks.run(raise_now, size, 9) == [[False] * 4] * size
     for step in range(4):
         seen = ranks.run(raise_now, size, step)

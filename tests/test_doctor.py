@@ -107,7 +107,7 @@ def other_variable() -> Any:
 
 
 def no_address() -> Any:
-    """Nobody said where rank 0 is."""
+    """The address of rank 0 is unset."""
     without = {k: v for k, v in os.environ.items() if k != "MASTER_ADDR"}
     return mock.patch.dict(os.environ, without, clear=True)
 
@@ -147,7 +147,7 @@ def slow_scan() -> Any:
 
 
 def broken() -> Any:
-    """A look breaks."""
+    """A check raises an error."""
 
     def look(ctx: Context, before: list[Any]) -> None:
         raise KeyError("cores")
@@ -156,7 +156,7 @@ def broken() -> Any:
 
 
 def asleep() -> Any:
-    """A look does not end."""
+    """A check does not end."""
 
     def look(ctx: Context, before: list[Any]) -> None:
         time.sleep(12)
@@ -191,7 +191,7 @@ FAULTS = {
 def look(
     args: Sequence[str], only: Sequence[str] = (), faults: dict[str, list[int]] | None = None
 ) -> tuple[int, str]:
-    """The doctor in this process, in a hurry; its exit code and what it prints."""
+    """The doctor in this process, with short limits; its exit code and its output."""
     rank = int(os.environ.get("RANK", "0"))
     printed = io.StringIO()
     checks = examination.all_checks
@@ -246,7 +246,7 @@ def test_a_healthy_setting(ranks: Ranks, args: list[str], tmp_path: Path, size: 
         assert name in names, name
     assert {line[:6].strip() for line in lines} <= {"ok", "warn"}
     assert end == f"{sum(x[:2] == 'ok' for x in lines)} ok, {sum(x[:4] == 'warn' for x in lines)} warn, 0 fail"  # noqa: E501  # fmt: skip
-    # What may be to mind on a small machine: few cores, neighbours, a busy disk.
+    # These warnings may be right on a small machine: few cores, other processes, a busy disk.
     minded = {line[6:20].strip() for line in lines if line[:4] == "warn"}
     assert minded <= {"cores", "speed", "reading"}
     assert any("20 images decode; the pipeline makes 2 views" in line for line in lines) or any(
@@ -457,7 +457,8 @@ def test_a_check_that_breaks_on_one_rank(ranks: Ranks, args: list[str]) -> None:
     assert [code for code, _ in results] == [1] * 3
     lines = results[0][1].splitlines()[2:-1]
     assert [line[:6].strip() for line in lines] == ["fail", "ok", "ok"]
-    assert lines[0].startswith("fail  cores         KeyError: 'cores' [rank 1 (")
+    assert lines[0].startswith("fail  cores         KeyError: 'cores' (test_doctor.py, line ")
+    assert ") [rank 1 (" in lines[0]
 
 
 def test_a_judgement_that_breaks() -> None:
@@ -466,7 +467,8 @@ def test_a_judgement_that_breaks() -> None:
 
     (finding,) = examination.examine(Check("odd", (lambda ctx, before: 1,), judge), ctx_of(1))
     assert finding.level == "fail"
-    assert finding.text == "cannot be judged: ZeroDivisionError: division by zero and more"
+    start = "cannot be judged: ZeroDivisionError: division by zero and more (test_doctor.py, line "
+    assert finding.text.startswith(start)
 
 
 @pytest.mark.faults
@@ -724,7 +726,7 @@ esac
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose files are what scontrol says: at first, nothing bites."""
+    """A folder whose files are the output of scontrol; at first all is well."""
     folder = tmp_path / "slurm"
     folder.mkdir()
     (folder / "scontrol").write_text(SCONTROL.format(folder))
@@ -831,3 +833,42 @@ def test_scontrol_that_does_not_answer(
     code, (line,) = of_slurm(args)
     assert code == 1
     assert line.startswith("fail  slurm         scontrol: scontrol: error: no route")
+
+
+def test_the_memory_that_dali_takes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training's pipeline holds 900 bytes, a measurement's 300 and validation's 500."""
+    held = 1900  # 1000 of CUDA, before
+
+    class Pipeline:
+        def __init__(self, nbytes: int) -> None:
+            self.nbytes, self.open = nbytes, False
+
+        def __iter__(self) -> Iterator[int]:
+            nonlocal held
+            held += self.nbytes
+            self.open = True
+            try:
+                yield from range(100)
+            finally:
+                self.close()
+
+        def close(self) -> None:
+            nonlocal held
+            held -= self.nbytes * self.open
+            self.open = False
+
+    monkeypatch.setattr(images, "train_loader", lambda *rest: Pipeline(300))
+    monkeypatch.setattr(images, "central_crops", lambda *rest: Pipeline(500))
+    monkeypatch.setattr(images, "held_by_others", lambda device: held)
+    world, data = World(0, 1, 0, 1, CPU), SimpleNamespace(val=range(5))
+    ctx = Context(config_of(), (), world, ["here"], torch.device("cuda", 0), 1.0)
+    ctx.data, ctx.bad, ctx.gpu_bytes = data, images.BadImages(), 1000  # type: ignore[assignment]
+    assert images.memory_of_pipelines(ctx) == (900, 1400)
+    assert held == 1900
+    numbers = ((900 << 20, 980 << 20), (950 << 20, 960 << 20))
+    facts = [images.Decoded(0, (), 10.0, both) for both in numbers]
+    *_, finding = images.judge_decoded(ctx, facts)
+    assert finding == ok(
+        "DALI takes 950 MiB of a GPU in training, and up to 980 MiB while a validation or a "
+        "measurement runs"
+    )

@@ -1,4 +1,4 @@
-"""What a user's input causes becomes one line, whatever it is."""
+"""Every error that a user's input causes becomes one line."""
 
 from __future__ import annotations
 

@@ -185,10 +185,6 @@ def test_a_stop_insists_on_its_checkpoint(ranks: Ranks, photos: Path, tmp_path: 
 def stopped_with_failing_saves(args: list[str]) -> int | str:
     save, left = store.save, [2]
 
-    def second(job: Any) -> None:
-        if job.state.step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     def failing(*args: Any, **more: Any) -> Path:
         if left[0]:
             left[0] -= 1
@@ -199,7 +195,7 @@ def stopped_with_failing_saves(args: list[str]) -> int | str:
         patch.object(store, "save", failing),
         patch.object(checkpointer, "SAVE_AGAIN_S", 0.01),
     ):
-        return train(args, on_step=second)
+        return train(args, stop_at=1)
 
 
 # --- one rank alone ----------------------------------------------------------------------------
@@ -438,11 +434,7 @@ def test_a_request_in_an_epochs_last_step_comes_before_the_validation(
 
 
 def stopped_in_the_last_step(args: list[str]) -> int | str:
-    def third(job: Any) -> None:
-        if job.state.step == 2 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return train(args, on_step=third)
+    return train(args, stop_at=2 if os.environ["RANK"] == "1" else None)
 
 
 def test_a_stop_made_before_the_start_counts_and_an_obeyed_one_does_not(

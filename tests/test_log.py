@@ -448,7 +448,7 @@ def test_the_log_file_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_markdown_table() -> None:
-    assert text.markdown_table([("k-NN top-1", "0.97"), ("a|b", "1")]) == (
+    assert "\n".join(text.markdown_lines([("", ""), ("k-NN top-1", "0.97"), ("a|b", "1")])) == (
         "|            |      |\n"
         "|------------|------|\n"
         "| k-NN top-1 | 0.97 |\n"

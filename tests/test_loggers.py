@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sys
 import types
 from collections.abc import Iterator
@@ -152,7 +151,7 @@ def test_somebody_elses_logger_is_not_imported(
 
 
 def test_each_row_is_given_once_and_in_order_after_three_restarts(tmp_path: Path) -> None:
-    """Those of the last step are torn: its row of training was given, its validation was not."""
+    """The last step is cut: its training row was given, its validation row was not."""
     writer = start(tmp_path)
     write(writer, range(1, 5))
     at_4 = saved(writer, 4)
@@ -243,16 +242,11 @@ def test_pictures_and_histograms_of_steps_before_are_left_out() -> None:
 
 def test_a_whole_run_gives_each_row_once(photos: Path, tmp_path: Path) -> None:
     """Killed before its first checkpoint and between two, and stopped."""
-
-    def stop(job: Any) -> None:
-        if job.state.step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     to = f"log.to=[tensorboard, {HERE}:Lines]"
     args = arguments(photos, tmp_path / "run", *BARE, to, "run.resume=auto")
     for death in (1, 5):
         assert train(args, death) == "killed"
-    assert train(args, on_step=stop) == 0
+    assert train(args, stop_at=7) == 0
     assert train(args) == 0
     assert f"'{to}'" in (tmp_path / "run/train.log").read_text()  # in the command that goes on
     lines = [json.loads(x) for x in (tmp_path / "run" / LINES).read_text().splitlines()]

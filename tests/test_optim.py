@@ -7,13 +7,17 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import timm
 import torch
+from lightly.utils.scheduler import cosine_schedule
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from ddp_ssl import optim
-from ddp_ssl.config import Optim
+from ddp_ssl.config import ConfigError, Optim
 from ddp_ssl.optim import (
     LARS,
+    MuonAdamW,
     Variant,
     build,
     learning_rate,
@@ -295,7 +299,11 @@ def test_sgd_decays_all() -> None:
     ("name", "kind"),
     [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)],
 )
-def test_parity_with_torch(name: str, kind: Any) -> None:
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_parity_with_torch(
+    name: str, kind: Any, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "_on_gpu", lambda parameters: on_gpu)
     config = Optim(name=name, lr=0.01, weight_decay=0.1, momentum=0.8, betas=(0.8, 0.9))  # type: ignore[arg-type]
     ours, theirs = network(), network()
     optimizer = build(config, groups_of(ours))
@@ -307,13 +315,38 @@ def test_parity_with_torch(name: str, kind: Any) -> None:
         groups = [{"params": deep}, {"params": flat, "weight_decay": 0.0}]
         other = kind(groups, lr=0.01, betas=(0.8, 0.9), weight_decay=0.1, foreach=False)
     for _ in range(4):
-        x = torch.randn(8, 3, 4, 4)
-        for module, o in ((ours, optimizer), (theirs, other)):
-            o.zero_grad()
-            module(x).square().mean().backward()
-            o.step()
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        optimizer.step()
+        other.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_adam_on_a_gpu_leaves_infinite_gradients_out_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In fp16: the scaler need not ask the device whether a gradient was infinite."""
+    monkeypatch.setattr(optim, "_on_gpu", lambda parameters: True)
+    module, scaler = network(), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = build(Optim(name="adamw", lr=0.01), groups_of(module))
+    x = torch.randn(8, 3, 4, 4)
+    weights = []
+    for scale in (1.0, math.inf, 1.0):
+        with Operators() as seen:
+            scaler.scale(module(x).square().mean() * scale).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert seen.waits == []
+        weights.append([p.detach().clone() for p in module.parameters()])
+    for first, left_out, second in zip(*weights, strict=True):
+        assert torch.equal(first, left_out)
+        assert not torch.equal(left_out, second)
+    assert scaler.get_scale() == 2
+    assert {float(state["step"]) for state in state_by_name(optimizer).values()} == {2}
 
 
 def test_groups_have_their_own_settings() -> None:
@@ -348,6 +381,106 @@ def test_groups_have_their_own_settings() -> None:
     assert {g["name"]: g["weight_decay"] for g in optimizer.param_groups} == {
         "network": 1e-4, "network/1d": 0, "probe": 0, "probe/1d": 0, "still": 1e-4
     }  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon before 2.9")
+def test_muon_moves_matrices_and_adamw_the_rest() -> None:
+    """As torch's two optimisers side by side, the probe's matrix under AdamW; and it resumes."""
+    config = Optim(name="muon", lr=0.01, weight_decay=0.1, momentum=0.8, betas=(0.8, 0.9))
+    ours, theirs, again = network(), network(), network()
+    optimizer = build(config, groups_of(ours))
+    assert [(g["name"], g["param_names"]) for g in optimizer.param_groups] == [
+        ("network/muon", ["3.weight"]),
+        ("network", ["0.weight"]),
+        ("network/1d", ["0.bias", "1.weight", "1.bias", "3.bias"]),
+    ]
+    convolution, matrix = theirs[0].weight, theirs[3].weight
+    flat = [p for p in theirs.parameters() if p.ndim == 1]
+    muon = torch.optim.Muon(
+        [matrix], 0.01, weight_decay=0.1, momentum=0.8, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(
+        [{"params": [convolution]}, {"params": flat, "weight_decay": 0.0}],
+        lr=0.01, betas=(0.8, 0.9), weight_decay=0.1,
+    )  # fmt: skip
+    other: torch.optim.Optimizer | None = None
+    for step in range(6):
+        for part in (muon, adamw):
+            part.zero_grad()
+        torch.manual_seed(step)
+        theirs(torch.randn(8, 3, 4, 4)).square().mean().backward()
+        for part in (muon, adamw):
+            part.step()
+        train(ours, optimizer, range(step, step + 1))
+        if step == 2:  # from here on another one goes on from what was saved
+            again.load_state_dict(ours.state_dict())
+            other = build(config, groups_of(again))
+            assert load_state_by_name(other, copy.deepcopy(state_by_name(optimizer))) == []
+        elif other is not None:
+            train(again, other, range(step, step + 1))
+    assert state_by_name(optimizer)["3.weight"].keys() == {"momentum_buffer"}
+    for a, b, c in zip(ours.parameters(), theirs.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        assert torch.equal(a, c)
+    probe = {"name": "probe", "params": [("p", nn.Parameter(torch.ones(2, 2)))], "base_lr": 0.1}
+    assert [g["name"] for g in build(config, [probe]).param_groups] == ["probe"]
+
+
+def test_an_older_torch_without_muon_is_said() -> None:
+    class Older:
+        __version__, optim = "2.8.0", object()
+
+    with (
+        patch.object(optim, "torch", Older),
+        pytest.raises(
+            ConfigError, match=r"optim.name: torch 2.8.0 has no muon; adamw, or torch 2.9"
+        ),
+    ):
+        MuonAdamW([], Optim(name="muon"))
+
+
+def test_layers_of_a_vit_have_rates_and_decays_as_timm_groups_them() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", depth=3, reg_tokens=2, num_classes=0)
+    head = nn.Linear(vit.num_features, 4)
+    config = Optim(name="adamw", lr=0.5, weight_decay=0.04, layer_decay=0.75, warmup_epochs=0)
+    named = [*vit.named_parameters(prefix="vit"), *head.named_parameters(prefix="head")]
+    optimizer = build(config, [{"name": "network", "params": named}], vit)
+    first = set_learning_rates(optimizer, config, 256, 0, 10)
+    assert first == 0.5
+    ours = {
+        name: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
+    theirs = param_groups_layer_decay(vit, 0.04, vit.no_weight_decay(), layer_decay=0.75)
+    expected = {p: (0.5 * g["lr_scale"], g["weight_decay"]) for g in theirs for p in g["params"]}
+    for name, p in vit.named_parameters(prefix="vit"):
+        assert ours[name] == pytest.approx(expected[p])
+    assert ours["vit.reg_token"] == ours["vit.pos_embed"] == pytest.approx((0.5 * 0.75**3, 0))
+    assert ours["head.weight"] == (0.5, 0.04)
+    assert ours["head.bias"] == (0.5, 0)
+    with pytest.raises(ValueError, match=r"layer_decay: Sequential has no order .* null is accept"):
+        build(config, groups_of(network()), network())
+
+
+def test_weight_decay_follows_a_cosine_where_it_is_the_configs() -> None:
+    config = Optim(name="adamw", weight_decay=0.04, final_weight_decay=0.4, epochs=10)
+    probe = {
+        "name": "probe",
+        "params": [("p", nn.Parameter(torch.ones(2, 2)))],
+        "weight_decay": 0.0,
+    }
+    optimizer = build(config, [*groups_of(network()), probe])
+
+    def decays(step: int) -> list[float]:
+        set_learning_rates(optimizer, config, 256, step, 8)
+        return [group["weight_decay"] for group in optimizer.param_groups]
+
+    assert decays(0) == pytest.approx([0.04, 0, 0])
+    assert decays(40) == pytest.approx([0.22, 0, 0])
+    for step in range(0, 80, 7):
+        theirs = cosine_schedule(step, 81, 0.04, 0.4)
+        assert decays(step) == pytest.approx([theirs, 0, 0])
 
 
 def test_a_name_given_twice_is_refused() -> None:
@@ -405,8 +538,12 @@ def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> 
     return [p.detach().clone() for p in module.parameters()]
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adam", "adamw"])
-def test_state_by_name_continues_to_the_last_bit(name: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("name", ["lars", "sgd", "adam", "adamw", "adamw on a GPU"])
+def test_state_by_name_continues_to_the_last_bit(
+    name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _, on_gpu = name.partition(" ")
+    monkeypatch.setattr(optim, "_on_gpu", lambda parameters: bool(on_gpu))
     config = Optim(name=name, lr=0.01)  # type: ignore[arg-type]
     straight = network()
     expected = train(straight, build(config, groups_of(straight)), range(6))

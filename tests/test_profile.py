@@ -1,4 +1,4 @@
-"""The trace of a few steps: which ones, by whom, and what happens when it cannot be written."""
+"""The trace of a few steps: which steps, on which ranks, and a trace that cannot be written."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every YAML is the recipe that its header names: its values beside those of the source.
 
 The values are typed from the source, at the place that the header names too, under this project's
-keys. `DIFFERS` lists what is meant to be otherwise: the value here, and the words of the header's
+keys. `DIFFERS` lists the intended differences: the value here, and the words of the header's
 `differs` that say so.
 """
 
@@ -399,6 +399,129 @@ def moco3(size: str) -> Recipe:
     }, HALF)  # fmt: skip
 
 
+# --- ResNet-50 on ImageNet: the papers' own code -------------------------------------------------
+
+PAPERS_LARS: Values = {
+    "optim.name": "lars", "optim.lars_variant": "vicreg", "optim.lars_eta": 1e-3,
+    "optim.lars_bound_1d": None, "optim.momentum": 0.9, "optim.warmup_epochs": 10,
+    "optim.warmup_lr": 0, "optim.final_lr_fraction": 0, "model.backbone": "resnet50",
+    "model.backbone_args": {}, "model.projector_norm": "batch", "model.stem": "standard",
+    "optim.precision": "fp16", "crop": (256, 224, "bilinear"), "model.batch_norm": "global",
+    "model.views_forward": "separate",
+}  # fmt: skip
+ASYM = [crop(224, 0.08, 0.4, 0.2, 0.1, 1, 0), crop(224, 0.08, 0.4, 0.2, 0.1, 0.1, 0.2)]
+ZERO = {"model.backbone_args": {"zero_init_last": True}}
+FULL: Differs = {"optim.precision": ("bf16", "bf16 for its float32")}
+OWN = {
+    # README.md: --learning_rate=0.075 with sqrt is 0.3 per 256; model_util.py; CROP_PROPORTION
+    "simclr": Recipe("google-research/simclr 383d414", PAPERS_LARS | ZERO | {
+        "method.temperature": 0.1, "model.projector": [2048, 2048, 128], "data.batch_size": 4096,
+        "optim.epochs": 100, "optim.lr": 0.3, "optim.weight_decay": 1e-4, "crop": (256, 224),
+        "views": [crop(224, 0.08, 0.8, 0.8, 0.2, 0.5, 0)] * 2, "optim.precision": "fp32",
+    }, FULL),
+    # run_with_submitit's command of README.md; std_loss is a mean over the two views
+    "vicreg": Recipe("facebookresearch/vicreg 4e12602", PAPERS_LARS | ZERO | {
+        "method.invariance": 25, "method.variance": 25, "method.covariance": 1,
+        "method.average_variance": True, "model.projector": [8192] * 3,
+        "model.projector_bias": False, "data.batch_size": 2048, "optim.epochs": 1000,
+        "optim.lr": 0.2, "optim.weight_decay": 1e-6, "optim.final_lr_fraction": 1e-3,
+        "views": ASYM,
+    }, HALF),
+    "barlow_twins": Recipe("facebookresearch/barlowtwins 8e8d284", PAPERS_LARS | ZERO | {
+        "method.off_diagonal": 0.0051, "method.scale": 1 / 16, "model.projector": [8192] * 3,
+        "model.projector_bias": False, "data.batch_size": 2048, "optim.epochs": 1000,
+        "optim.lr": 0.2, "optim.weight_decay": 1e-6, "optim.final_lr_fraction": 1e-3,
+        "views": ASYM,
+    }, HALF | {"optim.lars_bound_1d": (0.5, "are bounded (lars_bound_1d), there 0.0048")}),
+    "byol": Recipe("google-deepmind/deepmind-research, byol/", PAPERS_LARS | {
+        "method.momentum": 0.996, "method.final_momentum": 1, "method.predictor_hidden": 4096,
+        "model.projector": [4096, 256], "model.projector_bias": False, "data.batch_size": 4096,
+        "optim.epochs": 1000, "optim.lr": 0.2, "optim.weight_decay": 1.5e-6, "views": ASYM,
+        "optim.precision": "fp32", "crop": (256, 224),
+    }, FULL),
+    # scripts/swav_800ep_pretrain.sh: rates of a batch of 4096, 313 steps are an epoch
+    "swav": Recipe("facebookresearch/swav 06b1b7c", PAPERS_LARS | {
+        "method.prototypes": 3000, "method.temperature": 0.1, "method.epsilon": 0.05,
+        "method.iterations": 3, "method.freeze_epochs": 1, "method.queue_size": 0,
+        "model.projector": [2048, 128], "data.batch_size": 4096, "optim.epochs": 800,
+        "optim.lr": 4.8 / 16, "optim.weight_decay": 1e-6, "optim.warmup_lr": 0.3,
+        "optim.final_lr_fraction": 1e-3, "model.views_forward": "stacked",
+        "normalisation": ((0.485, 0.456, 0.406), (0.228, 0.224, 0.225)),
+        "views": [View(size, (low, high), (3 / 4, 4 / 3), 0.8, 0.8, 0.8, 0.8, 0.2, 0.2, 0.5,
+                       (0.1, 2), 0, 0.5)
+                  for size, low, high, count in ((224, 0.14, 1, 2), (96, 0.05, 0.14, 6))
+                  for _ in range(count)],
+    }, HALF),
+}  # fmt: skip
+
+
+# --- ViT-S/16 ------------------------------------------------------------------------------------
+
+
+def dino_vit(small: bool) -> Recipe:
+    """README.md's command for 300 epochs; main_dino.py; `min_lr` 1e-6 of the peak."""
+    batch = 256 if small else 1024
+    views = [View(224, (0.4, 1), *([*vars(v).values()][2:])) for v in ASYM]
+    local = crop(96, 0.05, 0.4, 0.2, 0.1, 0.5, 0)
+    views += [View(96, (0.05, 0.4), *([*vars(local).values()][2:]))] * 8
+    values: Values = {
+        "method.prototypes": 65536, "method.student_temperature": 0.1,
+        "method.teacher_temperature": 0.07, "method.warmup_teacher_temperature": 0.04,
+        "method.warmup_teacher_epochs": 30, "method.momentum": 0.9995 if small else 0.996,
+        "method.final_momentum": 1, "method.freeze_epochs": 1, "method.norm_last_layer": False,
+        "model.backbone": "vit_small_patch16_224", "model.backbone_args": {"drop_path_rate": 0.1},
+        "model.projector": [2048, 2048, 256], "model.projector_norm": "none",
+        "data.batch_size": 1024, "views": views, "optim.name": "adamw", "optim.epochs": 300,
+        "optim.lr": 5e-4, "optim.weight_decay": 0.04, "optim.final_weight_decay": 0.4,
+        "optim.warmup_epochs": 10, "optim.warmup_lr": 0,
+        "optim.final_lr_fraction": pytest.approx(1e-6 / (5e-4 * batch / 256)),
+        "optim.grad_clip": 3, "optim.precision": "fp16", "crop": (256, 224),
+    }  # fmt: skip
+    return Recipe("facebookresearch/dino 7c446df", values, HALF | (FEW if small else {}))
+
+
+FEW: Differs = {
+    "optim.epochs": (400, "400 epochs and batch 256 as the other methods here"),
+    "data.batch_size": (256, "400 epochs and batch 256 as the other methods here"),
+}
+
+
+def mocos_vit(method: str, small: bool) -> Recipe:
+    """MoCo v3's optimiser for a ViT-S under another method's loss, projector and views."""
+    values = dict(moco3("small").values)
+    heads = "6 heads as timm's ViT-S for its 12"
+    differs: Differs = HALF | {"model.backbone_args": ({}, heads)} | (FEW if small else {})
+    own = ADADIM if method == "adadim" else solo(method, False).values
+    taken = {k: v for k, v in own.items() if k.startswith(("method.", "model.projector", "views"))}
+    if method == "adadim":
+        taken["views"] = None
+        lost = "not in AdaDim's text: 25, 25 and 1 (VICReg's), temperature 0.1"
+        differs |= {k: (v, lost) for k, (v, _) in ADADIM_DIFFERS.items() if "method." in k}
+        differs["views"] = (solo_views("asymmetric", False), "augmentations asym (solo-learn's)")
+    values = {k: v for k, v in values.items() if not k.startswith(("method.", "model.projector"))}
+    return Recipe("facebookresearch/moco-v3 38aae44: CONFIG.md", values | taken, differs)
+
+
+# --- iNaturalist 2021: AdaDim's Table 9 ----------------------------------------------------------
+
+
+def inat21(name: str) -> Recipe:
+    """A row of the table."""
+    weak = solo_views("symmetric_weak", False)
+    if name in ("simclr", "vicreg"):
+        own = {k: v for k, v in ADADIM.items() if not k.startswith("method.")} | STANDARD
+        differs = {k: v for k, v in ADADIM_DIFFERS.items() if not k.startswith("method.")}
+        if name == "simclr":  # Table 17
+            own |= {"method.temperature": 0.1, "model.projector": [2048, 2048, 128],
+                    "model.projector_norm": "none"}  # fmt: skip
+        else:
+            words = "not in the text: 25, 25 and 1 (VICReg's)"
+            differs |= {f"method.{key}": (value, words) for key, value in VICREG.items()}
+        return Recipe("AdaDim's Table 17, section 5", own, differs | {"views": (weak, WEAK)})
+    values = MI[name] if name in MI else ABLATION[name]
+    return adadim(STANDARD | values, NORM if name == "simclr_mi" else {}, size=224, weak=True)
+
+
 def recipes() -> dict[str, Recipe]:
     """By YAML below `configs/`."""
     made = {f"imagenet100/{m}.yaml": solo(m, False) for m in ROWS}
@@ -412,7 +535,17 @@ def recipes() -> dict[str, Recipe]:
             made[f"{folder}/lejepa_{name}.yaml"] = lejepa(f"{net}_patch16_224")
     made["imagenet100/lejepa.yaml"] = lejepa("resnet18")
     made["imagenet/mocov3.yaml"] = moco3("resnet50")
-    made |= {f"imagenet/mocov3_vit{s[0]}16.yaml": moco3(s) for s in ("small", "base")}
+    for net in ("small", "base"):
+        own = moco3(net)
+        made[f"imagenet/mocov3_vit{net[0]}16.yaml"] = own
+        made[f"imagenet100/mocov3_vit{net[0]}16.yaml"] = Recipe(own.place, own.values, HALF | FEW)
+    for folder in ("imagenet", "imagenet100"):
+        made[f"{folder}/dino_vits16.yaml"] = dino_vit(folder != "imagenet")
+        for method in ("simclr", "vicreg", "adadim"):
+            made[f"{folder}/{method}_vits16.yaml"] = mocos_vit(method, folder != "imagenet")
+    made |= {f"imagenet/{name}.yaml": recipe for name, recipe in OWN.items()}
+    for name in ("simclr", "vicreg", "simclr_mi", "vicreg_mi", "alpha_0.5"):
+        made[f"inat21/{name}.yaml"] = inat21(name)
     small = dict(CIFAR_STEM)
     made["cifar/adadim.yaml"] = adadim(small)
     made["cinic10/adadim.yaml"] = adadim({}, {
@@ -496,7 +629,7 @@ def test_the_values_are_the_sources(name: str) -> None:
         assert ours[key] == value, f"{key}: {ours[key]}, meant to be {value}"
         assert recipe.values.get(key) != value, f"{key} is as in the source"
         assert words in said["differs"], f"{key}: {words!r} is not in the header"
-    # Nothing stands in the YAML that is not compared.
+    # Every key of the YAML is compared.
     typed = recipe.values.keys() | recipe.differs.keys()
     for section, part in yaml.safe_load(path.read_text()).items():
         for key in part:

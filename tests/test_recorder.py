@@ -1,4 +1,4 @@
-"""What logging costs, by a clock that the writer and the reduction move."""
+"""The cost of logging, by a clock that the writer and the reduction move."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Writer:
 
 
 class Waiting(World):
-    """Half a second until the others' figures are here."""
+    """The other processes' figures arrive after half a second."""
 
     def mean_rows(self, rows: Any) -> Any:
         self.writer.now += 0.5  # type: ignore[attr-defined]

@@ -286,7 +286,7 @@ def test_what_follows_from_an_end(
     assert fake.requeued == (["123456"] if requeued else [])
     if not requeued and code:
         assert "RUN_DIR=" in out  # how to go on
-    # A user's STOP stays to be seen; one of ours must not stop the next start.
+    # A user's STOP file stays; the script's own must not stop the next start.
     kept = (fake.place / "runs/try-123456/STOP").exists()
     assert kept == (environment.get("FAKE_STOP") == "empty")
 
@@ -327,7 +327,7 @@ def test_crashes_are_counted_by_checkpoint(fake: Fake) -> None:
 def test_a_folder_that_another_run_has_is_no_crash(
     fake: Fake, tmp_path: Path, job: str | None, silent_s: float
 ) -> None:
-    """Neither its state nor its STOP is this job's, which a signal must not stop either."""
+    """Its state and STOP file are the other run's, which a signal to this job must not stop."""
     holder = dataclasses.replace(claims.this_process(300), job=job)
     claims._write(tmp_path / "claim", holder)
     os.utime(tmp_path / "claim", (time.time() - silent_s,) * 2)

@@ -1,4 +1,4 @@
-"""What a command imports before it needs it: help and a user's mistakes come at once."""
+"""Commands import heavy modules late: help and a user's mistakes come at once."""
 
 from __future__ import annotations
 

@@ -17,8 +17,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from ddp_ssl import submit
 from ddp_ssl.commands import live, submit_options
 from ddp_ssl.run.configure import load
 from ddp_ssl.run.overview import Overview
+from tests.faults.launched import until
 from tests.runs import BARE, arguments, train
 
 ROOT = Path(__file__).parent.parent
@@ -238,13 +237,6 @@ def test_ctrl_c_is_for_the_whole_sweep(photos: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out/seed=2").exists()
 
 
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def table(printed: str) -> list[list[str]]:
     """The cells of the table at the end of a sweep, without its heading."""
     lines = [line for line in printed.splitlines() if line.startswith("| /")]
@@ -298,7 +290,7 @@ class Screen(io.StringIO):
 
 
 class Runs:
-    """Overviews of runs that are nowhere."""
+    """Overviews of runs that have no folder."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         self.folders = [Path(name) for name in names]
@@ -331,7 +323,7 @@ def test_lines_are_rewritten_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> N
         "lr=0.1   failed       epoch 1/3  step 7  the loss is nan xx",
         "lr=0.25  training     epoch 0/?  step 0  eval/knn_top1 0.50",
     ]
-    shown.update([0, 1])  # the cluster has ended it, it never said so
+    shown.update([0, 1])  # the cluster has ended it without a word from it
     assert shown.found[1].state == "dead"
     runs.be("lr=0.1", state="done")  # one that has ended is not looked at any more
     shown.update([0, 1])
@@ -451,7 +443,7 @@ def test_jobs_are_watched_until_slurm_has_none(
 def test_train_points_to_submit(
     given: list[str], command: str, runs: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And what it points to is accepted, and keeps texts whole."""
+    """The command that it points to is accepted and keeps texts whole."""
     assert train(given) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -493,7 +485,7 @@ def test_train_points_nowhere(given: list[str], capsys: pytest.CaptureFixture[st
 
 
 def test_a_job_of_an_earlier_version_still_runs() -> None:
-    """What lies pickled in a queue has the attributes of the version that submitted it."""
+    """A pickled job in a queue has the attributes of the version that submitted it."""
     old = submit.Training.__new__(submit.Training)
     old.__dict__.update(arguments=[], folder="x", max_requeues=3)
     assert (list(old.swept), old.gpus, old.on_step) == ([], "", None)

@@ -1,4 +1,4 @@
-"""What a user writes: text is taken as given, and no text ends in a traceback."""
+"""Users' text is taken as given, and no text ends in a traceback."""
 
 from __future__ import annotations
 

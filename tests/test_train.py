@@ -41,7 +41,7 @@ def test_the_console_script() -> None:
 
 
 def test_missing_dali_is_one_line_that_names_the_extra(photos: Path, tmp_path: Path) -> None:
-    """A package directory without DALI stands in front of the installed one."""
+    """A package directory without DALI comes before the installed one on the path."""
     blocker = tmp_path / "nvidia"
     blocker.mkdir()
     (blocker / "__init__.py").write_text("")

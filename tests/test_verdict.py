@@ -1,4 +1,4 @@
-"""What a run says about itself: what will disappoint, and whether it has collapsed."""
+"""A run's warnings about itself: settings that will disappoint, and a collapse."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ class Ended:
 
 
 def test_a_process_that_ends_without_a_result_is_an_error() -> None:
-    """Of one that has sent its last result, the others are waited for."""
+    """After a process has sent its last result, the others are waited for."""
     results: queue.Queue[Any] = queue.Queue()
     for codes in ([0, 0, 0, 0], [None, None, 0, None]):
         processes = Ended(list(codes))

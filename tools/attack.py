@@ -1,4 +1,4 @@
-"""Attack runs at random, and count what became of it.
+"""Attack runs at random, and count the outcomes.
 
     python tools/attack.py [--trials N] [--seed S] [--only FAMILY]
 
@@ -313,7 +313,6 @@ def read_shards(folder: Path, home: Path) -> Any:
             found += [split.read(i).tobytes() for i in range(len(split))]
         except OSError as error:
             raise ValueError(error.strerror) from None
-        found += [Path(index).read_bytes() for index in split.shards.stream()["indices"]]
     return found
 
 
@@ -410,8 +409,8 @@ def bits(draw: Draw, home: Path, place: Path) -> Result:
 
 # --- pictures ------------------------------------------------------------------------------------
 
-# PIL's name, the extension, and where the header has the width and height: behind a mark, so many
-# bytes on, in this form, the height first or not.
+# PIL's name and the extension; then the place of width and height in the header: a mark, the bytes
+# after its start, the format of the two numbers, and whether the height comes first.
 FORMS = (
     ("JPEG", ".jpg", b"\xff\xc0", 5, ">HH", True),
     ("PNG", ".png", b"IHDR", 4, ">II", False),

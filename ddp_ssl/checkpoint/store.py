@@ -364,7 +364,7 @@ def load_file(
 ) -> tuple[str, dict[str, Any]]:
     """The SHA-256 and the state of a checkpoint file; raises `ValueError` as `load` does.
 
-    What the run prunes or exchanges meanwhile is read as it was.
+    A file that the run prunes or exchanges meanwhile is read as it was.
     """
     manifest = path.with_suffix(".json")
     if path == manifest:
@@ -398,11 +398,6 @@ def load_file(
         ) from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def is_of_a_run(state: dict[str, Any]) -> bool:
-    """Whether a state has the parts of a run's checkpoint that weights are taken from."""
-    return {"model", "step", "identity"} <= state.keys() and isinstance(state["model"], dict)
 
 
 def _verify(

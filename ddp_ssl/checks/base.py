@@ -63,6 +63,7 @@ class Context:
     comm: Comm = ONE_PROCESS  # the images and views of a batch that are this process's
     loader: TrainLoader | None = None  # the training pipeline while it is timed
     bad: BadImages | None = None  # the bad images that the pipeline met
+    gpu_bytes: int = 0  # held on the GPU before there was a pipeline
     checkpoint_s: float | None = None
     """Seconds to write a checkpoint, on rank 0, once a check has measured it."""
     cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)

@@ -1,9 +1,12 @@
 """The data set: found, read and decoded as training does it."""
 
+import contextlib
+import itertools
 import os
 import shlex
 import statistics
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +28,8 @@ from ddp_ssl.checks.base import (
     size,
     warn,
 )
+from ddp_ssl.config.section import is_url
+from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.build import train_loader
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import Dataset
@@ -32,6 +37,8 @@ from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.decodable import Decoder, first_line, why, worth_trying
 from ddp_ssl.data.loading.formats import Decoding
+from ddp_ssl.evals.validation import central_crops
+from ddp_ssl.utils.device_memory import held_by_others
 
 SCAN_S = 1800.0  # for finding the images, at most (`examination.LONGEST_S` is the limit of all)
 DECODED = 10  # images of each split
@@ -85,6 +92,8 @@ def judge_found(ctx: Context, facts: list[str]) -> Findings:
     if stage and train.shards is not None:
         packed = [split.shards for split in (train, val) if split is not None]
         needed = sum(int(shards.size.sum()) for shards in packed if shards is not None)
+        if ctx.config.data.stage_gb is not None:
+            needed = min(needed, int(ctx.config.data.stage_gb * 1e9))
         place = existing(Path(stage))
         free, _ = room(place)
         text = f"data.stage: {size(needed)} are to be copied, {size(free)} are free in {place}"
@@ -98,8 +107,11 @@ def _where(split: Split) -> str:
         return f"files in {', '.join(split.roots)}"
     kind, folder = "files", Path(split.root)
     if split.shards is not None:
-        kind = "shards" if split.shards.part is None else "parquet files"
-        folder = Path(split.shards.paths[0]).parent
+        kind = split.shards.kind
+        place = os.path.dirname(split.shards.paths[0])
+        if is_url(place):
+            return f"{kind} in {place}"
+        folder = Path(place)
     return f"{kind} in {folder} ({file_system(folder)})"
 
 
@@ -115,7 +127,7 @@ class Reading(NamedTuple):
 
 def read_some(ctx: Context, before: list[Any]) -> Reading | None:
     """Read random files with the run's threads, different ones on every process."""
-    if ctx.data is None or ctx.data.train.images is not None or ctx.config.data.url:
+    if ctx.data is None or ctx.data.train.images is not None:
         return None
     split, rank = ctx.data.train, ctx.world.rank
     some = np.random.default_rng(rank).permutation(len(split))[:READ]
@@ -132,7 +144,7 @@ def read_some(ctx: Context, before: list[Any]) -> Reading | None:
             return f"{split.where(i)}: {first_line(error)}"
 
     start = time.perf_counter()
-    with ThreadPoolExecutor(ctx.config.data.read_threads) as pool:
+    with ThreadPoolExecutor(ctx.config.data.readers) as pool:
         results = list(pool.map(read, map(int, some)))
     seconds = time.perf_counter() - start
     done = [r for r in results if isinstance(r, tuple)]
@@ -156,8 +168,7 @@ def judge_read(ctx: Context, facts: list[Reading | None]) -> Findings:
         return  # said already
     read = [fact for fact in facts if fact is not None]
     if not read:
-        where = "a URL: read by the pipeline alone" if ctx.config.data.url else "in memory"
-        yield ok(f"{where}: no files to read one by one")
+        yield ok("in memory: no files to read one by one")
         return
     for rank, fact in enumerate(read):
         if fact.problem:
@@ -168,7 +179,7 @@ def judge_read(ctx: Context, facts: list[Reading | None]) -> Findings:
     median = max(fact.median for fact in read)
     text = (
         f"{files:.0f} files/s, {size(rate)}/s with {ctx.world.size} x "
-        f"{ctx.config.data.read_threads} threads, {median * 1000:.2g} ms a file"
+        f"{ctx.config.data.readers} threads, {median * 1000:.2g} ms a file"
     )
     if median > SLOW_READ_S:
         yield warn(text, "ddp-ssl pack-shards, data.stage, or more data.read_threads")
@@ -182,10 +193,14 @@ class Decoded(NamedTuple):
     tried: int
     bad: tuple[str, ...]
     rate: float  # images per second, of which all views are made
+    gpu_bytes: tuple[int, int] | None = None
+    """Memory that DALI takes on the GPU: in training, and at most with one more pipeline."""
 
 
 def know_place(ctx: Context, before: list[Any]) -> None:
     """Find which part of a batch is made here; all processes form the view groups together."""
+    if ctx.device.type == "cuda":
+        ctx.gpu_bytes = held_by_others(ctx.device)
     ctx.comm = distributed.comm_of(ctx.world, ctx.config.data.view_shards)
 
 
@@ -195,7 +210,7 @@ def decode_some(ctx: Context, before: list[Any]) -> tuple[int, list[str]]:
     index = ctx.device.index if ctx.device.type == "cuda" else None
     decoder = Decoder(index, Decoding(config.hw_decoder_load, config.preallocate))
     for split in () if ctx.data is None else (ctx.data.train, ctx.data.val):
-        if split is None or split.images is not None or config.url:
+        if split is None or split.images is not None:
             continue
         for i in np.linspace(0, len(split) - 1, min(DECODED, len(split)), dtype=np.int64):
             tried += 1
@@ -237,7 +252,32 @@ def time_pipeline(ctx: Context, before: list[Any]) -> Decoded | None:
     rate = done / (time.perf_counter() - start) / ctx.config.data.view_shards
     tried, bad = before[ctx.world.rank]
     replaced = [f"{where}: {reason}" for where, reason in ctx.bad.known.items()]
-    return Decoded(tried, tuple(dict.fromkeys(bad + replaced)), rate)
+    return Decoded(tried, tuple(dict.fromkeys(bad + replaced)), rate, memory_of_pipelines(ctx))
+
+
+def memory_of_pipelines(ctx: Context) -> tuple[int, int] | None:
+    """`Decoded.gpu_bytes`; None on a CPU. Training's pipeline is running.
+
+    A run opens two others beside it, one at a time: for a method's measurement, and to validate.
+    """
+    if ctx.device.type != "cuda" or ctx.data is None or ctx.bad is None:
+        return None
+    config, val, bad = ctx.config, ctx.data.val, ctx.bad
+
+    def held() -> int:
+        return held_by_others(ctx.device) - ctx.gpu_bytes
+
+    def peak(loader: Iterable[Batch]) -> int:
+        return max(held() for _ in itertools.islice(loader, 1 + config.data.prefetch))
+
+    alone = held()
+    measuring = train_loader(config, ctx.comm, ctx.data, ctx.device, [0], bad)
+    with contextlib.closing(measuring):
+        most = max(alone, peak(measuring))
+    if val is not None:
+        crops = central_crops(val, np.arange(len(val)), config, ctx.comm, ctx.device, bad)
+        most = max(most, peak(crops))
+    return alone, most
 
 
 def judge_decoded(ctx: Context, facts: list[Decoded | None]) -> Findings:
@@ -254,6 +294,13 @@ def judge_decoded(ctx: Context, facts: list[Decoded | None]) -> Findings:
         f"{tried}the pipeline makes {ctx.config.num_views} views of {rate:.0f} images/s "
         f"(at least {slowest * ctx.config.data.view_shards:.0f} a process)"
     )
+    held = [fact.gpu_bytes for fact in decoded if fact.gpu_bytes is not None]
+    if held:
+        alone, most = (max(numbers) for numbers in zip(*held, strict=True))
+        yield ok(
+            f"DALI takes {size(alone)} of a GPU in training, and up to {size(most)} while a "
+            "validation or a measurement runs"
+        )
 
 
 def _check_data(ctx: Context) -> str:

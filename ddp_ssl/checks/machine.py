@@ -43,10 +43,7 @@ def _others_on(uuid: str) -> list[str]:
     """Processes on a GPU as nvidia-smi sees them (in a container it may see none)."""
     command = ["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name,used_memory",
                "--format=csv,noheader"]  # fmt: skip
-    try:
-        told = output_of(command, timeout_s=30)
-    except OSError:
-        return []
+    told = if_readable(lambda: output_of(command, timeout_s=30)) or ""
     rows = [line.split(", ") for line in told.splitlines() if uuid in line]
     return [" ".join(row[1:]) for row in rows if row[1] != str(os.getpid())]
 
@@ -231,7 +228,7 @@ def judge_shm(ctx: Context, facts: list[dict[str, Any]]) -> Findings:
 
 def judge_files(ctx: Context, facts: list[dict[str, Any]]) -> Findings:
     # Every process has sockets to all others, in several groups, and files that it reads ahead.
-    wanted = 512 + 8 * ctx.world.size + 4 * ctx.config.data.read_threads
+    wanted = 512 + 8 * ctx.world.size + 4 * ctx.config.data.readers
     low = [r for r, f in enumerate(facts) if 0 <= f["files"] < wanted]
     if low:
         text = f"{ctx.who(low)} may open {facts[low[0]]['files']} files, about {wanted} are used"

@@ -102,7 +102,9 @@ def measure(
             second, _ = _evaluate(subject, rows, comm)
             local = _local(subject, shape[1]) if world.size == 1 else {}
         except (Exception, SystemExit) as error:
-            failed = Failed(_text(error), world.size > 1 and _differ(error))
+            differ = "mismatch between collectives" in str(error)
+            differ = differ or distributed.others_failed(error)
+            failed = Failed(_text(error), world.size > 1 and differ)
         if failed is None or not failed.differ:
             try:
                 # Others may be in a collective that this process has not called. No loss is likely
@@ -118,10 +120,6 @@ def measure(
 def _text(error: BaseException) -> str:
     kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
     return kind + one_line(error)[:300]
-
-
-def _differ(error: BaseException) -> bool:
-    return "mismatch between collectives" in str(error) or distributed.others_failed(error)
 
 
 def _local(subject: Subject, images: int) -> dict[int, Result]:
@@ -297,12 +295,11 @@ def _word(steady: bool, means: Mapping[int, Result], one: Measured) -> str:
         return EXACT
     if all(_error(m.value, reference.value) <= tolerance for m in means.values()):
         # A parameter of the loss may have the right gradient all the same.
-        divided = all(
-            min(error, _errors(_times(mean.gradients, size), reference.gradients)[name])
-            <= tolerance
-            for size, mean in means.items()
-            for name, error in _errors(mean.gradients, reference.gradients).items()
-        )
+        divided = True
+        for size, mean in means.items():
+            whole = {name: size * gradient for name, gradient in mean.gradients.items()}
+            own, times = (_errors(g, reference.gradients) for g in (mean.gradients, whole))
+            divided &= all(min(own[name], times[name]) <= tolerance for name in own)
         return "gradient divided by W" if divided else "gradient wrong"
     local = all(
         size in one.local and _same(mean, one.local[size], tolerance)
@@ -331,10 +328,6 @@ def _mean(results: Sequence[Result]) -> Result:
     names = results[0].gradients
     gradients = {n: np.mean([r.gradients[n] for r in results], axis=0) for n in names}
     return Result(math.fsum(r.value for r in results) / len(results), gradients)
-
-
-def _times(gradients: Gradients, factor: float) -> Gradients:
-    return {name: factor * gradient for name, gradient in gradients.items()}
 
 
 def _same(a: Result, b: Result, tolerance: float) -> bool:

@@ -59,7 +59,7 @@ def checkpoint_bytes(config: Config, classes: int, world_size: int) -> int:
     method = make_method(own_weights(config), ONE_PROCESS)
     learner = Learner(method, classes if config.eval.probe else 0)
     optimizer = optim.build(config.optim, parameter_groups(learner, config))
-    copies = 2 if config.optim.name in ("adam", "adamw") else 1
+    copies = 2 if config.optim.name in ("adam", "adamw", "muon") else 1
     tensors = [v for v in learner.state_dict().values() if isinstance(v, torch.Tensor)]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     nbytes = sum(t.nbytes for t in tensors) + copies * sum(p.nbytes for p in trained)

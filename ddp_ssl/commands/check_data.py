@@ -51,11 +51,8 @@ SHORTEST = 20  # bytes of an image
 class Checker:
     """Looks at images; one in each worker process."""
 
-    def __init__(
-        self, splits: dict[str, Split], full: bool, max_pixels: int, streamed: bool = False
-    ) -> None:
+    def __init__(self, splits: dict[str, Split], full: bool, max_pixels: int) -> None:
         self.splits, self.full, self.max_pixels = splits, full, max_pixels
-        self.streamed = streamed
         self.decoder = Decoder()
         self.pool = ThreadPoolExecutor(READERS)
 
@@ -73,8 +70,6 @@ class Checker:
             if reason is None and not isinstance(encoded, str):
                 found = self.decoder.usable(encoded)
                 reason = found if isinstance(found, str) else None
-                if found is not encoded and self.streamed:
-                    reason = reason or "PIL decodes it and a stream does not; pack it again"
             if reason is not None:
                 bad.append((i, reason))
         return bad
@@ -123,9 +118,9 @@ def suspicious(split: Split, i: int, max_pixels: int) -> Bytes | str | None:
 _checker: Checker | None = None
 
 
-def _start(splits: dict[str, Split], full: bool, max_pixels: int, streamed: bool) -> None:
+def _start(splits: dict[str, Split], full: bool, max_pixels: int) -> None:
     global _checker
-    _checker = Checker(splits, full, max_pixels, streamed)
+    _checker = Checker(splits, full, max_pixels)
 
 
 def _work(name: str, first: int, end: int) -> tuple[str, int, list[tuple[int, str]]]:
@@ -134,19 +129,19 @@ def _work(name: str, first: int, end: int) -> tuple[str, int, list[tuple[int, st
 
 
 def check(
-    splits: dict[str, Split], *, full: bool, workers: int, max_pixels: int, streamed: bool = False
+    splits: dict[str, Split], *, full: bool, workers: int, max_pixels: int
 ) -> dict[str, dict[int, str]]:
     """The bad images of each split, by id, with reasons."""
     encoded = {name: split for name, split in splits.items() if split.images is None}
     total = sum(map(len, encoded.values()))
     bad: dict[str, dict[int, str]] = {name: {} for name in splits}
     progress = Progress("", total)
-    # Forked before anything here has threads, so that workers share the arrays of names.
-    context = multiprocessing.get_context("fork")
+    # Forked before anything here has threads, so that workers share the arrays of names. A store's
+    # client has threads already.
+    far = any(s.shards is not None and s.shards.is_far for s in encoded.values())
+    context = multiprocessing.get_context("spawn" if far else "fork")
     with (
-        ProcessPoolExecutor(
-            workers, context, _start, (encoded, full, max_pixels, streamed)
-        ) as pool,
+        ProcessPoolExecutor(workers, context, _start, (encoded, full, max_pixels)) as pool,
         _ended_on_error(),
     ):
         # Ctrl-C is for this process: workers are forked here, and keep it blocked.
@@ -232,10 +227,7 @@ def run(options: argparse.Namespace) -> int:
         dataset = registry.definition_of(data).load(data)
         splits = {"train": dataset.train} | ({"val": dataset.val} if dataset.val else {})
         start = time.monotonic()
-        bad = check(
-            splits, full=options.full, workers=options.workers, max_pixels=data.max_pixels,
-            streamed=data.reader == "streamed",
-        )  # fmt: skip
+        bad = check(splits, full=options.full, workers=options.workers, max_pixels=data.max_pixels)
         with writing(options.out):
             write(options.out, splits, bad)
     finally:

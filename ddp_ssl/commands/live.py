@@ -122,8 +122,8 @@ class Live:
 def write_table(folders: Sequence[Path]) -> None:
     """Write the table of a sweep's runs into its folder; may raise `OSError`.
 
-    Runs may end at the same time, each writing it. Whoever writes looks again afterwards, so that
-    the last one to write has seen the end of all.
+    Runs may end at the same time, each writing it. Each looks again afterwards, so that the last
+    one to write has seen the end of all.
     """
     written: Sequence[str] = ()
     while True:

@@ -45,7 +45,7 @@ from ddp_ssl.commands.shard_writer import (
     write_shards,
 )
 from ddp_ssl.data.datasets import registry, selection, shards
-from ddp_ssl.data.datasets.base import absolute
+from ddp_ssl.data.datasets.base import absolute, place_of
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.files import path_of
@@ -161,8 +161,8 @@ def _to_pack(split: Split, data: Any) -> Ids:
     """The ids of a split that `data.skip` does not list."""
     if not data.skip:
         return np.arange(len(split))
-    root = absolute(data.root) if data.root else Path.cwd()
-    skip = selection.Skip.of_file(absolute(data.skip), str(root))
+    root = place_of(data.root) if data.root else os.getcwd()
+    skip = selection.Skip.of_file(absolute(data.skip), root)
     return np.flatnonzero(skip.keep(split))
 
 

@@ -27,7 +27,7 @@ from ddp_ssl.config import read_yaml
 from ddp_ssl.logs.writer import read_metrics
 from ddp_ssl.reproduction.figures import pyplot, save
 from ddp_ssl.utils.files import if_readable, path_of
-from ddp_ssl.utils.text import summary
+from ddp_ssl.utils.text import markdown_lines, summary
 
 COLUMNS = ("method", "effective_rank", "mutual_information", "accuracy")
 ENOUGH = 3  # models; any two lie on a line
@@ -141,16 +141,13 @@ def _varies(values: Any) -> bool:
 
 def table(groups: dict[str, list[Model]]) -> str:
     """Markdown: a line per group."""
-    lines = [
-        "| models | number | accuracy, % | \\|r\\| ER | \\|r\\| I(R;Z) | \\|r\\| I(R;Z)/ER |",
-        "| --- | --: | --: | --: | --: | --: |",
-    ]
+    rows = [["models", "number", "accuracy, %", "|r| ER", "|r| I(R;Z)", "|r| I(R;Z)/ER"]]
     for name, models in groups.items():
         accuracies = [model.accuracy for model in models]
         cells = [f"{value:.3f}" if math.isfinite(value) else "–" for value in correlations(models)]
         spread = f"{min(accuracies):.1f}–{max(accuracies):.1f}"
-        lines.append(f"| {name} | {len(models)} | {spread} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([name, str(len(models)), spread, *cells])
+    return "\n".join(markdown_lines(rows, "<>"))
 
 
 def draw(groups: dict[str, list[Model]]) -> Any:

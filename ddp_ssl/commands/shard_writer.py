@@ -1,4 +1,4 @@
-"""Write tar shards: the tar files with DALI's index, a journal to continue from, the arrays.
+"""Write tar shards: the tar files, a journal to continue from, the arrays.
 
 A shard that is there and whole is kept. A new one is read back and compared before it gets its
 name.
@@ -61,10 +61,6 @@ class Shard:
     def tar(self) -> str:
         return f"{self.split}-{self.number:05d}.tar"
 
-    @property
-    def index(self) -> str:
-        return f"{self.split}-{self.number:05d}.idx"
-
 
 @dataclass
 class Unreadable:
@@ -125,7 +121,7 @@ def write_shards(
         if stop.is_set():
             return
         known = done.get(shard.tar)
-        if known is not None and "crc" in known and _is_whole(out, known):
+        if known is not None and {"crc", "places"} <= known.keys() and _is_whole(out, known):
             progress.keep(len(shard.ids))
             return
         with _part_of(out / shard.tar) as part:
@@ -205,17 +201,16 @@ def _note(out: Path, entry: dict[str, Any]) -> None:
 
 
 def _is_whole(out: Path, known: dict[str, Any]) -> bool:
-    for kind in ("tar", "idx"):
-        path = out / known[kind]["file"]
-        try:
-            if path.stat().st_size != known[kind]["bytes"]:
-                return False
-            content = _checksum(path).hexdigest()
-        except OSError:
+    path = out / known["tar"]["file"]
+    try:
+        if path.stat().st_size != known["tar"]["bytes"]:
             return False
-        if content != known[kind]["sha256"]:
-            tell(f"{path} is damaged: packing it again")
-            return False
+        content = _checksum(path).hexdigest()
+    except OSError:
+        return False
+    if content != known["tar"]["sha256"]:
+        tell(f"{path} is damaged: packing it again")
+        return False
     return True
 
 
@@ -230,12 +225,14 @@ def _write_shard(
     max_pixels: int,
 ) -> dict[str, Any] | None:
     """Write, read back and name one shard; None if an image of it cannot be read."""
-    written, at, lines, sums = hashlib.sha256(), 0, [], []
+    written, at = hashlib.sha256(), 0
+    sums: list[int] = []
+    places: list[tuple[int, int]] = []  # offset and size of each image
     members: list[tuple[str, int, bytes]] = []  # name, offset, checksum
     complete = True
     with part.open("wb", buffering=1 << 20) as file:
 
-        def add(name: str, content: Any) -> str:
+        def add(name: str, content: Any) -> None:
             nonlocal at
             header = tarfile.TarInfo(name)
             header.size, header.mode, header.mtime = len(content), 0o644, 0
@@ -244,9 +241,7 @@ def _write_shard(
                 file.write(piece)
                 written.update(piece)
             members.append((name, at + BLOCK, hashlib.sha256(content).digest()))
-            line = f"{name.partition('.')[2]} {at + BLOCK} {len(content)} {name}"
             at += BLOCK + len(content) + len(pad)
-            return line
 
         for place, i in enumerate(shard.ids.tolist()):
             if stop.is_set():
@@ -257,15 +252,10 @@ def _write_shard(
             if complete:
                 sums.append(zlib.crc32(content))
                 key = f"{shard.first + place:09d}"
-                lines.append(
-                    " ".join(
-                        (
-                            add(f"{key}.{extension(split, i)}", content),
-                            add(f"{key}.cls", str(int(split.labels[i])).encode()),
-                            add(f"{key}.id", str(i).encode()),
-                        )
-                    )
-                )
+                places.append((at + BLOCK, len(content)))
+                add(f"{key}.{extension(split, i)}", content)
+                add(f"{key}.cls", str(int(split.labels[i])).encode())
+                add(f"{key}.id", str(i).encode())
             progress.add()
         end = b"\0" * (2 * BLOCK)
         end += b"\0" * (-(at + len(end)) % RECORD)
@@ -278,9 +268,6 @@ def _write_shard(
     if not complete:
         return None
     _read_back(part, members, written.digest())
-    # DALI's index, as its wds2idx writes it: what makes the tar readable in any order.
-    index = f"v1.2 {len(lines)}\n{''.join(line + chr(10) for line in lines)}".encode()
-    write_file(out / shard.index, index)
     size = part.stat().st_size
     part.rename(out / shard.tar)
     sync_folder(out)
@@ -288,15 +275,11 @@ def _write_shard(
         "tar": {
             "file": shard.tar,
             "bytes": size,
-            "samples": len(lines),
+            "samples": len(places),
             "sha256": written.hexdigest(),
         },
-        "idx": {
-            "file": shard.index,
-            "bytes": len(index),
-            "sha256": hashlib.sha256(index).hexdigest(),
-        },
         "crc": sums,
+        "places": places,
     }
 
 
@@ -317,7 +300,7 @@ def _read(split: Split, i: int, bad: Unreadable, max_pixels: int) -> Any:
                 return None
             time.sleep(pause)
         else:
-            # What DALI does not decode is packed as a PNG, so that a stream needs no PIL.
+            # What DALI does not decode is packed as a PNG, since PIL is slow.
             packed: Any = content
             if is_for_pil(content):
                 packed = too_large(content, max_pixels) or rewritten(content)
@@ -351,18 +334,16 @@ def _checksum(path: Path) -> Any:
 def write_arrays(
     name: str, split: Split, plan: list[Shard], written: dict[str, Any], out: Path
 ) -> dict[str, int]:
-    """Write place, name and label of each image, in the order of the ids, from the index files.
+    """Write place, name and label of each image, in the order of the ids.
 
-    `written` is the journal's entry of each shard. Returns the checksums of arrays and indices.
+    `written` is the journal's entry of each shard. Returns the checksums of the arrays.
     """
     shard = np.zeros(len(split), np.int32)
     offset, size = np.zeros(len(split), np.int64), np.zeros(len(split), np.int64)
     crc = np.zeros(len(split), np.uint32)  # 0 for an image that was left out: no bytes
     for part in plan:
-        lines = (out / part.index).read_text().splitlines()[1:]
-        rows = np.array([line.split(" ")[1:3] for line in lines], np.int64)
         shard[part.ids] = part.number
-        offset[part.ids], size[part.ids] = rows[:, 0], rows[:, 1]
+        offset[part.ids], size[part.ids] = np.array(written[part.tar]["places"], np.int64).T
         crc[part.ids] = written[part.tar]["crc"]
     names, spans = split.names, split.spans
     if names is None or spans is None:
@@ -382,8 +363,7 @@ def write_arrays(
         buffer = io.BytesIO()
         np.save(buffer, np.asarray(content))
         write_file(out / f"{name}-{key}.npy", buffer.getbuffer())
-    files = [f"{name}-{key}.npy" for key in arrays] + [part.index for part in plan]
-    return {file: checksum(out / file) for file in files}
+    return {file: checksum(out / file) for key in arrays if (file := f"{name}-{key}.npy")}
 
 
 @contextlib.contextmanager

@@ -146,7 +146,7 @@ def _receive(
         except ProcessException as error:
             why = one_line(str(error).strip().rpartition("\n")[2])
             raise ConfigError(f"a process died while it ran {target}: {why}") from None
-        # One that has ended had sent all that it sent.
+        # A process that has ended sent all its results before.
         early = [rank for rank in ended if (*last, rank) not in waiting]
         if early:
             for process in processes.processes:
@@ -173,7 +173,7 @@ def _work(
     for number, target in enumerate(targets):
         for size in SIZES:
             name = f"target {number}, {size} processes"
-            # All of them, so that nobody waits in a group for one that is at work on another size.
+            # All four meet, so that none waits in a group for one that is at work on another size.
             meeting = functools.partial(meet, port, name, SIZES[-1], timeout_s=MEETING_S)
             if rank >= size:
                 meeting(True)

@@ -1,64 +1,32 @@
 """The config: its schema and its reader. No torch here."""
 
-from ddp_ssl.config.reader import Resolved, load_as, read_text, read_yaml, tree_of
-from ddp_ssl.config.reference import describe_fields, reference, reference_of
-from ddp_ssl.config.rules import check_folder, check_world_size
-from ddp_ssl.config.schema import (
-    NORMALISATION,
-    Checkpoint,
-    Config,
-    Data,
-    Eval,
-    Log,
-    Measure,
-    MethodConfig,
-    Model,
-    Optim,
-    Run,
-)
-from ddp_ssl.config.section import (
-    Below1,
-    Channels,
-    Positive,
-    Probability,
-    Section,
-    Size,
-    Strength,
-    Temperature,
-)
-from ddp_ssl.config.views import ViewGroup
-from ddp_ssl.errors import ConfigError
-
-__all__ = [
-    "NORMALISATION",
-    "Below1",
-    "Channels",
-    "Checkpoint",
-    "Config",
-    "ConfigError",
-    "Data",
-    "Eval",
-    "Log",
-    "Measure",
-    "MethodConfig",
-    "Model",
-    "Optim",
-    "Positive",
-    "Probability",
-    "Resolved",
-    "Run",
-    "Section",
-    "Size",
-    "Strength",
-    "Temperature",
-    "ViewGroup",
-    "check_folder",
-    "check_world_size",
-    "describe_fields",
-    "load_as",
-    "read_text",
-    "read_yaml",
-    "reference",
-    "reference_of",
-    "tree_of",
-]
+from ddp_ssl.config.reader import Resolved as Resolved
+from ddp_ssl.config.reader import load_as as load_as
+from ddp_ssl.config.reader import read_text as read_text
+from ddp_ssl.config.reader import read_yaml as read_yaml
+from ddp_ssl.config.reader import tree_of as tree_of
+from ddp_ssl.config.reference import describe_fields as describe_fields
+from ddp_ssl.config.reference import reference as reference
+from ddp_ssl.config.reference import reference_of as reference_of
+from ddp_ssl.config.rules import check_folder as check_folder
+from ddp_ssl.config.rules import check_world_size as check_world_size
+from ddp_ssl.config.schema import NORMALISATION as NORMALISATION
+from ddp_ssl.config.schema import Checkpoint as Checkpoint
+from ddp_ssl.config.schema import Config as Config
+from ddp_ssl.config.schema import Data as Data
+from ddp_ssl.config.schema import Eval as Eval
+from ddp_ssl.config.schema import Measure as Measure
+from ddp_ssl.config.schema import MethodConfig as MethodConfig
+from ddp_ssl.config.schema import Model as Model
+from ddp_ssl.config.schema import Optim as Optim
+from ddp_ssl.config.schema import Run as Run
+from ddp_ssl.config.section import Below1 as Below1
+from ddp_ssl.config.section import Channels as Channels
+from ddp_ssl.config.section import Positive as Positive
+from ddp_ssl.config.section import Probability as Probability
+from ddp_ssl.config.section import Section as Section
+from ddp_ssl.config.section import Size as Size
+from ddp_ssl.config.section import Strength as Strength
+from ddp_ssl.config.section import Temperature as Temperature
+from ddp_ssl.config.views import ViewGroup as ViewGroup
+from ddp_ssl.errors import ConfigError as ConfigError

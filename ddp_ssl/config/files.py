@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ddp_ssl
+from ddp_ssl.config.section import is_url
 from ddp_ssl.errors import ConfigError
 
 _PACKAGE = Path(ddp_ssl.__file__).parent
@@ -42,7 +43,7 @@ def with_places(arguments: Sequence[str]) -> list[str]:
         key = ""
         if os.path.isfile(argument) and argument.endswith(LISTS):
             key = "data.files="
-        elif os.path.isfile(argument) and argument.endswith(ARRAYS):
+        elif is_url(argument) or (os.path.isfile(argument) and argument.endswith(ARRAYS)):
             key = "data.root="
         elif os.path.isdir(argument) and find_config(argument) is None:
             key = "data.root="
@@ -66,8 +67,13 @@ def _is_run(folder: Path) -> bool:
 
 def config_names() -> list[str]:
     """Names of all configs: `cifar/adadim`, `imagenet100/ablation/alpha_0.2`, ..."""
-    files = (path.relative_to(FOLDER) for path in FOLDER.rglob("*.yaml"))
-    return sorted(path.as_posix().removesuffix(".yaml") for path in files)
+    return sorted(map(name_of, FOLDER.rglob("*.yaml")))
+
+
+def name_of(path: Path) -> str:
+    """The name of one of these configs; any other path as it is."""
+    inside = path.is_relative_to(FOLDER)
+    return path.relative_to(FOLDER).as_posix().removesuffix(".yaml") if inside else str(path)
 
 
 def unknown_config(given: str) -> str:
@@ -77,6 +83,6 @@ def unknown_config(given: str) -> str:
     close = close or difflib.get_close_matches(given, known, 3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     return (
-        f"{given}: expected CONFIG.yaml, the name of a config such as imagenet100/adadim, a folder "
-        f"of images, or key=value{hint}"
+        f"{given}: no such file, folder or config; accepted: CONFIG.yaml, the name of a config "
+        f"such as imagenet100/adadim, a folder of images, or key=value{hint}"
     )

@@ -25,6 +25,7 @@ OTHER_NAMES = {
     " projector_dim embedding_dim head",
     "model.batch_norm": "sync_bn sync_batchnorm syncbn",
     "model.compile": "torch_compile",
+    "model.ema": "model_ema weight_ema weights_ema",
     "data.name": "dataset dataset_name data",
     "data.root": "data_dir data_path data_root train_dir train_path train_data_path dataset_path"
     " imagenet_dir input_dir",
@@ -40,6 +41,8 @@ OTHER_NAMES = {
     "optim.warmup_epochs": "warmup warmup_steps warmup_ratio num_warmup_steps",
     "optim.final_lr_fraction": "min_lr eta_min lr_min final_lr",
     "optim.weight_decay": "wd decay l2",
+    "optim.final_weight_decay": "weight_decay_end",
+    "optim.layer_decay": "layerwise_decay layer_wise_decay llrd",
     "optim.momentum": "sgd_momentum",
     "optim.grad_clip": "gradient_clip_val gradient_clip clip_grad clip_grad_norm max_grad_norm",
     "optim.accumulate": "accumulate_grad_batches gradient_accumulation_steps",

@@ -30,6 +30,7 @@ Layer = tuple[str, dict[str, Any]]
 """An origin, such as a file's path, and a tree of values."""
 
 LARGEST = 1_000_000  # bytes of a YAML file
+STREAM: dict[str, Any] = {"reader": "indexed", "url": None}  # older keys of `data`, and defaults
 FEW_KEYS = 12  # of a section, that an error names
 
 
@@ -96,7 +97,10 @@ def tree_of(path: Path, text: str, schema: type[Section] | None = None) -> dict[
 
 
 def _renamed(tree: dict[str, Any]) -> dict[str, Any]:
-    """A tree in which `log.tensorboard`, an older key, is `log.to`."""
+    """A tree in which `log.tensorboard`, an older key, is `log.to`, without `STREAM`'s keys."""
+    if isinstance(data := tree.get("data"), dict):
+        kept = {key: value for key, value in data.items() if not _is_of_stream(key, value)}
+        tree = {**tree, "data": kept}
     log = tree.get("log")
     if not isinstance(log, dict) or "tensorboard" not in log:
         return tree
@@ -104,6 +108,17 @@ def _renamed(tree: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("log.tensorboard: an older name of log.to; one of them is accepted")
     rest = {key: value for key, value in log.items() if key != "tensorboard"}
     return {**tree, "log": {**rest, "to": _loggers(log["tensorboard"])}}
+
+
+def _is_of_stream(key: str, value: Any) -> bool:
+    """Whether this is a key of `STREAM` with its default; raises `ConfigError` for others."""
+    if key in STREAM and value != STREAM[key]:
+        raise ConfigError(
+            f"data.{key}: was removed with the reader that it was for; accepted: the place of the "
+            "shards as data.root=s3://BUCKET/FOLDER (or gs://, https://), read in the run's own "
+            "order"
+        )
+    return key in STREAM
 
 
 def _loggers(tensorboard: Any) -> list[str]:
@@ -196,6 +211,8 @@ def _tree_of(
             parts = parts[:2]
         if parts == ["log", "tensorboard"]:
             parts, value = ["log", "to"], _loggers(value)
+        if parts[0] == "data" and _is_of_stream(parts[1], value):
+            continue
         node = tree
         for part in parts[:-1]:
             node = node.setdefault(part, {})
@@ -291,7 +308,9 @@ def _problem(error: dict[str, Any], schema: type[Section], origins: Mapping[str,
         its = [other for other in known if other.startswith(f"{section}.")]
         few = f"; accepted: {', '.join(its)}" if len(its) <= FEW_KEYS else ""
         hint = did_you_mean(key, known) or few or f"; --help {section} lists the keys"
-        return f"{key}: unknown key{_where(key, origins)}{hint}"
+        kind = schema.model_fields[section].annotation
+        of = f" of {kind.model_fields['name'].default}" if section == "method" and kind else ""
+        return f"{key}: unknown key{of}{_where(key, origins)}{hint}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     got = "" if error["type"] in ("value_error", "missing") else f", got {flow(error['input'])}"
@@ -307,6 +326,8 @@ def _as_written(key: str, error: dict[str, Any]) -> str:
         return f"; a list is written '{key}=[{given}]'"
     if error["type"] == "list_type" and isinstance(given, dict) and given:
         return f"; an entry of the list goes by its number: {key}.0.{next(iter(given))}"
+    if error["type"] == "float_parsing" and given.count(",") == 1:
+        return f"; a decimal point is accepted: {key}={given.replace(',', '.')}"
     if error["type"] in ("model_type", "dict_type") and isinstance(given, str):
         return "; braces need quotes in a shell, as in 'data.views=[{count: 2, size: 32}]'"
     return ""

@@ -39,12 +39,6 @@ def check(config: Config) -> None:
                 f"data.view_shards: {config.data.view_shards} does not divide the {count} views of "
                 f"{size} pixels; {_divisors(*counts.values())} would be accepted"
             )
-    if config.data.url and (config.eval.knn or config.eval.raw_pixels):
-        key = "knn" if config.eval.knn else "raw_pixels"
-        raise ValueError(
-            f"eval.{key}: its bank reads single training images, and data.url only streams them; "
-            f"eval.{key}=false is accepted"
-        )
     planes = config.model.backbone_args.get("in_chans", 3)
     if planes != 3 and config.data.name != "array":
         raise ValueError(

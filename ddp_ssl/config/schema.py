@@ -23,11 +23,13 @@ from ddp_ssl.config.section import (
     Below1,
     Channels,
     PathText,
+    PlaceText,
     Positive,
     Seconds,
     Section,
     Side,
     Size,
+    is_url,
 )
 from ddp_ssl.config.text import parse
 from ddp_ssl.config.views import CentralCrop, ViewGroup
@@ -46,7 +48,7 @@ NORMALISATION: dict[str, tuple[Channels, Channels]] = {
 }
 
 # Names of a container, and the data set that its content counts as.
-SAME_AS = {"parquet": "folder"}
+SAME_AS = dict.fromkeys(("list", "parquet", "webdataset"), "folder")
 
 # Data sets of small square images, which their sources evaluate without a crop.
 WHOLE = ("digits", "cifar10", "cifar100", "stl10", "tiny_imagenet", "cinic10",
@@ -125,6 +127,10 @@ class Model(Section):
     """Memory format of weights and images."""
     compile: bool = False
     """`torch.compile` the backbone."""
+    ema: float | None = Field(None, ge=0, lt=1)
+    """Share that a moving average of the backbone's weights keeps of itself at a step; at first it
+    is (1 + t) / (10 + t) at step t, where that is less. It is evaluated beside the weights
+    (`eval/knn_top1_ema`) and exported as `RUN:ema`. Unset: there is none."""
     checkpointing: bool = False
     """Compute each block's activations again in the backward pass: a fraction of the memory, a
     third more time. For timm's models that can, and not for batch norm."""
@@ -137,19 +143,22 @@ class Data(Section):
     """`imagenet`, `imagenet100`, `inat21`, `inat21_mini`, `cifar10`, `cifar100`, `stl10`,
     `tiny_imagenet`, `cinic10`, `blood`, `organa`, `organc`, `organs`, `food101`, `sun397`, `cars`,
     `aircraft`, `dtd`, `pets`, `caltech101`, `flowers102`, `digits`, `folder`, `train_test`, `list`,
-    `parquet` or `array`; docs/data.md has the layout of each."""
-    root: PathText | None = None
-    """Folder of the data, of shards that `ddp-ssl pack-shards` made of them, or of parquet files
-    (also a pattern such as `DIR/*.parquet`). `folder`: class folders under `train/` and `val/`,
-    class folders, or a flat folder of unlabelled images. `[A, B]`: several folders, one after the
-    other, with the classes of all. `array`: an `.npz` or `.npy` file, or a folder with some."""
+    `parquet`, `webdataset` or `array`; docs/data.md has the layout of each."""
+    root: PlaceText | None = None
+    """Folder of the data, of shards that `ddp-ssl pack-shards` made of them, of parquet files or of
+    tar files (also a pattern: `DIR/*.parquet`, `DIR/train-{000..123}.tar`). These three may lie in
+    an object store: `s3://BUCKET/DIR`, `gs://BUCKET/DIR`, `https://HOST/DIR`. `folder`: class
+    folders under `train/` and `val/`, class folders, or a flat folder of unlabelled images.
+    `[A, B]`: several folders, one after the other, with the classes of all. `array`: an `.npz` or
+    `.npy` file, or a folder with some."""
     files: PathText | None = None
     """`name: list`: a text or CSV file with a path and, if there are labels, a class per line;
     paths are relative to `root`, or to the file where that is unset."""
     val_files: PathText | None = None
     """`name: list`: the same for validation. Unset: a `val_fraction` of `files`."""
     columns: list[str] | None = Field(None, min_length=1, max_length=2)
-    """Parquet files: the column of images and, if there are labels, that of the labels; arrays:
+    """Parquet files: the column of images and, if there are labels, that of the labels. Tar files:
+    the extensions of these members, `[jpg, cls]`, `[jpg;png, txt]` or `[jpg, json.KEY]`. Arrays:
     their names. Unset: the only ones that may be meant."""
     fraction: float = Field(1.0, gt=0, le=1)
     """Seeded share of the training images used for pretraining; the probe and k-NN of
@@ -161,15 +170,12 @@ class Data(Section):
     run."""
     max_pixels: int = Field(150_000_000, ge=1)
     """Width times height of the largest image that is decoded; a larger one is a bad image.
-    Decoding takes about 6 bytes a pixel. Not for `reader: streamed`."""
-    reader: Literal["indexed", "streamed"] = "indexed"
-    """Shards: `indexed` reads each image by its offset, in the run's own order; `streamed` reads
-    them in sequence through DALI, for object storage, with the limits that docs/data.md lists."""
-    url: str | None = None
-    """Streamed shards: place of the training tar files, such as `s3://bucket/folder`. Unset:
-    `root`, where the index is in any case."""
+    Decoding takes about 6 bytes a pixel."""
     stage: PathText | None = None
-    """Node-local folder that shards or parquet files are copied to first, once per node."""
+    """Node-local folder that shards, parquet or tar files are copied to first, once per node."""
+    stage_gb: float | None = Field(None, ge=0, le=1e6)
+    """Copy only the first files, as many as fit into this many GB; the others are read where they
+    are. Unset: all."""
     batch_size: int = Field(256, ge=1, le=2**20)
     """Images per step over all processes; must be divisible by the number of data shards."""
     views: list[ViewGroup] = Field([ViewGroup()], min_length=1)
@@ -199,8 +205,9 @@ class Data(Section):
     """DALI threads per process; 0 shares the machine's cores among its processes."""
     prefetch: int = Field(2, ge=1, le=256)
     """Batches that DALI prepares ahead."""
-    read_threads: int = Field(16, ge=1, le=1024)
-    """Threads per process that read files ahead; more hide a file system's latency."""
+    read_threads: int | None = Field(None, ge=1, le=1024)
+    """Threads per process that read images ahead; more hide a file system's latency. Unset: 16, or
+    64 where `root` is in an object store."""
     dtype: Literal["float32", "float16"] = "float32"
     """Type of the views that DALI hands over; float16 halves their memory."""
     hw_decoder_load: float = Field(0.65, ge=0, le=1)
@@ -242,6 +249,16 @@ class Data(Section):
         return made
 
     @property
+    def is_far(self) -> bool:
+        """Whether a root is in an object store."""
+        return any(map(is_url, self.roots))
+
+    @property
+    def readers(self) -> int:
+        """`read_threads`, or its default for this `root`."""
+        return self.read_threads or (64 if self.is_far else 16)
+
+    @property
     def normalisation(self) -> tuple[Channels, Channels]:
         """Mean and standard deviation per channel."""
         mean, std = NORMALISATION.get(self.name, NORMALISATION["imagenet"])
@@ -274,8 +291,9 @@ class Data(Section):
 class Optim(Section):
     """Optimiser, schedule and precision."""
 
-    name: Literal["lars", "sgd", "adam", "adamw"] = "lars"
-    """`adam` couples weight decay to the gradient (L2), `adamw` decouples it."""
+    name: Literal["lars", "sgd", "adam", "adamw", "muon"] = "lars"
+    """`adam` couples weight decay to the gradient (L2), `adamw` decouples it. `muon`: for matrices,
+    and `adamw` for all else, convolutions among it, at one rate."""
     epochs: int = Field(100, ge=1, le=10**7)
     """Passes over the training images."""
     lr: float = Field(0.4, gt=0)
@@ -287,11 +305,18 @@ class Optim(Section):
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
     """The cosine ends at this fraction of the peak."""
     weight_decay: float = Field(1e-4, ge=0)
-    """Weight decay; under LARS, Adam and AdamW not on 1-D parameters (biases, norms)."""
+    """Weight decay. All but SGD leave out 1-D parameters (biases, norms) and a ViT's tokens and
+    position embeddings."""
+    final_weight_decay: float | None = Field(None, ge=0)
+    """Weight decay at the end, towards which it follows a cosine over all steps. Unset: it stays
+    as it is."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Factor of the learning rate from each of the backbone's layers to the one before it. Unset:
+    one rate for all."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of LARS and SGD."""
+    """Momentum of LARS, SGD and Muon (whose author has 0.95)."""
     betas: tuple[Below1, Below1] = (0.9, 0.999)
-    """Adam's and AdamW's averages."""
+    """Averages of Adam and of AdamW, beside Muon too."""
     lars_variant: Literal["solo", "vicreg"] = "solo"
     """`solo`: solo-learn's trust ratio; `vicreg`: the official VICReg's."""
     lars_eta: float = Field(0.02, gt=0)
@@ -311,7 +336,7 @@ class Optim(Section):
     backbones with batch norm."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast of the networks. fp16 uses a gradient scaler, which waits for the device at every
-    step. Losses are always in float32."""
+    step under LARS and SGD. Losses are always in float32."""
     gradient_compression: Literal["bf16"] | None = None
     """Send gradients in bf16. That halves the bytes, but rounds to 8 bits before and while
     gradients are added, so that results depend on the number of processes. Only with several

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
@@ -20,7 +22,17 @@ Channels = tuple[float, ...]
 S = TypeVar("S", bound="Section")
 
 
+SCHEMES = ("s3", "gs", "https", "http")
+
+
+def is_url(text: str | os.PathLike[str] | None) -> bool:
+    """Whether this is an address and not a path."""
+    return re.match("[a-z][a-z0-9+.-]*://", str(text)) is not None
+
+
 def _as_path(text: str) -> str:
+    if is_url(text):
+        raise ValueError("an address; accepted: a path of this machine")
     path = os.path.expanduser(text)
     if "\0" in path:
         raise ValueError(f"a path cannot hold a zero byte, got {text!r}")
@@ -31,8 +43,31 @@ def _as_path(text: str) -> str:
     return path
 
 
+def _as_url(text: str) -> str:
+    """An address that may stand in a run folder and in logs; no message repeats it."""
+    parts = urlsplit(text)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            "an address with a password or a query (?...), which would stand in the run folder and "
+            "in logs; accepted: the address alone, with credentials in the environment "
+            "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...)"
+        )
+    if parts.scheme not in SCHEMES or not parts.netloc:
+        raise ValueError(
+            "an address that is not read; accepted: s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or "
+            "https://HOST/FOLDER"
+        )
+    return text
+
+
+def _as_place(text: str) -> str:
+    return _as_url(text) if is_url(text) else _as_path(text)
+
+
 PathText = Annotated[str, AfterValidator(_as_path)]
 """A path as it was given, with `~` expanded."""
+PlaceText = Annotated[str, AfterValidator(_as_place)]
+"""The same, or the address of a folder in an object store."""
 
 
 class Section(BaseModel):

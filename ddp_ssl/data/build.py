@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -13,7 +12,7 @@ from ddp_ssl.config.views import views_of
 from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.loading.bad_images import BadImages
-from ddp_ssl.data.loading.loader import StreamLoader, TrainLoader
+from ddp_ssl.data.loading.loader import TrainLoader
 from ddp_ssl.data.loading.order import Order
 from ddp_ssl.data.loading.reader import Agree
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
@@ -56,12 +55,8 @@ def train_loader(
     `agree` only where all processes of a view group load the same batches.
     """
     d, every = config.data, views_of(config.data.views)
-    kind: Callable[..., TrainLoader] = TrainLoader
-    if d.reader == "streamed":
-        assert data.train.shards is not None
-        kind = functools.partial(StreamLoader, **data.train.shards.stream(d.url))
     seed = config.run.seed if seed is None else seed
-    return kind(
+    return TrainLoader(
         data.train,
         Order(len(data.train), d.batch_size, comm.data_rank, comm.data_shards, seed),
         Augmentation([every[k] for k in views], d.color_jitter, comm.rank, view_ids=views),

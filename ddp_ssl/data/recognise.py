@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from ddp_ssl.data.datasets import array_files, arrays, folders, parquet, registry, shards, transfer
-from ddp_ssl.data.datasets.base import absolute
+from ddp_ssl.data.datasets import array_files, arrays, folders, registry, remote, shards, transfer
+from ddp_ssl.data.datasets.base import absolute, place_of
 from ddp_ssl.data.datasets.lists import opened
+from ddp_ssl.data.datasets.remote import joined
 from ddp_ssl.data.datasets.scan import scan
 from ddp_ssl.data.loading.decodable import FORMATS, first_line, pixels, worth_trying
 from ddp_ssl.errors import ConfigError
-from ddp_ssl.utils.files import json_file
+from ddp_ssl.utils.files import json_mapping
 from ddp_ssl.utils.text import counted
 
 if TYPE_CHECKING:
@@ -108,27 +109,27 @@ def _look(data: Data, name: str | None) -> Look:
         side = round(statistics.median(look.side for look in looks))
         capped = any(look.capped for look in looks)
         return Look(name, what, sum(look.images for look in looks), side, capped)
-    root = absolute(data.root) if data.root else None
-    if name == "array" and root is not None:
+    if name == "array" and data.root:
         found = array_files.split_arrays(data)
         x = found["train"].images
         count = _training(data, len(x), "val" in found)
         side = round(math.sqrt(x.shape[1] * x.shape[2]))
         return Look(name, f"{_images(count)} in arrays", count, side)
-    if root is not None and shards.is_shards(root):
-        splits = shards.describe(root, data.url is not None)["splits"]
+    if data.root and shards.is_shards(place := place_of(data.root)):
+        splits = shards.describe(place)["splits"]
         count = _training(data, int(splits["train"]["count"]), "val" in splits)
         return Look(name, f"{_images(count)} in shards", count, KNOWN.get(name, (224, 0))[0])
+    root = absolute(data.root) if data.root else None
     if name in KNOWN:
         side, count = KNOWN[name]
         if name in arrays.MEDMNIST and root is not None:
             side = int(arrays.medmnist_file(data).stem.partition("_")[2] or side)
         return Look(name, name, count, side)
-    if root is not None and parquet.accepts(data):
-        rows, some = parquet.look(data, SAMPLE)
-        count = _training(data, rows, bool(parquet.files_of(data).val))
+    if root is not None and (container := registry.container_of(data)) is not None:
+        rows, some = container.look(data, SAMPLE)
+        count = _training(data, rows, bool(container.files_of(data).val))
         side = _median([pixels(np.frombuffer(content, np.uint8)) for content in some])
-        return Look(name, f"{_images(count)} in parquet files", count, side)
+        return Look(name, f"{_images(count)} in {container.what}", count, side)
     if name == "list" and data.files:
         return _listed(data)
     return _folder(data, root) if root is not None else Look(name, name, 0, 224)
@@ -138,16 +139,17 @@ def _name_of(data: Data) -> str:
     """`data.name` by the files that are there."""
     if data.files or not data.root:
         return "list" if data.files else data.name
+    place = place_of(data.root)
+    if shards.is_shards(place):
+        about = json_mapping(remote.content(joined(place, shards.ABOUT)))
+        return name if (name := about.get("name")) in registry.DATASETS else "folder"
     root = absolute(data.root)
-    if shards.is_shards(root):
-        name = str(json_file(root / shards.ABOUT).get("name"))  # `find` says what is wrong
-        return name if name in registry.DATASETS else "folder"
     found = [name for name in FILES if holds(root, name)]
     if len(found) > 1:
         raise ConfigError(
             f"data.root: {root} holds {' and '.join(found)}; data.name={found[0]} chooses one"
         )
-    if found or not array_files.is_place(root) or parquet.accepts(data):
+    if found or not array_files.is_place(root) or registry.container_of(data) is not None:
         return found[0] if found else "folder"
     images = root.is_dir() and next(scan(os.fsencode(root)), None) is not None
     return "folder" if images else "array"
@@ -183,8 +185,8 @@ def _listed(data: Data) -> Look:
     there = [path for path in paths if os.path.isfile(path)]
     if names and not there:
         raise ConfigError(
-            f"data.files: {file}: none of its first files is there, such as {paths[0]}; names are "
-            "meant from data.root, or else from the list's folder"
+            f"data.files: {file}: none of its first files is there, such as {paths[0]}; the "
+            "names are paths from data.root or, if it is unset, from the list's folder"
         )
     side = _side("data.files", there)
     count = _training(data, len(names), bool(data.val_files))

@@ -21,7 +21,6 @@ from ddp_ssl.distributed.collectives import MeshComm as MeshComm
 from ddp_ssl.distributed.collectives import comm_of as comm_of
 from ddp_ssl.distributed.collectives import data_parallel as data_parallel
 from ddp_ssl.distributed.heartbeat import HeartbeatStore as HeartbeatStore
-from ddp_ssl.distributed.primitives import CommStats as CommStats
 from ddp_ssl.distributed.primitives import comm_stats as comm_stats
 from ddp_ssl.distributed.primitives import others_failed as others_failed
 from ddp_ssl.distributed.stop_flag import StopFlag as StopFlag

@@ -168,7 +168,7 @@ def _join(
     # torchrun may keep one store over its restarts, with the addresses of dead processes in it, so
     # each restart gets a prefix. On several nodes each agent counts restarts for itself, so the
     # count is of no use there.
-    # Who names another interface for gloo wants the addresses that the launcher gave.
+    # A user who names another interface for gloo wants the addresses that the launcher gave.
     chosen = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     alone = local_rank_and_size()[1] == size and chosen == "lo" and _has_loopback()
     store = _store(rank, size, timeout, alone)

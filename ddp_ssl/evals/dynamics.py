@@ -129,10 +129,9 @@ def run(settings: EvaluateConfig, home: Path, world: World, trusted: str = "") -
     same = config.data.name == own.data.name and images in (None, data.val.digest[:12])
     file = out / (FILE if same else f"dynamics-{data.name}.jsonl")
     rows = on_rank_0(world, lambda: kept(file, key, found))
-    if world.is_main:
-        said = f"; {len(rows)} are measured already" if rows else ""
-        more = "" if config.measure.views else "; measure.views=10 adds alignment and LiDAR"
-        logger.info("%s: checkpoints at %d steps%s%s", home, len(found), said, more)
+    said = f"; {len(rows)} are measured already" if rows else ""
+    more = "" if config.measure.views else "; measure.views=10 adds alignment and LiDAR"
+    logger.info("%s: checkpoints at %d steps%s%s", home, len(found), said, more)
     failures = 0
     for number, one in enumerate(found, 1):
         if one.sha256 in rows:
@@ -148,15 +147,13 @@ def run(settings: EvaluateConfig, home: Path, world: World, trusted: str = "") -
         metrics = measured(validation, learner, data)
         row = rows[one.sha256] = Row(one.step, one.epoch, one.path.name, one.sha256, key, metrics)
         on_rank_0(world, partial(append, file, row))
-        if world.is_main:
-            seconds = time.perf_counter() - start
-            logger.info("%d/%d %s (%.0f s)", number, len(found), brief(row), seconds)
+        seconds = time.perf_counter() - start
+        logger.info("%d/%d %s (%.0f s)", number, len(found), brief(row), seconds)
     ordered = sorted(rows.values(), key=lambda row: row.step)
     place = out / "evaluate" / f"{file.stem}.md"
     if rows:
         on_rank_0(world, lambda: write(place, ordered, best))
-        if world.is_main:
-            logger.info("\n%s\n\nin %s; all metrics in %s", table(ordered, best), place, file)
+        logger.info("\n%s\n\nin %s; all metrics in %s", table(ordered, best), place, file)
     world.barrier()
     return int(failures > 0)
 

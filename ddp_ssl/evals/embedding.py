@@ -26,7 +26,7 @@ from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import World
 from ddp_ssl.distributed.agreement import on_all_ranks, on_rank_0
 from ddp_ssl.errors import refused
-from ddp_ssl.evals.features import Block, Extractor, gather_rows, some_of, teller
+from ddp_ssl.evals.features import Block, Extractor, gather_rows, some_of
 from ddp_ssl.evals.pretrained import Pretrained, prepare
 from ddp_ssl.evals.settings import EvaluateConfig
 from ddp_ssl.evals.weights import Source
@@ -67,7 +67,7 @@ def embed(source: Source, settings: EvaluateConfig, wanted: Wanted, world: World
     comm = distributed.comm_of(world)
     widths = network.widths(len(settings.data.normalisation[0]), settings.image_size)
     network.to(world.device)
-    extractor = Extractor(network, sum(widths), settings, comm, world.device, tell=teller(world))
+    extractor = Extractor(network, sum(widths), settings, comm, world.device, tell=logger.info)
     found = {
         name: _all(extractor, split, f"{name} images of {data.name}", world)
         for name, split in splits.items()

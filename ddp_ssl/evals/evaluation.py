@@ -15,7 +15,7 @@ from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.distributed import World, comm_of
 from ddp_ssl.distributed.agreement import on_rank_0
 from ddp_ssl.evals import report
-from ddp_ssl.evals.features import Extractor, teller
+from ddp_ssl.evals.features import Extractor
 from ddp_ssl.evals.finetune import evaluate_finetune
 from ddp_ssl.evals.knn import evaluate_knn
 from ddp_ssl.evals.linear import evaluate_linear
@@ -25,6 +25,7 @@ from ddp_ssl.evals.settings import OF_PRETRAINING, SECTIONS, EvaluateConfig, Pro
 from ddp_ssl.evals.weights import Source
 from ddp_ssl.run import environment
 from ddp_ssl.utils.files import replace_text
+from ddp_ssl.utils.progress import logger
 from ddp_ssl.utils.streams import say
 
 
@@ -74,14 +75,13 @@ def begin(
     train, val = _splits(settings, data)
     folder = folder_of(source, settings)
     on_rank_0(world, lambda: folder.mkdir(parents=True, exist_ok=True))
-    tell = teller(world)
-    tell(
+    logger.info(
         f"{command} on {data.name}: {len(train)} training and {len(val)} test images of "
         f"{data.num_classes} classes, {settings.image_size} pixels; {world.size} process(es) on "
         f"{world.device.type}"
     )
     mean, std = (", ".join(f"{v:.4g}" for v in x) for x in settings.data.normalisation)
-    tell(f"{settings.data.units} are normalised with mean {mean} and std {std}")
+    logger.info(f"{settings.data.units} are normalised with mean {mean} and std {std}")
     backbone = pretrained.backbone.to(world.device)
     if settings.model.channels_last:
         backbone = backbone.to(memory_format=torch.channels_last)
@@ -93,7 +93,7 @@ def begin(
         world.device,
         digest=pretrained.digest,
         cache=folder / "features",
-        tell=tell,
+        tell=logger.info,
     )
     return Evaluation(
         command, source, settings, world, pretrained, data, extractor, train, val, folder

@@ -28,7 +28,6 @@ from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.loader import EvalLoader, PatchLoader
 from ddp_ssl.data.loading.reader import Reader
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
-from ddp_ssl.distributed import World
 from ddp_ssl.evals.settings import EvaluateConfig
 from ddp_ssl.utils.files import replaced
 from ddp_ssl.utils.progress import Ticker, logger
@@ -42,11 +41,6 @@ Tell = Callable[[str], None]
 KEPT = 3  # version of the files on disk and of their key
 SAMPLED = 1000  # files of a split whose size and time are part of the key
 CHUNKS = (128, 4096)  # fewest and most images that are augmented from one seed
-
-
-def teller(world: World) -> Tell:
-    """A function that logs a line on rank 0 and does nothing on other ranks."""
-    return logger.info if world.is_main else lambda line: None
 
 
 @dataclass
@@ -276,7 +270,7 @@ def _stamps(split: Split) -> str:
     found: list[tuple[int, ...]] = []
     for i in some.tolist():
         if split.shards is not None:
-            sums = split.shards.crc if split.shards.part is not None else None
+            sums = split.shards.crc if split.shards.kind != "shards" else None
             offset, size = int(split.shards.offset[i]), int(split.shards.size[i])
             found.append((offset, size) if sums is None else (offset, size, int(sums[i])))
             continue

@@ -112,6 +112,7 @@ def _train(
         warmup_epochs=f.warmup_epochs,
         warmup_lr=0.0,
         weight_decay=f.weight_decay,
+        layer_decay=f.layer_decay,
     )
     groups: list[dict[str, Any]] = [
         {"name": "head", "params": trainable(model.head, "head.")},
@@ -122,7 +123,7 @@ def _train(
         },
     ]
     module = distributed.data_parallel(model, world).train()
-    optimizer = optim.build(schedule, groups)
+    optimizer = optim.build(schedule, groups, getattr(model.backbone, "vit", model.backbone))
     autocast = f.precision == "bf16"
     ticker = Ticker(what, f.epochs * loader.steps_per_epoch, world.is_main)
     mean = math.nan

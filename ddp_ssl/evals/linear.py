@@ -56,13 +56,15 @@ def evaluate_linear(
     test = extractor.features(val, protocol.patches, f"{settings.data.name} test images")
     # Sums over processes round differently at each number of them, and a high learning rate makes
     # much of that. Small data sets are trained on by every process alike, in its one order.
-    alike = not settings.linear.augment and is_small(extractor, len(train) + len(val))
+    small = 4 * extractor.width * (len(train) + len(val)) <= SMALL
+    alike = small and not settings.linear.augment
     if alike:
         test, comm = gathered(test, comm, device), ONE_PROCESS
     choosing = len(protocol.lrs) > 1 and settings.linear.held_out > 0 and few is None
-    held: selection.Mask = np.zeros(len(train), np.bool_)
+    held: Tensor | None = None
     if choosing:
-        held = selection.held_out(train.labels, settings.linear.held_out)
+        held = torch.from_numpy(selection.held_out(train.labels, settings.linear.held_out))
+    held_block: Block | None = None
     if settings.linear.augment:
         batch = fitting_batch(extractor, "linear", protocol.batch_size, len(train))
         if batch == 0:
@@ -71,13 +73,14 @@ def evaluate_linear(
                 "processes"
             )
         protocol = replace(protocol, batch_size=batch)
-        kept = train.subset(np.flatnonzero(held))
-        probe_block = extractor.features(kept, protocol.patches, "held-out") if choosing else None
+        if held is not None:
+            kept = train.subset(np.flatnonzero(held))
+            held_block = extractor.features(kept, protocol.patches, "held-out")
     else:
         block = extractor.features(train, protocol.patches, f"{settings.data.name} training images")
         block = gathered(block, extractor.comm, device) if alike else block
-        probe_block = block.where(torch.from_numpy(held)[block.ids]) if choosing else None
-        block = on_device(block, extractor.device)  # once for all seeds
+        held_block = None if held is None else block.where(held[block.ids])
+        block = on_device(block, device)  # once for all seeds
     results = []
     for seed in settings.linear.seeds:
         steps: CachedSteps | AugmentedSteps
@@ -88,16 +91,15 @@ def evaluate_linear(
             if few is not None:
                 chosen = torch.from_numpy(selection.per_class(train.labels, few, seed))
                 some = block.where(chosen.to(block.ids.device)[block.ids])
-            steps = CachedSteps(some, protocol.batch_size, seed, comm, extractor.device)
-        mask = torch.from_numpy(held) if choosing else None
-        heads, finite = train_heads(steps, protocol, seed, extractor.width, classes, mask)
+            steps = CachedSteps(some, protocol.batch_size, seed, comm, device)
+        heads, finite = train_heads(steps, protocol, seed, extractor.width, classes, held)
         if isinstance(steps, AugmentedSteps):
             steps.loader.close()
         rates = len(protocol.lrs)
-        accuracies = [score(head, test, classes, comm, extractor.device) for head in heads[:rates]]
+        accuracies = [score(head, test, classes, comm, device) for head in heads[:rates]]
         held_out = None
-        if probe_block is not None:
-            scores = [score(h, probe_block, classes, comm, extractor.device) for h in heads[rates:]]
+        if held_block is not None:
+            scores = [score(head, held_block, classes, comm, device) for head in heads[rates:]]
             held_out = [s.top1 if ok else 0.0 for s, ok in zip(scores, finite[rates:], strict=True)]
         results.append(LinearResult(seed, accuracies, held_out, finite[:rates]))
     if not choosing:
@@ -105,11 +107,6 @@ def evaluate_linear(
     # The best mean accuracy on held-out images; the first among equals.
     means = np.mean([result.held_out or [] for result in results], axis=0)
     return protocol, results, int(means.argmax())
-
-
-def is_small(extractor: Extractor, images: int) -> bool:
-    """Whether each process can hold the features of so many images."""
-    return 4 * extractor.width * images <= SMALL
 
 
 def gathered(block: Block, comm: Comm, device: torch.device) -> Block:

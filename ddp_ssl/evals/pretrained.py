@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,6 @@ from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.distributed import World
 from ddp_ssl.distributed.agreement import on_all_ranks
 from ddp_ssl.errors import refused
-from ddp_ssl.evals.features import teller
 from ddp_ssl.evals.settings import Backbone, EvaluateConfig, config_of_run
 from ddp_ssl.evals.weights import (
     Source,
@@ -32,6 +31,7 @@ from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods.base import Method
 from ddp_ssl.models import architecture, build_backbone
 from ddp_ssl.utils import hub
+from ddp_ssl.utils.progress import logger
 
 State = Mapping[str, Tensor]
 
@@ -66,7 +66,8 @@ class Pretrained:
     def digest(self) -> str:
         """SHA-256 over the backbone's names and weights."""
         content = hashlib.sha256()
-        for name, value in self.backbone.state_dict().items():
+        weights = getattr(self.backbone, "vit", self.backbone)
+        for name, value in weights.state_dict().items():
             content.update(name.encode())
             content.update(
                 value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
@@ -88,6 +89,10 @@ def load_pretrained(
     """
     source = source if isinstance(source, Source) else find_source(str(source))
     model = model or Backbone()
+    return with_features(_loaded(source, model, sizes, seed), model.features)
+
+
+def _loaded(source: Source, model: Backbone, sizes: Sequence[int] | None, seed: int) -> Pretrained:
     if source.timm is not None:
         return _of_timm(source.timm, model, sizes or [224], seed)
     if source.home is None:
@@ -105,9 +110,46 @@ def load_pretrained(
     method, step, epoch = learner.method, int(state["step"]), int(state["epoch"])
     return Pretrained(
         method.backbone, method.feature_width, config, learner, step, epoch, path,
-        f"{config.model.backbone} of {config.method.name}, step {step}, epoch {epoch} ({path})",
+        f"{config.model.backbone} of {config.method.name}, {'average at ' * source.average}"
+        f"step {step}, epoch {epoch} ({path})",
         test_images=state["identity"].get("validation images"),
     )  # fmt: skip
+
+
+class Tokens(nn.Module):
+    """Features of a timm ViT from its last tokens: images to `[n, d]`, or `[n, 2 d]` for `both`."""
+
+    def __init__(self, vit: nn.Module, choice: str) -> None:
+        super().__init__()
+        self.vit, self.choice = vit, choice
+
+    def extra_repr(self) -> str:
+        """The choice, by which features on disk are told apart."""
+        return self.choice
+
+    def forward(self, x: Tensor) -> Tensor:
+        vit: Any = self.vit
+        tokens = vit.forward_features(x)
+        parts = []
+        if self.choice != "mean":
+            parts.append(tokens[:, 0])
+        if self.choice != "cls":
+            parts.append(tokens[:, vit.num_prefix_tokens :].mean(1))
+        return torch.cat([vit.fc_norm(part) for part in parts], 1)
+
+
+def with_features(pretrained: Pretrained, choice: str | None) -> Pretrained:
+    """The same weights with other features (`model.features`). Raises `ValueError`, one line."""
+    if choice is None:
+        return pretrained
+    vit, key = pretrained.backbone, f"model.features: {choice}"
+    if not hasattr(vit, "num_prefix_tokens") or not hasattr(vit, "fc_norm"):
+        raise ValueError(f"{key} is for timm's ViTs, not {type(vit).__name__}; null is accepted")
+    if choice != "mean" and getattr(vit, "cls_token", None) is None:
+        raise ValueError(f"{key} needs a class token, and this network has none; mean is accepted")
+    width = int(vit.embed_dim) * (2 if choice == "both" else 1)  # type: ignore[arg-type]
+    text = f"{pretrained.description}; features: {choice}"
+    return replace(pretrained, backbone=Tokens(vit, choice), width=width, description=text)
 
 
 def load_everywhere(
@@ -139,7 +181,7 @@ def load_everywhere(
             )
 
     on_all_ranks(world, compare)
-    teller(world)(pretrained.description)
+    logger.info("%s", pretrained.description)
     return pretrained
 
 

@@ -70,6 +70,9 @@ class Backbone(Section):
     """More arguments for `timm.create_model`."""
     stem: Literal["standard", "small"] = "standard"
     """`small`, for ResNets on small images: first convolution 3x3 with stride 1, no max-pool."""
+    features: Literal["cls", "mean", "both"] | None = None
+    """ViTs: the class token, the mean of the patches, or both side by side. Unset: as the network
+    was trained."""
     prefix: str | None = None
     """Prefix of the backbone's names in the file, such as `teacher.backbone.`. Unset: the one that
     fits best."""
@@ -170,6 +173,9 @@ class Finetune(Section):
     backbone_lr: float = Field(0.1, ge=0)
     """The backbone's learning rate as a multiple of the classifier's; 0 freezes its weights (its
     batch norms still adapt)."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Factor of the backbone's rate from each layer to the one before it, as in
+    `optim.layer_decay`; 0.65 to 0.75 are usual for ViTs."""
     epochs: int = Field(30, ge=1)
     """Passes over these images."""
     warmup_epochs: float = Field(1, ge=0)
@@ -206,7 +212,7 @@ class EvaluateConfig(Section):
 
 # Keys of a run's data that describe one data set and mean nothing for another.
 OF_ONE_DATA_SET = (
-    *("root", "files", "val_files", "columns", "skip", "stage"),
+    *("root", "files", "val_files", "columns", "skip", "stage", "stage_gb"),
     *("val_resize", "val_interpolation"),
 )
 # Keys that only pretraining uses, and what an evaluation uses instead.
@@ -214,8 +220,6 @@ OF_PRETRAINING = {
     "data.batch_size": "linear.batch_size, finetune.batch_size and eval.batch_size are",
     "data.fraction": "finetune.fraction is; the bank and the classifier take all labels",
     "data.view_shards": "processes share the images here",
-    "data.reader": "images are read by their place",
-    "data.url": "images are read by their place; data.root is",
     "data.dtype": "images are float32 here",
 }
 
@@ -279,7 +283,7 @@ def _of_run(run: Config, transfer: bool) -> dict[str, Any]:
     tree = run.model_dump(mode="json", exclude_none=True)
     data = tree["data"]
     data |= dict(zip(("mean", "std"), map(list, run.data.normalisation), strict=True))
-    for key in ("fraction", "reader", "url", "dtype"):
+    for key in ("fraction", "dtype"):
         data.pop(key, None)
     if transfer:
         data = {key: value for key, value in data.items() if key not in OF_ONE_DATA_SET}

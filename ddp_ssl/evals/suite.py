@@ -1,8 +1,7 @@
 """The suite: small data sets x linear classifier, k-NN and few labels, as one table of a run.
 
-`suite-CHECKPOINT.json` in `evaluate/` of the run folder holds what is measured, and is written
-after each measurement. What it holds for the same weights, settings and images is not measured
-again.
+`suite-CHECKPOINT.json` in `evaluate/` of the run folder holds the measurements, and is written
+after each. A measurement of the same weights, settings and images is not made again.
 """
 
 import fcntl
@@ -26,7 +25,6 @@ from ddp_ssl.distributed.agreement import on_all_ranks, on_rank_0
 from ddp_ssl.evals import evaluation, report
 from ddp_ssl.evals.accuracy import difference, over_both
 from ddp_ssl.evals.evaluation import Evaluation
-from ddp_ssl.evals.features import teller
 from ddp_ssl.evals.pretrained import Pretrained, load_everywhere
 from ddp_ssl.evals.report import Report, percent
 from ddp_ssl.evals.settings import EvaluateConfig, protocol_of
@@ -83,9 +81,8 @@ def run(
         raise ConfigError("data.root: the suite takes one folder, which holds the data sets")
     root = settings.data.root
     places, missing = on_rank_0(world, lambda: find(root, asked))
-    tell = teller(world)
     if missing:
-        tell(f"not in {place_in_words(root)}: {', '.join(missing)}")
+        logger.info(f"not in {place_in_words(root)}: {', '.join(missing)}")
     pretrained = load_everywhere(source, settings, world)
     suite = Suite(source, settings, pretrained, world)
     if against is not None:
@@ -99,7 +96,9 @@ def run(
         except ConfigError as error:  # on all processes
             suite.leave_out(label, str(error))
     on_rank_0(world, lambda: suite.finish(against))
-    tell(f"{suite.measured} measured, {suite.kept} kept ({time.perf_counter() - start:.0f} s)")
+    logger.info(
+        f"{suite.measured} measured, {suite.kept} kept ({time.perf_counter() - start:.0f} s)"
+    )
     return int(bool(suite.content["left_out"]))
 
 
@@ -230,11 +229,10 @@ class Suite:
         entry = self.mine[label] = self.content["data"][label] = {**facts, "measures": {}}
         if all(before.get(key) == facts[key] for key in DIGESTS):
             entry["measures"] = before.get("measures", {})
-        tell = teller(self.world)
         for name, (command, settings) in zip(MEASURES, steps(evaluated.settings), strict=True):
             if name in entry["measures"]:
                 self.kept += 1
-                tell(f"{label}, {name}: {cell(entry['measures'][name])}, measured before")
+                logger.info(f"{label}, {name}: {cell(entry['measures'][name])}, measured before")
                 continue
             evaluated.command, evaluated.settings = command, settings
             evaluated.extractor.settings = settings
@@ -244,7 +242,7 @@ class Suite:
             entry["measures"][name] = {**numbers(result), "unreadable": len(bad)}
             self.measured += 1
             on_rank_0(self.world, self._write)
-            tell(f"{label}, {name}: {cell(entry['measures'][name])}")
+            logger.info(f"{label}, {name}: {cell(entry['measures'][name])}")
 
     def leave_out(self, label: str, why: str) -> None:
         """Say why a data set is not measured, and go on."""

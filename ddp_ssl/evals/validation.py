@@ -24,6 +24,7 @@ from ddp_ssl.data.loading.order import Order
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 from ddp_ssl.evals.features import some_of
 from ddp_ssl.evals.nearest import knn_predict
+from ddp_ssl.losses.common import at_least_float32
 from ddp_ssl.methods.base import Method
 from ddp_ssl.utils.seeds import hashed
 
@@ -47,6 +48,22 @@ class Features:
         """The images that have a label."""
         known = self.labels >= 0
         return Features(self.r[known], self.z[known], self.labels[known], self.ids[known])
+
+
+def central_crops(
+    split: Split, ids: Ids, config: Config, comm: Comm, device: torch.device, bad: BadImages
+) -> EvalLoader:
+    """This process's share of `split[ids]`, in batches of at most `eval.batch_size` images."""
+    return EvalLoader(
+        split,
+        ids,
+        config.data.central_crop,
+        LoaderSettings.of(config.data, device),
+        batch_size=min(config.eval.batch_size, -(-len(ids) // comm.world_size)),
+        shard=comm.rank,
+        num_shards=comm.world_size,
+        bad=bad,
+    )
 
 
 class Validation:
@@ -84,16 +101,27 @@ class Validation:
         self.spectra: dict[str, Tensor] = {}  # the last measurement's shares of the eigenvalues
 
     def metrics(
-        self, method: Method[Any], probe: nn.Module | None, evaluate: bool, measure: bool
+        self,
+        method: Method[Any],
+        probe: nn.Module | None,
+        evaluate: bool,
+        measure: bool,
+        average: nn.Module | None = None,
     ) -> dict[str, float]:
-        """`eval/*` if `evaluate`, and `rep/*` if `measure`; restores the method's mode."""
+        """`eval/*` if `evaluate`, and `rep/*` if `measure`; restores the method's mode.
+
+        `average`: another backbone in eval mode, whose accuracies are `eval/*_ema`.
+        """
         training = method.training
         method.eval()
         ids = np.arange(len(self.val)) if evaluate else self.measured_ids
         val = self._extract(method.embed, self.val, ids)
         values: dict[str, float] = {}
         if evaluate and self.labelled:
-            values |= self._accuracies(method, probe, val)
+            values |= self._accuracies(method.embed, probe, val)
+            if average is not None:
+                other = self._accuracies(_only_features(average), probe)
+                values |= {f"{name}_ema": value for name, value in other.items()}
         if measure:
             keep = torch.isin(val.ids, torch.from_numpy(self.measured_ids).to(val.ids.device))
             start = time.perf_counter()
@@ -108,31 +136,19 @@ class Validation:
     def raw_pixels(self) -> float | None:
         """k-NN top-1 of the raw pixels, averaged down to 32 x 32 if larger; None without images."""
 
-        def pixels(x: Tensor) -> tuple[Tensor, Tensor]:
-            if x.shape[-1] > 32:
-                x = F.interpolate(x, size=(32, 32), mode="area")
-            flat = x.flatten(1)
-            return flat, flat[:, :1]
+        def pixels(x: Tensor) -> Tensor:
+            return F.interpolate(x, size=(32, 32), mode="area") if x.shape[-1] > 32 else x
 
         assert self.bank is not None
-        bank = self._extract(pixels, self.bank, self.bank_ids)
-        val = self._extract(pixels, self.val, np.arange(len(self.val))).known()
+        embed = _only_features(pixels)
+        bank = self._extract(embed, self.bank, self.bank_ids)
+        val = self._extract(embed, self.val, np.arange(len(self.val))).known()
         return self._knn(bank, val) if len(bank) and len(val) else None
 
     @torch.no_grad()
     def _extract(self, embed: Embed, split: Split, ids: Ids) -> Features:
         """Features of `split[ids]` without bad images, in the order of `ids`, on every process."""
-        data, evaluation = self.config.data, self.config.eval
-        loader = EvalLoader(
-            split,
-            ids,
-            data.central_crop,
-            LoaderSettings.of(data, self.device),
-            batch_size=min(evaluation.batch_size, -(-len(ids) // self.comm.world_size)),
-            shard=self.comm.rank,
-            num_shards=self.comm.world_size,
-            bad=self.bad,
-        )
+        loader = central_crops(split, ids, self.config, self.comm, self.device, self.bad)
         parts = [(*embed(b.views[0]), b.labels, b.ids.to(b.labels.device)) for b in loader]
         r, z, labels, at = (
             self.comm.gather(torch.cat(part)[None]).flatten(0, 1)
@@ -147,9 +163,11 @@ class Validation:
         return Features(r, z, labels, at)
 
     def _accuracies(
-        self, method: Method[Any], probe: nn.Module | None, val: Features
+        self, embed: Embed, probe: nn.Module | None, val: Features | None = None
     ) -> dict[str, float]:
         values: dict[str, float] = {}
+        if val is None:
+            val = self._extract(embed, self.val, np.arange(len(self.val)))
         val = val.known()
         if not len(val):
             return values
@@ -159,7 +177,7 @@ class Validation:
             values["eval/probe_top1"] = float(correct.double().mean())
         if self.config.eval.knn:
             assert self.bank is not None
-            bank = self._extract(method.embed, self.bank, self.bank_ids)
+            bank = self._extract(embed, self.bank, self.bank_ids)
             if len(bank):
                 values["eval/knn_top1"] = self._knn(bank, val)
                 values["eval/knn_bank"] = len(bank)
@@ -246,3 +264,13 @@ class Validation:
         loader.close()
         all_r, all_z = zip(*parts, strict=True)
         return torch.cat(all_r, 1), torch.cat(all_z, 1)
+
+
+def _only_features(network: Callable[[Tensor], Tensor]) -> Embed:
+    """A network without embeddings: `r` is its output, and `z` a column of it."""
+
+    def embed(x: Tensor) -> tuple[Tensor, Tensor]:
+        r = at_least_float32(network(at_least_float32(x))).flatten(1)
+        return r, r[:, :1]
+
+    return embed

@@ -30,6 +30,8 @@ class Source:
     """The file of weights; None for a run's newest good checkpoint and for timm's."""
     timm: str | None = None
     """A timm model's name, with a tag for pretrained weights; or `hf-hub:USER/NAME`."""
+    average: bool = False
+    """Whether the average of the weights is meant (`model.ema`), in place of the backbone's."""
     trusted: str = ""
     """Code from outside the package that the run's config may import: `module:Class`, `*`: any."""
 
@@ -42,16 +44,19 @@ class Source:
 
 def find_source(text: str, trusted: str = "") -> Source:
     """The weights that `text` names: `RUN`, `RUN:best`, `RUN:last`, a file, `timm:NAME` or
-    `hf-hub:USER/NAME`.
+    `hf-hub:USER/NAME`. A run's with `:ema` after it are the average of its weights.
 
     `trusted`: code from outside the package that the run's config may import (`Source.trusted`).
 
     Raises `ConfigError`, one line, for a place that does not exist or is no run folder.
     """
-    source = _find_source(text)
+    average = text.endswith(":ema") and not Path(text).exists()
+    source = _find_source(text.removesuffix(":ema") if average else text)
+    if average and source.home is None:
+        raise ConfigError(f"{text}: belongs to no run, which alone has an average; leave :ema out")
     if trusted and source.home is None:
         raise ConfigError(f"{text}: belongs to no run, so nothing is imported; leave --trust out")
-    return replace(source, trusted=trusted)
+    return replace(source, text=text, average=average, trusted=trusted)
 
 
 def _find_source(text: str) -> Source:
@@ -107,7 +112,16 @@ def read_source(source: Source) -> tuple[Path, str, dict[str, Any]]:
         if newest is None:
             raise ValueError(f"no good checkpoint in {source.home / 'checkpoints'}")
         path, sha256, state = newest[0].path, newest[0].sha256, newest[1]
-    return path, sha256, _of_a_run(path, state)
+    state = _of_a_run(path, state)
+    if source.average:
+        prefix, weights = "average.", state["model"]
+        own = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+        if not own:
+            raise ValueError(
+                f"{source.text}: the run averaged no weights (model.ema); leave :ema out"
+            )
+        state["model"] = weights | {f"method.backbone.{name}": v for name, v in own.items()}
+    return path, sha256, state
 
 
 def read_checkpoint(path: Path, sha256: str | None = None) -> dict[str, Any]:
@@ -116,7 +130,7 @@ def read_checkpoint(path: Path, sha256: str | None = None) -> dict[str, Any]:
 
 
 def _of_a_run(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    if not store.is_of_a_run(state):
+    if not ({"model", "step", "identity"} <= state.keys() and isinstance(state["model"], dict)):
         raise ValueError(
             f"{path} is no checkpoint of a run: it has no model, step and identity; a run folder "
             "or a file in its checkpoints/ is accepted (backbone.pt is the backbone alone)"

@@ -39,8 +39,8 @@ class RunInfo:
 class Logger:
     """Base of a logger. Rank 0 makes one when a run starts, and gives it every row in order.
 
-    A run that goes on computes the steps after its checkpoint again. What was given of them before
-    is not given again, so a logger gets each row once, whatever the number of restarts.
+    A run that goes on computes the steps after its checkpoint again. It does not give rows of these
+    steps again. So a logger gets each row once, whatever the number of restarts.
 
     Methods are called between two steps, and training waits for them. A logger that raises gets no
     more calls; a warning says so, and the run goes on.
@@ -78,7 +78,7 @@ class Logger:
 
 @dataclass(frozen=True)
 class Given:
-    """The last step of which loggers were given rows, and the figures they were given of it."""
+    """The last step whose rows loggers were given, and the names of the figures in them."""
 
     step: int = -1
     names: frozenset[str] = frozenset()
@@ -115,7 +115,7 @@ class Loggers:
         resumed_step: int | None,
         given: Given,
     ) -> None:
-        """`given`: what all loggers but those that rewind were given before."""
+        """`given`: the rows that all loggers but those that rewind were given before."""
         self._loggers: dict[str, Logger] = {}
         self._given = given
         for name, kind in classes.items():

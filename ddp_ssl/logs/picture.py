@@ -10,25 +10,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+IMAGES, CELL = 8, 96
+
 
 def view_grid(
-    views: Sequence[Tensor],
-    mean: Sequence[float],
-    std: Sequence[float],
-    images: int = 8,
-    cell: int = 96,
+    views: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]
 ) -> npt.NDArray[np.uint8]:
-    """The first `images` of each view `[n, C, S, S]`, un-normalised, as `[H, W, 3]` uint8.
+    """The first `IMAGES` of each view `[n, C, S, S]`, un-normalised, as `[H, W, 3]` uint8.
 
-    Small views are enlarged to `cell` pixels without smoothing, so that the picture shows
+    Small views are enlarged to `CELL` pixels without smoothing, so that the picture shows
     the network's input.
     """
     rows = []
     for view in views:
-        part = view[:images].float().cpu()
+        part = view[:IMAGES].float().cpu()
         part = part * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
-        part = as_rgb(part)
-        part = F.interpolate(part, size=(cell, cell), mode="nearest")
+        part = F.interpolate(as_rgb(part), size=(CELL, CELL), mode="nearest")
         part = F.pad(part, (1, 1, 1, 1), value=1.0)
         rows.append(torch.cat(list(part), dim=2))
     grid = torch.cat(rows, dim=1).clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -25,7 +25,7 @@ logger = logging.getLogger("ddp_ssl")
 
 Row = Mapping[str, float | int]
 
-GIVEN = "given.json"  # what loggers were given of rows that have been cut off since
+GIVEN = "given.json"  # the last row given to loggers, though it may have been cut off since
 
 
 class MetricsWriter:
@@ -54,9 +54,8 @@ class MetricsWriter:
         `offset` and `crc` are those of this writer at the checkpoint: later rows are cut off. A
         file that has changed since is mended, and a warning says which rows are lost. Where
         `offset` is None, rows after `resumed_step` are cut off (all, if that is None). So is a half
-        line. `loggers`: those of `log.to`, which get `config`. They are not given again what they
-        were given of the rows that are cut off. Raises `OSError` with the path of a file that
-        cannot be written.
+        line. `loggers`: those of `log.to`, which get `config`. Rows that they were given before are
+        not given again. Raises `OSError` with the path of a file that cannot be written.
         """
         self.path = folder / "metrics.jsonl"
         self._pending = b""
@@ -78,7 +77,7 @@ class MetricsWriter:
     def scalars(self, row: Row) -> None:
         """Write one row: `step`, `epoch` and any metrics by name."""
         values = {name: _plain(value) for name, value in row.items()}
-        text = {name: _as_json(value) for name, value in values.items()}
+        text = {n: value if math.isfinite(value) else str(value) for n, value in values.items()}
         line = json.dumps(text, allow_nan=False).encode() + b"\n"
         self._pending, self.crc = self._pending + line, zlib.crc32(line, self.crc)
         self._drain()
@@ -197,9 +196,9 @@ def mend(path: Path, step: int, offset: int, crc: int | None) -> None:
 
 
 def note_given(folder: Path, path: Path, offset: int | None) -> Given:
-    """What loggers were given of the rows after a checkpoint, which are in the file `path` still.
+    """The rows after a checkpoint that loggers were given; they are still in the file `path`.
 
-    They are about to be cut off, and fewer of them may be there at the next start: so `given.json`
+    They are about to be cut off, and fewer of them may be there at the next start. So `given.json`
     keeps the last one.
     """
     noted = json_file(folder / GIVEN)
@@ -245,13 +244,9 @@ def _plain(value: float | int) -> float | int:
 
 
 def _as_number(value: Any) -> float | int:
-    """A number as `_as_json` wrote it; raises `ValueError`."""
+    """A number as it was written; raises `ValueError`."""
     if isinstance(value, int | float):
         return value
     if isinstance(value, str):
         return float(value)
     raise ValueError
-
-
-def _as_json(value: float | int) -> float | int | str:
-    return value if math.isfinite(value) else str(value)

@@ -1,5 +1,6 @@
-"""The online linear probe, trained beside the method on detached representations."""
+"""What goes beside the method: the online linear probe and the average of the weights."""
 
+import copy
 from typing import Any
 
 import torch
@@ -7,17 +8,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddp_ssl.data.batch import Batch
-from ddp_ssl.methods.base import Method
+from ddp_ssl.methods._momentum import follow
+from ddp_ssl.methods.base import Method, Progress
 from ddp_ssl.utils import device_timer
 
 
 class Learner(nn.Module):
-    """The method and, if there are labels, a linear probe. DDP wraps this module."""
+    """The method and, if there are labels, a linear probe on its detached representations.
+
+    `average` is the moving average of the backbone (`model.ema`). DDP wraps this module.
+    """
 
     def __init__(self, method: Method[Any], num_classes: int, some_unlabelled: bool = True) -> None:
         super().__init__()
         self.method, self.some_unlabelled = method, some_unlabelled
         self.probe = nn.Linear(method.feature_width, num_classes) if num_classes else None
+        self.average: nn.Module | None = None
+        if method.ema is not None:
+            self.average = copy.deepcopy(method.backbone).requires_grad_(False).eval()
         self.timing = False
         self.timed: tuple[Any, Any] | None = None
         """With `timing`: before and after a forward and backward of the probe alone."""
@@ -35,6 +43,25 @@ class Learner(nn.Module):
             if self.timing:
                 self.timed = self._time(out.features.detach(), batch.labels)
         return total, metrics
+
+    def train(self, mode: bool = True) -> "Learner":
+        """As any module; the average stays in eval mode."""
+        super().train(mode)
+        if self.average is not None:
+            self.average.eval()
+        return self
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress) -> None:
+        """The method's, then the average's: parameters are averaged, buffers are the newest."""
+        self.method.after_step(progress)
+        if self.average is not None and self.method.ema is not None:
+            keep = min(self.method.ema, (1 + progress.step) / (10 + progress.step))
+            follow(self.average, self.method.backbone, keep)
+            for ours, theirs in zip(
+                self.average.buffers(), self.method.backbone.buffers(), strict=True
+            ):
+                ours.copy_(theirs)
 
     def _time(self, features: Tensor, labels: Tensor) -> tuple[Any, Any]:
         """Run the probe again: its backward cannot be timed within the step's."""

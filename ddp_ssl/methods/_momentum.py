@@ -5,7 +5,6 @@ This file is no method. `MomentumMethod` is the base of the methods that learn f
 """
 
 import copy
-import math
 from typing import Generic, TypeVar, cast
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ddp_ssl.config import MethodConfig
 from ddp_ssl.losses.common import at_least_float32
 from ddp_ssl.methods.base import Method, Progress
+from ddp_ssl.optim import cosine
 
 
 class MomentumConfig(MethodConfig):
@@ -39,17 +39,22 @@ class MomentumMethod(Method[M], Generic[M]):
 
     As in solo-learn, only parameters are averaged. The copy runs in training mode: like the trained
     network it normalises by the statistics of the batch, global and per view. It keeps running
-    averages of its own.
+    averages of its own. It drops no paths (DINO's official code).
     """
 
     momentum: nn.ModuleDict
 
     def finish(self) -> None:
         """Copy the networks, then do what every method does."""
+        from timm.layers.drop import DropPath  # here, so that `--help` does not wait for it
+
         parts = {"backbone": self.backbone, "projector": self.projector}
         self.momentum = nn.ModuleDict({name: copy.deepcopy(part) for name, part in parts.items()})
         super().finish()
         self.momentum.requires_grad_(False)  # after the norm layers have been replaced
+        for module in self.momentum.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
 
     @torch.no_grad()
     def targets(self, views: list[Tensor]) -> Tensor:
@@ -67,14 +72,9 @@ class MomentumMethod(Method[M], Generic[M]):
     def after_step(self, progress: Progress) -> None:
         """Move the momentum network; a subclass with more to do calls this too."""
         s = self.settings
-        keep = momentum_at(s.momentum, s.final_momentum, progress.step, progress.total_steps)
+        keep = cosine(s.momentum, s.final_momentum, progress.step, progress.total_steps)
         follow(self.momentum["backbone"], self.backbone, keep)
         follow(self.momentum["projector"], self.projector, keep)
-
-
-def momentum_at(first: float, last: float, step: int, total_steps: int) -> float:
-    """`last - (last - first) (cos(pi t / T) + 1) / 2`, a function of the step alone."""
-    return last - (last - first) * (math.cos(math.pi * step / total_steps) + 1) / 2
 
 
 @torch.no_grad()

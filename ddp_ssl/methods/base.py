@@ -100,7 +100,7 @@ class Method(nn.Module, Generic[C]):
         sizes.add(config.data.central_crop.size)
         self.backbone, self.feature_width = build_backbone(model, sorted(sizes))
         recompute(self.backbone, config)
-        self.parts = config.optim.accumulate
+        self.parts, self.ema = config.optim.accumulate, model.ema
         how = model.projector_norm, model.projector_bias, self.projector_last_norm
         self.projector: nn.Module = projection_head(self.feature_width, model.projector, *how)
         self.layout = ViewLayout()

@@ -12,8 +12,9 @@ from ddp_ssl.config import Config
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import dino
 from ddp_ssl.losses.common import at_least_float32, unit_rows
-from ddp_ssl.methods._momentum import MomentumConfig, MomentumMethod, follow, momentum_at
+from ddp_ssl.methods._momentum import MomentumConfig, MomentumMethod, follow
 from ddp_ssl.methods.base import Context, Output, Progress
+from ddp_ssl.optim import cosine
 
 
 class DINOConfig(MomentumConfig):
@@ -110,7 +111,7 @@ class DINO(MomentumMethod[DINOConfig]):
         """Move the momentum networks and the centre."""
         super().after_step(progress)
         s = self.settings
-        keep = momentum_at(s.momentum, s.final_momentum, progress.step, progress.total_steps)
+        keep = cosine(s.momentum, s.final_momentum, progress.step, progress.total_steps)
         follow(self.momentum["prototypes"], self.prototypes, keep)
         assert self._newest is not None
         self.center.lerp_(self._newest, 1 - s.center_momentum)

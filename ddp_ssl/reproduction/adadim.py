@@ -45,8 +45,8 @@ METHODS = {
     "ReSSL": "ressl",
     "SwAV": "swav",
 }
-# Table 17, where it differs from the recipes of `configs/cifar`. Of methods with a predictor its
-# three widths are solo-learn's: projector's hidden layer, predictor's hidden layer, output. MoCo's
+# Table 17, where it differs from the recipes of `configs/cifar`. Its three widths of methods with a
+# predictor are solo-learn's: projector's hidden layer, predictor's hidden layer, output. MoCo's
 # momentum, 0.9 to 0.99 there, stays solo-learn's.
 TABLE_17 = {"simsiam": ("optim.name=lars",)}
 

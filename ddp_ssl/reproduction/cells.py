@@ -28,7 +28,7 @@ class Cell:
 
     @property
     def arguments(self) -> list[str]:
-        """As for `ddp_ssl.config.load`."""
+        """As for `ddp_ssl.run.configure.load`."""
         return [str(FOLDER / self.base), *self.overrides]
 
 

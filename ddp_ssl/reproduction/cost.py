@@ -14,7 +14,7 @@ from ddp_ssl.reproduction.cells import Cell
 # DeepLearningExamples). At 4.09 G multiplications and additions an image that is 10.1 T a second.
 ANCHOR_IMAGES_PER_S, ANCHOR_MACS = 2470.0, 4.09e9
 MACS_224 = {"resnet18": 1.81e9, "resnet50": 4.09e9}  # of one forward pass, standard stem
-SMALL_STEM = 4  # an image of s px costs what one of 4 s px does: neither stride nor max-pool
+SMALL_STEM = 4  # s px without stride and max-pool cost as much as 4 s px with both
 # A momentum network adds a forward pass to a forward and a backward one of twice its cost.
 MOMENTUM = dict.fromkeys(("byol", "mocov2plus", "mocov3", "ressl", "dino"), 4 / 3)
 IMAGES = {

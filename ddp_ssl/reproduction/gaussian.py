@@ -100,7 +100,7 @@ def log_determinants(eigenvalues: Array, components: int) -> dict[str, Array]:
 def bound_terms(eigenvalues: Array, components: int, delta: float = DELTA) -> dict[str, Array]:
     """The three terms of Eq. 3, whose sum is H(R) - I(R;Z), with the noise floor of `information`.
 
-    Of R's first principal components seen through noise of variance j: S_Z has lambda_i + j, and
+    Z is R's first principal components seen through noise of variance j: S_Z has lambda_i + j, and
     S_Z|R is j I.
     """
     floor = delta * eigenvalues.mean(-1)

@@ -5,8 +5,8 @@ alike across the classes. An augmentation of an image looks like the image itsel
 rho, like the other one of its class (mu), of its look (nu), or like the one that shares neither
 (delta). The graph's adjacency is A = P P^T. Features are the leading eigenvectors of A, which is
 what the spectral contrastive loss learns; two are learned here, so that the second decides: class
-or look. The paper's probabilities were lost in the text we have: rho > mu > nu > delta is what it
-says of them, the values are ours.
+or look. The text that we have lacks the paper's probabilities. It says rho > mu > nu > delta; the
+values are ours.
 """
 
 import sys
@@ -69,14 +69,14 @@ def normalised(a: Tensor) -> Tensor:
     return scale[..., :, None] * a * scale[..., None, :]
 
 
-def learn(a: Tensor, width: int = 2, steps: int = 2000, seed: int = 0) -> Tensor:
-    """Features `[..., 4, width]` by gradient descent on the spectral contrastive loss.
+def learn(a: Tensor) -> Tensor:
+    """Features `[..., 4, 2]` by gradient descent on the spectral contrastive loss.
 
     |A - F F^T|^2 for the normalised A: the loss of HaoChen et al. 2021, up to a constant.
     """
-    generator = torch.Generator().manual_seed(seed)
-    f = 0.1 * torch.randn(*a.shape[:-1], width, generator=generator, dtype=a.dtype)
-    for _ in range(steps):
+    generator = torch.Generator().manual_seed(0)
+    f = 0.1 * torch.randn(*a.shape[:-1], 2, generator=generator, dtype=a.dtype)
+    for _ in range(2000):
         f = f - 0.1 * 4 * (f @ f.mT - a) @ f / 2
     return f
 

@@ -128,7 +128,7 @@ def projector(dataset: str) -> list[Cell]:
     return cells
 
 
-# The same for every width, so that nothing but the accuracy can make a law of the best ones: the
+# The same for every width, so that the accuracy alone decides the law of the best ones: the
 # authors' sweep (fastssl, sbatch_sh_files/resnet50_barlow_sweep.sh) and three at the upper end.
 GRID = (0.0001, 0.0002, 0.0004, 0.0008, 0.001, 0.002, 0.004, 0.006, 0.01, 0.02, 0.04, 0.1, 0.2)
 

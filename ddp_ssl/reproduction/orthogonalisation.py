@@ -2,8 +2,8 @@
 
 The setting of Ghosh et al. 2024, Theorem 3.2 and appendix B: a linear network W of d outputs on
 two-dimensional data, a small start, the Barlow Twins loss sum_i (C_ii - 1)^2 + beta sum_{i != j}
-C_ij^2 with C = W Gamma W^T, Gamma being the correlation of two augmentations of an image. In the
-paper these are animations without numbers; what they show is checked here in figures.
+C_ij^2 with C = W Gamma W^T, Gamma being the correlation of two augmentations of an image. The
+paper has animations without numbers; here their claims are checked in figures.
 """
 
 import math

@@ -18,7 +18,7 @@ from ddp_ssl.config import ConfigError
 from ddp_ssl.errors import reason
 from ddp_ssl.reproduction import configs
 from ddp_ssl.reproduction.cells import Cell, Table
-from ddp_ssl.utils.files import json_file
+from ddp_ssl.utils.files import if_readable, json_file
 from ddp_ssl.utils.launcher import visible_gpus
 from ddp_ssl.utils.programs import queued_jobs
 from ddp_ssl.utils.text import one_line
@@ -294,11 +294,8 @@ def _link_array(group: Sequence[Run]) -> None:
 
 def _in_slurm(marker: Path) -> bool:
     """Whether Slurm still has the job whose number is in `marker`."""
-    try:
-        job = marker.read_text().strip()
-    except OSError:
-        return False
-    return job in slurm_jobs()
+    job = if_readable(lambda: marker.read_text().strip())
+    return job is not None and job in slurm_jobs()
 
 
 @cache

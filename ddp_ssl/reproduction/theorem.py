@@ -220,14 +220,14 @@ def own_loss(p: Tensor, f: Tensor) -> Tensor:
     return (whole.average(f) - f).square().sum(1).mean()
 
 
-def own_image(p: Tensor, starts: int, width: int = 2) -> float:
+def own_image(p: Tensor, starts: int) -> float:
     """The least cosine of what `own_loss` learns to the leading eigenspace of T_k."""
     whole = Graph(p)
-    leading = whole.spectrum()[1][:, :width]
+    leading = whole.spectrum()[1][:, :2]
     generator = torch.Generator().manual_seed(2)
     cosines = []
     for _ in range(starts):
-        start = torch.randn(len(p), width, generator=generator, dtype=p.dtype)
+        start = torch.randn(len(p), 2, generator=generator, dtype=p.dtype)
         cosines.append(whole.cosine(minimise(partial(own_loss, p), start)[-1], leading))
     return min(cosines)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddp_ssl.config import schema
-from ddp_ssl.config.files import with_places
+from ddp_ssl.config.files import name_of, with_places
 from ddp_ssl.config.reader import (
     Layer,
     Resolved,
@@ -70,14 +70,16 @@ def load(arguments: Sequence[str], trusted: str = "*") -> Resolved:
         own = layers[0][1].get("method")  # without this section it is for any method
         another = bool(own) and named(layers[0][1]) != name
         if another and (other := sibling(path, named(layers[0][1]), name)):
-            notes.append(f"method.name={name}: takes {other} in place of {path.name}")
+            notes.append(f"method.name={name}: takes {name_of(other)} in place of {name_of(path)}")
             path, text, another = other, read_text(other), False
         tree = tree_of(path, text, typed)
         if another:
             tree, dropped = adapted(tree, path, method)
             given = {override.partition("=")[0] for override in overrides}
             if left := [key for key in dropped if key not in given]:
-                notes.append(f"method.name={name}: not taken from {path}: {', '.join(left)}")
+                notes.append(
+                    f"method.name={name}: not taken from {name_of(path)}: {', '.join(left)}"
+                )
         layers = [(str(path), tree)]
         if preset is not None:
             made, lines = preset.layers(tree, method)
@@ -131,7 +133,7 @@ def _preset(overrides: Sequence[str]) -> Preset | None:
     """The preset for the images that the user names; None for the embedded digits."""
     typed, _ = merge(with_overrides([], overrides, Config))
     data = typed.get("data") or {}
-    if not {"root", "files", "url"} & data.keys() and data.get("name", "digits") == "digits":
+    if not {"root", "files"} & data.keys() and data.get("name", "digits") == "digits":
         return None
     from ddp_ssl.run.preset import Preset  # here, since it brings numpy
 

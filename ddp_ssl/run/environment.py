@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ddp_ssl.utils.files import if_readable
 from ddp_ssl.utils.programs import output_of
 
 PACKAGES = (
@@ -95,7 +96,4 @@ def _commit() -> str | None:
 def _git(*arguments: str) -> str | None:
     """The output of a git command about this package, or None."""
     here = Path(__file__).parent
-    try:
-        return output_of(["git", *arguments], timeout_s=10, cwd=here).strip()
-    except OSError:
-        return None
+    return if_readable(lambda: output_of(["git", *arguments], timeout_s=10, cwd=here).strip())

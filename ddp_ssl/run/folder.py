@@ -22,7 +22,7 @@ from ddp_ssl.utils.launcher import job_name, restarts
 # Files of a run that are written beside and renamed.
 WRITTEN = (
     "config.yaml", "environment.json", "status.json", "views.png", "bad_images.txt",
-    "metrics.jsonl", "given.json", "backbone.pt", "result.md",
+    "metrics.jsonl", "given.json", "backbone.pt", "backbone_ema.pt", "result.md",
 )  # fmt: skip
 
 
@@ -99,7 +99,8 @@ def _plan(config: Config, restarted: bool | None, number: int = 1) -> _Plan:
     """`number`: which of the names a run without `run.dir` gets."""
     resume = config.run.resume
     restarted = bool(restarts()) if restarted is None else restarted
-    if restarted and (resume == "never" or _has_own_checkpoint(config)):
+    given = config.run.dir
+    if restarted and (resume == "never" or (given is not None and store.find(Path(given)))):
         resume = "auto"  # also where the first start continued from elsewhere
     source = None if resume in ("never", "auto") else Path(resume)
     if source is not None and not source.exists():
@@ -221,10 +222,6 @@ def _remove_old_stop(folder: Path) -> None:
         obeyed = json_file(status).get("state") in ("preempted", "done")
         if obeyed and stop.stat().st_mtime <= status.stat().st_mtime:
             stop.unlink()
-
-
-def _has_own_checkpoint(config: Config) -> bool:
-    return config.run.dir is not None and bool(store.find(Path(config.run.dir)))
 
 
 def default_name(config: Config) -> str:

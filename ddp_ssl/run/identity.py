@@ -26,8 +26,8 @@ FREE_ON_RESUME = (
     "model.checkpointing",
     "optim.accumulate",
     "data.root",
-    "data.url",
     "data.stage",
+    "data.stage_gb",
     "data.columns",
     "data.files",
     "data.val_files",
@@ -90,6 +90,8 @@ def check_identity(now: dict[str, str], saved: dict[str, str], path: Path) -> No
     their labels and classes decide; earlier checkpoints have names and know no digest of the rest.
     What the images contain is compared where both are in a container of the same kind.
     """
+    if (name := saved.get("data.name")) in SAME_AS:  # earlier versions saved a list as such
+        saved = saved | {"data.name": SAME_AS[name]}
     off = {key: value for key, value in now.items() if value == "null"}
     for name in ("train", "validation"):
         out = not_compared(f"{name} images", f"{name} labels", saved, now)

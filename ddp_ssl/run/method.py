@@ -37,8 +37,8 @@ def adapted(
 ) -> tuple[dict[str, Any], list[str]]:
     """The part of a YAML's tree that holds for another method, and the keys that are dropped.
 
-    Run, data, backbone, epochs, evaluation and log stay. Of `data.views` the number and sizes stay.
-    A preset's `optim` stays too: it is a choice for the data, measured on pictures.
+    Run, data, backbone, epochs, evaluation and log stay. So do number and sizes of `data.views`. A
+    preset's `optim` stays too: it is a choice for the data, measured on pictures.
     """
     kept = {section: dict(values) for section, values in tree.items() if values is not None}
     dropped = [f"method.{key}" for key in kept.pop("method", {}) if key != "name"]

@@ -1,7 +1,7 @@
 """A config for images that no config was given for: a preset, and the choices on top of it.
 
-`configs/preset/SIDE.yaml` is chosen by the size and the number of the images. What their number and
-the machine ask for otherwise is one key each, with its reason as the origin.
+`configs/preset/SIDE.yaml` is chosen by the size and the number of the images. Each key that their
+number or the machine asks to change is a choice, with its reason as the origin.
 """
 
 from __future__ import annotations

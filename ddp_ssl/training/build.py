@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -44,6 +45,8 @@ from ddp_ssl.training.recorder import Recorder
 from ddp_ssl.training.state import initial_weights, load, restore
 from ddp_ssl.utils.launcher import cpu_share, restarts
 from ddp_ssl.utils.seeds import derive
+
+logger = logging.getLogger("ddp_ssl")
 
 
 def build(
@@ -90,6 +93,8 @@ def build(
         some_unlabelled=bool((data.train.labels < 0).any()),
     )
     on_all_ranks(world, lambda: initial_weights(learner, config))
+    groups, backbone = parameter_groups(learner, config), learner.method.backbone
+    optimizer = on_all_ranks(world, lambda: optim.build(config.optim, groups, backbone))
     own = whole_identity(config, data)
     watch.next("loading the checkpoint")
     saved = on_all_ranks(world, lambda: load(own, start))
@@ -102,7 +107,7 @@ def build(
     validation = None
     if data.val is not None and len(data.val):
         validation = Validation(data, config, comm, device, bad)
-    network = network_of(learner, config, comm, world)
+    network = network_of(learner, optimizer, config, comm, world)
     ranks = distributed.layout(world)
     continued = saved if start.same_folder else None
     writer = on_all_ranks(
@@ -114,7 +119,7 @@ def build(
     )
     skew = RankSkew(world, [text.partition(" ")[0] for text in ranks])
     recorder = Recorder(config, world, loader.steps_per_epoch, writer, bad_images, skew)
-    measurement = Measurement(method, config, world, data, bad, recorder.tell)
+    measurement = Measurement(method, config, world, data, bad)
     code = environment.code_version() if world.is_main else {}
     checkpointer = Checkpointer(
         start.folder, config.checkpoint, world, watch, status, recorder.sync,
@@ -142,7 +147,7 @@ def begin(job: Job, start: folder.Start, saved: dict[str, Any] | None) -> None:
         epochs.begin(job)
         return
     on_all_ranks(world, lambda: restore(job, saved))
-    job.recorder.tell(f"resumed from {start.checkpoint} at step {done.step}, epoch {done.epoch}")
+    logger.info(f"resumed from {start.checkpoint} at step {done.step}, epoch {done.epoch}")
     status.verdict = report.verdict_of(job)
     if world.is_main:
         status.record("running", step=done.step)
@@ -215,12 +220,14 @@ def images_of(data: Dataset) -> int:
     return sum(len(part) for part in parts if part is not None)
 
 
-def network_of(learner: Learner, config: Config, comm: Comm, world: World) -> Network:
-    """The learner on its device with its optimiser, after a throwaway pass on several processes."""
+def network_of(
+    learner: Learner, optimizer: torch.optim.Optimizer, config: Config, comm: Comm, world: World
+) -> Network:
+    """The learner on its device, after a throwaway pass on several processes."""
     network = Network(
         learner,
         on_device(learner, config, world),
-        optim.build(config.optim, parameter_groups(learner, config)),
+        optimizer,
         torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16"),
     )
     if world.size > 1:

@@ -144,11 +144,10 @@ class Checkpointer:
                 f"{save.step}: {outcome.problem}; the checkpoints there are can be continued with "
                 "run.resume=auto"
             )
-        if self._world.is_main:
-            logger.warning(
-                "checkpoint at step %d not saved (%d of %d failures that end the run), going on: "
-                "%s", save.step, save.failures, bound, outcome.problem,
-            )  # fmt: skip
+        logger.warning(
+            "checkpoint at step %d not saved (%d of %d failures that end the run), going on: %s",
+            save.step, save.failures, bound, outcome.problem,
+        )  # fmt: skip
 
     def _write(self, permanent: bool, best: bool, state: dict[str, Any]) -> None:
         """Write the files of a checkpoint, in the saver's thread."""

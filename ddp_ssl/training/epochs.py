@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 
 from ddp_ssl.training import report
 from ddp_ssl.training.job import Job
+
+logger = logging.getLogger("ddp_ssl")
 
 LONG_S = 30.0  # seconds of a validation that is worth a checkpoint before it
 
@@ -22,7 +25,7 @@ def begin(job: Job) -> None:
     if job.world.is_main:
         recorder.bad_images.restore({})  # of an earlier start that came to no checkpoint
     if config.run.init_from is not None:
-        recorder.tell(f"weights from {config.run.init_from}")
+        logger.info(f"weights from {config.run.init_from}")
     with job.setting.watch.during("the method's start"):
         log_measured(job, job.measurement.call(method.on_start, job.state.epoch))
     method.train()
@@ -31,12 +34,12 @@ def begin(job: Job) -> None:
         if accuracy is not None:
             job.state.latest |= {"eval/knn_raw_pixels": accuracy}
             recorder.row(0, {"eval/knn_raw_pixels": accuracy})
-            recorder.tell(f"k-NN top-1 of the raw pixels: {accuracy:.4f}")
+            logger.info(f"k-NN top-1 of the raw pixels: {accuracy:.4f}")
     metrics = evaluate(job, accuracy=True, measure=True)
     recorder.bad_images.check()
     best = config.checkpoint.best
     if best is not None and metrics and best.lstrip("-") not in metrics and job.data.labelled:
-        recorder.tell(
+        logger.info(
             f"checkpoint.best: {best} is not measured here, so no best checkpoint is kept; "
             f"measured are {', '.join(name for name in metrics if not name.startswith('perf/'))}"
         )
@@ -71,11 +74,14 @@ def log_measured(job: Job, metrics: dict[str, float]) -> None:
 
 
 def validation_is_long(job: Job) -> bool:
-    """Whether a validation is due that took long the last time: a checkpoint comes first."""
+    """Whether a validation is due that took long the last time or reads from an object store.
+
+    A checkpoint comes first, since a store may be away in the middle of it.
+    """
     seconds = job.state.latest.get("perf/validation_s", 0.0)
     done, config = job.state.epoch + 1, job.config
     due = is_due(config.eval.every, done) or is_due(config.measure.every, done)
-    return due and bool(job.world.broadcast_object(seconds > LONG_S))
+    return due and bool(job.world.broadcast_object(seconds > LONG_S or config.data.is_far))
 
 
 def best_score(job: Job, metrics: dict[str, float]) -> float | None:
@@ -95,7 +101,9 @@ def evaluate(job: Job, accuracy: bool, measure: bool) -> dict[str, float]:
         return {}
     start = time.perf_counter()
     with job.setting.watch.during("validation"):
-        metrics = job.validation.metrics(learner.method, learner.probe, accuracy, measure)
+        metrics = job.validation.metrics(
+            learner.method, learner.probe, accuracy, measure, learner.average
+        )
     metrics["perf/validation_s"] = time.perf_counter() - start
     if measure:
         metrics["perf/measure_s"] = job.validation.measure_s
@@ -104,10 +112,13 @@ def evaluate(job: Job, accuracy: bool, measure: bool) -> dict[str, float]:
     state.first = state.first or metrics
     state.latest |= metrics
     job.recorder.row(state.step, metrics)
-    names = ("eval/knn_top1", "eval/probe_top1", "rep/effective_rank_r", "rep/effective_rank_z")
+    names = (
+        "eval/knn_top1", "eval/knn_top1_ema", "eval/probe_top1", "rep/effective_rank_r",
+        "rep/effective_rank_z",
+    )  # fmt: skip
     shown = [f"{n.partition('/')[2]} {metrics[n]:.4g}" for n in names if n in metrics]
     if "eval/knn_bank" in metrics:
         shown.append(f"(bank of {metrics['eval/knn_bank']:.0f} images)")
-    job.recorder.tell(f"validation at step {state.step}: {'  '.join(shown)}")
+    logger.info(f"validation at step {state.step}: {'  '.join(shown)}")
     report.judge(job)
     return metrics

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from ddp_ssl.training.job import Job
+
+logger = logging.getLogger("ddp_ssl")
 
 
 class FirstStep:
@@ -29,7 +32,7 @@ class FirstStep:
         rest = time.perf_counter() - self._began - self._reading
         extra = ["torch.compile"] if self._job.config.model.compile else []
         extra += ["cuDNN's choice of kernels"] if self._job.world.device.type == "cuda" else []
-        self._job.recorder.tell(
+        logger.info(
             f"first step: {self._reading:.1f} s until the first images were read and decoded, "
             f"{rest:.1f} s for the step" + (f", with {' and '.join(extra)}" if extra else "")
         )

@@ -7,6 +7,7 @@ import logging
 
 from ddp_ssl import distributed
 from ddp_ssl.config import Config, ConfigError, Resolved
+from ddp_ssl.data.datasets import remote
 from ddp_ssl.data.loading.reader import UnreadableError
 from ddp_ssl.distributed import World, others_failed
 from ddp_ssl.errors import (
@@ -46,6 +47,7 @@ def run(resolved: Resolved, stop: StopRequest, on_step: loop.OnStep | None = Non
     watch, status = Watchdog(world, config.run), RunStatus()
     watch.on_end = status.record_failure
     code, job = 0, None
+    remote.leaving.clear()
     try:
         job = build(resolved, world, watch, status, lambda: stop.reason is not None)
         train_to_the_end(job, stop, status, on_step)
@@ -77,6 +79,7 @@ def run(resolved: Resolved, stop: StopRequest, on_step: loop.OnStep | None = Non
             raise
         raise SystemExit(1) from None
     finally:
+        remote.leaving.set()
         status.release()
     watch.close()
     distributed.stop()

@@ -66,7 +66,7 @@ def train(job: Job, stop: StopRequest, on_step: OnStep | None = None) -> State:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            method.after_step(progress)
+            network.learner.after_step(progress)
             state.step += 1
             first.is_done()
             job.measurement.prefetch(state.epoch, end - state.step)

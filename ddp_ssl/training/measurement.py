@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from ddp_ssl.methods.base import Context, Method
 from ddp_ssl.utils.background import in_background
 from ddp_ssl.utils.seeds import derive
 
+logger = logging.getLogger("ddp_ssl")
+
 AHEAD = 20  # the first batch is read during the last 20 steps of an epoch
 TOGETHER = 16  # batches after which all ranks learn of a read error on one of them
 
@@ -39,7 +42,6 @@ class Measurement:
     world: World
     data: Dataset
     bad: BadImages
-    tell: Callable[[str], None]
     _prefetched: dict[str, Future[MeasurementBatches]] = field(default_factory=dict)
 
     def prefetch(self, epoch: int, steps_left: int) -> None:
@@ -62,7 +64,7 @@ class Measurement:
         figures: dict[str, float] = {}
         run, comm = self.config.run, self.method.comm
         batches, epochs = partial(self._batches, epoch), self.config.optim.epochs
-        hook(Context(comm, run.seed, epoch, epochs, batches, figures.update, self.tell))
+        hook(Context(comm, run.seed, epoch, epochs, batches, figures.update, logger.info))
         self.cancel_prefetch()
         return figures
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import resource
 import time
@@ -22,8 +21,7 @@ from ddp_ssl.logs.writer import MetricsWriter
 from ddp_ssl.training.bad_images import BadImageList
 from ddp_ssl.training.rank_skew import RankSkew
 from ddp_ssl.utils import device_timer
-
-logger = logging.getLogger("ddp_ssl")
+from ddp_ssl.utils.device_memory import held_by_others
 
 Table = list[dict[str, Any]]
 
@@ -213,16 +211,6 @@ class Recorder:
         if self.writer is not None:
             self.writer.scalars({"step": step, "epoch": self.epoch(step), **metrics})
 
-    def tell(self, text: str) -> None:
-        """A line for people, on rank 0."""
-        if self.writer is not None:
-            logger.info("%s", text)
-
-    def warn(self, text: str) -> None:
-        """A warning for people, on rank 0."""
-        if self.writer is not None:
-            logger.warning("%s", text)
-
     def image(self, name: str, image: Any) -> None:
         """A picture `[H, W, 3]` for the loggers."""
         if self.writer is not None:
@@ -265,10 +253,8 @@ def _memory(device: torch.device) -> dict[str, float]:
     """
     if device.type != "cuda":
         return {"perf/memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-    free, total = torch.cuda.mem_get_info(device)
-    others = total - free - torch.cuda.memory_reserved(device)
     return {
         "perf/memory_gib": torch.cuda.max_memory_allocated(device) / 2**30,
         "perf/memory_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
-        "perf/memory_others_gib": others / 2**30,
+        "perf/memory_others_gib": held_by_others(device) / 2**30,
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 
 from ddp_ssl.data.build import train_loader
 from ddp_ssl.logs.picture import view_grid
@@ -19,7 +20,7 @@ from ddp_ssl.training.job import Job
 from ddp_ssl.training.verdict import ADVICE, FINE, verdict
 from ddp_ssl.utils.files import replace_text, replaced, sync
 from ddp_ssl.utils.launcher import cpu_share, layout_lines
-from ddp_ssl.utils.text import markdown_table, one_line
+from ddp_ssl.utils.text import markdown_lines, one_line
 
 logger = logging.getLogger("ddp_ssl")
 
@@ -29,29 +30,29 @@ def describe(job: Job, threads: int, ranks: list[str]) -> None:
     config, data, total = job.config, job.data, job.config.optim
     val = 0 if data.val is None else len(data.val)
     network = sum(p.numel() for p in job.network.method.parameters() if p.requires_grad)
-    job.recorder.tell(
+    logger.info(
         f"{config.method.name} on {data.name}: {len(data.train)} images in "
         f"{data.num_classes or 'no'} classes, {val} for validation; {config.data.batch_size} "
         f"images x {config.num_views} views a step, {job.loader.steps_per_epoch} steps an epoch, "
         f"{total.epochs} epochs"
     )
-    job.recorder.tell(
+    logger.info(
         f"{job.world.size} process(es) on {job.world.device.type}, {threads} thread(s) each; "
         f"{network / 1e6:.2f} M parameters; peak learning rate "
         f"{total.lr * config.data.batch_size / 256:g}; folder {job.setting.folder}"
     )
     if job.world.size > 1:
-        job.recorder.tell(
+        logger.info(
             f"rendezvous {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}; threads per "
             f"process: torch {threads}, DALI {config.data.threads or cpu_share()}, reading "
-            f"{config.data.read_threads}, OMP_NUM_THREADS "
+            f"{config.data.readers}, OMP_NUM_THREADS "
             f"{os.environ.get('OMP_NUM_THREADS', 'unset')}"
         )
     for line in layout_lines(ranks):
-        job.recorder.tell(line)
+        logger.info("%s", line)
     on_cpu = job.world.device.type == "cpu"
     for line in forecast(config, job.loader.steps_per_epoch, on_cpu):
-        job.recorder.warn(line)
+        logger.warning("%s", line)
 
 
 def verdict_of(job: Job, ended: bool = False) -> str | None:
@@ -74,7 +75,7 @@ def judge(job: Job) -> None:
     if now is None or (now == FINE) == (before in (None, FINE)):
         return
     text = "it has recovered" if now == FINE else f"{now}; {ADVICE}"
-    (job.recorder.tell if now == FINE else job.recorder.warn)(f"step {job.state.step}: {text}")
+    (logger.info if now == FINE else logger.warning)("step %d: %s", job.state.step, text)
     if job.world.is_main:
         status.record("running", step=job.state.step, epoch=job.state.epoch)
 
@@ -97,13 +98,18 @@ def finish(job: Job) -> None:
     if not job.world.is_main:
         return
     config, state, folder = job.config, job.state, job.setting.folder
-    weights = folder / "backbone.pt"
-    with warned(weights), replaced(weights) as temporary:
-        torch.save(export(job.network.method.backbone), temporary)
-        sync(temporary)
+    weights, average = folder / "backbone.pt", job.network.learner.average
+    written: dict[Path, nn.Module] = {weights: job.network.method.backbone}
+    if average is not None:
+        written[folder / "backbone_ema.pt"] = average
+    for path, network in written.items():
+        with warned(path), replaced(path) as temporary:
+            torch.save(export(network), temporary)
+            sync(temporary)
     names = {
         "eval/knn_raw_pixels": "k-NN top-1, raw pixels",
         "eval/knn_top1": "k-NN top-1",
+        "eval/knn_top1_ema": "k-NN top-1, average of weights",
         "eval/probe_top1": "online probe top-1",
         "rep/alpha": "alpha",
         "rep/effective_rank_z": "effective rank of z",
@@ -111,7 +117,12 @@ def finish(job: Job) -> None:
         "rep/mutual_information": "I(R;Z), nats",
         "rep/embedding_std": "embedding std",
     }
-    rows = [("run", str(folder)), ("method", config.method.name), ("steps", str(state.step))]
+    rows = [
+        ("", ""),
+        ("run", str(folder)),
+        ("method", config.method.name),
+        ("steps", str(state.step)),
+    ]
     for name, label in names.items():
         if name in state.latest:
             before = f"{state.first[name]:.4f} at step 0, " if name in state.first else ""
@@ -121,15 +132,15 @@ def finish(job: Job) -> None:
     judged = verdict_of(job, ended=True)
     if judged is not None:
         rows.append(("verdict", judged))
-    table = markdown_table(rows)
+    table = "\n".join(markdown_lines(rows))
     snippet = loading_snippet(config.model, config.data, weights)
     with warned(folder / "result.md"):
         replace_text(folder / "result.md", f"{table}\n\n```python\n{snippet}\n```\n")
-    job.recorder.tell(f"\n{table}\n\nThe backbone, without ddp_ssl:\n\n{snippet}\n")
+    logger.info(f"\n{table}\n\nThe backbone, without ddp_ssl:\n\n{snippet}\n")
     if judged is not None and judged != FINE:
-        job.recorder.warn(f"{judged}; {ADVICE}")
+        logger.warning("%s; %s", judged, ADVICE)
     if config.data.name == "digits":
-        job.recorder.tell(
+        logger.info(
             "These digits are easy: raw pixels classify as well. The run shows that everything "
             "works, from JPEG files to a learned representation. It does not show that the method "
             "is better than another."

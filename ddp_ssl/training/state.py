@@ -106,10 +106,10 @@ def restore(job: Job, saved: dict[str, Any]) -> None:
     job.recorder.step_metrics = set(saved.get("of_steps", ()))
     own = state_of_rank(saved["ranks"], job.world.rank)
     warning = job.loader.load_state(own["loader"], state.step)
-    if warning and job.world.is_main:
+    if warning:
         logger.warning("%s", warning)
     differing = compare_identity(saved.get("code", {}), job.checkpointer.origin["code"])
-    if job.world.is_main and differing:
+    if differing:
         logger.warning("the code has changed, numbers may: %s", "; ".join(differing))
     if len(saved["ranks"]) == job.world.size:
         torch.set_rng_state(own["torch_rng"].cpu())
@@ -153,3 +153,5 @@ def initial_weights(learner: Learner, config: Config) -> None:
             f"of another shape, the first is {wrong[0].removeprefix('method.')}"
         )
     learner.load_state_dict({**own, **{name: theirs[name] for name in ours}})
+    if learner.average is not None:
+        learner.average.load_state_dict(learner.method.backbone.state_dict())

@@ -45,7 +45,7 @@ def answers(endpoint: str) -> bool:
 
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """Where the hub does not answer, take what is asked of it from its cache alone, at once.
+    """In this context a hub that does not answer is replaced by its cache, at once.
 
     Raises `OSError`, one line, for what is in neither.
     """
@@ -79,8 +79,8 @@ def require(name: str) -> None:
 def described(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """What `config.json` of `hf-hub:USER/NAME[@REVISION]` says: architecture, arguments, the rest.
 
-    The arguments are those of `timm.create_model`. Of the rest the mean, the standard deviation and
-    the classifier's names are taken: other entries may name files and loaders.
+    The arguments are those of `timm.create_model`. The rest is the mean, the standard deviation and
+    the classifier's names alone: other entries may name files and loaders.
 
     Raises `ConfigError`, one line.
     """

@@ -45,8 +45,3 @@ def markdown_lines(rows: Sequence[Sequence[str]], align: str = "-") -> list[str]
     rules = {"<": ":{}-", ">": "-{}:", "-": "-{}-"}
     rule = (rules[mark].format("-" * w) for w, mark in zip(widths, marks, strict=True))
     return [lines[0], f"|{'|'.join(rule)}|", *lines[1:]]
-
-
-def markdown_table(rows: Sequence[tuple[str, str]]) -> str:
-    """Rows of name and value as an aligned Markdown table, without a heading."""
-    return "\n".join(markdown_lines([("", ""), *rows]))

@@ -47,9 +47,6 @@ def source(info: Any) -> Any:
 
 FILES = functools.partial(dali.read, source, True, SETTINGS.decoding)
 ARRAY = functools.partial(dali.read, source, False, SETTINGS.decoding)
-STREAM = functools.partial(
-    dali.stream, ["a.tar"], ["a.idx"], 0, 1, 16, 1, Decoding(0.65, None)
-)  # fmt: skip
 GRAPHS: dict[str, tuple[Callable[[], Any], int]] = {
     "files, fast": (lambda: train(FILES, "fast"), 50),
     "files, seq": (lambda: train(FILES, "seq"), 60),
@@ -57,7 +54,6 @@ GRAPHS: dict[str, tuple[Callable[[], Any], int]] = {
     "files, turned": (lambda: train(FILES, "seq", TURNED[20]), 65),
     "files, turned by quarters": (lambda: train(FILES, "seq", TURNED[90]), 80),
     "an array": (lambda: train(ARRAY, "seq"), 60),
-    "a stream": (lambda: train(STREAM, "seq"), 60),
     "evaluation, files": (lambda: evaluate(FILES), 60),
     "evaluation, an array": (lambda: evaluate(ARRAY), 60),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from ddp_ssl.config.views import CentralCrop, View
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.loading import dali
 from ddp_ssl.data.loading.order import permutation
 from ddp_ssl.run.configure import load
 from tests.data.images import (
@@ -273,3 +276,32 @@ def test_what_an_evaluation_sees() -> None:
     assert crop("imagenet", at(224), "data.val_interpolation=bilinear") == (256, 224, "bilinear")
     with pytest.raises(ValueError, match=r"^data.val_resize: 12 is less than .* 16; accepted: 16"):
         eval_of(array_of(3), np.arange(3), crop=CentralCrop(12, 16))
+
+
+# --- the end of a pipeline -----------------------------------------------------------------------
+
+
+def test_a_closed_loader_frees_its_pipeline_at_once(
+    files: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that on a GPU one pipeline at a time holds memory beside training's."""
+    made: list[weakref.ref[Any]] = []
+    iterator = dali._iterator
+
+    def noted(pipe: Any, views: int) -> Any:
+        made.append(weakref.ref(pipe))
+        return iterator(pipe, views)
+
+    monkeypatch.setattr(dali, "_iterator", noted)
+    gc.disable()  # which would free a cycle later, at a moment of its own
+    try:
+        training = loader_of(files)
+        next(training)
+        training.close()
+        for _ in eval_of(files, np.arange(20)):
+            assert made[-1]() is not None
+        for _ in eval_of(files, np.arange(20)):
+            break
+        assert [pipe() for pipe in made] == [None] * 3
+    finally:
+        gc.enable()

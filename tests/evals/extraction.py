@@ -47,7 +47,7 @@ def settings_of(
 
 
 class Network(nn.Module):
-    """Not linear, so that the mean of features is not the feature of a mean."""
+    """Not linear: the mean of two features is not the feature of the mean image."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -128,7 +128,7 @@ def test_the_table_and_the_json(run: Path) -> None:
     found = json.loads((run / "evaluate" / "dynamics.json").read_text())
     best = store.CheckpointInfo.read(run / "checkpoints" / "best.json")
     assert [row["step"] for row in found if row["best"]] == [best.step]
-    assert text.count("*") == 2  # at the step, and below
+    assert text.count("*") == 2  # beside the step, and in the note below
     assert f"{best.step} *" in text
     assert f"{found[0]['figures']['rep/effective_rank_r']:.1f}" in lines[0]
 

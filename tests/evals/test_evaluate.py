@@ -93,7 +93,7 @@ def test_augmented_training_through_the_frozen_backbone(run: Path) -> None:
 
 
 def spoiled(photos: Path, folder: Path) -> Path:
-    """A copy of the photos, of which two training images and no other are none."""
+    """A copy of the photos in which two training files are no images."""
     shutil.copytree(photos, folder)
     config = Data(name="folder", root=str(folder), val_fraction=0.3)
     train = registry.load(config, 0).train
@@ -139,7 +139,7 @@ def test_another_batch_than_asked_for_is_reported(run: Path, ranks: Ranks) -> No
 
 
 def fails_on_rank_1(arguments: list[str]) -> tuple[Any, list[str]]:
-    """The exit code and what was said as an error."""
+    """The exit code and the logged errors."""
 
     def fail(*_: Any) -> None:
         raise KeyError("only here")

@@ -61,7 +61,7 @@ def test_patches_are_random_and_follow_the_seed() -> None:
 
 
 def extracted(world: World, patches: int, chunk: int) -> tuple[Block, Block]:
-    """This process's part, and everyone's."""
+    """The block of this process, and the blocks of all."""
     module.CHUNKS = (chunk, chunk)
     block = extractor_of(settings_of(RANDOM), world).features(split_of(50), patches)
     comm = comm_of(world)
@@ -82,7 +82,7 @@ def test_any_number_of_processes_gives_the_same(ranks: Ranks, patches: int) -> N
 
 
 def kept(world: World, folder: Path) -> tuple[Tensor, list[str]]:
-    """All features, and what was said."""
+    """All features, and the lines that were told."""
     module.CHUNKS = (8, 8)
     said: list[str] = []
     extractor = extractor_of(
@@ -175,7 +175,7 @@ def test_an_image_that_cannot_be_read_is_left_out(photos: Path, tmp_path: Path) 
 
 
 def files_of(folder: Path, photos: Path) -> Split:
-    """Six photos, of which number 2 is none."""
+    """Six files; number 2 is no image."""
     folder.mkdir()
     for i, file in enumerate(sorted(photos.glob("class0/*.jpg"))[:6]):
         (folder / f"{i}.jpg").write_bytes(b"no image" if i == 2 else file.read_bytes())
@@ -199,7 +199,9 @@ def test_features_on_disk_still_say_what_cannot_be_read(
     assert make() == (others, [str(bad)], False)
     assert make() == (others, [str(bad)], True)
     photo = (tmp_path / "photos" / "1.jpg").read_bytes()
-    monkeypatch.setattr(module, "_stamps", lambda split: "the same")  # so that the key is, too
+    monkeypatch.setattr(
+        module, "_stamps", lambda split: "the same"
+    )  # so that the key stays the same
     assert make() == (others, [str(bad)], False)
     bad.write_bytes(photo)
     assert make() == ([0, 1, 2, 3, 4, 5], [], False)

@@ -150,7 +150,7 @@ def test_one_step_by_hand() -> None:
 
 
 def augmented(world: World) -> tuple[list[Tensor], list[Tensor]]:
-    """Heads trained on whole images through the network, and on features that lay ready."""
+    """Heads trained on whole images through the network, and on cached features."""
     split, comm = extraction.split_of(48), comm_of(world)
     whole = extraction.FLIPPED | {"flip_p": 0}
     extractor = extraction.extractor_of(extraction.settings_of(whole), world)

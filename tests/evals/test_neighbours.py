@@ -1,4 +1,4 @@
-"""Votes over sharded banks equal scikit-learn's; what counts as right."""
+"""Votes over sharded banks equal scikit-learn's; the count of right answers."""
 
 from __future__ import annotations
 

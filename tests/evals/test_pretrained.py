@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ddp_ssl.config import Data, Model
 from ddp_ssl.evals.pretrained import Pretrained, _normalisation_of, load_pretrained, normalised
 from ddp_ssl.evals.settings import Backbone, EvaluateConfig
+from ddp_ssl.methods.base import Progress
 from ddp_ssl.models import build_backbone, loading_snippet
 from tests.evals.runs import make_run
 
@@ -112,6 +114,70 @@ def test_timms_random_weights_are_those_of_the_seed() -> None:
     assert one.digest == same.digest != other.digest
     assert torch.equal(before, torch.get_rng_state())
     assert "random weights of seed 0" in one.description
+
+
+def test_the_average_of_a_runs_weights(photos: Path, tmp_path: Path) -> None:
+    """Each step is that of numbers; the checkpoint's average is read as `RUN:ema`."""
+    learner = make_run(tmp_path / "run", photos, "model.ema=0.3")
+    assert learner.average is not None
+    average, weight, x = learner.average, learner.method.backbone.conv1.weight, 1.0
+    weight.data.fill_(x)
+    average.conv1.weight.fill_(x)
+    learner.method.backbone.bn1.running_mean.fill_(5)
+    for step, keep in enumerate((0.1, 2 / 11, 0.25, 0.3, 0.3)):
+        weight.data.add_(1)
+        learner.train().after_step(Progress(step, 5, 0, 1))
+        x = keep * x + (1 - keep) * (step + 2)
+        assert average.conv1.weight.unique().tolist() == pytest.approx([x])
+    assert average.bn1.running_mean.unique().tolist() == [5]
+    assert not average.training
+    saved = torch.load(tmp_path / "run/checkpoints/step_00000007.pt", weights_only=True)["model"]
+    assert saved["average.bn1.bias"].eq(0).all()  # `make_run` changed the weights alone
+    for text in ("", ":last", ":best", "/checkpoints/step_00000007.pt"):
+        found = load_pretrained(f"{tmp_path}/run{text}:ema")
+        assert torch.equal(found.backbone.bn1.bias, saved["average.bn1.bias"])
+        assert found.digest != load_pretrained(f"{tmp_path}/run{text}").digest
+    make_run(tmp_path / "plain", photos)
+    with pytest.raises(
+        ValueError, match=r"plain:ema: the run averaged no weights \(model.ema\); l"
+    ):
+        load_pretrained(f"{tmp_path}/plain:ema")
+    with pytest.raises(ValueError, match="timm:resnet18:ema: belongs to no run"):
+        load_pretrained("timm:resnet18:ema")
+
+
+def test_features_of_a_vit_as_timm_pools_them() -> None:
+    how = {"img_size": 16, "patch_size": 8, "depth": 2, "reg_tokens": 3}
+    model = Backbone(backbone_args=how)
+    name, x = "vit_tiny_patch16_224", torch.randn(3, 3, 24, 24)  # of another size than its own
+
+    def features(choice: Any) -> tuple[Tensor, Any]:
+        chosen = model.model_copy(update={"features": choice})
+        found = load_pretrained(f"timm:{name}", chosen, [24])
+        with torch.no_grad():
+            y = found.backbone(x)
+        assert y.shape == (3, found.width)
+        return y, found
+
+    theirs = {}
+    for choice, pool in {"cls": "token", "mean": "avg"}.items():
+        vit = timm.create_model(
+            name, num_classes=0, dynamic_img_size=True, global_pool=pool, fc_norm=False, **how
+        ).eval()
+        vit.load_state_dict(features(None)[1].backbone.state_dict())
+        with torch.no_grad():
+            theirs[choice] = vit(x)
+        assert torch.allclose(features(choice)[0], theirs[choice], atol=1e-6)
+    assert torch.equal(features(None)[0], features("cls")[0])
+    both, found = features("both")
+    assert torch.allclose(both, torch.cat([*theirs.values()], 1), atol=1e-6)
+    assert found.digest == features(None)[1].digest
+    assert "both" in repr(found.backbone)
+    with pytest.raises(ValueError, match="features: mean is for timm's ViTs, not ResNet; null is"):
+        load_pretrained("timm:resnet18", Backbone(features="mean"), [32])
+    bare = Backbone(features="cls", backbone_args={"class_token": False, "global_pool": "avg"})
+    with pytest.raises(ValueError, match="cls needs a class token, and this network has none; mea"):
+        load_pretrained(f"timm:{name}", bare, [224])
 
 
 def test_a_run_and_its_files(photos: Path, tmp_path: Path) -> None:

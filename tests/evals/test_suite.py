@@ -72,7 +72,7 @@ def test_the_same_numbers_on_one_and_two_processes(
     for size in (1, 2):
         folder = tmp_path / str(size)
         words = ["suite", str(run), *QUICK, "linear.epochs=5", f"data.root={sets}"]
-        words += [f"run.dir={folder}", "linear.lr=[0.1,3]"]  # 3 makes much of any rounding
+        words += [f"run.dir={folder}", "linear.lr=[0.1,3]"]  # a rate of 3 amplifies rounding errors
         assert ranks.launch(launched, size, words) == [0] * size
         found.append(result(folder))
     one, two = found
@@ -119,7 +119,7 @@ def test_what_is_measured_is_kept(
     assert main(words) == 0
     assert len(measured) == 8
     first = result(run)
-    # A root with one of the two: the other stays. Nothing is measured, also with more threads.
+    # A root with one of the two sets: the other's result stays. More threads measure nothing anew.
     (tmp_path / "some").mkdir()
     (tmp_path / "some/tones").symlink_to(sets / "tones")
     assert main([*words[:-2], f"data.root={tmp_path / 'some'}", "data.name=tones",
@@ -161,10 +161,10 @@ def test_one_run_against_another(run: Path, sets: Path, tmp_path: Path, capsys: 
         cells = [part.strip() for part in line.split("|")]
         assert cells[3:6] == [suite.cell(a), suite.cell(b), suite.differing(a, b)]
         assert cells[5].startswith(f"{100 * (a['top1'] - b['top1']):+.2f} (")
-    # With itself: no difference, and no doubt about it.
+    # Compared with itself: no difference, and an interval of zero.
     assert main([*words, str(run / f"evaluate/{NAME}.json")]) == 0
     assert capsys.readouterr().out.count("| +0.00 (0.00 to 0.00)") == 4
-    # Other settings do not compare; other images are said.
+    # Other settings are refused; other images are named in the table.
     assert main([*words, str(tmp_path / "other"), "knn.k=5"]) == 2
     said = (
         "knn.k: [5], but " + f"{run}:best" + " was measured with [20]; the same value is accepted"

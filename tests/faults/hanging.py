@@ -1,4 +1,4 @@
-"""`python -m tests.faults.hanging RANK STEP ...`: train, but that rank gets no batch there."""
+"""`python -m tests.faults.hanging RANK STEP ...`: train; RANK gets no batch at STEP."""
 
 from __future__ import annotations
 

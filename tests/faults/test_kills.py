@@ -60,7 +60,7 @@ def free_port() -> int:
 
 @pytest.mark.long
 def test_ten_kills_of_any_rank_at_any_step(photos: Path, whole: Path, tmp_path: Path) -> None:
-    """kill -9, ten times in one run, seeded; torchrun restarts, and no number is another."""
+    """kill -9, ten times in one run, seeded; torchrun restarts, and no number changes."""
     folder, draw = tmp_path / "run", random.Random(0)
     options = ("--max-restarts", "10", "--monitor-interval", "0.5")
     with torchrun(2, long_run(photos, folder), tmp_path / "out", *options) as run:
@@ -110,7 +110,7 @@ def test_ten_kills_of_rank_0_while_it_saves(photos: Path, tmp_path: Path) -> Non
             log = folder / "train.log"
             until(lambda n=resumed, log=log: log.read_text().count("resumed from") >= n)
         until(lambda: status(folder)["state"] == "running" and run.going())
-        os.kill(run.process.pid, signal.SIGTERM)  # ten were enough; stop in order
+        os.kill(run.process.pid, signal.SIGTERM)  # after ten kills: stop in order
         run.wait()
     assert unfinished >= 3  # the kills did hit saves
     assert status(folder)["state"] in ("preempted", "done")
@@ -179,7 +179,7 @@ def test_without_a_launcher_the_others_end_themselves(
 
 
 def test_a_rank_that_hangs_alive_is_named_by_all(photos: Path, tmp_path: Path) -> None:
-    """It gives signs of life; what it did not reach tells."""
+    """Its heartbeats go on, but its count of collectives stays behind."""
     folder = tmp_path / "run"
     args = long_run(photos, folder, run__timeout_s=8, optim__epochs=2000, data__prefetch=1)
     module = ("-m", "tests.faults.hanging", "2", "20")

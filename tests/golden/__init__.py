@@ -95,7 +95,7 @@ class Training:
 
 def losses(name: str) -> list[dict[str, Any]]:
     """Loss and terms of each step of a short training with LARS."""
-    torch.set_num_threads(2)  # as the files were written: MMCR's singular values tell
+    torch.set_num_threads(2)  # as when the files were written: MMCR's singular values depend on it
     training, rows = Training(name), []
     for step in range(STEPS):
         out = training.step(step, training.batch(step))

@@ -1,4 +1,4 @@
-"""The losses are what they were."""
+"""The losses equal the golden files."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def test_cotangents_of_half_precision_embeddings_are_summed_in_float32(ranks: Ra
 
 
 def what_is_sent(world: World, dtype: torch.dtype, view_shards: int) -> Any:
-    """Of the losses that gather embeddings the values, the bytes gathered and the gradients."""
+    """Values, gathered bytes and gradients of the losses that gather embeddings."""
     comm = comm_of(world, view_shards)
     n, rank = 24 * view_shards // world.size, comm.data_rank
     whole = some(2, 24, 32).bfloat16()

@@ -195,7 +195,7 @@ def test_processes_keep_their_digits_too(ranks: Ranks, route: Any) -> None:
 def test_float32_gradients_keep_their_digits_beside_a_large_mean(
     route: Any, views: int, offset: float
 ) -> None:
-    """Centring is differentiated too: what it leaves out by rounding is as large as the mean."""
+    """Centring is differentiated too: its rounding error is as large as the mean."""
     z = alike(views, offset)
     tried: list[Any] = [
         lambda x: vicreg(x, route=route).loss,

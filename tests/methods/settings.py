@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# What makes a method use all its state within five steps of twelve images.
+# With these a method uses all its state within five steps of twelve images.
 SETTINGS: dict[str, tuple[str, ...]] = {
     "adadim": ("method.alpha_every=1", "method.beta_scale=0.1"),
     "deepclusterv2": ("method.prototypes=[5, 3, 4]",),

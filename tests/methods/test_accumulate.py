@@ -66,7 +66,7 @@ CROPS = ("data.views=[{count: 2, size: 16, recipe: sym}, {count: 2, size: 8, rec
 
 
 def test_views_of_two_sizes_and_blocks_computed_again_under_autocast() -> None:
-    """In bf16 the parts' gradients of a weight are added up in float32: no coarser than whole."""
+    """In bf16 the parts' gradients of a weight are added in float32, without loss of precision."""
 
     def gradients(precision: str, *more: str) -> dict[str, Tensor]:
         how = {"backbone": ", dynamic_img_size: true"}

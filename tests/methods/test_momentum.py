@@ -14,10 +14,11 @@ from ddp_ssl import optim
 from ddp_ssl.comm import ONE_PROCESS
 from ddp_ssl.config import ConfigError
 from ddp_ssl.losses.common import unit_rows
-from ddp_ssl.methods._momentum import follow, momentum_at
+from ddp_ssl.methods._momentum import follow
 from ddp_ssl.methods._queue import Queue
 from ddp_ssl.methods._registry import make_method
 from ddp_ssl.methods.base import Method, Progress
+from ddp_ssl.optim import cosine
 from tests.helpers import batch_of, config_of, images, method_of, relative
 from tests.losses import oracles
 
@@ -39,13 +40,11 @@ def state_of(module: Any) -> dict[str, Tensor]:
 
 
 def test_the_momentum_is_a_cosine_of_the_step_alone() -> None:
-    assert momentum_at(0.99, 1.0, 0, 100) == pytest.approx(0.99)
-    assert momentum_at(0.99, 1.0, 50, 100) == pytest.approx(0.995)
-    assert momentum_at(0.99, 1.0, 100, 100) == 1
+    assert cosine(0.99, 1.0, 0, 100) == pytest.approx(0.99)
+    assert cosine(0.99, 1.0, 50, 100) == pytest.approx(0.995)
+    assert cosine(0.99, 1.0, 100, 100) == 1
     for step in range(11):  # lightly reaches the end at the last step, not after it
-        assert momentum_at(0.9, 0.999, step, 10) == pytest.approx(
-            cosine_schedule(step, 11, 0.9, 0.999)
-        )
+        assert cosine(0.9, 0.999, step, 10) == pytest.approx(cosine_schedule(step, 11, 0.9, 0.999))
 
 
 @pytest.mark.parametrize("name", MOMENTUM)
@@ -275,6 +274,14 @@ def test_vits_train(name: str) -> None:
     gradients = [p.grad for p in method.parameters() if p.requires_grad]
     assert all(g is not None and torch.isfinite(g).all() for g in gradients)
     method.after_step(Progress(0, 10, 0, 1))
+
+
+def test_momentum_networks_drop_no_paths() -> None:
+    args = VIT[1].replace("depth: 1", "depth: 2, drop_path_rate: 0.5")
+    method = built("dino", "method.prototypes=7", VIT[0], args)
+    view = [images(2, 12)[0]]
+    assert torch.equal(method.targets(view), method.targets(view))
+    assert not torch.equal(method.encode(view)[1], method.encode(view)[1])
 
 
 def test_mocov3_may_keep_the_patch_projection() -> None:

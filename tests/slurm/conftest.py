@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import SHALLOW
+from ddp_ssl.utils.files import json_file
+from tests.runs import SMALL
 from tests.slurm.cluster import Cluster, Unavailable, running
 
 ROOT = Path(__file__).parent.parent.parent
@@ -26,25 +27,12 @@ def tiny(images: Path, *more: str) -> list[str]:
     """Overrides that make configs/imagenet100/adadim.yaml 100 steps of a tiny network."""
     return [
         f"data.root={images}",
-        "run.device=cpu",
-        "run.threads=1",
-        SHALLOW,
-        "model.projector=[24, 12]",
-        "data.views=[{count: 2, size: 16, recipe: sym}]",
-        "data.batch_size=12",
-        "data.threads=1",
-        "optim.epochs=3",
+        *SMALL,
         "optim.warmup_epochs=1",
         "optim.lr=0.5",
         "optim.precision=fp32",
         "method.name=tests.slurm.held:Held",
-        "method.alpha_every=1",
-        "method.beta_scale=0.1",
         "eval.every=2",
-        "measure.every=1",
-        "eval.raw_pixels=false",
-        "log.every_steps=2",
-        "log.tensorboard=false",
         "checkpoint.every_steps=10",
         *more,
     ]
@@ -79,11 +67,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 def status(folder: Path) -> dict[str, Any]:
     """`status.json`, or nothing."""
-    try:
-        loaded: dict[str, Any] = json.loads((folder / "status.json").read_text())
-    except OSError:
-        return {}
-    return loaded
+    return json_file(folder / "status.json")
 
 
 def output(place: Path) -> str:
@@ -98,14 +82,6 @@ def submit(
     options = options or ONE_EACH
     job = slurm.sbatch(*options, SCRIPT, *tiny(images, *more), cwd=place, **env)
     return job, place / f"runs/imagenet100_adadim-{job}"
-
-
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    """Wait for it."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="session")

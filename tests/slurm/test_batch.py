@@ -1,4 +1,4 @@
-"""The batch scripts on a real Slurm of two nodes: to the end, and stopped in every way there is."""
+"""The batch scripts on a real Slurm of two nodes: to the end, and stopped in every way."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddp_ssl.run.configure import load
+from tests.faults.launched import until
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import (
     HELD_AT,
@@ -24,7 +25,6 @@ from tests.slurm.conftest import (
     status,
     submit,
     tiny,
-    until,
 )
 
 pytestmark = pytest.mark.slurm

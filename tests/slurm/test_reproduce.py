@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.launched import until
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import ROOT, until
+from tests.slurm.conftest import ROOT
 
 pytestmark = pytest.mark.slurm
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.launched import until
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import ROOT, Interrupted, rows, status, tiny, until
+from tests.slurm.conftest import ROOT, Interrupted, rows, status, tiny
 
 pytestmark = pytest.mark.slurm
 

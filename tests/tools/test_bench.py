@@ -1,4 +1,4 @@
-"""What the benchmarks conclude, and what they count."""
+"""The verdicts and the counts of the benchmarks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_the_interval_holds_the_median_in_95_percent(count: int) -> None:
     assert low + high == count + 1
 
     def outside(left_out: int) -> float:
-        """How often the median is beyond the values that stay, at either end."""
+        """The probability that the median lies outside of the values that stay."""
         ways = sum(math.comb(count, k) for k in range(left_out + 1))
         return 2 * ways / 2**count
 
@@ -30,7 +30,7 @@ def test_a_verdict_needs_six_rounds_and_an_interval_without_one() -> None:
     assert compare.verdict(ours, [1.1] * 6) == "1.10 (1.10 to 1.10)"
     assert compare.verdict(ours[:5], [1.1] * 5) == "1.10 (1.10 to 1.10: undecided)"
     assert compare.verdict(ours, [0.9, *[1.1] * 5]).endswith("undecided)")
-    # Of slow and fast rounds the contestants' own are compared.
+    # The contestants are compared within each round, slow or fast.
     assert compare.verdict([1, 9, 1, 9, 1, 9], [2, 18, 2, 18, 2, 18]) == "2.00 (2.00 to 2.00)"
     assert "too few" in compare.where([1.0] * 5, 2)
 

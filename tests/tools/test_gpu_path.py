@@ -1,4 +1,4 @@
-"""What a step costs on a GPU: bytes, operators and collectives, counted on tensors without values.
+"""The cost of a step on a GPU: bytes, operators, collectives, counted on tensors without values.
 
 Two depths of a network tell how many operators each layer adds, in each part of the step.
 """
@@ -38,7 +38,7 @@ def test_the_local_norm_moves_no_more_and_makes_no_call() -> None:
 
 @counted
 def test_against_torchs_synchronised_norm() -> None:
-    """Which pools both views, so that it has half as many kernels to launch."""
+    """torch's norm pools both views, so it launches half as many kernels."""
     ours, _ = count("resnet18", "global", 128, 8)
     theirs, _ = count("resnet18", "sync", 128, 8)
     assert ours.nbytes < 1.06 * theirs.nbytes

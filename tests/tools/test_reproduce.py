@@ -771,17 +771,20 @@ def test_slurm_commands_are_arrays_that_submit_accepts(
     assert [Path(f).name for f in folders] == ["seed=0", "seed=1", "seed=2"]
 
 
+def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, **commands: str) -> None:
+    """Shell scripts that stand for Slurm's commands, found first."""
+    for name, text in commands.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
 def test_submitted_runs_are_linked_marked_and_not_submitted_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stub = tmp_path / "bin"
-    stub.mkdir()
     asked = tmp_path / "asked"
     squeue = f"echo x >> {asked}; printf '41_0\\n41_1\\n77\\n'"
-    for name, text in {"squeue": squeue, "sbatch": "echo 77"}.items():
-        (stub / name).write_text(f"#!/bin/sh\n{text}\n")
-        (stub / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(stub), prepend=":")
+    slurm(tmp_path, monkeypatch, squeue=squeue, sbatch="echo 77")
     said = "print('job         41_0\\nrun folder  x\\njob         41_1\\n')"
     real = runs.submit_commands
 
@@ -814,13 +817,8 @@ def test_submitted_runs_are_linked_marked_and_not_submitted_twice(
 def test_evaluations_are_submitted_once_with_the_words_of_submit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stub = tmp_path / "bin"
-    stub.mkdir()
     said = tmp_path / "said"
-    for name, text in {"squeue": "echo 78", "sbatch": f'echo "$@" >> {said}; echo 78'}.items():
-        (stub / name).write_text(f"#!/bin/sh\n{text}\n")
-        (stub / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(stub), prepend=":")
+    slurm(tmp_path, monkeypatch, squeue="echo 78", sbatch=f'echo "$@" >> {said}; echo 78')
     planned = runs.plan(table("longer"), "cifar10", "full", 1, tmp_path, ["2 views, 256"])
     pretend(planned[0], [0.5])
     command = ["longer", "--launcher", "slurm", "--seeds", "1", "--out", str(tmp_path), "--root",
@@ -852,9 +850,7 @@ def test_evaluations_are_submitted_once_with_the_words_of_submit(
 def test_a_slurm_that_does_not_answer_submits_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "squeue").write_text("#!/bin/sh\necho the controller is down >&2; exit 1\n")
-    (tmp_path / "squeue").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    slurm(tmp_path, monkeypatch, squeue="echo the controller is down >&2; exit 1")
     (run,) = runs.plan(table("table6"), "cifar100", "full", 1, tmp_path, ["alpha 0"])
     run.folder.parent.mkdir(parents=True)
     run.marker("not run").write_text("41\n")

@@ -27,11 +27,19 @@ CASES = {
     "adadim, view shards": SHARDED,
     "vicreg, local norm": ["method.name=vicreg", "model.batch_norm=local"],
     "nnclr, a queue": ["method.name=nnclr"],
+    # As wide as the representation of `SMALL`.
+    "adadim, mi_form: cov": [*scaling.CASES["adadim, mi_form: cov"], "model.projector=[512, 16]"],
 }
 # Two of DDP's buckets: the projector keeps its width.
 SMALL = ["data.batch_size=32", "data.views.0.size=16",
          "model.backbone_args={channels: [8, 8, 16, 16], layers: [1, 1, 1, 1]}"]  # fmt: skip
-AT_FOUR = ("adadim, gather", "adadim, moments", "vicreg, bf16 gradients", "adadim, view shards")
+AT_FOUR = (
+    "adadim, gather",
+    "adadim, moments",
+    "vicreg, bf16 gradients",
+    "adadim, view shards",
+    "lejepa",
+)
 
 
 def send(world: World, cases: dict[str, list[str]]) -> dict[str, Counts]:

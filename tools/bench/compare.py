@@ -100,7 +100,7 @@ def spread(values: list[float], digits: int = 1) -> str:
     return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
-ENOUGH = 6  # values below which no two of them hold the median in 95 % of cases
+ENOUGH = 6  # of fewer values no two enclose the median in 95 % of cases
 
 
 def verdict(ours: list[float], theirs: list[float]) -> str:
@@ -121,7 +121,7 @@ def interval(values: list[float]) -> tuple[float, float]:
     Its ends are two of the values. Below six values it is the whole range, which is less sure.
     """
     count, left_out = len(values), 0
-    outside = 1  # of 2^count equally likely ways to lie about the median, those beyond one end
+    outside = 1  # of the 2^count equally likely splits about the median, those beyond one end
     while 40 * (outside := outside + math.comb(count, left_out + 1)) <= 2**count:
         left_out += 1
     ordered = sorted(values)

@@ -12,15 +12,17 @@ and the last.
 
 `--open-latency 2` measures reading instead. A small library, made with the C compiler and
 preloaded, makes every `open` of an image 2 ms longer, as on a network file system. The contestants
-are then DALI's own `fn.readers.file` before the same graph, and the same images in
-shards, read by offset and streamed.
+are then DALI's own `fn.readers.file` before the same graph, and the same images in shards.
 
-`--containers` compares the same images in folders, in shards and in parquet files as `datasets`
-writes them: the loader with one crop, reading alone, and the bytes read for each byte of an image.
+`--latency 20` reads shards and parquet files from a web server, a process of its own, that answers
+each request 20 ms later, beside the same files on the disk.
+
+`--containers` compares the same images in folders, in shards, in tar files as WebDataset's writer
+packs them and in parquet files as `datasets` writes them: the loader with one crop, reading alone,
+and the bytes read for each byte of an image.
 """
 
 import argparse
-import functools
 import gc
 import os
 import resource
@@ -34,6 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -41,6 +44,7 @@ import torchvision
 from compare import spread
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
+from slow_store import serving
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
@@ -49,12 +53,12 @@ from torchvision.transforms import InterpolationMode, v2
 from ddp_ssl.commands import pack_shards
 from ddp_ssl.config import Data
 from ddp_ssl.config.views import RECIPES, View
-from ddp_ssl.data.datasets import parquet
+from ddp_ssl.data.datasets import parquet, registry, remote, webdataset
 from ddp_ssl.data.datasets.shards import open_shards
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading import dali
 from ddp_ssl.data.loading.formats import Decoding, PixelFormat
-from ddp_ssl.data.loading.loader import StreamLoader, TrainLoader
+from ddp_ssl.data.loading.loader import TrainLoader
 from ddp_ssl.data.loading.order import Order
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
 
@@ -66,7 +70,7 @@ LATENCY = "DDP_SSL_OPEN_LATENCY_US"  # read by the preloaded library at every op
 OURS, PIL, TENSOR = "ddp_ssl", "torchvision, PIL", "torchvision, tensors"
 PIL_BLUR = "torchvision, PIL, blur of PIL's own"
 READER = "fn.readers.file"
-INDEXED, STREAMED = "ddp_ssl, shards indexed", "ddp_ssl, shards streamed"
+INDEXED, FAR = "ddp_ssl, shards", "from afar"
 
 
 class Run(NamedTuple):
@@ -123,17 +127,13 @@ def package(
     batch: int,
     workers: int,
     mode: str,
-    streamed: bool = False,
+    read_threads: int = 16,
 ) -> Contestant:
-    kind: Callable[..., TrainLoader] = TrainLoader
-    if streamed:
-        assert split.shards is not None
-        kind = functools.partial(StreamLoader, **split.shards.stream())
-    loader = kind(
+    loader = TrainLoader(
         split,
         Order(len(split), batch, shard=0, num_shards=1, seed=0),
         Augmentation(views, mode),
-        LoaderSettings(FORM, torch.device("cpu"), workers, PREFETCH),
+        LoaderSettings(FORM, torch.device("cpu"), workers, PREFETCH, read_threads=read_threads),
     )
     return endless(loader, batch)
 
@@ -381,6 +381,7 @@ def split_of(folder: Path) -> Split:
 
 
 PARQUET = "ddp_ssl, parquet"
+TARS = "ddp_ssl, tar files of others"
 
 
 def write_parquet(folder: Path, out: Path, codec: str = "snappy") -> None:
@@ -397,6 +398,16 @@ def write_parquet(folder: Path, out: Path, codec: str = "snappy") -> None:
         tables = pa.table({"image": pa.array(cells, kind)})
         name = out / f"train-{first // 1000:05d}.parquet"
         pq.write_table(tables, name, compression=codec, row_group_size=100)
+
+
+def write_tars(folder: Path, out: Path) -> None:
+    """The images of a folder as the writer of WebDataset packs them."""
+    from webdataset import ShardWriter
+
+    out.mkdir()
+    with ShardWriter(f"{out}/train-%05d.tar", maxcount=1000, verbose=0) as writer:
+        for path in sorted(folder.glob("*.jpg")):
+            writer.write({"__key__": path.stem, "jpg": path.read_bytes(), "cls": 0})
 
 
 def containers(args: argparse.Namespace) -> Iterator[str]:
@@ -419,14 +430,22 @@ def containers(args: argparse.Namespace) -> Iterator[str]:
         if pack_shards.main([*packing, f"data.root={folder}"]):
             raise RuntimeError("packing failed")
         splits = {INDEXED: open_shards(Path(temporary, "shards")).train, OURS: split_of(folder)}
-        for codec in ("snappy", "none", "zstd"):
-            write_parquet(folder, Path(temporary, codec), codec)
-            data = Data(name="parquet", root=f"{temporary}/{codec}")
-            cpu, split = cpu_seconds(), parquet.load(data).train
+        write_tars(folder, Path(temporary, "tars"))
+        for codec in ("tars", "snappy", "none", "zstd"):
+            kind: Any = webdataset.CONTAINER if codec == "tars" else parquet.CONTAINER
+            if codec != "tars":
+                write_parquet(folder, Path(temporary, codec), codec)
+            cpu, before = cpu_seconds(), read_bytes()
+            split = kind.load(Data(name=kind.name, root=f"{temporary}/{codec}")).train
             assert split.shards is not None
-            cost = (cpu_seconds() - cpu) / (1e-9 * int(split.shards.size.sum()))
-            print(f"{codec}: read through once, {cost:.1f} CPU-s a GB", file=sys.stderr)
-            splits[f"{PARQUET}, {codec}"] = split
+            size = int(split.shards.size.sum())
+            cost, reads = (cpu_seconds() - cpu) / (1e-9 * size), (read_bytes() - before) / size
+            print(
+                f"{codec}: read through once, {cost:.1f} CPU-s a GB, {reads:.3f} bytes for each "
+                "byte of an image",
+                file=sys.stderr,
+            )
+            splits[TARS if codec == "tars" else f"{PARQUET}, {codec}"] = split
         title = f"Containers: one crop of 224 px, JPEGs of 500 × 375 and {kilobytes:.0f} kB"
         loaders = {
             name: package(split, [view], batch, args.workers, "seq")
@@ -435,6 +454,53 @@ def containers(args: argparse.Namespace) -> Iterator[str]:
         }
         yield table(title, measure(loaders, images, args.repeats), 1)
         yield reading(splits, args.repeats)
+
+
+def from_a_server(args: argparse.Namespace) -> Iterator[str]:
+    """A table of the loader on files of this disk and on those of a server that is far."""
+    view = View(size=224, jitter_p=0, gray_p=0, blur_p=0)
+    batch, images = 64, args.images or 1024
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ["DDP_SSL_CACHE"] = str(Path(temporary, "cache"))
+        folder, there = Path(temporary, "files"), Path(temporary, "there")
+        folder.mkdir()
+        kilobytes = write_pictures(folder, args.pictures, 375, 500)
+        packing = ["--out", f"{there}/shards", "--shard-size", "1e7", "data.name=folder"]
+        if pack_shards.main([*packing, f"data.root={folder}"]):
+            raise RuntimeError("packing failed")
+        write_parquet(folder, there / "tables", "snappy")
+        with serving(there, args.latency / 1000) as url:
+            roots = {
+                INDEXED: ("folder", f"{there}/shards"),
+                f"{INDEXED}, {FAR}": ("folder", f"{url}/shards"),
+                PARQUET: ("parquet", f"{there}/tables/train-{{00000..00000}}.parquet"),
+                f"{PARQUET}, {FAR}": ("parquet", f"{url}/tables/train-{{00000..00000}}.parquet"),
+            }
+            contestants, counted = (
+                {},
+                ["| | bytes asked for each byte of an image |", "| --- | --- |"],
+            )
+            for name, (kind, root) in roots.items():
+                data = Data(name=kind, root=root)
+                split = registry.load(data, 0).train
+                if FAR in name:
+                    assert split.shards is not None
+                    asked = []
+                    with patch.object(remote, "read", counting(remote.read, asked)):
+                        size = sum(len(split.read(i)) for i in range(64))
+                    counted.append(f"| {name} | {sum(asked) / size:.3f} |")
+                contestants[name] = package(split, [view], batch, args.workers, "seq", data.readers)
+            title = f"A server {args.latency:g} ms away: 224 px, 500 × 375 and {kilobytes:.0f} kB"
+            yield table(title, measure(contestants, images, args.repeats), 1)
+            yield "\n".join(counted)
+
+
+def counting(read: Callable[..., Any], asked: list[int]) -> Callable[..., Any]:
+    def counted(place: str, at: int, count: int, tag: str | None = None) -> Any:
+        asked.append(count)
+        return read(place, at, count, tag)
+
+    return counted
 
 
 def reading(splits: dict[str, Split], repeats: int) -> str:
@@ -524,7 +590,6 @@ def slow_opens(args: argparse.Namespace) -> Iterator[str]:
             OURS: package(split_of(folder), [view], batch, args.workers, "seq"),
             READER: dali_reader(folder, [view], batch, args.workers),
             INDEXED: package(packed, [view], batch, args.workers, "seq"),
-            STREAMED: package(packed, [view], batch, args.workers, "seq", streamed=True),
         }
         for latency in (0.0, args.open_latency):
             os.environ[LATENCY] = str(round(1000 * latency))
@@ -542,11 +607,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="threads, or worker processes")
     parser.add_argument("--color-jitter", choices=("fast", "seq", "exact"), default="seq")
     parser.add_argument("--open-latency", type=float, metavar="MS", help="measure reading instead")
+    parser.add_argument("--latency", type=float, metavar="MS", help="read from a server instead")
+    parser.add_argument("--pictures", type=int, default=512, help="with --latency: JPEGs in all")
     parser.add_argument("--containers", action="store_true", help="compare containers instead")
     parser.add_argument("--out", type=Path, help="write the tables there too")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.containers:
+    if args.latency is not None:
+        tables = from_a_server(args)
+    elif args.containers:
         tables = containers(args)
     elif args.open_latency is None:
         if not settings(args.size, args.views):

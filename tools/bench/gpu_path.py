@@ -1,15 +1,18 @@
 """Bytes, operators and collectives of a step on a GPU, counted without one.
 
-    python tools/bench/gpu_path.py                     both, below
+    python tools/bench/gpu_path.py                     all, below
     python tools/bench/gpu_path.py methods [--network resnet50] [--images 128] [--processes 8 512]
     python tools/bench/gpu_path.py norms [--networks resnet50 resnet18] [--processes 8]
+    python tools/bench/gpu_path.py layers [--networks resnet50 vit_small_patch16_224]
 
 Tensors have no values, so nothing is computed. `methods` counts a whole step of every method as the
 loop takes it: network, loss, backward, gradient norm, optimiser, hooks, probe and the recorder's
 row, two views of 224 px in bf16. DDP's own work is not counted. `norms` counts forward and backward
 of the backbone alone: `global` and `local` are this package's norm, `sync` is `nn.SyncBatchNorm`,
 whose statistics are those of both views together. Bytes are what operators read and write; the
-least time is theirs at `--copy` GB/s. `tools/gpu_report.sh` measures on a GPU.
+least time is theirs at `--copy` GB/s. `layers` counts the whole step of AdaDim by kind of layer,
+with the products too: an operator takes at least the longer of its two times.
+`tools/gpu_report.sh` measures on a GPU.
 """
 
 import argparse
@@ -28,6 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -78,7 +82,7 @@ class Moved(TorchDispatchMode):
         return out
 
     def saw(self, func: Any, args: Any, kwargs: Any, out: Any, nbytes: int) -> None:
-        """A further count, for subclasses."""
+        """A hook for subclasses that count more."""
 
 
 def moved(name: str, args: Any, kwargs: dict[str, Any], out: Any) -> int:
@@ -114,7 +118,7 @@ SHAPES = {
 
 @contextlib.contextmanager
 def as_one_of(processes: int) -> Iterator[None]:
-    """Within: this process is rank 0 of so many, whose collectives do nothing."""
+    """In this context the process is rank 0 of `processes`, and collectives do nothing."""
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
         yield
@@ -124,7 +128,7 @@ def as_one_of(processes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_on_a_gpu(key: str = "Meta") -> Iterator[None]:
-    """Within: tensors without values (with `CPU` those of a CPU) take the way of a GPU's."""
+    """In this context tensors without values (with `CPU`, the CPU's) take a GPU's code path."""
     library = torch.library.Library("aten", "IMPL", key)
     for name, shape in SHAPES.items():
         library.impl(name, shape)
@@ -133,6 +137,7 @@ def as_on_a_gpu(key: str = "Meta") -> Iterator[None]:
         with (
             patch.object(distributed.batch_norm, "_has_kernels", lambda x: True),
             patch.object(optim, "_alike", optim._expanded),
+            patch.object(optim, "_on_gpu", lambda parameters: True),
             patch.dict(optim.AT_ONCE, cpu=optim.AT_ONCE["cuda"]),
             patch.multiple(
                 gram,
@@ -222,12 +227,18 @@ EPOCH, EPOCHS = 60, 100
 
 
 def whole_step(
-    config: Config, processes: int, classes: int = 1000, values: bool = False
+    config: Config,
+    processes: int,
+    classes: int = 1000,
+    values: bool = False,
+    seen: Counted | None = None,
 ) -> Counted:
     """A step of the loop, once the optimiser has its state, as rank 0 of so many processes.
 
-    With `values` a small network really runs on the CPU, which is faster than without.
+    With `values` a small network really runs on the CPU, which is faster than without. `seen`
+    counts.
     """
+    seen = seen or Counted()
     world = World(0, processes, 0, min(processes, 8), torch.device("cpu"))
     with as_one_of(processes), as_on_a_gpu("CPU" if values else "Meta"):
         comm = distributed.comm_of(world, config.data.view_shards)
@@ -239,7 +250,8 @@ def whole_step(
             if mode is not None:
                 without_values(learner, mode)
             under_way(learner.method, 10 * config.data.batch_size)
-            return _Step(config, world, learner).counted()
+            _Step(config, world, learner).run(seen)
+    return seen
 
 
 class _Step:
@@ -264,8 +276,9 @@ class _Step:
         self.optimizer.step()  # makes its state
         self.optimizer.zero_grad(set_to_none=True)
 
-    def counted(self) -> Counted:
-        method, seen = self.learner.method, Counted()
+    def run(self, seen: Counted) -> None:
+        """Take a step, which `seen` counts."""
+        method = self.learner.method
         before = dict(comm_stats.counts)
         optim.set_learning_rates(self.optimizer, self.config.optim, 256, EPOCH * 10, 10)
         progress = Progress(EPOCH * 10, EPOCHS * 10, EPOCH, EPOCHS)
@@ -289,7 +302,74 @@ class _Step:
             if calls > old[0]:
                 seen.collectives[kind] = calls - old[0], nbytes - old[1]
         seen.collectives["gradients"] = 0, sent
-        return seen
+
+
+# --- kinds of layers -----------------------------------------------------------------------------
+
+
+KINDS = {
+    "batch norm": ("batch_norm",),
+    "layer norm": ("layer_norm",),
+    "activation": ("relu", "threshold", "gelu"),
+    "attention": ("scaled_dot_product",),
+    "pooling": ("max_pool", "avg_pool", "mean"),
+    "linear layer, product": ("mm", "sum"),
+    "sum of two paths": ("add",),
+    "cast, copy, concatenation": ("copy", "cat", "clone", "stack"),
+}  # words in an operator's name; the first that fits
+
+
+OTHER = "losses, probe, all else"
+
+
+class ByLayer(Counted):
+    """Operators, bytes and products of each kind of layer; losses and optimiser apart."""
+
+    def __init__(self, copy: float, products: float) -> None:
+        super().__init__()
+        self.copy, self.products = copy, products
+        self.kinds: dict[str, list[float]] = {}
+
+    def saw(self, func: Any, args: Any, kwargs: Any, out: Any, nbytes: int) -> None:
+        super().saw(func, args, kwargs, out, nbytes)
+        packet, flops = func.overloadpacket, 0
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, **kwargs, out_val=out)
+        times = nbytes / self.copy / 1e6, flops / self.products / 1e9  # ms
+        row = self.kinds.setdefault(self.kind(str(packet), args, kwargs, out), [0.0] * 4)
+        for i, value in enumerate((1, nbytes / 1e9, flops / 1e12, max(times))):
+            row[i] += value
+
+    def kind(self, name: str, args: Any, kwargs: Any, out: Any) -> str:
+        """The kind of layer, from the operator's name and the size of a convolution's kernel."""
+        name = name.removeprefix("aten.")
+        if self.part not in PARTS[:2]:
+            return "optimiser, momentum, row"
+        if name.startswith("convolution"):
+            size = args[2 if name.endswith("backward") else 1].shape[-1]
+            return f"convolution, {size} x {size}"
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        # Losses see two views `[2, n, d]` in float32.
+        if not any(x.dtype == torch.bfloat16 or (x.dim() > 2 and len(x) > 2) for x in tensors):
+            return OTHER
+        return next((k for k, words in KINDS.items() if any(w in name for w in words)), OTHER)
+
+
+def layers(options: argparse.Namespace) -> None:
+    """A table for each network: a step of AdaDim by kind of layer, the longest first."""
+    for name in options.networks:
+        settings = f"model.backbone={name}", f"data.batch_size={8 * options.images}"
+        seen = ByLayer(options.copy, options.products)
+        whole_step(method_config("adadim", *settings), 8, seen=seen)
+        rows = sorted(seen.kinds.items(), key=lambda row: -row[1][-1])
+        rows.append(("all", [sum(column) for column in zip(*seen.kinds.values(), strict=True)]))
+        print(f"{name}, two views of {options.images} images, bf16, one of 8 processes\n")
+        print("| layer | operators | GB | TFLOP | ms at least | bound by |")
+        print("| --- | ---: | ---: | ---: | ---: | --- |")
+        for kind, (operators, gbytes, tflop, least) in rows:
+            by = "bytes" if gbytes / options.copy > tflop / options.products else "products"
+            print(f"| {kind} | {operators:.0f} | {gbytes:.1f} | {tflop:.2f} | {least:.1f} | {by} |")
+        print(flush=True)
 
 
 # --- the norm ------------------------------------------------------------------------------------
@@ -389,8 +469,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = parser.add_subparsers(required=True, metavar="methods | norms")
+    kinds = parser.add_subparsers(required=True, metavar="methods | norms | layers")
     of_methods, of_norms = kinds.add_parser("methods"), kinds.add_parser("norms")
+    of_layers = kinds.add_parser("layers")
+    of_layers.set_defaults(run=layers)
     of_methods.set_defaults(run=methods)
     of_methods.add_argument("--network", default="resnet50")
     of_methods.add_argument("--methods", nargs="+", default=[])
@@ -398,8 +480,12 @@ def main(arguments: Sequence[str]) -> None:
     of_norms.set_defaults(run=norms)
     of_norms.add_argument("--networks", nargs="+", default=["resnet50", "resnet18"])
     of_norms.add_argument("--processes", type=int, nargs=1, default=[8])
-    of_norms.add_argument("--copy", type=float, default=4260.0, help="GB/s; an H200's, measured")
-    for kind in (of_methods, of_norms):
+    networks = ["resnet50", "vit_small_patch16_224"]
+    of_layers.add_argument("--networks", nargs="+", default=networks)
+    of_layers.add_argument("--products", type=float, default=690.0, help="bf16 TFLOP/s; likewise")
+    for kind in (of_norms, of_layers):
+        kind.add_argument("--copy", type=float, default=4290.0, help="GB/s; an H200's, measured")
+    for kind in (of_methods, of_norms, of_layers):
         kind.add_argument("--images", type=int, default=128)
     options = parser.parse_args(arguments)
     options.run(options)
@@ -409,5 +495,5 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         main(sys.argv[1:])
     else:
-        for kind in ("norms", "methods"):
+        for kind in ("norms", "layers", "methods"):
             main([kind])

@@ -8,9 +8,11 @@ the logarithms. W is by shapes: one process of W, with made-up rows of the other
 minutes on two cores.
 """
 
+import io
 import math
 import os
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -163,31 +165,40 @@ def of_start(folder: Path) -> Iterator[Growth]:
     yield again
 
 
-def of_parquet(folder: Path) -> Iterator[Growth]:
-    """Finding the images of parquet files, and what is kept of it, over the number of images."""
-    first = Growth("parquet, read through", "images", "CPU-ms")
-    again = Growth("parquet, kept", "images", "CPU-ms")
-    size = Growth("parquet, kept", "images", "MB")
+def of_containers(folder: Path) -> Iterator[Growth]:
+    """Finding the images of files of others, and what is kept of it, over the number of images."""
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    for images in (4000, 16000, 64000, 256000):
-        root, before = folder / f"parquet{images}", kept_bytes()
-        root.mkdir()
-        cells = [{"bytes": b"%09d" % i * 8, "path": f"{i:09d}.jpg"} for i in range(images)]
-        pq.write_table(pa.table({"image": pa.array(cells, kind)}), root / "train.parquet")
-        config = load(["data.name=parquet", f"data.root={root}"]).config
-        for growth in (first, again):
-            begin = time.process_time()
-            data = registry.load(config.data, 0)
-            growth.add(images, 1e3 * (time.process_time() - begin))
-            assert len(data.train) + len(data.val or ()) == images
-        size.add(images, 1e-6 * (kept_bytes() - before))
-    yield first
-    yield again
-    yield size
+    for name in ("parquet", "webdataset"):
+        first = Growth(f"{name}, read through", "images", "CPU-ms")
+        again = Growth(f"{name}, kept", "images", "CPU-ms")
+        size = Growth(f"{name}, kept", "images", "MB")
+        for images in (4000, 16000, 64000, 256000):
+            root, before = folder / f"{name}{images}", kept_bytes(name)
+            root.mkdir()
+            contents = ((f"{i:09d}.jpg", b"%09d" % i * 8) for i in range(images))
+            if name == "parquet":
+                cells = [{"bytes": content, "path": path} for path, content in contents]
+                pq.write_table(pa.table({"image": pa.array(cells, kind)}), root / "train.parquet")
+            else:
+                with tarfile.open(root / "train.tar", "w") as tar:
+                    for path, content in contents:
+                        member = tarfile.TarInfo(path)
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+            config = load([f"data.name={name}", f"data.root={root}"]).config
+            for growth in (first, again):
+                begin = time.process_time()
+                data = registry.load(config.data, 0)
+                growth.add(images, 1e3 * (time.process_time() - begin))
+                assert len(data.train) + len(data.val or ()) == images
+            size.add(images, 1e-6 * (kept_bytes(name) - before))
+        yield first
+        yield again
+        yield size
 
 
-def kept_bytes() -> int:
-    return sum(file.stat().st_size for file in cache_folder().glob("parquet/*.npz"))
+def kept_bytes(name: str) -> int:
+    return sum(file.stat().st_size for file in cache_folder().glob(f"{name}/*.npz"))
 
 
 def of_checkpoints(folder: Path) -> Iterator[Growth]:
@@ -275,7 +286,7 @@ def main() -> int:
             of_losses(options.repeats),
             of_step(options.repeats),
             of_start(folder),
-            of_parquet(folder),
+            of_containers(folder),
             of_checkpoints(folder),
         ):
             for one in parts:

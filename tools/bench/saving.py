@@ -141,7 +141,7 @@ def main() -> None:
 
 
 def ratio_of(ours: list[float], theirs: list[float]) -> str:
-    """As `verdict`; of differences that may be next to nothing, only whether one is less."""
+    """`verdict`; for differences that may be near zero, their interval in milliseconds."""
     if min(ours) > 0:
         return verdict(ours, theirs)
     low, high = interval([b - a for a, b in zip(ours, theirs, strict=True)])

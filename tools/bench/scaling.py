@@ -56,6 +56,13 @@ Counts = dict[str, tuple[int, int]]
 CASES: dict[str, list[str]] = {
     "adadim, gather": ["method.name=adadim", "method.route=gather"],
     "adadim, moments": ["method.name=adadim", "method.route=moments"],
+    "adadim, beta: off": ["method.name=adadim", "method.beta=off"],
+    "adadim, mi_form: cov": [
+        "method.name=adadim",
+        "method.mi_form=cov",
+        "model.projector=[512, 512, 128]",
+    ],
+    "lejepa": ["method.name=lejepa"],
     "vicreg": ["method.name=vicreg"],
     "simclr": ["method.name=simclr"],
     "barlow_twins": ["method.name=barlow_twins"],

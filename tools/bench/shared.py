@@ -95,7 +95,7 @@ class RandomLoader:
 
 @contextmanager
 def without_input(steps_per_epoch: int) -> Iterator[None]:
-    """Within: runs train on a `RandomLoader` and validate on nothing, so that none needs DALI."""
+    """In this context runs train on a `RandomLoader` and do not validate, so none needs DALI."""
 
     def loader(config: Config, comm: Comm, data: Any, device: torch.device, views: Sequence[int],
                *rest: Any, **options: Any) -> RandomLoader:  # fmt: skip

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ddp_ssl.config.section import is_url
 from ddp_ssl.data.datasets.split import Split
 
 if TYPE_CHECKING:
@@ -75,6 +76,11 @@ def root_of(data: Data, wanted: str) -> Path:
 def absolute(path: str) -> Path:
     """An absolute path, links kept, `~` expanded."""
     return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def place_of(root: str) -> str:
+    """The absolute path, or the address, of a root."""
+    return root.rstrip("/") if is_url(root) else str(absolute(root))
 
 
 def prepare(data: Data) -> str:

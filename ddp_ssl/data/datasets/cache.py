@@ -1,17 +1,24 @@
-"""The cache folder, which all runs share, and how folders in it are written."""
+"""The cache folder, which all runs share, and how folders and archives in it are written."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.progress import EVERY_S
+
+logger = logging.getLogger("ddp_ssl")
 
 STALE = 24 * 3600  # seconds after which a half-written folder has lost its writer
 
@@ -88,3 +95,36 @@ def _set_aside(folder: Path) -> None:
         old = folder.with_name(f"{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
+
+
+def kept(file: Path) -> dict[str, Any] | None:
+    """The arrays of an archive, in memory; None if there is none or if it is damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:  # its checksums are checked
+            return dict(arrays)
+    except FileNotFoundError:
+        return None
+    except Exception:  # a damaged archive makes numpy raise anything
+        if file.exists():
+            logger.warning("%s is damaged: the files of the data are read through again", file)
+        return None
+
+
+def keep(file: Path, arrays: Mapping[str, Any]) -> None:
+    """Write an archive, whole or not at all; says so where that is not possible."""
+    # Nodes share the folder, and two of them may give the same number to a process.
+    part = file.with_name(f".{file.stem}-{os.uname().nodename}-{os.getpid()}.npz")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            np.savez(part, **arrays)
+            part.rename(file)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+    except OSError as error:
+        warn_once(
+            f"DDP_SSL_CACHE: {cache_folder()} cannot be written ({error.strerror}): the files of "
+            "the data are read through again at every start; accepted: a folder to keep what was "
+            "found in"
+        )

@@ -1,29 +1,26 @@
-"""The images of a parquet file: found once by reading it in order, and kept.
+"""The images of a parquet file, found by reading it in order.
 
 pyarrow reads the schema, labels and names. `pages` says where each image lies, which is compared
-with what pyarrow reads. What was found is an archive below `cache.cache_folder()`; its name depends
-on the file's size and time.
+with what pyarrow reads.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import logging
-import os
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp_ssl.data.datasets.cache import cache_folder
+from ddp_ssl.data.datasets.containers import Table
+from ddp_ssl.data.datasets.files import BUFFER, RETRIES, open_file
 from ddp_ssl.data.datasets.pages import Page, Place, UnsupportedError, arrow, pages
+from ddp_ssl.data.datasets.remote import StoreError
 from ddp_ssl.data.datasets.tar import DAMAGED, EMPTY
 from ddp_ssl.errors import printable
 from ddp_ssl.utils.files import if_readable
@@ -31,10 +28,7 @@ from ddp_ssl.utils.once import warn_once
 
 logger = logging.getLogger("ddp_ssl")
 
-VERSION = 2
 BATCH = 32  # images that pyarrow reads at a time
-BUFFER = 1 << 20  # bytes read at a time
-RETRIES = (0.1, 1.0)  # seconds, after an error of the file system that may pass
 LABELS = ("labels", "class")  # columns of labels, after `label`; other numbers may be anything
 
 Ints = NDArray[np.int64]
@@ -57,7 +51,7 @@ class Columns(NamedTuple):
         return f"{self.image}.bytes" if self.nested else self.image
 
 
-def columns_of(path: Path, wanted: list[str] | None) -> Columns:
+def columns_of(path: str, wanted: list[str] | None) -> Columns:
     """The columns of a file; `wanted` are their names if the config gives them.
 
     Raises `ValueError` where there is no such column or more than one.
@@ -90,7 +84,7 @@ def columns_of(path: Path, wanted: list[str] | None) -> Columns:
 
 
 def _chosen(
-    path: Path,
+    path: str,
     names: list[str],
     wanted: list[str] | None,
     images: list[str],
@@ -144,13 +138,13 @@ def _features(schema: Any) -> dict[str, Any]:
     return {name: value for name, value in about or () if isinstance(value, dict)}
 
 
-def opened(path: Path) -> Any:
+def opened(path: str) -> Any:
     """pyarrow's `ParquetFile`; raises `ValueError` if it is damaged or cannot be read."""
     for pause in (*RETRIES, None):
         try:
             # Not mapped: reading a mapped file that was cut meanwhile would end the process.
             return arrow("pyarrow.parquet").ParquetFile(
-                path, memory_map=False, buffer_size=BUFFER, pre_buffer=False,
+                open_file(path), memory_map=False, buffer_size=BUFFER, pre_buffer=False,
                 page_checksum_verification=True,
             )  # fmt: skip
         except (OSError, arrow().ArrowException) as error:
@@ -165,10 +159,10 @@ def opened(path: Path) -> Any:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether it is the file system's error: pyarrow's own about a damaged file has no number."""
-    return isinstance(error, OSError) and error.errno is not None
+    return isinstance(error, OSError | StoreError) and getattr(error, "errno", 0) is not None
 
 
-def _wait(path: Path, error: BaseException, pause: float | None) -> None:
+def _wait(path: str, error: BaseException, pause: float | None) -> None:
     """Wait before the next attempt; raises `ValueError` if there is none."""
     if pause is None or isinstance(error, FileNotFoundError | PermissionError):
         raise ValueError(f"data.root: {path} cannot be read: {_first(error)}") from None
@@ -182,19 +176,7 @@ def _first(error: BaseException) -> str:
 # --- the places of the images of a file ----------------------------------------------------------
 
 
-class Table(NamedTuple):
-    """A file's images: arrays of `[m]`, and of the paths a block and their lengths."""
-
-    label: Ints
-    offset: Ints
-    size: Ints
-    crc: NDArray[np.uint32]
-    part: NDArray[np.int32]  # [m, 5]
-    paths: NDArray[np.uint8]
-    lengths: Ints
-
-
-def read_table(path: Path, columns: Columns, stop: threading.Event) -> Table:
+def read_table(path: str, columns: Columns, stop: threading.Event) -> Table:
     """Find the images of a file. Those of a damaged part of it get no place.
 
     Raises `ValueError` for a file that is not read, and where the file system does not give it.
@@ -228,13 +210,13 @@ def read_table(path: Path, columns: Columns, stop: threading.Event) -> Table:
         np.array(offset, np.int64),
         np.array(size, np.int64),
         np.array(crc, np.uint32),
-        np.array(part, np.int32).reshape(-1, 5),
         np.frombuffer(bytes(paths), np.uint8),
         np.array(lengths, np.int64),
+        part=np.array(part, np.int32).reshape(-1, 5),
     )
 
 
-def _check_schema(path: Path, columns: Columns) -> None:
+def _check_schema(path: str, columns: Columns) -> None:
     wanted = [columns.image] if columns.label is None else [columns.image, columns.label]
     here = columns_of(path, wanted)
     if here != columns:
@@ -242,7 +224,7 @@ def _check_schema(path: Path, columns: Columns) -> None:
         raise ValueError(f"data.root: {path} has other {what} than the first file to train on")
 
 
-def _places_of(file: Any, path: Path, group: int, columns: Columns) -> list[tuple[Place, int]]:
+def _places_of(file: Any, path: str, group: int, columns: Columns) -> list[tuple[Place, int]]:
     """Those of `_places`, `DAMAGED` from a damaged part on; raises the file system's `OSError`."""
     count = file.metadata.row_group(group).num_rows
     found: list[tuple[Place, int]] = []
@@ -264,7 +246,7 @@ def _places_of(file: Any, path: Path, group: int, columns: Columns) -> list[tupl
 
 
 def _labels_and_paths(
-    file: Any, group: int, columns: Columns, path: Path
+    file: Any, group: int, columns: Columns, path: str
 ) -> tuple[Ints, list[bytes]]:
     """The label of each row, -1 for none, and its path, empty for none."""
     pa, count = arrow(), file.metadata.row_group(group).num_rows
@@ -286,15 +268,10 @@ def _labels_and_paths(
             f"{_first(error)}; fetch it again"
         ) from None
     label = np.maximum(label, -1)
-    if columns.classes and len(label) and label.max() >= len(columns.classes):
-        raise ValueError(
-            f"data.root: {path} has the label {label.max()}; accepted: 0 to "
-            f"{len(columns.classes) - 1}, one of its {len(columns.classes)} classes"
-        )
     return label, texts
 
 
-def _numbers(cells: Any, name: str, path: Path) -> Ints:
+def _numbers(cells: Any, name: str, path: str) -> Ints:
     """Labels as int64, -1 for none."""
     pa = arrow()
     try:
@@ -313,14 +290,14 @@ def _flat(cells: Any, name: str) -> Any:
     return cells.flatten()[names.index(name)]
 
 
-def _places(file: Any, path: Path, group: int, columns: Columns) -> Iterator[tuple[Place, int]]:
+def _places(file: Any, path: str, group: int, columns: Columns) -> Iterator[tuple[Place, int]]:
     """The place and the CRC-32 of each image of a row group; an offset of -1 for an empty cell."""
     schema, about = file.schema, file.metadata.row_group(group)
     leaf = next(i for i in range(len(schema)) if schema.column(i).path == columns.leaf)
     known: dict[bytes, Place] = {}
     page: Page | None = None
     cells, values = 0, iter(list[tuple[memoryview, Place]]())
-    with path.open("rb", buffering=1 << 20) as raw:
+    with open_file(path) as raw:
         found = pages(raw, about.column(leaf), schema.column(leaf).max_definition_level)
         for batch in file.iter_batches(
             BATCH, row_groups=[group], columns=[columns.leaf], use_threads=False
@@ -348,60 +325,3 @@ def _places(file: Any, path: Path, group: int, columns: Columns) -> Iterator[tup
                     if bytes(there) != value:  # memoryviews compare one number after the other
                         raise ValueError("its pages are not as pyarrow reads them")
                 yield place, zlib.crc32(value)
-
-
-# --- kept ----------------------------------------------------------------------------------------
-
-
-def kept(file: Path) -> dict[str, Any] | None:
-    """The arrays of an archive, in memory; None if there is none or if it is damaged."""
-    try:
-        with np.load(file, allow_pickle=False) as arrays:  # its checksums are checked
-            return dict(arrays)
-    except FileNotFoundError:
-        return None
-    except Exception:  # a damaged archive makes numpy raise anything
-        if file.exists():
-            logger.warning("%s is damaged: parquet files are read through again", file)
-        return None
-
-
-def keep(file: Path, arrays: Mapping[str, Any]) -> None:
-    """Write an archive, whole or not at all; says so where that is not possible."""
-    # Nodes share the folder, and two of them may give the same number to a process.
-    part = file.with_name(f".{file.stem}-{os.uname().nodename}-{os.getpid()}.npz")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            np.savez(part, **arrays)
-            part.rename(file)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-    except OSError as error:
-        warn_once(
-            f"DDP_SSL_CACHE: {cache_folder()} cannot be written ({error.strerror}): parquet files "
-            "are read through again at every start; accepted: a folder to keep what was found in"
-        )
-
-
-def place_of(*key: object) -> Path:
-    """Where what depends on `key` is kept."""
-    name = hashlib.sha256(repr((VERSION, *key)).encode()).hexdigest()[:32]
-    return cache_folder() / "parquet" / f"{name}.npz"
-
-
-def table_of(
-    base: Path, name: str, columns: Columns, stamp: tuple[int, int], stop: threading.Event
-) -> Table:
-    """The images of a file of this size and time: as they are kept, or found now and kept.
-
-    A table with damaged images is not kept, because the damage may be gone at the next start.
-    """
-    place = place_of(name, columns, stamp)
-    if (found := kept(place)) is not None:
-        return Table(**found)
-    table = read_table(base / name, columns, stop)
-    if not stop.is_set() and DAMAGED not in table.offset:
-        keep(place, table._asdict())
-    return table

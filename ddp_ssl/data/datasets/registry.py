@@ -11,12 +11,22 @@ import os
 import pkgutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddp_ssl.data.datasets import parquet, selection, several, shards, staging
-from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part
+from ddp_ssl.config.section import is_url
+from ddp_ssl.data.datasets import (
+    containers,
+    parquet,
+    selection,
+    several,
+    shards,
+    staging,
+    webdataset,
+)
+from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part, place_of
+from ddp_ssl.data.datasets.files import is_pattern
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.text import suggest
 
@@ -35,29 +45,46 @@ def _definitions() -> dict[str, Definition]:
 
 
 DATASETS = _definitions()
+# Beside tar files, img2dataset writes parquet files without images.
+CONTAINERS = (webdataset.CONTAINER, parquet.CONTAINER)
+
+
+def _in_shards(data: Data) -> bool:
+    root = data.root or ""
+    return bool(root) and not is_pattern(root) and shards.is_shards(place_of(root))
+
+
+def container_of(data: Data) -> containers.Container[Any] | None:
+    """The kind of files, as others wrote them, that the data set is to be read from."""
+    if _in_shards(data):
+        return None
+    return next((kind for kind in CONTAINERS if kind.accepts(data)), None)
 
 
 def definition_of(data: Data) -> Definition:
     """The definition of the data set that the config names, or of the container it lies in."""
     if len(data.roots) > 1:
         return several.definition(data, [definition_of(data.at(root)) for root in data.roots])
-    if data.root and shards.is_shards(absolute(data.root)):
+    if _in_shards(data):
         return shards.DEFINITION
-    in_parquet = parquet.accepts(data)
-    for key, value, reset in (
-        ("reader", data.reader, "indexed"), ("stage", data.stage, None), ("url", data.url, None)
-    ):  # fmt: skip
-        if value != reset and not (key == "stage" and in_parquet):
-            raise ValueError(
-                f"data.{key}: {value} is for shards, and {data.root or 'data.root'} holds no "
-                f"{shards.ABOUT}; ddp-ssl pack-shards makes them"
-            )
-    if in_parquet:
-        return parquet.DEFINITION
+    container = container_of(data)
+    if container is not None:
+        return container.definition
+    if is_url(data.root):
+        raise ValueError(
+            f"data.root: {data.root} holds no {shards.ABOUT}, and no files of images are found "
+            "there; accepted in an object store: shards, parquet and tar files; on a web server, "
+            "which lists nothing, a pattern such as https://HOST/train-{000..099}.tar"
+        )
+    if data.stage is not None:
+        raise ValueError(
+            f"data.stage: {data.stage} is for shards, and {data.root or 'data.root'} holds no "
+            f"{shards.ABOUT}; ddp-ssl pack-shards makes them"
+        )
     if data.columns is not None and data.name != "array":
         raise ValueError(
-            f"data.columns: is for parquet files, and {data.root or 'data.root'} holds none; leave "
-            "it out"
+            f"data.columns: is for parquet and tar files, and {data.root or 'data.root'} holds "
+            "none; leave it out"
         )
     if data.name not in DATASETS:
         hint = suggest(data.name, DATASETS)
@@ -70,19 +97,8 @@ def definition_of(data: Data) -> Definition:
 def find(data: Data) -> None:
     """Raise a `ValueError` of one line unless the data can be found."""
     definition = definition_of(data)
-    if data.reader == "streamed" and (data.fraction < 1 or data.skip):
-        key = "skip" if data.skip else "fraction"
-        raise ValueError(
-            f"data.{key}: a stream gives all images of the shards; pack them with it, or "
-            "data.reader=indexed is accepted"
-        )
-    if data.url and (data.reader != "streamed" or data.stage):
-        other = "data.stage copies from data.root" if data.stage else "data.reader is indexed"
-        raise ValueError(f"data.url: only data.reader=streamed reads from there; {other}")
-    if data.url and not data.url.startswith(("s3://", "gs://", "/")):
-        raise ValueError(
-            f"data.url: {data.url}; accepted: s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or /FOLDER"
-        )
+    if data.stage_gb is not None and not data.stage:
+        raise ValueError("data.stage_gb: is how much data.stage takes; set that too, or none")
     for key in ("files", "val_files"):
         if getattr(data, key) and data.name != "list":
             raise ValueError(f"data.{key}: is for data.name=list, not {data.name}; leave it out")
@@ -104,7 +120,11 @@ def load(data: Data, seed: int) -> Dataset:
     Raises `ValueError`, one line with the key, for data that cannot be used.
     """
     find(data)
-    made = definition_of(data).load(stage(data))
+    copy, container = stage(data), container_of(data)
+    if container is not None:
+        made = container.load(data, copy)
+    else:
+        made = shards.open_shards(copy) if copy else definition_of(data).load(data)
     if made.val is None:
         made = _with_held_out(made, data)
     every, val = made.train, made.val
@@ -141,24 +161,23 @@ def load(data: Data, seed: int) -> Dataset:
     return replace(made, train=train, val=val, labelled=labelled)
 
 
-def stage(data: Data) -> Data:
-    """`data` with its shards or parquet files on local disk, copied to `data.stage` once per node.
+def stage(data: Data) -> str | None:
+    """Copy shards or containers to local disk, once per node; the folder of the copy.
 
     Every process calls this after `find`, and all of them wait for the copy. Without `data.stage`
     nothing is copied.
     """
     if not data.stage:
-        return data
-    to, root = absolute(data.stage), absolute(data.root or "")
-    if definition_of(data) is shards.DEFINITION:
-        copy = staging.stage(root, to, logger.info)
+        return None
+    to, container = absolute(data.stage), container_of(data)
+    if container is None:
+        made = staging.stage(place_of(data.root or ""), to, logger.info, data.stage_gb)
     else:
-        files = parquet.files_of(data)
-        of = (root if root.is_dir() else files.base), files.base, files.train + files.val
-        copy = staging.stage_files(*of, data.name, to, logger.info)
-        if not root.is_dir():  # a pattern
-            copy /= root.relative_to(files.base)
-    return data.model_copy(update={"root": str(copy), "stage": None})
+        files = container.stamped(data)
+        root = files.base if is_pattern(data.root or "") else place_of(data.root or "")
+        how = data.name, to, logger.info, data.stage_gb
+        made = staging.stage_files(root, files.base, files.stamps, *how)
+    return str(made)
 
 
 def _with_held_out(made: Dataset, data: Data) -> Dataset:
@@ -179,4 +198,4 @@ def _base(data: Data) -> str:
     """The folder that names in `data.skip` may be relative to."""
     if data.files and not data.root:
         return str(absolute(data.files).parent)
-    return str(absolute(data.root)) if data.root else os.getcwd()
+    return place_of(data.root) if data.root else os.getcwd()

@@ -1,40 +1,42 @@
-"""Data sets packed into tar shards: a folder with `shards.json`. numpy only.
+"""Data sets packed into tar shards: a folder with `shards.json`, here or in a store. numpy only.
 
 `ddp-ssl pack-shards` writes the folder and `shards.json` last of all. For `train` and `val` it
-holds the tar files, DALI's index of each (`.idx`), and arrays in the order of the original ids, so
-that a run on shards sees the same images as a run on the files. Images stand in the tars under
+holds the tar files, and arrays in the order of the original ids, so that a run on shards sees the
+same images as a run on the files. Images stand in the tars under
 numbers. Their names are in an array and are never used as paths.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import logging
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ddp_ssl.config.schema import SAME_AS
-from ddp_ssl.data.datasets.base import Dataset, Definition, absolute
+from ddp_ssl.config.section import is_url
+from ddp_ssl.data.datasets import remote
+from ddp_ssl.data.datasets.base import Dataset, Definition, place_of
+from ddp_ssl.data.datasets.remote import joined
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.datasets.tar import Shards
-from ddp_ssl.errors import refused
+from ddp_ssl.errors import ConfigError, refused
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.sealed import CHECKSUM, checksum, unsealed
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
 
-logger = logging.getLogger("ddp_ssl")
-
-FORMAT = 2
+FORMAT = 3
+WITH_INDEX = 2  # with DALI's index of each tar file, which nothing reads any more
 UNCHECKED = 1  # the format of earlier versions, without checksums
 ABOUT = "shards.json"
-ORIGIN = ".origin"  # in a copy: the path of the original folder
+ORIGIN = ".origin"  # in a copy: the place of the original folder
 # Of each array its dimensions and type.
 ARRAYS = {
     "labels": (1, np.int64),
@@ -46,59 +48,85 @@ ARRAYS = {
     "crc": (1, np.uint32),
 }
 AGAIN = "copy it again, or pack it again with ddp-ssl pack-shards"
-THREADS = 16
 
 
-def is_shards(root: Path) -> bool:
-    """Whether a folder holds shards, all of them: `shards.json` is written last."""
-    return (root / ABOUT).is_file()
+def is_shards(root: str | Path) -> bool:
+    """Whether a place holds shards, all of them: `shards.json` is written last."""
+    return remote.exists(joined(str(root), ABOUT))
 
 
-def open_shards(root: Path, remote: bool = False) -> Dataset:
+def open_shards(root: str | Path) -> Dataset:
     """The data set in a folder of shards, with the ids and digests of the data that was packed.
 
-    Arrays are mapped, not read. With `remote` the training images' tar files are elsewhere. Raises
-    `ValueError` (key `data.root`) where something is missing.
+    Arrays are mapped, or held in memory where the folder is in a store. Tar files that a copy lacks
+    are read from the original. Raises `ValueError` (key `data.root`) where something is missing.
     """
-    about = describe(root, remote)
-    splits = {name: _open_split(root, name, kept) for name, kept in about["splits"].items()}
+    about = describe(root)
+    names = [tar["file"] for kept in about["splits"].values() for tar in kept["tars"]]
+    sizes = [tar["bytes"] for kept in about["splits"].values() for tar in kept["tars"]]
+    found = dict(zip(names, _tars(str(root), names, sizes), strict=True))
+    splits = {
+        name: _open_split(str(root), name, kept, [found[tar["file"]] for tar in kept["tars"]])
+        for name, kept in about["splits"].items()
+    }
     return Dataset(about["name"], splits["train"], splits.get("val"), tuple(about["class_names"]))
 
 
-def describe(root: Path, remote: bool = False) -> dict[str, Any]:
-    """The content of `shards.json`; raises `ValueError` unless all tar files have their full size.
-
-    With `remote` the tar files of the training images are elsewhere and are not looked for.
-    """
-    with refused(f"data.root: {root / ABOUT} is damaged or cannot be read", AGAIN):
-        about, tars = _parse((root / ABOUT).read_text())
-    if about["format"] not in (UNCHECKED, FORMAT):
+def describe(root: str | Path) -> dict[str, Any]:
+    """The content of `shards.json`; raises `ValueError` if it is damaged."""
+    place = joined(str(root), ABOUT)
+    with refused(f"data.root: {place} is damaged or cannot be read", AGAIN):
+        about = _parse(remote.content(place).decode())
+    if about["format"] not in (UNCHECKED, WITH_INDEX, FORMAT):
         raise ValueError(
             f"data.root: {root} holds shards of format {about['format']}; accepted: {UNCHECKED} "
-            f"and {FORMAT}, as this version's ddp-ssl pack-shards writes it"
+            f"to {FORMAT}, as this version's ddp-ssl pack-shards writes it"
         )
     if about["format"] == UNCHECKED:
         warn_once(
             f"data.root: {root} was packed by an earlier version, without checksums: it is read "
             "unchecked; ddp-ssl pack-shards into another folder adds them"
         )
-
-    if remote:
-        tars = [tar for tar in tars if not tar[0].startswith("train-")]
-    with ThreadPoolExecutor(THREADS, "ddp_ssl-stat") as pool:
-        for (file, expected), there in zip(
-            tars, pool.map(lambda tar: file_size(root / tar[0]), tars), strict=True
-        ):
-            if there != expected:
-                what = "is missing" if there < 0 else f"has {there} bytes instead of {expected}"
-                raise ValueError(f"data.root: {root / file} {what}; {AGAIN}")
     return about
 
 
-def _parse(text: str) -> tuple[dict[str, Any], list[tuple[str, int]]]:
-    """The content of `shards.json`, and name and size of each tar file; raises if it is damaged."""
+def _tars(
+    root: str, names: Sequence[str], sizes: Sequence[int]
+) -> list[tuple[str, str, str | None]]:
+    """Of each tar file: its place, that of the original, and its stamp's tag if it is in a store.
+
+    Raises `ValueError` unless all have their full size.
+    """
+    here = [joined(root, name) for name in names]
+    origin = origin_of(root)
+    there = here if origin is None else [joined(origin, name) for name in names]
+    stamps = remote.stamps(here)
+    lacking = [k for k, size in enumerate(sizes) if (stamps[k] or (-1,))[0] != size]
+    places = list(here)
+    if origin is not None and lacking:
+        for k, stamp in zip(lacking, remote.stamps([there[k] for k in lacking]), strict=True):
+            places[k], stamps[k] = there[k], stamp
+    for place, size, stamp in zip(places, sizes, stamps, strict=True):
+        if stamp is None or stamp[0] != size:
+            what = "is missing" if stamp is None else f"has {stamp[0]} bytes instead of {size}"
+            raise ValueError(f"data.root: {place} {what}; {AGAIN}")
+    tags = [stamp[1] if stamp and is_url(place) else None
+            for place, stamp in zip(places, stamps, strict=True)]  # fmt: skip
+    return list(zip(places, there, tags, strict=True))
+
+
+def origin_of(root: str) -> str | None:
+    """The place that a folder is a copy of; None if it is none."""
+    try:
+        return None if is_url(root) else Path(root, ORIGIN).read_text(errors="surrogateescape")
+    except OSError:
+        return None
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """The content of `shards.json`; raises if it is damaged."""
     about: dict[str, Any] = json.loads(text)
-    if about["format"] == FORMAT:
+    if about["format"] in (WITH_INDEX, FORMAT):
         about = unsealed(text)
     elif about["format"] == UNCHECKED and CHECKSUM in about:
         raise ValueError("its format was changed")
@@ -111,55 +139,59 @@ def _parse(text: str) -> tuple[dict[str, Any], list[tuple[str, int]]]:
     # A name from a file must not lead out of the folder.
     if any(not re.fullmatch(r"(train|val)-\d+\.tar", name) for name, _ in tars):
         raise ValueError("it names a file that is none of its own")
-    return about, tars
+    return about
 
 
 def checked_files(kept: dict[str, Any], name: str) -> dict[str, int | None]:
-    """The arrays and indices of a split by file name, with the checksum of each if it is known."""
+    """The arrays of a split by file name, with the checksum of each if it is known."""
     sums = kept.get("checksums")
     arrays = [f"{name}-{key}.npy" for key in ARRAYS if sums is not None or key != "crc"]
-    indices = [tar["file"].removesuffix(".tar") + ".idx" for tar in kept["tars"]]
-    return {file: None if sums is None else sums[file] for file in [*arrays, *indices]}
+    return {file: None if sums is None else sums[file] for file in arrays}
 
 
-def _open_split(root: Path, name: str, kept: dict[str, Any]) -> Split:
+def _open_split(
+    root: str, name: str, kept: dict[str, Any], tars: Sequence[tuple[str, str, str | None]]
+) -> Split:
     known = checked_files(kept, name)
+    in_memory = is_url(root) or origin_of(root) is not None  # a copy may go while it is used
     arrays = {
-        key: _open_array(root / file, known[file], key, kept["count"])
+        key: _open_array(joined(root, file), known[file], key, kept["count"], in_memory)
         for key in ARRAYS
         if (file := f"{name}-{key}.npy") in known
     }
-    paths = tuple(str(root / tar["file"]) for tar in kept["tars"])
     places = {key: arrays.pop(key) for key in ("shard", "offset", "size", "crc") if key in arrays}
-    # Indices are read by a stream alone, and checked there.
-    indices = [sum_ for file, sum_ in known.items() if not file.endswith(".npy")]
-    where = Shards(paths, **places, index_crc=tuple(i for i in indices if i is not None) or None)
+    paths, origins, tags = zip(*tars, strict=True) if tars else ((), (), ())
+    where = Shards(paths, **places, origins=origins, tags=tags)
     # The split is part of a name, as with files. A copy has the names of the original folder, so
     # that `data.skip` means the same images on every node.
-    try:
-        named = (root / ORIGIN).read_text(errors="surrogateescape")
-    except OSError:
-        named = os.path.abspath(root)
-    root_of_names, has_names = os.path.join(named, name), kept.get("named", True)
-    split = Split(root=root_of_names, shards=where, named=has_names, **arrays)
+    named = origin_of(root) or place_of(root)
+    split = Split(root=joined(named, name), shards=where, named=kept.get("named", True), **arrays)
     return split.known_by(kept["digest"])
 
 
-def _open_array(path: Path, known: int | None, key: str, count: int) -> Any:
-    """The array in a file, mapped; `known` is the file's checksum."""
+def _open_array(place: str, known: int | None, key: str, count: int, in_memory: bool) -> Any:
+    """The array in a file, mapped or in memory; `known` is the file's checksum."""
     ndim, dtype = ARRAYS[key]
     try:
-        if known is not None and checksum(path) != known:
+        if in_memory:
+            encoded = remote.content(place)
+            if known is not None and zlib.crc32(encoded) != known:
+                raise ValueError("its checksum differs")
+            mapped = np.load(io.BytesIO(encoded))
+        elif known is not None and checksum(Path(place)) != known:
             raise ValueError("its checksum differs")
-        mapped = np.load(path, mmap_mode="r")
+        else:
+            mapped = np.load(place, mmap_mode="r")
         if (mapped.ndim, mapped.dtype) != (ndim, dtype):
             raise ValueError("it is another array")
         if key != "names" and len(mapped) != count:
             raise ValueError("it has another length")
+    except ConfigError:  # the store's
+        raise
     except PermissionError as error:
-        raise ValueError(f"data.root: {path} cannot be read: {error.strerror}") from None
+        raise ValueError(f"data.root: {place} cannot be read: {error.strerror}") from None
     except Exception:  # without a checksum a damaged header makes numpy raise anything
-        raise ValueError(f"data.root: {path} is missing or damaged; {AGAIN}") from None
+        raise ValueError(f"data.root: {place} is missing or damaged; {AGAIN}") from None
     return np.asarray(mapped)  # `memmap` itself makes every index slower
 
 
@@ -174,20 +206,15 @@ def file_size(path: Path) -> int:
 
 
 def find(data: Data) -> None:
-    about = describe(absolute(data.root or ""), remote=bool(data.url))
-    if SAME_AS.get(data.name, data.name) != about["name"]:
+    about = describe(place_of(data.root or ""))
+    if SAME_AS.get(data.name, data.name) != SAME_AS.get(about["name"], about["name"]):
         raise ValueError(
             f"data.name: {data.root} holds shards of {about['name']}, not of {data.name}"
-        )
-    if data.reader == "streamed" and "val" not in about["splits"]:
-        raise ValueError(
-            f"data.reader: {data.root} has no validation images of its own, and a stream cannot "
-            "leave some of its images out; indexed is accepted"
         )
 
 
 def load(data: Data) -> Dataset:
-    return open_shards(absolute(data.root or ""), remote=bool(data.url))
+    return open_shards(place_of(data.root or ""))
 
 
 DEFINITION = Definition(find, load)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ddp_ssl.config.section import is_url
 from ddp_ssl.data.datasets.tar import DAMAGED, Shards
 from ddp_ssl.errors import printable
 
@@ -58,7 +59,8 @@ class Split:
         ends = np.frombuffer(found.ends, np.int64) if found.ends else np.empty(0, np.int64)
         spans = np.stack([np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(ends)], ends], 1)
         assert len(spans) == len(labels)
-        return Split(labels.astype(np.int64), os.path.abspath(root), block, spans)
+        whole = root if is_url(root) else os.path.abspath(root)
+        return Split(labels.astype(np.int64), whole, block, spans)
 
     @staticmethod
     def of_array(images: NDArray[np.uint8], labels: NDArray[np.int64] | None = None) -> Split:
@@ -134,8 +136,7 @@ class Split:
             return None
         if (shards.offset == DAMAGED).any():
             return None
-        kind = "shards" if shards.part is None else "parquet"
-        return kind, hashlib.sha256(np.ascontiguousarray(shards.crc).data).hexdigest()
+        return shards.kind, hashlib.sha256(np.ascontiguousarray(shards.crc).data).hexdigest()
 
     def known_by(self, digest: str) -> Split:
         """This split with a digest that was computed before, so that no process computes it again.

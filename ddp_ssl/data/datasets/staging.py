@@ -1,39 +1,46 @@
-"""A copy of shards or of parquet files on the node's own disk, made once per node."""
+"""A copy of shards or of parquet files, or of the first of them, on the node's own disk."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ddp_ssl.config.section import is_url
+from ddp_ssl.data.datasets import remote
 from ddp_ssl.data.datasets.cache import wait_for
+from ddp_ssl.data.datasets.remote import Stamp, joined
 from ddp_ssl.data.datasets.shards import (
     ABOUT,
     ORIGIN,
-    THREADS,
     checked_files,
     describe,
     file_size,
-    open_shards,
+    origin_of,
 )
 from ddp_ssl.utils.files import if_readable
 from ddp_ssl.utils.progress import EVERY_S
 from ddp_ssl.utils.sealed import checksum
 
+File = tuple[int, str | None]  # its size, and its SHA-256 if that is known
+
 CHUNK = 8 << 20
+THREADS = 16
 
 
-def stage(root: Path, to: Path, tell: Callable[[str], None]) -> Path:
+def stage(root: str | Path, to: Path, tell: Callable[[str], None], gb: float | None = None) -> Path:
     """Copy a folder of shards to node-local disk and return the copy.
 
+    With `gb` only the first tar files, as many as that takes; a reader finds the others in `root`.
     Files of an earlier call are kept, and a complete copy is only looked at. Tar files are checked
     against their checksums while they are copied. `tell` gets a progress line every few seconds. Of
     several processes on a node one copies and the others wait. The copy is this user's alone, since
@@ -41,66 +48,81 @@ def stage(root: Path, to: Path, tell: Callable[[str], None]) -> Path:
 
     Raises `ValueError` (keys `data.stage`, `data.root`) if that is not possible.
     """
-    about = describe(root)
-    stamp = hashlib.sha256((root / ABOUT).read_bytes()).hexdigest()[:12]
+    root, about = str(root), describe(root)
+    text = remote.content(joined(root, ABOUT))
     name = re.sub(r"[^A-Za-z0-9_-]", "_", about["name"])
-    target = _place(to, f"{name}-{stamp}")
+    target = _place(to, f"{name}-{hashlib.sha256(text).hexdigest()[:12]}")
+    known: dict[str, int | None] = {}  # CRC-32 of small files
+    tars: dict[str, File] = {}
+    for name, split in about["splits"].items():
+        known |= checked_files(split, name)
+        tars |= {tar["file"]: (tar["bytes"], tar["sha256"]) for tar in split["tars"]}
+    sizes = remote.stamps([joined(root, file) for file in known])
+    files: dict[str, File]
+    files = {file: (-1 if s is None else s[0], None) for file, s in zip(known, sizes, strict=True)}
+    files |= _first(tars, gb)
 
-    def copy() -> None:
-        known: dict[str, int | None] = {}  # CRC-32 of small files
-        sums: dict[str, str | None] = {}
-        for name, split in about["splits"].items():
-            known |= checked_files(split, name)
-            sums |= {tar["file"]: tar["sha256"] for tar in split["tars"]}
-        sums |= dict.fromkeys(known)
-        sizes = {file: (root / file).stat().st_size for file in sums}
-        missing = [
+    def missing() -> list[str]:
+        return [
             file
-            for file in sums
-            if file_size(target / file) != sizes[file]
+            for file, (size, _) in files.items()
+            if file_size(target / file) != size
             or (known.get(file) is not None and checksum(target / file) != known[file])
         ]
-        _copy_all(root, target, {file: (sizes[file], sums[file]) for file in missing}, tell)
-        _copy_all(root, target, {ABOUT: ((root / ABOUT).stat().st_size, None)}, lambda _: None)
 
-    return _once(root, target, lambda: _is_whole(target, root), copy, tell)
+    def is_whole() -> bool:
+        same = if_readable(lambda: (target / ABOUT).read_bytes()) == text
+        return same and origin_of(str(target)) == root and not missing()
+
+    def copy() -> None:
+        _copy_all(root, target, {file: files[file] for file in missing()}, tell)
+        _copy_all(root, target, {ABOUT: (len(text), None)}, lambda _: None)
+
+    return _once(root, target, is_whole, copy, tell)
+
+
+def _first(files: Mapping[str, File], gb: float | None) -> dict[str, File]:
+    """The first files, in their order, as many as fit into `gb`; all of them without it."""
+    ends = itertools.accumulate(size for size, _ in files.values())
+    fits = [gb is None or end <= gb * 1e9 for end in ends]
+    return dict(itertools.compress(files.items(), fits))
 
 
 def stage_files(
-    root: Path,
-    base: Path,
-    names: Sequence[str],
+    root: str,
+    base: str,
+    stamps: Mapping[str, Stamp],
     data: str,
     to: Path,
     tell: Callable[[str], None],
+    gb: float | None = None,
 ) -> Path:
-    """The same for files below `base`, of the data set `data` in `root`.
+    """The same for files below `base`, with their `stamps`, of the data set `data` in `root`.
 
-    A file of the copy is known by its size and time. There are no checksums of the original, so
-    each copy is read back and compared with what was read.
+    A file of the copy is known by its size, and by its time where the original has one. There are
+    no checksums of the original, so each copy is read back and compared with what was read.
     """
-
-    def stamp(file: Path) -> tuple[int, int]:
-        try:
-            return file.stat().st_size, file.stat().st_mtime_ns
-        except OSError:
-            return -1, -1
-
-    stamps = {name: stamp(base / name) for name in names}
-    key = hashlib.sha256(repr((str(root), stamps)).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr((root, dict(stamps))).encode()).hexdigest()[:12]
     target = _place(to, f"{data}-{key}")
+    files = _first({name: (size, None) for name, (size, _) in stamps.items()}, gb)
 
-    def missing() -> list[str]:
-        return [name for name in names if stamp(target / name) != stamps[name]]
+    def missing() -> dict[str, File]:
+        known = 1 if is_url(base) else 2  # of a stamp
+        there = remote.stamps([str(target / name) for name in files])
+        return {
+            name: files[name]
+            for name, stamp in zip(files, there, strict=True)
+            if stamp is None or stamp[:known] != stamps[name][:known]
+        }
 
     def copy() -> None:
-        _copy_all(base, target, {name: (stamps[name][0], None) for name in missing()}, tell)
+        _copy_all(base, target, missing(), tell)
 
     return _once(root, target, lambda: (target / ORIGIN).exists() and not missing(), copy, tell)
 
 
 def _once(
-    root: Path,
+    root: str,
     target: Path,
     is_whole: Callable[[], bool],
     copy: Callable[[], None],
@@ -114,7 +136,7 @@ def _once(
         lock = os.open(target / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with os.fdopen(lock):
             wait_for(lock, f"copies to {target}", tell)
-            (target / ORIGIN).write_text(os.path.abspath(root), errors="surrogateescape")
+            (target / ORIGIN).write_text(root, errors="surrogateescape")
             if not is_whole():
                 copy()
     except OSError as error:
@@ -153,23 +175,10 @@ def _own(target: Path) -> None:
         )
 
 
-def _is_whole(target: Path, root: Path) -> bool:
-    """Whether `target` is a copy of `root` with all files that a reader needs."""
-
-    def origin() -> str:
-        whole = open_shards(target)
-        for split in (whole.train, whole.val):
-            if split is not None and split.shards is not None:
-                split.shards.stream()
-        return (target / ORIGIN).read_text(errors="surrogateescape")
-
-    return if_readable(origin) == os.path.abspath(root)
-
-
 def _copy_all(
-    root: Path,
+    root: str,
     target: Path,
-    files: dict[str, tuple[int, str | None]],
+    files: dict[str, File],
     tell: Callable[[str], None],
 ) -> None:
     """Copy `files`: the size of each, and its SHA-256 if that is known."""
@@ -179,7 +188,8 @@ def _copy_all(
     if needed > free:
         raise ValueError(
             f"data.stage: {target.parent} has {free / 1e9:.1f} GB free, {root} needs "
-            f"{needed / 1e9:.1f} GB; accepted: a folder with that much room, or no data.stage"
+            f"{needed / 1e9:.1f} GB; accepted: a folder with that much room, data.stage_gb for the "
+            "first files alone, or no data.stage"
         )
     start = said = time.monotonic()
     copied, guard, stop = 0, threading.Lock(), threading.Event()
@@ -199,7 +209,7 @@ def _copy_all(
     def copy(number: int, file: str) -> None:
         part = target / f".part-{number}"  # `a-b` and `a/b` may both be there
         if not stop.is_set():
-            _copy(root / file, target / file, part, *files[file], progress, stop)
+            _copy(joined(root, file), target / file, part, *files[file], progress, stop)
 
     with ThreadPoolExecutor(THREADS, "ddp_ssl-stage") as pool:
         try:
@@ -212,7 +222,7 @@ def _copy_all(
 
 
 def _copy(
-    source: Path,
+    source: str,
     to: Path,
     part: Path,
     size: int,
@@ -225,8 +235,8 @@ def _copy(
     Without a known checksum the copy is read back and compared with what was read of the source.
     """
     content, done = hashlib.sha256(), 0
-    with source.open("rb", buffering=0) as read, part.open("wb", buffering=0) as write:
-        while chunk := read.read(CHUNK):
+    with part.open("wb", buffering=0) as write:
+        for chunk in remote.chunks(source, size):
             if stop.is_set():
                 return
             content.update(chunk)
@@ -259,7 +269,7 @@ def _copy(
             f"data.stage: the copy of {source} in {to.parent} does not read back as written: "
             "is the disk failing? accepted: a folder on another disk"
         )
-    status = source.stat()
-    os.utime(part, ns=(status.st_atime_ns, status.st_mtime_ns))
+    if not is_url(source):
+        os.utime(part, ns=(os.stat(source).st_atime_ns, os.stat(source).st_mtime_ns))
     to.parent.mkdir(parents=True, exist_ok=True)
     part.rename(to)

@@ -1,4 +1,4 @@
-"""Encoded images inside tar or parquet files, read by offset and size. numpy only."""
+"""Encoded images inside tar or parquet files, here or in a store, read by offset and size."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import resource
 import threading
 import zlib
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddp_ssl.config.section import is_url
+from ddp_ssl.data.datasets import remote
 from ddp_ssl.data.datasets.pages import made_of
-from ddp_ssl.utils.sealed import checksum
+from ddp_ssl.utils.once import warn_once
 
 # Offsets of images that are not there, and why.
 EMPTY, DAMAGED = -1, -2
@@ -28,7 +29,9 @@ ABSENT = {EMPTY: "its cell is empty", DAMAGED: "its part of the file is damaged"
 class Shards:
     """The places of encoded images: image i is `size[i]` bytes at `offset[i]` of a large file.
 
-    `paths` are the files, and `shard`, int32 `[M]`, is the index of each image's file. `offset` and
+    `paths` are the files, or their addresses; `origins`, where those that are copies come from;
+    `tags`, the stamp of the content that is meant, where they are in a store. `shard`, int32 `[M]`,
+    is the index of each image's file. `offset` and
     `size` are int64 `[M]`. `crc`, uint32 `[M]`, is the CRC-32 of each image; None where earlier
     versions packed. In parquet files, `part`, int32 `[M, 5]`, says how the stored bytes make the
     image (`pages.Place`), and the offsets in `ABSENT` mean that there is none.
@@ -40,8 +43,10 @@ class Shards:
     size: NDArray[np.int64]
     crc: NDArray[np.uint32] | None = None
     part: NDArray[np.int32] | None = None
-    index_crc: tuple[int, ...] | None = None
-    """CRC-32 of DALI's index of each tar file."""
+    kind: str = "shards"
+    """Or the name of another container."""
+    origins: tuple[str, ...] | None = None
+    tags: tuple[str | None, ...] | None = None
     _files: dict[str, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -49,25 +54,54 @@ class Shards:
         """The file of image `i`."""
         return self.paths[int(self.shard[i])]
 
+    @functools.cached_property
+    def is_far(self) -> bool:
+        """Whether files are in a store."""
+        return any(map(is_url, self.paths))
+
+    @functools.cached_property
+    def _originals(self) -> Shards:
+        return replace(self, paths=self.origins or self.paths, origins=None)
+
     def read(self, i: int) -> NDArray[np.uint8]:
-        """The encoded image `i`, uint8 `[length]`, in any thread; raises `OSError`."""
+        """The encoded image `i`, uint8 `[length]`, in any thread; raises `OSError`, `StoreError`.
+
+        An image that is missing or damaged in a copy is read from where the copy was made.
+        """
+        path = self.path_of(i)
+        try:
+            return self._whole(i)
+        except OSError:
+            origin = self._originals.path_of(i)
+            if origin == path or self.offset[i] < 0:
+                raise
+            warn_once(
+                f"data.stage: files in {os.path.dirname(path)} are damaged or gone: their images "
+                f"are read from {os.path.dirname(origin)}"
+            )
+        return self._originals.read(i)
+
+    def _whole(self, i: int) -> NDArray[np.uint8]:
         content = self.piece(i, 0, int(self.size[i]))
         if self.crc is not None and zlib.crc32(content.data) != int(self.crc[i]):
             raise OSError(errno.EIO, "its checksum is not that of the image that was packed")
         return content
 
     def piece(self, i: int, first: int, count: int) -> NDArray[np.uint8]:
-        """Bytes `first` to `first + count` of image `i`; raises `OSError`."""
+        """Bytes `first` to `first + count` of image `i`; raises `OSError`, `StoreError`."""
         at = int(self.offset[i])
         if at < 0:
             raise OSError(errno.ENOENT, ABSENT[at])
         part = None if self.part is None else tuple(self.part[i].tolist())
         if part is None or not part[0]:
-            return self._stored(self.path_of(i), at + first, count)
-        stored = self._stored(self.path_of(i), at, part[1])
+            return self._stored(int(self.shard[i]), at + first, count)
+        stored = self._stored(int(self.shard[i]), at, part[1])
         return made_of(stored, int(self.size[i]), part)[first : first + count]
 
-    def _stored(self, path: str, at: int, count: int) -> NDArray[np.uint8]:
+    def _stored(self, number: int, at: int, count: int) -> NDArray[np.uint8]:
+        path = self.paths[number]
+        if is_url(path):
+            return remote.read(path, at, count, self.tags[number] if self.tags else None)
         content: NDArray[np.uint8] = np.empty(count, np.uint8)
         view, done = content.data, 0
         file, kept = self._open(path)
@@ -83,29 +117,6 @@ class Shards:
                 os.close(file)
         return content
 
-    def stream(self, url: str | None = None) -> dict[str, Any]:
-        """The `paths` of the tar files and of DALI's `indices`.
-
-        The tar files may be elsewhere, below `url`; the indices are always on disk. Raises
-        `ValueError` (key `data.root`) if an index is missing.
-        """
-        indices = [path.removesuffix(".tar") + ".idx" for path in self.paths]
-        for missing in [path for path in indices if not os.path.isfile(path)][:1]:
-            raise ValueError(
-                f"data.root: {missing} is missing, which data.reader=streamed needs; copy it "
-                "again, or pack it again with ddp-ssl pack-shards"
-            )
-        for path, known in zip(indices, self.index_crc or (), strict=False):
-            if checksum(Path(path)) != known:
-                raise ValueError(
-                    f"data.root: {path} is damaged; copy it again, or pack it again with ddp-ssl "
-                    "pack-shards"
-                )
-        if url is None:
-            return {"paths": list(self.paths), "indices": indices}
-        names = [os.path.basename(path) for path in self.paths]
-        return {"paths": [f"{url.rstrip('/')}/{name}" for name in names], "indices": indices}
-
     def subset(self, ids: NDArray[np.int64]) -> Shards:
         """The images `ids`; open files are shared."""
         return replace(
@@ -119,7 +130,8 @@ class Shards:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files: a process that is spawned opens its own."""
-        return {**self.__dict__, "_files": {}, "_lock": None}
+        kept = {key: value for key, value in self.__dict__.items() if key != "_originals"}
+        return {**kept, "_files": {}, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"_lock": threading.Lock()})

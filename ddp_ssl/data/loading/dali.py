@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from ddp_ssl.config.views import QUARTERS, CentralCrop, View
-from ddp_ssl.data.datasets.scan import EXTENSIONS
 from ddp_ssl.data.loading import recipes
 from ddp_ssl.data.loading.formats import Decoding, PixelFormat
 from ddp_ssl.data.loading.settings import Augmentation, LoaderSettings
@@ -34,7 +33,6 @@ except ModuleNotFoundError:
         f"nvidia-dali is not installed: {install_command(find_driver())} in a checkout mends it"
     ) from None
 
-IMAGE_KINDS = ";".join(sorted(name.decode()[1:] for name in EXTENSIONS))
 VERSION: str = dali.__version__
 GRAPH = 2  # counts changes of the training graph; a saved state fits one graph only
 fn, types, dmath = dali.fn, dali.types, dali.math
@@ -57,7 +55,7 @@ def train_iterator(
 ) -> Any:
     """An endless iterator over `[{"view0": [n, S, S, 3], ..., "ids": [n, 1]}]`.
 
-    `reading` makes the part of the graph that gives images and ids: `read` or `stream` with their
+    `reading` makes the part of the graph that gives images and ids: `read` with its
     arguments. `checkpoint` is a blob of this graph's.
     """
     mode, form = augmentation.color_jitter, settings.form
@@ -206,33 +204,6 @@ def read(
         return decode(data, decoding), ids
     data = data.gpu() if dali.Pipeline.current().device_id is not None else data
     return (data if dtype == "uint8" else to_float(data)), ids
-
-
-def stream(
-    paths: Sequence[str],
-    indices: Sequence[str],
-    shard: int,
-    num_shards: int,
-    shuffle: int,
-    seed: int,
-    decoding: Decoding,
-) -> tuple[Node, Node]:
-    """The same from tar files, without end; ids are their digits, filled up with zeros."""
-    encoded, ids = fn.readers.webdataset(
-        paths=list(paths),
-        index_paths=list(indices),
-        ext=[IMAGE_KINDS, "id"],
-        case_sensitive_extensions=False,
-        missing_component_behavior="error",
-        shard_id=shard,
-        num_shards=num_shards,
-        stick_to_shard=True,
-        random_shuffle=True,
-        initial_fill=shuffle,
-        seed=seed,
-        dont_use_mmap=True,
-    )
-    return decode(encoded, decoding), fn.pad(ids)
 
 
 def decode(encoded: Node, decoding: Decoding) -> Node:

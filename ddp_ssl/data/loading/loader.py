@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 
 from ddp_ssl.config.views import CentralCrop
 from ddp_ssl.data.batch import Batch
+from ddp_ssl.data.datasets.remote import StoreError
 from ddp_ssl.data.datasets.split import Split, not_compared
 from ddp_ssl.data.loading import recipes, small_images
 from ddp_ssl.data.loading.bad_images import BadImages
@@ -97,7 +98,7 @@ class TrainLoader:
             except (RuntimeError, StopIteration) as error:
                 self._batches = None  # after an error DALI skips a batch, or stops for good
                 if not self._mended():
-                    self._broken = self._error(error)
+                    self._broken = RuntimeError(dali_message(error))
                     raise self._broken from None
         self._blob = self._batches.checkpoints()[0]
         self.step += 1
@@ -111,9 +112,6 @@ class TrainLoader:
         """
         ahead = range(self.step, self.step + self.settings.prefetch + 2)
         return self.split.images is None and self._source.mend(ahead)
-
-    def _error(self, error: Exception) -> RuntimeError:
-        return RuntimeError(dali_message(error))
 
     @property
     def failing(self) -> str | None:
@@ -151,16 +149,13 @@ class TrainLoader:
         if different:
             self._restart(step)
             changes = _changes(different, theirs, ours)
-            return f"the loader's state is of another set-up ({changes}): {self._anew(step)}"
+            return (
+                f"the loader's state is of another set-up ({changes}): the order of the images "
+                f"continues exactly at step {step}, their augmentations are drawn anew"
+            )
         self._restart(int(state["start"]))
         self.step, self._blob = step, state["blob"].cpu().numpy().tobytes()
         return None
-
-    def _anew(self, step: int) -> str:
-        return (
-            f"the order of the images continues exactly at step {step}, their augmentations are "
-            "drawn anew"
-        )
 
     def fingerprint(self) -> dict[str, str]:
         """Everything that shapes the pipeline: DALI restores another one's blob silently wrong."""
@@ -198,18 +193,15 @@ class TrainLoader:
             return self._dali.passing_iterator(
                 self._augmented, len(self.views), self.settings, **kept
             )
-        return self._dali.train_iterator(
-            self._reading(), self.augmentation, self.settings, seed=self._augment_seed, **kept
-        )
-
-    def _reading(self) -> Any:
-        """The part of the graph that gives images and ids."""
-        return functools.partial(
+        reading = functools.partial(
             self._dali.read,
             self._fetch,
             self.split.images is None,
             self.settings.decoding,
             self.split.dtype.name,
+        )
+        return self._dali.train_iterator(
+            reading, self.augmentation, self.settings, seed=self._augment_seed, **kept
         )
 
     @property
@@ -234,64 +226,6 @@ class TrainLoader:
             return self.split.pixels(ids), ids[:, None]
         images, ids = self._source.batch(step)
         return images, ids[:, None]
-
-
-class StreamLoader(TrainLoader):
-    """Training batches from tar shards that DALI reads in sequence, from files or `s3://`.
-
-    The images are shuffled when they are packed, by the start of each pass and by a buffer of
-    `shuffle` images. Each data shard reads its own share, so the order depends on the number of
-    processes; with the same number a resumed run goes on exactly. A bad image ends the run.
-    `paths` are the tar files and `indices` DALI's index of each.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        order: Order,
-        augmentation: Augmentation,
-        settings: LoaderSettings,
-        *,
-        paths: Sequence[str],
-        indices: Sequence[str],
-        shuffle: int = 4096,
-        **sharing: Any,
-    ) -> None:
-        self.paths, self.indices, self.shuffle = list(paths), list(indices), shuffle
-        super().__init__(split, order, augmentation, settings, **sharing)
-
-    def _reading(self) -> Any:
-        return functools.partial(
-            self._dali.stream,
-            self.paths,
-            self.indices,
-            self.order.shard,
-            self.order.num_shards,
-            self.shuffle,
-            hashed(self.order.seed, self._start, "stream"),  # the same in a view group
-            self.settings.decoding,
-        )
-
-    def _mended(self) -> bool:
-        return False
-
-    def _error(self, error: Exception) -> RuntimeError:
-        return UnreadableError(
-            f"{dali_message(error)}; a streamed run cannot replace a bad image: "
-            "ddp-ssl check-data finds it, data.skip leaves it out of new shards, "
-            "data.reader=indexed replaces it"
-        )
-
-    def _anew(self, step: int) -> str:
-        return (
-            f"the stream starts anew at step {step}; of the interrupted epoch some images come "
-            "twice and others not at all"
-        )
-
-    def fingerprint(self) -> dict[str, str]:
-        """The settings of the stream as well."""
-        names = [path.rpartition("/")[2] for path in self.paths]
-        return super().fingerprint() | {"shards": repr(names), "shuffle": str(self.shuffle)}
 
 
 class _OnePass:
@@ -345,6 +279,8 @@ class _OnePass:
                         ids = self._at(step, self.settings.prefetch + 2)
                         if self.split.images is not None or not reader.examine(ids):
                             raise RuntimeError(dali_message(error)) from None
+                    except StoreError as error:  # of this process alone
+                        raise UnreadableError(str(error)) from None
                 yield _batch(out, self.views, self.split, self.settings.device)
         finally:
             batches = out = None
@@ -435,11 +371,7 @@ def _dali() -> ModuleType:
 
 
 def _batch(out: dict[str, torch.Tensor], views: int, split: Split, device: torch.device) -> Batch:
-    ids = out["ids"]
-    if ids.dtype == torch.uint8:  # a shard's member: digits, filled up with zeros
-        numbers = [int(row.tobytes().rstrip(b"\0")) for row in ids.numpy()]
-        ids = torch.tensor(numbers)
-    ids = ids.flatten()
+    ids = out["ids"].flatten()
     own = ids.numpy()
     labels = torch.from_numpy(np.where(own < 0, -1, split.labels[own]))
     return Batch(

@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
+from ddp_ssl.data.datasets.remote import StoreError
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.decodable import (
@@ -39,7 +40,7 @@ logger = logging.getLogger("ddp_ssl")
 Loaded = Bytes | str  # an encoded image, or the reason why there is none
 Agree = Callable[[dict[int, str]], dict[int, str]]
 
-DEPTH = 2  # batches read ahead of those that DALI has
+DEPTH = 2  # batches read ahead of those that DALI has, or as many as give all threads an image
 # These errors stay; any other may pass, as when a server is restarted.
 FINAL = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}
 OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # faults of this process, not of the image
@@ -77,7 +78,8 @@ class Reader:
     def take(self, step: int) -> list[Loaded]:
         """The batch of `step`; reading of the next ones has begun."""
         self._asked = {s: parts for s, parts in self._asked.items() if s >= step}
-        for ahead in range(step, step + DEPTH + 1):
+        depth = max(DEPTH, -(-self._threads // max(1, len(self.ids_of(step)))))
+        for ahead in range(step, step + depth + 1):
             if ahead not in self._asked:
                 parts = np.array_split(self.ids_of(ahead), self._threads)
                 self._asked[ahead] = [self._pool.submit(self.load, p) for p in parts if len(p)]
@@ -185,18 +187,19 @@ class TrainBatches:
     def batch(self, step: int) -> tuple[list[Bytes], Ids]:
         """Encoded images and their ids, int64 `[n]`.
 
-        If no image can replace a bad one, `failed` is set and the batch is padding. DALI asks for
-        batches ahead of the run, so the run can still stop in order.
+        If no image can replace a bad one, or if a store does not give one, `failed` is set and the
+        batch is padding. DALI asks for batches ahead of the run, so the run can still stop in
+        order.
         """
         original = self.order.ids(step)
-        loaded = self.reader.take(step)
+        loaded = self._read(step, lambda: self.reader.take(step), len(original))
         # After an error DALI asks for the same batches again. The earlier agreement holds, and
         # `agree` is not called: an image that only DALI rejects, it rejects on every process.
         again = step in self._settled
         if again:
             ids, tried = self._settled[step]
             for place in np.flatnonzero(ids != original):
-                (loaded[place],) = self.reader.load([ids[place]])
+                (loaded[place],) = self._load(step, ids[place])
         else:
             ids, tried = original.copy(), np.zeros(len(original), np.int64)
         while True:
@@ -217,13 +220,28 @@ class TrainBatches:
                 break
             for place in places:
                 ids[place] = self._candidate(step, place, ids, tried)
-                (loaded[place],) = self.reader.load([ids[place]])
+                (loaded[place],) = self._load(step, ids[place])
                 encoded = loaded[place]
                 if not isinstance(encoded, str):
                     loaded[place] = self.reader.usable(encoded, int(ids[place]))
         self._settled = {s: x for s, x in self._settled.items() if s > step - 64}
         self._settled[step] = ids, tried
         return [x for x in loaded if not isinstance(x, str)], ids.copy()
+
+    def _load(self, step: int, i: int) -> list[Loaded]:
+        return self._read(step, lambda: self.reader.load([i]), 1)
+
+    def _read(self, step: int, read: Callable[[], list[Loaded]], count: int) -> list[Loaded]:
+        """What `read` gives; padding, and `failed` is set, if a store does not give it.
+
+        No other image takes the place of one that a store should have.
+        """
+        if self.failed is None or step < self.failed[0]:
+            try:
+                return read()
+            except StoreError as error:
+                self.failed = step, str(error)
+        return [PADDING] * count
 
     def mend(self, steps: Iterable[int]) -> bool:
         """Whether bad images among these batches explain that DALI stopped.

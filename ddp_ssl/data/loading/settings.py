@@ -42,7 +42,7 @@ class LoaderSettings:
             data.threads,
             data.prefetch,
             Decoding(data.hw_decoder_load, data.preallocate),
-            data.read_threads,
+            data.readers,
             data.max_pixels,
         )
 
