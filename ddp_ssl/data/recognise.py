@@ -61,7 +61,8 @@ KNOWN = {
 class Look(NamedTuple):
     """What was seen: the name of the data set, words for it, training images, and their side.
 
-    `images` is 0 where it is not known, and a lower bound where `capped`.
+    `images` is 0 where it is not known, and a lower bound where `capped`. `colours`: whether
+    the images have some.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Look(NamedTuple):
     images: int
     side: int
     capped: bool = False
+    colours: bool = True
 
     @property
     def number(self) -> str:
@@ -114,7 +116,8 @@ def _look(data: Data, name: str | None) -> Look:
         x = found["train"].images
         count = _training(data, len(x), "val" in found)
         side = round(math.sqrt(x.shape[1] * x.shape[2]))
-        return Look(name, f"{_images(count)} in arrays", count, side)
+        colours = array_files.has_colours(x.shape[3], str(x.dtype))
+        return Look(name, f"{_images(count)} in arrays", count, side, colours=colours)
     if data.root and shards.is_shards(place := place_of(data.root)):
         splits = shards.describe(place)["splits"]
         count = _training(data, int(splits["train"]["count"]), "val" in splits)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ddp_ssl.config import Config, Data
-from ddp_ssl.config.views import views_of
+from ddp_ssl.config.views import COLOURS, QUARTERS, views_of
 from ddp_ssl.data.datasets import array_files
 from ddp_ssl.data.datasets.array_files import Facts
 from ddp_ssl.data.datasets.base import absolute
 from ddp_ssl.errors import ConfigError
 from ddp_ssl.utils.text import one_line
 
-COLOURS = ("jitter_p", "gray_p", "solarize_p")
+FLIPPED = 128  # bytes of a pixel that DALI can flip; other types than uint8 are float32 there
 
 
 def facts_of(data: Data) -> Facts | None:
@@ -68,10 +68,16 @@ def completed(config: Config, origins: Mapping[str, str]) -> tuple[Config, dict[
 
 
 def check_views(config: Config, facts: Facts) -> None:
-    """Raise `ConfigError` for changes of colour of images that have none."""
-    if facts.channels in (1, 3) and facts.dtype == "uint8":
-        return
+    """Raise `ConfigError` for changes of colour of images without, and of too many channels."""
     views = [view for view in views_of(config.data.views) if not view.function]
+    flipped = any(view.rotate == QUARTERS or view.vertical_flip_p > 0 for view in views)
+    if flipped and facts.channels * (1 if facts.dtype == "uint8" else 4) > FLIPPED:
+        raise ConfigError(
+            f"data.views: rotate: 90 and vertical_flip_p are for pixels of up to {FLIPPED} bytes, and "
+            f"{config.data.root} has {facts.channels} channels of {facts.dtype}; 0 is accepted"
+        )
+    if array_files.has_colours(facts.channels, facts.dtype):
+        return
     on = [key for key in COLOURS if any(getattr(view, key) > 0 for view in views)]
     if on:
         off = [f"data.views.{i}.{key}=0" for i in range(len(config.data.views)) for key in on]

@@ -10,7 +10,7 @@ import pytest
 
 from ddp_ssl.config import Config, ConfigError
 from ddp_ssl.config.views import View
-from ddp_ssl.data.datasets import array_files, registry
+from ddp_ssl.data.datasets import registry
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.run.configure import load
 from tests.data.images import loader_of, same, through_a_file
@@ -141,6 +141,7 @@ def test_labels_that_are_no_classes_are_said_and_left(
         ({"x": X}, ["data.mean=[0.5]"], "data.mean: 1 numbers for images of 5 channels"),
         ({"x": X}, ["model.backbone_args={in_chans: 3}"], "in_chans: 3, and .* has 5 channels"),
         ({"x": X}, ["data.views.0.jitter_p=0.5"], "jitter_p are for bytes of 1 or 3 channels"),
+        ({"x": X.repeat(8, 3)}, ["data.views.0.rotate=90"], "pixels of up to 128 bytes"),
         ({"x": np.array([{}])}, [], "is damaged or no array of numbers"),
     ],
 )
@@ -161,8 +162,10 @@ def test_names_of_arrays_can_be_given(tmp_path: Path) -> None:
 
 
 def test_a_file_alone_is_enough(tmp_path: Path) -> None:
+    np.savez(tmp_path / "five.npz", x=X)
+    views = load([str(tmp_path / "five.npz")]).config.data.views
+    assert {(view.jitter_p, view.gray_p, view.solarize_p) for view in views} == {(0, 0, 0)}
     np.savez(tmp_path / "a.npz", x=(X[..., :3] // 256).astype(np.uint8), y=Y)
     resolved = load([str(tmp_path / "a.npz")])
     assert resolved.config.data.name == "array"
     assert "18 images in arrays" in resolved.notes[0]
-    assert array_files.is_place(tmp_path)

@@ -208,6 +208,11 @@ def as_images(x: Array, where: str) -> Array:
     return x if last else x.transpose(0, 2, 3, 1)
 
 
+def has_colours(channels: int, dtype: str) -> bool:
+    """Whether colours can be changed: bytes of one or three channels."""
+    return channels in (1, 3) and dtype == "uint8"
+
+
 def _form(images: Array) -> str:
     return f"{images.shape[3]} channels of {images.dtype}"
 
