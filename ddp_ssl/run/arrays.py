@@ -73,8 +73,8 @@ def check_views(config: Config, facts: Facts) -> None:
     flipped = any(view.rotate == QUARTERS or view.vertical_flip_p > 0 for view in views)
     if flipped and facts.channels * (1 if facts.dtype == "uint8" else 4) > FLIPPED:
         raise ConfigError(
-            f"data.views: rotate: 90 and vertical_flip_p are for pixels of up to {FLIPPED} bytes, and "
-            f"{config.data.root} has {facts.channels} channels of {facts.dtype}; 0 is accepted"
+            f"data.views: rotate: 90 and vertical_flip_p are for pixels of up to {FLIPPED} bytes, "
+            f"and {config.data.root} has {facts.channels} channels of {facts.dtype}; 0 is accepted"
         )
     if array_files.has_colours(facts.channels, facts.dtype):
         return
