@@ -6,6 +6,7 @@ they are needed and are shared by the processes of a node. A compressed array is
 
 from __future__ import annotations
 
+import functools
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -159,7 +160,7 @@ def _arrays_of(path: Path, place: str) -> Iterator[tuple[str, Callable[[], Array
     def of_member(one: zipfile.ZipInfo) -> Callable[[], Array]:
         def opened() -> Array:
             with refused(*damaged):
-                return _member(path, one)
+                return _member(path, one.filename, path.stat().st_mtime_ns)
 
         return opened
 
@@ -167,8 +168,11 @@ def _arrays_of(path: Path, place: str) -> Iterator[tuple[str, Callable[[], Array
         yield f"{place}/{one.filename[:-4]}".lstrip("/"), of_member(one)
 
 
-def _member(path: Path, one: zipfile.ZipInfo) -> Array:
-    """An array of an `.npz`, mapped if it is stored as it is."""
+@functools.lru_cache(maxsize=8)
+def _member(path: Path, member: str, modified: int) -> Array:
+    """An array of an `.npz` of that time, mapped if it is stored as it is, else read once."""
+    with zipfile.ZipFile(path) as inside:
+        one = inside.getinfo(member)
     if one.compress_type == zipfile.ZIP_STORED:
         with path.open("rb") as file:
             file.seek(one.header_offset + 26)  # the local header's lengths of name and extra field
@@ -181,7 +185,7 @@ def _member(path: Path, one: zipfile.ZipInfo) -> Array:
             if not kind.hasobject and not fortran and np.prod(shape):
                 return np.memmap(path, kind, "r", file.tell(), shape)
     with np.load(path, allow_pickle=False) as arrays:
-        made: Array = arrays[one.filename[:-4]]
+        made: Array = arrays[member[:-4]]
         return made
 
 
