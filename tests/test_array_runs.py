@@ -83,6 +83,8 @@ def test_weights_of_arrays_are_evaluated_and_exported(
     folder, _ = bands
     given = ["run.device=cpu", "run.threads=1", f"run.dir={tmp_path}", "knn.k=[3]"]
     assert evaluate.main(["knn", str(folder), *given]) == 0
+    assert evaluate.main(["knn", str(folder), *given, "data.name=digits", "data.root="]) == 2
+    assert "5 numbers, and the images have 3 channels" in capsys.readouterr().err
     assert export.main([str(folder), "--format", "timm", "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out/README.md").read_text()
     lines = page.partition("```python\n")[2].partition("```")[0]

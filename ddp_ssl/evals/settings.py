@@ -249,7 +249,12 @@ def load_settings(
             )
         facts = facts_of(plain.data)
         if facts is not None:
-            plain = plain.model_copy(update={"data": with_statistics(plain.data, facts)})
+            model = plain.model
+            if facts.channels != 3:
+                own = {"in_chans": facts.channels, **model.backbone_args}
+                model = model.model_copy(update={"backbone_args": own})
+            data = with_statistics(plain.data, facts)
+            plain = plain.model_copy(update={"data": data, "model": model})
         return plain, origins
     for key in ("backbone", "backbone_args", "stem"):
         if f"model.{key}" in origins:

@@ -12,6 +12,7 @@ import torch
 from ddp_ssl.config.views import View
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.formats import Decoding, PixelFormat
+from ddp_ssl.errors import ConfigError
 from ddp_ssl.utils.launcher import cpu_share
 
 if TYPE_CHECKING:
@@ -47,11 +48,11 @@ class LoaderSettings:
         )
 
     def of_split(self, split: Split) -> LoaderSettings:
-        """The same for the pixels of a split; raises `ValueError` for other channels."""
+        """The same for the pixels of a split; raises `ConfigError` for other channels."""
         if len(self.form.mean) != split.channels:
-            raise ValueError(
+            raise ConfigError(
                 f"data.mean: {len(self.form.mean)} numbers, and the images have {split.channels} "
-                "channels; the model's and the data's channels must be the same"
+                "channels; images with the model's channels are accepted"
             )
         return self if split.dtype == np.uint8 else replace(self, form=self.form._replace(unit=1.0))
 
