@@ -14,6 +14,7 @@ from ddp_ssl.config.files import PRESETS
 from ddp_ssl.config.reader import Layer
 from ddp_ssl.config.schema import Data, MethodConfig, Optim
 from ddp_ssl.config.text import flow
+from ddp_ssl.config.views import COLOURS
 from ddp_ssl.data.recognise import Look, look_at
 from ddp_ssl.driver import gpu_is_meant
 from ddp_ssl.errors import ConfigError
@@ -110,6 +111,10 @@ class Preset:
                 values[key] = value
                 made.append(Choice(key, value, reason))
 
+        if not self.look.colours:
+            off = dict.fromkeys(COLOURS, 0)
+            views = [{**group, **off} for group in preset["data"]["views"]]
+            choose("data.views", views, "these images have no colours to change")
         count = self.look.images
         if not self._gpu and not has_bf16():
             choose("optim.precision", "fp32", "this CPU has no instructions for bf16")
