@@ -122,6 +122,8 @@ class Handler(BaseHTTPRequestHandler):
             with (store.root / name).open("rb") as file:
                 about = os.fstat(file.fileno())
                 first, end = self.range() or (0, about.st_size)
+                if first > about.st_size:
+                    return self.answer(416)
                 end = min(end, about.st_size)
                 body = os.pread(file.fileno(), end - first, first)
         except OSError:

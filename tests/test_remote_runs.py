@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,8 +44,12 @@ def test_a_run_goes_on_from_a_folder_to_a_store_and_a_part_of_a_copy(
 def test_a_store_that_fails_stops_the_run_with_a_checkpoint(
     whole: Whole, store: Store, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a step, then in a validation; no other image takes the place of one it did not give."""
-    monkeypatch.setattr(remote, "PATIENCE_S", 0.2)
+    """In a step, then in a validation; no other image takes the place of one it did not give.
+
+    A run that is asked to stop meanwhile does not wait for the store.
+    """
+    monkeypatch.setattr(remote, "PATIENCE_S", 100.0)
+    monkeypatch.setattr(remote, "ASKED_S", 0.2)
     run = tmp_path / "run"
     args = arguments(photos, run, f"data.root={store.url}/bucket/shards", "run.resume=auto")
 
@@ -64,6 +71,15 @@ def test_a_store_that_fails_stops_the_run_with_a_checkpoint(
         store.live()
         return max(int(path.stem[5:13]) for path in (run / "checkpoints").glob("step_*.pt"))
 
+    def dies_and_is_stopped(job: Any) -> None:
+        if job.state.step == 1:
+            store.die()
+            threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    assert train(args, on_step=dies_and_is_stopped) == 0
+    assert status(run)["state"] == "preempted"
+    store.live()
+    monkeypatch.setattr(remote, "PATIENCE_S", 0.2)
     assert newest_after(train(args, on_step=dies_at(3))) > 3
     with monkeypatch.context() as patch:
         patch.setattr(epochs, "evaluate", dying)

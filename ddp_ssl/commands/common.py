@@ -24,6 +24,7 @@ from ddp_ssl.errors import printable, reason
 from ddp_ssl.utils.launcher import cpu_share, wait_for_rank_0
 from ddp_ssl.utils.streams import flush, open_streams, own_rank, stdout_is_broken, tell
 from ddp_ssl.utils.text import one_line, suggest
+from ddp_ssl.utils.waits import leaving, limits
 
 if TYPE_CHECKING:
     from ddp_ssl.distributed import World
@@ -47,7 +48,11 @@ def exit_code(command: Callable[[], int]) -> int:
     environment's `DDP_SSL_TRACEBACK=1` shows where an error was raised.
     """
     open_streams()
-    code = _code_of(command)
+    leaving.clear()
+    try:
+        code = _code_of(command)
+    finally:
+        leaving.set()
     problem = flush()
     if problem is None or isinstance(problem, BrokenPipeError) or code:
         return code
@@ -200,7 +205,7 @@ def processes(run: EvaluateRun) -> Iterator[World]:
     from ddp_ssl import distributed
     from ddp_ssl.logs import console
 
-    world = distributed.start(run.device, run.timeout_s)
+    world, limits.timeout_s = distributed.start(run.device, run.timeout_s), run.timeout_s
     console.setup_logging(None, world.rank)
     torch.set_num_threads(run.threads or cpu_share())
     try:

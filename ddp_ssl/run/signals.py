@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from ddp_ssl.utils.launcher import rank_and_size
+from ddp_ssl.utils.waits import limits
 
 logger = logging.getLogger("ddp_ssl")
 
@@ -36,6 +37,7 @@ class StopRequest:
         self._deadline = float("inf")
         self._deadline_name = ""
         self._last_look = 0.0
+        limits.asked = False
 
     def install(self) -> StopRequest:
         """Catch SIGTERM, SIGUSR1, SIGUSR2, SIGHUP and Ctrl-C; a second Ctrl-C ends at once.
@@ -50,6 +52,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name
+        limits.asked = True
 
     def at(self, deadline: float, name: str) -> None:
         """Stop at this time (seconds since 1970) too; the earliest deadline counts."""
@@ -67,6 +70,7 @@ class StopRequest:
             if os.path.exists(stop_file):  # False where a mount fails, which Path would raise
                 self.reason = stop_file.name
         if self.reason is not None:
+            limits.asked = True
             logger.info("%s: %s", self.reason, ANSWER)
         return self.reason is not None
 

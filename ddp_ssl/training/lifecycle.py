@@ -7,7 +7,6 @@ import logging
 
 from ddp_ssl import distributed
 from ddp_ssl.config import Config, ConfigError, Resolved
-from ddp_ssl.data.datasets import remote
 from ddp_ssl.data.loading.reader import UnreadableError
 from ddp_ssl.distributed import World, others_failed
 from ddp_ssl.errors import (
@@ -29,6 +28,7 @@ from ddp_ssl.training.job import Job
 from ddp_ssl.training.state import save
 from ddp_ssl.utils.launcher import job_end, resume_command
 from ddp_ssl.utils.text import one_line
+from ddp_ssl.utils.waits import leaving, limits
 
 logger = logging.getLogger("ddp_ssl")
 
@@ -48,7 +48,7 @@ def run(resolved: Resolved, stop: StopRequest, on_step: loop.OnStep | None = Non
     watch, status = Watchdog(world, config.run), RunStatus()
     watch.on_end = status.record_failure
     code, job = 0, None
-    remote.leaving.clear()
+    limits.timeout_s = config.run.timeout_s
     try:
         job = build(resolved, world, watch, status, lambda: stop.reason is not None)
         train_to_the_end(job, stop, status, on_step)
@@ -81,7 +81,6 @@ def run(resolved: Resolved, stop: StopRequest, on_step: loop.OnStep | None = Non
             raise
         raise SystemExit(1) from None
     finally:
-        remote.leaving.set()
         status.release()
     watch.close()
     distributed.stop()
@@ -120,7 +119,11 @@ def train_to_the_end(
 
 
 def settle(job: Job | None) -> None:
-    """Wait for the checkpoint that is being written; after it the end of the run is recorded."""
+    """Wait for the checkpoint that is being written; after it the end of the run is recorded.
+
+    Nothing waits for an object store any more.
+    """
+    leaving.set()
     if job is not None:
         job.checkpointer.close()
         job.measurement.cancel_prefetch()

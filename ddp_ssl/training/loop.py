@@ -82,7 +82,7 @@ def train(job: Job, stop: StopRequest, on_step: OnStep | None = None) -> State:
                 profiler.close()
                 save(job, must_succeed=True)
                 stop_flag.wait()
-                stop_if_bad(world, job.loader.failing)
+                stop_if_bad(world, job.loader.failing if stop.reason is None else None)
                 return "preempted"
             if is_due(config.checkpoint.every_steps, state.step) and not last:
                 save(job)

@@ -17,13 +17,14 @@ from PIL import Image
 from ddp_ssl.commands import check_data
 from ddp_ssl.config import Data
 from ddp_ssl.data.batch import Batch
+from ddp_ssl.data.datasets.remote import StoreError
 from ddp_ssl.data.datasets.shards import open_shards
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading import reader
 from ddp_ssl.data.loading.bad_images import BadImages, write_list
 from ddp_ssl.data.loading.loader import EvalLoader, TrainLoader
 from ddp_ssl.data.loading.order import permutation
-from ddp_ssl.data.loading.reader import Reader, UnreadableError
+from ddp_ssl.data.loading.reader import Reader, TrainBatches, UnreadableError
 from ddp_ssl.data.loading.settings import LoaderSettings
 from ddp_ssl.distributed import MeshComm, World
 from tests.data.bad import BAD, IMAGES, broken_tables, empty, garbage, victim
@@ -348,6 +349,36 @@ def test_an_evaluation_of_bad_images_only_is_all_padding(tmp_path: Path) -> None
         empty(Path(split.where(i)))
     loader: EvalLoader = eval_of(split, np.arange(5))
     assert [batch.ids.tolist() for batch in loader] == [[-1] * 4] * 2
+
+
+@pytest.mark.parametrize("away", [2, 3])
+def test_a_store_that_goes_while_bad_images_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: int
+) -> None:
+    """DALI refuses an image of step 2; those of step `away` cannot be read again."""
+    split = folder_of(tmp_path, IMAGES)
+    broken_tables(Path(split.where(victim(2, 0))))
+    loader = loader_of(split)
+    source, read, lost = loader._source, Split.read, set[int]()
+
+    def reads(self: Split, i: int) -> Any:
+        if i in lost:
+            raise StoreError("data.root: no answer")
+        return read(self, i)
+
+    def mend(steps: Any) -> bool:
+        lost.update(loader.order.ids(away).tolist())
+        return TrainBatches.mend(source, steps)
+
+    monkeypatch.setattr(Split, "read", reads)
+    monkeypatch.setattr(source, "mend", mend)
+    got = [next(loader).ids.tolist() for _ in range(away)]
+    assert (loader.failing is not None) == (away > 2)  # in time for a checkpoint
+    assert all(len(ids) == 6 and -1 not in ids for ids in got)
+    assert [victim(2, 0) in ids for ids in got] == [False] * away
+    with pytest.raises(UnreadableError, match=r"^data\.root: no answer$"):
+        next(loader)
+    assert lost
 
 
 # --- view groups ---------------------------------------------------------------------------------

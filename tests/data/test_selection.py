@@ -158,6 +158,19 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     assert skip.unknown == 0
 
 
+def test_images_of_a_store_by_their_addresses(tmp_path: Path) -> None:
+    """As `bad_images.txt` and check-data write them, and relative to the root or to the split."""
+    lines = [b"s3://bucket/out/train/c0/1.jpg", b"train/c0/2.jpg", b"./train/c0/3.jpg", b"c0/4.jpg"]
+    others = [b"s3://bucket/else/train/c0/0.jpg", b"/out/train/c0/0.jpg"]
+    (tmp_path / "bad.txt").write_bytes(b"\n".join([*lines, *others]) + b"\tcut\n")
+    split = Split.of_files(
+        "s3://bucket/out/train", [b"c0/%d.jpg" % i for i in range(5)], np.zeros(5)
+    )
+    skip = Skip.of_file(tmp_path / "bad.txt", "s3://bucket/out")
+    assert skip.keep(split).tolist() == [True, False, False, False, False]
+    assert skip.unknown == 2
+
+
 def test_arrays_have_no_names() -> None:
     skip = Skip([b"a"], b"/")
     assert skip.keep(Split.of_array(np.zeros((2, 4, 4), np.uint8))).all()

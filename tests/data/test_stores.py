@@ -5,7 +5,9 @@ Whole runs on a store are in `tests/test_containers.py`.
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import shutil
 import threading
 import time
@@ -18,12 +20,14 @@ import torch
 
 from ddp_ssl.commands import check_data
 from ddp_ssl.config import ConfigError, Data
-from ddp_ssl.data.datasets import registry, remote, shards
+from ddp_ssl.data.datasets import registry, remote, shards, staging
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.remote import StoreError
 from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.datasets.tar import Shards
 from ddp_ssl.data.loading.reader import UnreadableError
 from ddp_ssl.run.configure import load
+from ddp_ssl.utils.waits import limits
 from tests.data.images import loader_of
 from tests.data.tables import as_parquet
 from tests.data.tars import as_tars
@@ -58,6 +62,12 @@ def opened(root: str | Path, **more: Any) -> Dataset:
 
 def contents(split: Split) -> list[bytes]:
     return [split.read(i).tobytes() for i in range(len(split))]
+
+
+def fresh(split: Split) -> Split:
+    """The same, with no file open."""
+    made: Split = pickle.loads(pickle.dumps(split))
+    return made
 
 
 def far_and_near(split: Split) -> list[bool]:
@@ -95,6 +105,7 @@ def test_s3_with_credentials_of_the_environment(
     assert load([f"s3://{bucket}/out", "run.device=cpu"]).config.data.name == "folder"
     arguments = ["data.name=folder", f"data.root=s3://{bucket}/out", "--workers", "1"]
     assert check_data.main([*arguments, "--out", str(tmp_path / "bad.txt")]) == 0
+    assert remote.leaving.is_set()  # no thread waits for the store once a command is done
     assert "train: 30 images looked at, 0 bad" in capfd.readouterr().err
     store.fault = lambda path, count: 403
     assert check_data.main(arguments) == 2
@@ -121,12 +132,13 @@ def test_files_of_others_are_found_and_read_once(
     store.reset()
     there = opened(f"s3://{packed.parent.name}/{root.name}")
     assert store.sent == size
+    assert not remote._blocks
     assert there.train.digest == here.train.digest
     assert there.val is not None
     assert contents(there.train) == contents(here.train)
     store.reset()
     opened(f"s3://{packed.parent.name}/{root.name}")  # what was found is kept
-    assert store.sent < 20_000  # the end of a file, for its columns
+    assert store.sent < size / 2  # one file's beginning or end, for its columns
     for path in paths:
         os.utime(path, (1, 1))
     store.reset()
@@ -135,6 +147,10 @@ def test_files_of_others_are_found_and_read_once(
 
 
 def test_what_is_no_shards_is_one_line(store: Store, url: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^data\.root: s3://b-\{0,1\}/x\.tar has a wildcard in its"
+    ):
+        registry.load(Data(name="webdataset", root="s3://b-{0,1}/x.tar"), 0)
     with pytest.raises(ValueError, match=r"^data\.root: .*/nothing holds no shards.json, and no"):
         opened(f"{store.url}/nothing")
     with pytest.raises(ValueError, match=r"a web server lists no files: https://HOST/train-\{000"):
@@ -242,6 +258,83 @@ def test_a_process_that_ends_waits_for_no_store(
         waiting.result(10)
 
 
+def test_a_file_that_fails_waits_for_no_other(
+    store: Store, files: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images of one may not be read, and meanwhile those of another are asked for again."""
+    root = as_tars(files, packed.parent / "two")
+    monkeypatch.setattr(remote, "PATIENCE_S", 100.0)
+    asked = threading.Event()
+
+    def fault(path: str, count: int) -> int | None:
+        method, name, _ = store.asked[count - 1]
+        if method == "HEAD" or name.endswith("n-000000.tar"):  # the first is looked at
+            return None
+        if "train" in name:
+            return 403 if asked.wait(10) else None
+        asked.set()
+        return 503
+
+    store.fault = fault
+    pattern = f"{store.url}/{packed.parent.name}/two/{{train-000000,train-000001,val}}.tar"
+    (root / "validation-000000.tar").rename(root / "val.tar")
+    with pytest.raises(StoreError, match=r"train-000001\.tar: 403 Forbidden"):
+        registry.load(Data(name="webdataset", root=pattern), 0)
+    assert asked.is_set()
+
+
+def test_how_long_a_store_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PATIENCE_S", 180.0)
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(limits, "timeout_s", 100)
+    remote.leaving.clear()
+    assert remote._patience() == 60
+    monkeypatch.setattr(limits, "asked", True)
+    assert remote._patience() == remote.ASKED_S < 20
+    remote.leaving.set()
+    assert remote._patience() == 0
+    remote.leaving.clear()
+
+
+def test_credentials_that_are_not_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At first there are none; later who gives them may be away for a moment."""
+    answers: list[Exception | int] = [OSError("GET http://169.254.169.254/latest - timed out"), 7]
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
+    remote.leaving.clear()
+
+    def ask() -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with pytest.raises(
+        StoreError, match=r"^data\.root: s3://new/a: no credentials were found; acc"
+    ):
+        remote._patiently("s3://new/a", ask)
+    assert remote._patiently("s3://new/b", ask) == 7
+    answers[:] = [OSError("GET http://169.254.169.254/latest - timed out"), 8]
+    assert remote._patiently("s3://new/a", ask) == 8
+
+
+def test_an_address_of_the_web_is_no_bucket() -> None:
+    for address in ("https://bucket.s3.amazonaws.com", "https://s3.us-east-1.amazonaws.com"):
+        assert type(remote._client(address)).__name__ == "HTTPStore"
+    assert type(remote._client("gs://bucket")).__name__ == "GCSStore"
+
+
+def test_a_shorter_file_under_the_same_name_is_another(tmp_path: Path) -> None:
+    remote.leaving.clear()
+    (tmp_path / "a").write_bytes(bytes(100))
+    with serving(tmp_path) as other:
+        place = f"{other.url}/a"
+        ((_, tag),) = filter(None, remote.stamps([place]))
+        (tmp_path / "a").write_bytes(bytes(50))
+        for at in (40, 60):  # beyond its end in part, and wholly
+            with pytest.raises(StoreError, match=r"/a has changed since the start"):
+                remote.read(place, at, 20, tag)
+
+
 def test_changed_content_is_not_trained_on(store: Store, copy: Path, tmp_path: Path) -> None:
     """Other images under the same names, all of them sound: the loader stops and names the file."""
     shutil.copytree(copy, tmp_path / "bucket" / "out")
@@ -258,6 +351,13 @@ def test_changed_content_is_not_trained_on(store: Store, copy: Path, tmp_path: P
         assert known[-1] is not None
         assert not loader._source.reader.problems  # none is a bad image
         assert len(before.ids) == 6
+        staged = opened(f"{other.url}/bucket/out", stage=str(tmp_path / "local")).train
+        for tar in (tmp_path / "bucket/out").glob("*.tar"):
+            os.utime(tar, (2, 2))
+        assert len(contents(staged)) == 30
+        shutil.rmtree(tmp_path / "local")
+        with pytest.raises(StoreError, match=r"train-\d+\.tar has changed since the start"):
+            fresh(staged).read(0)
 
 
 # --- staged --------------------------------------------------------------------------------------
@@ -284,6 +384,56 @@ def test_a_part_is_staged_and_the_rest_read_from_afar(
         assert whole.root == opened(root).train.root
     with pytest.raises(ValueError, match=r"^data\.stage_gb: is how much data\.stage takes"):
         opened(url, stage_gb=1)
+
+
+def test_copies_of_files_of_others(
+    store: Store, files: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made again once they are overwritten; not made of files that change meanwhile."""
+    monkeypatch.setenv("DDP_SSL_CACHE", str(tmp_path / "cache"))
+    store.environment(monkeypatch)
+    root = as_tars(files, packed.parent / "others")
+    data = Data(
+        name="webdataset", root=f"s3://{packed.parent.name}/others", stage=str(tmp_path / "local")
+    )
+    expected = contents(registry.load(data, 0).train)
+    copies = sorted(tmp_path.glob("local/*/*.tar"))
+    for path in copies:
+        path.write_bytes(bytes(path.stat().st_size))
+    store.reset()
+    assert contents(registry.load(data, 0).train) == expected
+    assert [path.read_bytes() for path in copies] == [
+        (root / path.name).read_bytes() for path in copies
+    ]
+    asked = [name for method, name, _ in store.asked if method == "HEAD"]
+    assert asked.count(f"{packed.parent.name}/others/validation-000000.tar") == 1  # one stamping
+
+    copy = staging._copy_all
+
+    def late(*args: Any) -> None:
+        os.utime(root / "train-000001.tar", (1, 1))
+        copy(*args)
+
+    monkeypatch.setattr(staging, "_copy_all", late)
+    for path in copies:
+        path.unlink()
+    with pytest.raises(StoreError, match=r"train-000001\.tar has changed since the start"):
+        registry.load(data, 0)
+
+
+def test_a_lack_of_files_or_memory_is_no_damage_of_a_copy(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = opened(packed, stage=str(tmp_path)).train.shards
+    assert where is not None
+
+    def full(self: Shards, path: str) -> tuple[int, bool]:
+        raise OSError(errno.EMFILE if str(tmp_path) in path else errno.ENOENT, "too many")
+
+    monkeypatch.setattr(Shards, "_open", full)
+    with pytest.raises(OSError, match="too many") as caught:
+        where.read(0)
+    assert caught.value.errno == errno.EMFILE
 
 
 @pytest.mark.parametrize("damage", ["deleted", "overwritten", "cut"])

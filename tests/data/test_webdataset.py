@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from PIL import Image
 from ddp_ssl.commands import check_data
 from ddp_ssl.config import Data
 from ddp_ssl.data.datasets import files as file_system
-from ddp_ssl.data.datasets import imagenet, registry, webdataset
+from ddp_ssl.data.datasets import imagenet, registry, staging, webdataset
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.files import matching, split_of
 from ddp_ssl.data.datasets.members import members
@@ -31,6 +32,8 @@ from ddp_ssl.utils.once import warn_once
 from tests.data.images import pack, picture
 from tests.data.tables import write_table
 from tests.data.tars import FORMATS, Items, as_tars, write_tar
+
+PICTURE = b"\xff\xd8 of another size \xff\xd9"
 
 
 @pytest.fixture(autouse=True)
@@ -402,6 +405,50 @@ def test_files_are_read_once(
     assert encoded(loaded(root).train) == encoded(first.train)
     assert read == ["train-000001.tar"]
     assert len(loaded(root, columns=["png", "cls"]).train) == 4  # other images, other entries
+
+
+@pytest.mark.parametrize("at", [0, 3000])
+def test_a_copy_that_rots_before_its_images_are_found(tars: Path, tmp_path: Path, at: int) -> None:
+    """A header or an image, with the size and the time of before: the original is read."""
+    local = str(tmp_path / "local")
+    copy = Path(str(registry.stage(Data(name="webdataset", root=str(tars), stage=local))))
+    for path in copy.glob("*.tar"):
+        content, about = bytearray(path.read_bytes()), path.stat()
+        content[at : at + 40] = bytes(byte ^ 1 for byte in content[at : at + 40])
+        path.write_bytes(content)
+        os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    staged, here = loaded(tars, stage=local).train, loaded(tars).train
+    assert staged.shards is not None
+    assert staged.shards.path_of(0).startswith(str(copy))
+    assert staged.shards.crc is not None
+    assert [zlib.crc32(content) for content in encoded(here)] == staged.shards.crc.tolist()
+    assert encoded(staged) == encoded(here)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_files_that_change_while_they_are_staged(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The copy is of other images than its name says, or the original changed since."""
+    root, other = shutil.copytree(tars, tmp_path / "root"), tmp_path / "other"
+    write_tar(other, [("c9/x.jpg", PICTURE), ("c9/x.cls", b"c1")])
+    copy = staging._copy_all
+
+    def changes(*args: Any) -> None:
+        if when == "after":
+            copy(*args)
+        shutil.copy(other, root / "train-000001.tar")
+        if when == "before":
+            copy(*args)
+
+    monkeypatch.setattr(staging, "_copy_all", changes)
+    said = refused(root, stage=str(tmp_path / "local"))
+    changed = "changed while it was read" if when == "after" else "instead of"
+    assert changed in said
+    monkeypatch.undo()
+    images = encoded(loaded(root).train)
+    assert images[-1] == PICTURE
+    assert encoded(loaded(root, stage=str(tmp_path / "local")).train) == images
 
 
 def test_packed_they_are_the_same(tars: Path, files: Path, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddp_ssl.config.schema import SAME_AS
-from ddp_ssl.data.datasets import imagenet, remote
+from ddp_ssl.config.section import is_url
+from ddp_ssl.data.datasets import imagenet, remote, staging
 from ddp_ssl.data.datasets.base import Dataset, Definition
 from ddp_ssl.data.datasets.cache import cache_folder, keep, kept, locked
 from ddp_ssl.data.datasets.files import (
@@ -46,6 +47,7 @@ from ddp_ssl.data.datasets.tar import DAMAGED, Shards
 from ddp_ssl.errors import BuildError
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.progress import EVERY_S
+from ddp_ssl.utils.waits import heed
 
 if TYPE_CHECKING:
     from ddp_ssl.config import Data
@@ -155,6 +157,11 @@ class Container(ABC, Generic[C]):
             raise ValueError(f"data.root: unset; data.name={data.name} looks for {self.wanted}")
         root = root_of(data)
         if is_pattern(data.root):
+            if is_url(root) and any(mark in root.split("/")[2] for mark in "*?[{"):
+                raise ValueError(
+                    f"data.root: {root} has a wildcard in its bucket or host; accepted: wildcards "
+                    "in the names of folders and files, and data.root=[A, B] for several roots"
+                )
             base, found = matching(root)
         else:
             try:
@@ -247,16 +254,13 @@ class Container(ABC, Generic[C]):
             raise ValueError(f"data.root: {files.origin(name)} cannot be read: is it there?")
         return files._replace(stamps={name: stamp for name, stamp in stamps.items() if stamp})
 
-    def load(self, data: Data, copy: str | None = None) -> Dataset:
+    def load(self, data: Data, files: Files | None = None) -> Dataset:
         """All images of the files to train on and of those for validation.
 
-        `copy` is the folder of a copy of some of the files, which are read there.
+        `files` are `stamped`, and may be read in a copy.
         """
-        files = self.stamped(data)
-        if copy is not None:
-            paths = {name: os.path.join(copy, name) for name in files.stamps}
-            files = files._replace(copied={n: p for n, p in paths.items() if os.path.exists(p)})
-        chosen = self.choose(data, files)
+        files = self.stamped(data) if files is None else files
+        chosen = self.choose(data, files._replace(copied={}))
         labels = "no labels" if chosen.label is None else f"labels in {chosen.label!r}"
         unused = f"; not used: {', '.join(files.unused)}" if files.unused else ""
         warn_once(
@@ -285,7 +289,7 @@ class Container(ABC, Generic[C]):
         def table_of(name: str) -> Table:
             return self._table_of(files, name, chosen, stop)
 
-        with ThreadPoolExecutor(THREADS, f"ddp_ssl-{self.name}") as pool:
+        with ThreadPoolExecutor(THREADS, f"ddp_ssl-{self.name}", heed, (stop,)) as pool:
             try:
                 for at, table in enumerate(pool.map(table_of, names)):
                     tables.append(table)
@@ -301,6 +305,7 @@ class Container(ABC, Generic[C]):
                         )
             finally:
                 stop.set()
+                remote.forget()
         notes = Counter(note for table in tables for note in table.notes.tolist())
         if notes:
             what = ", ".join(f"{note} ({count})" for note, count in sorted(notes.items()))
@@ -325,14 +330,14 @@ class Container(ABC, Generic[C]):
     def _table_of(self, files: Files, name: str, chosen: C, stop: threading.Event) -> Table:
         """The images of a file with this stamp: as they are kept, or found now and kept.
 
-        A table with damaged images is not kept, because the damage may be gone at the next start.
+        They are found in a copy only if its bytes are still those of the original. A table with
+        damaged images is not kept, because the damage may be gone at the next start.
         """
         place = self._place(name, chosen, files.stamps[name])
         if (found := kept(place)) is not None:
             return Table(**found)
-        table = self.read(files.path(name), chosen, stop)
-        if name in files.copied and DAMAGED in table.offset:
-            table = self.read(files.origin(name), chosen, stop)
+        sound = name in files.copied and staging.is_sound(files.copied[name])
+        table = self.read(files.copied[name] if sound else files.origin(name), chosen, stop)
         if remote.stamps([files.origin(name)]) != [files.stamps[name]]:
             raise BuildError(f"data.root: {files.origin(name)} changed while it was read")
         if not stop.is_set() and DAMAGED not in table.offset:

@@ -46,8 +46,8 @@ class Parquet(Container[Columns]):
         found = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
         return rows, [content for content in found if content]
 
-    def load(self, data: Data, copy: str | None = None) -> Dataset:
-        made = super().load(data, copy)
+    def load(self, data: Data, files: Files | None = None) -> Dataset:
+        made = super().load(data, files)
         where = made.train.shards
         assert where is not None
         if (where.offset < 0).all():

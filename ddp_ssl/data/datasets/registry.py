@@ -26,7 +26,7 @@ from ddp_ssl.data.datasets import (
     webdataset,
 )
 from ddp_ssl.data.datasets.base import Dataset, Definition, absolute, labelled_part, place_of
-from ddp_ssl.data.datasets.files import is_pattern
+from ddp_ssl.data.datasets.files import Files, is_pattern
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.text import suggest
 
@@ -78,8 +78,8 @@ def definition_of(data: Data) -> Definition:
         )
     if data.stage is not None:
         raise ValueError(
-            f"data.stage: {data.stage} is for shards, and {data.root or 'data.root'} holds no "
-            f"{shards.ABOUT}; ddp-ssl pack-shards makes them"
+            f"data.stage: {data.stage} is for shards, parquet and tar files, and "
+            f"{data.root or 'data.root'} holds none; ddp-ssl pack-shards makes shards"
         )
     if data.columns is not None and data.name != "array":
         raise ValueError(
@@ -120,11 +120,13 @@ def load(data: Data, seed: int) -> Dataset:
     Raises `ValueError`, one line with the key, for data that cannot be used.
     """
     find(data)
-    copy, container = stage(data), container_of(data)
+    container = container_of(data)
     if container is not None:
-        made = container.load(data, copy)
+        files = container.stamped(data)
+        made = container.load(data, _staged(data, files) if data.stage else files)
     else:
-        made = shards.open_shards(copy) if copy else definition_of(data).load(data)
+        copy = stage(data)
+        made = shards.open_shards(copy, True) if copy else definition_of(data).load(data)
     if made.val is None:
         made = _with_held_out(made, data)
     every, val = made.train, made.val
@@ -169,15 +171,23 @@ def stage(data: Data) -> str | None:
     """
     if not data.stage:
         return None
-    to, container = absolute(data.stage), container_of(data)
-    if container is None:
-        made = staging.stage(place_of(data.root or ""), to, logger.info, data.stage_gb)
-    else:
-        files = container.stamped(data)
-        root = files.base if is_pattern(data.root or "") else place_of(data.root or "")
-        how = data.name, to, logger.info, data.stage_gb
-        made = staging.stage_files(root, files.base, files.stamps, *how)
-    return str(made)
+    container = container_of(data)
+    if container is not None:
+        return _stage(data, container.stamped(data))
+    to = absolute(data.stage)
+    return str(staging.stage(place_of(data.root or ""), to, logger.info, data.stage_gb))
+
+
+def _stage(data: Data, files: Files) -> str:
+    root = files.base if is_pattern(data.root or "") else place_of(data.root or "")
+    how = data.name, absolute(data.stage or ""), logger.info, data.stage_gb
+    return str(staging.stage_files(root, files.base, files.stamps, *how))
+
+
+def _staged(data: Data, files: Files) -> Files:
+    """The files, of which those that were copied as they are stamped are read in the copy."""
+    copy = Path(_stage(data, files))
+    return files._replace(copied=staging.copies(copy, files.base, files.stamps))
 
 
 def _with_held_out(made: Dataset, data: Data) -> Dataset:

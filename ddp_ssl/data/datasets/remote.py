@@ -1,8 +1,9 @@
 """Files below an address, `s3://`, `gs://`, `https://` or `http://`, and files of this machine.
 
 A place is an address or a path, as text. Reads of a store are tried again until they succeed or the
-store has been away for `PATIENCE_S`. What stays wrong is a `StoreError`, never a bad image: nothing
-takes the place of an image because a server was away. obstore is imported where an address is used.
+store has been away for `PATIENCE_S`; for less if the run was asked to stop. What stays wrong is a
+`StoreError`, never a bad image: nothing takes the place of an image because a server was away.
+obstore is imported where an address is used.
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ from numpy.typing import NDArray
 
 from ddp_ssl.config.section import is_url
 from ddp_ssl.errors import LONGEST, BuildError, ConfigError, printable
+from ddp_ssl.utils.waits import is_wanted, leaving, limits
 
 logger = logging.getLogger("ddp_ssl")
 
 T = TypeVar("T")
 Stamp = tuple[int, str]  # bytes, and what changes with the content: ETag or time
 
-PATIENCE_S = 180.0  # below `run.timeout_s`, after which a run without progress is ended
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
+PATIENCE_S = 180.0
+SHARE = 0.6  # of `run.timeout_s`, after which a run without progress is ended
+ASKED_S = 5.0  # the patience of a run that was asked to stop
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 TELL_S = 5.0  # between two lines about a store that is away
 CHUNK = 8 << 20  # bytes of a request where files are read in order
 BLOCK, BLOCKS = 1 << 20, 64  # bytes of a part of it, and how many are held in memory
@@ -76,7 +80,12 @@ def read(place: str, at: int, count: int, tag: str | None = None) -> NDArray[np.
     store, path = _store(place)
 
     def ask() -> NDArray[np.uint8]:
-        got = _obstore().get(store, path, options={"range": (at, at + count)})
+        try:
+            got = _obstore().get(store, path, options={"range": (at, at + count)})
+        except Exception as error:
+            if _status(error) == 416:  # it ends before: another file, under the same name
+                _is_same(place, tag, _obstore().head(store, path))
+            raise
         _is_same(place, tag, got.meta)
         content: NDArray[np.uint8] = np.frombuffer(got.bytes(), np.uint8)
         if tuple(got.range) != (at, at + count) or len(content) != count:
@@ -142,11 +151,11 @@ def entries(folder: str) -> list[tuple[str, bool]]:
     return sorted(names + [(one["path"].rpartition("/")[2], False) for one in found["objects"]])
 
 
-def chunks(place: str, size: int) -> Iterator[bytes | memoryview]:
-    """A file of `size` bytes, in order; raises `OSError`, `StoreError`."""
+def chunks(place: str, size: int = 0, tag: str | None = None) -> Iterator[bytes | memoryview]:
+    """A file in order; raises `OSError`, `StoreError`. `size` and `tag` are for one in a store."""
     if is_url(place):
         for at in range(0, size, CHUNK):
-            yield read(place, at, min(CHUNK, size - at)).data
+            yield read(place, at, min(CHUNK, size - at), tag).data
         return
     with open(place, "rb", buffering=0) as file:
         while chunk := file.read(CHUNK):
@@ -219,6 +228,12 @@ def _block(file: _File, number: int) -> NDArray[np.uint8]:
     return content[:BLOCK]
 
 
+def forget() -> None:
+    """Free the memory of what was read ahead."""
+    with _blocks_guard:
+        _blocks.clear()
+
+
 # --- the store -----------------------------------------------------------------------------------
 
 
@@ -248,7 +263,10 @@ def _client(base: str) -> Any:
     if base.startswith("http://"):
         how["client_options"] = {"allow_http": True}  # others come from the environment
     try:
-        return importlib.import_module("obstore.store").from_url(base, **how)
+        stores = importlib.import_module("obstore.store")
+        # `from_url` would take a web address of Amazon's for a bucket.
+        make = stores.HTTPStore.from_url if base.startswith("http") else stores.from_url
+        return make(base, **how)
     except Exception as error:
         raise _error(base, _words(error)) from None
 
@@ -267,32 +285,42 @@ def _is_same(place: str, tag: str | None, meta: Any) -> None:
 
 _guard = threading.Lock()
 _told = -TELL_S
-leaving = threading.Event()
-"""Set when the process is about to end: nothing waits for a store any more."""
+_answered: set[str] = set()  # hosts and buckets that gave something
+
+
+def _patience() -> float:
+    """Seconds for which a store that is away is asked again."""
+    if not is_wanted():
+        return 0.0
+    return min(PATIENCE_S, SHARE * limits.timeout_s, ASKED_S if limits.asked else PATIENCE_S)
 
 
 def _patiently(place: str, ask: Callable[[], T]) -> T:
     """The result of `ask`, which is called again while the store is away."""
     global _told
     start, pause = time.monotonic(), FIRST_PAUSE_S
+    base = "/".join(place.split("/", 3)[:3])
     while True:
         try:
-            return ask()
+            result = ask()
+            _answered.add(base)
+            return result
         except Exception as error:  # obstore's are of many types
             if isinstance(error, StoreError | MemoryError):
                 raise
             why = _words(error)
-            if _stays(error):
+            # Credentials that were there are renewed; a hiccup of who gives them passes.
+            if _stays(error) and not (why == NO_CREDENTIALS and base in _answered):
                 raise _error(place, why) from None
-        now = time.monotonic()
-        if now - start > PATIENCE_S or leaving.is_set():
+        now, patience = time.monotonic(), _patience()
+        if now - start >= patience:
             raise AwayError(str(_error(place, f"no answer for {now - start:.0f} s ({why})")))
         with _guard:
             say = now - max(start, _told) > TELL_S
             _told = now if say else _told
         if say:
             logger.warning(
-                "data.root: %s: %s; trying again, for %.0f s at most", place, why, PATIENCE_S
+                "data.root: %s: %s; trying again, for %.0f s at most", place, why, patience
             )
         leaving.wait(pause * random_.uniform(0.5, 1))
         pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -302,8 +330,14 @@ def _stays(error: Exception) -> bool:
     """Whether asking again would give the same."""
     if type(error).__name__ in FINAL or _words(error) in (NO_CREDENTIALS, NO_HTTP):
         return True
+    status = _status(error)
+    return 400 <= status < 500 and status not in MAY_PASS
+
+
+def _status(error: Exception) -> int:
+    """HTTP's status of an answer that is no content; 0 for another error."""
     found = re.search(r"status code: (\d{3})", str(error))
-    return found is not None and 400 <= int(found[1]) < 500 and int(found[1]) not in MAY_PASS
+    return int(found[1]) if found else 0
 
 
 def _words(error: Exception) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ddp_ssl.config.section import is_url
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.utils.seeds import generator
 
@@ -126,8 +127,11 @@ class Skip:
         prefix = os.path.join(os.fsencode(split.root), b"")
         names: list[bytes] = []
         for written in dict.fromkeys((line, unescaped(line))):
-            path = os.path.normpath(os.path.join(self.root, written))
-            names += [] if written.startswith(b"/") else [written]
+            absolute = written.startswith(b"/") or is_url(os.fsdecode(written))
+            # `normpath` would make `s3:/` of `s3://`.
+            path = written if absolute else os.path.join(self.root, os.path.normpath(written))
+            path = path if is_url(os.fsdecode(path)) else os.path.normpath(path)
+            names += [] if absolute else [written]
             if path.startswith(prefix) and path[len(prefix) :] not in names:
                 names.append(path[len(prefix) :])
         return names

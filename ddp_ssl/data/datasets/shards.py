@@ -55,16 +55,18 @@ def is_shards(root: str | Path) -> bool:
     return remote.exists(joined(str(root), ABOUT))
 
 
-def open_shards(root: str | Path) -> Dataset:
+def open_shards(root: str | Path, staged: bool = False) -> Dataset:
     """The data set in a folder of shards, with the ids and digests of the data that was packed.
 
     Arrays are mapped, or held in memory where the folder is in a store. Tar files that a copy lacks
-    are read from the original. Raises `ValueError` (key `data.root`) where something is missing.
+    are read from the original. `staged`: the original of a copy can be asked now, so that it is not
+    taken for the same once it has changed. Raises `ValueError` (key `data.root`) where something is
+    missing.
     """
     about = describe(root)
     names = [tar["file"] for kept in about["splits"].values() for tar in kept["tars"]]
     sizes = [tar["bytes"] for kept in about["splits"].values() for tar in kept["tars"]]
-    found = dict(zip(names, _tars(str(root), names, sizes), strict=True))
+    found = dict(zip(names, _tars(str(root), names, sizes, staged), strict=True))
     splits = {
         name: _open_split(str(root), name, kept, [found[tar["file"]] for tar in kept["tars"]])
         for name, kept in about["splits"].items()
@@ -91,9 +93,9 @@ def describe(root: str | Path) -> dict[str, Any]:
 
 
 def _tars(
-    root: str, names: Sequence[str], sizes: Sequence[int]
+    root: str, names: Sequence[str], sizes: Sequence[int], staged: bool = False
 ) -> list[tuple[str, str, str | None]]:
-    """Of each tar file: its place, that of the original, and its stamp's tag if it is in a store.
+    """Of each tar file: its place, that of the original, and its tag if that is in a store.
 
     Raises `ValueError` unless all have their full size.
     """
@@ -112,6 +114,8 @@ def _tars(
             raise ValueError(f"data.root: {place} {what}; {AGAIN}")
     tags = [stamp[1] if stamp and is_url(place) else None
             for place, stamp in zip(places, stamps, strict=True)]  # fmt: skip
+    if staged and is_url(origin):
+        tags = [stamp and stamp[1] for stamp in remote.stamps(there)]
     return list(zip(places, there, tags, strict=True))
 
 

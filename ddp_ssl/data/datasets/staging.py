@@ -1,4 +1,4 @@
-"""A copy of shards or of parquet files, or of the first of them, on the node's own disk."""
+"""A copy of shards, parquet or tar files, or of the first of them, on the node's own disk."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import shutil
 import stat
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from ddp_ssl.config.section import is_url
 from ddp_ssl.data.datasets import remote
@@ -30,8 +32,16 @@ from ddp_ssl.data.datasets.shards import (
 from ddp_ssl.utils.files import if_readable
 from ddp_ssl.utils.progress import EVERY_S
 from ddp_ssl.utils.sealed import checksum
+from ddp_ssl.utils.waits import heed
 
-File = tuple[int, str | None]  # its size, and its SHA-256 if that is known
+
+class File(NamedTuple):
+    """A file's size, its SHA-256 if that is known, else its stamp's tag."""
+
+    size: int
+    sha256: str | None = None
+    tag: str | None = None
+
 
 CHUNK = 8 << 20
 THREADS = 16
@@ -56,17 +66,17 @@ def stage(root: str | Path, to: Path, tell: Callable[[str], None], gb: float | N
     tars: dict[str, File] = {}
     for name, split in about["splits"].items():
         known |= checked_files(split, name)
-        tars |= {tar["file"]: (tar["bytes"], tar["sha256"]) for tar in split["tars"]}
+        tars |= {tar["file"]: File(tar["bytes"], tar["sha256"]) for tar in split["tars"]}
     sizes = remote.stamps([joined(root, file) for file in known])
     files: dict[str, File]
-    files = {file: (-1 if s is None else s[0], None) for file, s in zip(known, sizes, strict=True)}
+    files = {file: File(-1 if s is None else s[0]) for file, s in zip(known, sizes, strict=True)}
     files |= _first(tars, gb)
 
     def missing() -> list[str]:
         return [
             file
-            for file, (size, _) in files.items()
-            if file_size(target / file) != size
+            for file, about in files.items()
+            if file_size(target / file) != about.size
             or (known.get(file) is not None and checksum(target / file) != known[file])
         ]
 
@@ -76,14 +86,14 @@ def stage(root: str | Path, to: Path, tell: Callable[[str], None], gb: float | N
 
     def copy() -> None:
         _copy_all(root, target, {file: files[file] for file in missing()}, tell)
-        _copy_all(root, target, {ABOUT: (len(text), None)}, lambda _: None)
+        _copy_all(root, target, {ABOUT: File(len(text))}, lambda _: None)
 
     return _once(root, target, is_whole, copy, tell)
 
 
 def _first(files: Mapping[str, File], gb: float | None) -> dict[str, File]:
     """The first files, in their order, as many as fit into `gb`; all of them without it."""
-    ends = itertools.accumulate(size for size, _ in files.values())
+    ends = itertools.accumulate(file.size for file in files.values())
     fits = [gb is None or end <= gb * 1e9 for end in ends]
     return dict(itertools.compress(files.items(), fits))
 
@@ -99,26 +109,53 @@ def stage_files(
 ) -> Path:
     """The same for files below `base`, with their `stamps`, of the data set `data` in `root`.
 
-    A file of the copy is known by its size, and by its time where the original has one. There are
-    no checksums of the original, so each copy is read back and compared with what was read.
+    A file of the copy is known by its size and its time. There are no checksums of the original, so
+    each copy is read back and compared with what was read, and its SHA-256 is kept beside it.
     """
     key = hashlib.sha256(repr((root, dict(stamps))).encode()).hexdigest()[:12]
     target = _place(to, f"{data}-{key}")
-    files = _first({name: (size, None) for name, (size, _) in stamps.items()}, gb)
+    files = _first({name: File(size, tag=tag) for name, (size, tag) in stamps.items()}, gb)
 
     def missing() -> dict[str, File]:
-        known = 1 if is_url(base) else 2  # of a stamp
-        there = remote.stamps([str(target / name) for name in files])
-        return {
-            name: files[name]
-            for name, stamp in zip(files, there, strict=True)
-            if stamp is None or stamp[:known] != stamps[name][:known]
-        }
+        there = copies(target, base, {name: stamps[name] for name in files})
+        return {name: file for name, file in files.items() if name not in there}
 
     def copy() -> None:
         _copy_all(base, target, missing(), tell)
 
     return _once(root, target, lambda: (target / ORIGIN).exists() and not missing(), copy, tell)
+
+
+def copies(target: Path, base: str, stamps: Mapping[str, Stamp]) -> dict[str, str]:
+    """The paths of the files in a copy that have the sizes and times of those below `base`."""
+    there = remote.stamps([str(target / name) for name in stamps])
+    far = is_url(base)
+    return {
+        name: str(target / name)
+        for (name, (size, tag)), stamp in zip(stamps.items(), there, strict=True)
+        if stamp == (size, str(_time_of(tag)) if far else tag)
+    }
+
+
+def _time_of(tag: str) -> int:
+    """The time, in nanoseconds, of a copy of what a store has under this tag."""
+    return (zlib.crc32(tag.encode()) >> 1) * 10**9
+
+
+def is_sound(path: str) -> bool:
+    """Whether a file of a copy has the SHA-256 of what was copied; reads all of it."""
+
+    def same() -> bool:
+        content = hashlib.sha256()
+        for chunk in remote.chunks(path):
+            content.update(chunk)
+        return content.hexdigest() == _sum_of(Path(path)).read_text()
+
+    return if_readable(same) is True
+
+
+def _sum_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.sha256")
 
 
 def _once(
@@ -181,10 +218,10 @@ def _copy_all(
     files: dict[str, File],
     tell: Callable[[str], None],
 ) -> None:
-    """Copy `files`: the size of each, and its SHA-256 if that is known."""
+    """Copy `files`."""
     for left in target.glob(".part-*"):  # of a process that was killed
         left.unlink()
-    needed, free = sum(size for size, _ in files.values()), shutil.disk_usage(target).free
+    needed, free = sum(file.size for file in files.values()), shutil.disk_usage(target).free
     if needed > free:
         raise ValueError(
             f"data.stage: {target.parent} has {free / 1e9:.1f} GB free, {root} needs "
@@ -209,9 +246,9 @@ def _copy_all(
     def copy(number: int, file: str) -> None:
         part = target / f".part-{number}"  # `a-b` and `a/b` may both be there
         if not stop.is_set():
-            _copy(joined(root, file), target / file, part, *files[file], progress, stop)
+            _copy(joined(root, file), target / file, part, files[file], progress, stop)
 
-    with ThreadPoolExecutor(THREADS, "ddp_ssl-stage") as pool:
+    with ThreadPoolExecutor(THREADS, "ddp_ssl-stage", heed, (stop,)) as pool:
         try:
             for _ in pool.map(copy, range(len(files)), files):
                 pass
@@ -225,8 +262,7 @@ def _copy(
     source: str,
     to: Path,
     part: Path,
-    size: int,
-    checksum: str | None,
+    about: File,
     progress: Callable[[int], None],
     stop: threading.Event,
 ) -> None:
@@ -234,9 +270,9 @@ def _copy(
 
     Without a known checksum the copy is read back and compared with what was read of the source.
     """
-    content, done = hashlib.sha256(), 0
+    (size, checksum, tag), content, done = about, hashlib.sha256(), 0
     with part.open("wb", buffering=0) as write:
-        for chunk in remote.chunks(source, size):
+        for chunk in remote.chunks(source, size, tag):
             if stop.is_set():
                 return
             content.update(chunk)
@@ -269,7 +305,11 @@ def _copy(
             f"data.stage: the copy of {source} in {to.parent} does not read back as written: "
             "is the disk failing? accepted: a folder on another disk"
         )
+    to.parent.mkdir(parents=True, exist_ok=True)
     if not is_url(source):
         os.utime(part, ns=(os.stat(source).st_atime_ns, os.stat(source).st_mtime_ns))
-    to.parent.mkdir(parents=True, exist_ok=True)
+    elif tag is not None:
+        os.utime(part, ns=(_time_of(tag), _time_of(tag)))
+    if tag is not None:
+        _sum_of(to).write_text(content.hexdigest())
     part.rename(to)

@@ -1,4 +1,4 @@
-"""Encoded images inside tar or parquet files, here or in a store, read by offset and size."""
+"""Encoded images inside shards, tar or parquet files, here or in a store, by offset and size."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ddp_ssl.data.datasets import remote
 from ddp_ssl.data.datasets.pages import made_of
 from ddp_ssl.utils.once import warn_once
 
+OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # faults of this process, not of the image
 # Offsets of images that are not there, and why.
 EMPTY, DAMAGED = -1, -2
 ABSENT = {EMPTY: "its cell is empty", DAMAGED: "its part of the file is damaged"}
@@ -71,9 +72,9 @@ class Shards:
         path = self.path_of(i)
         try:
             return self._whole(i)
-        except OSError:
+        except OSError as error:
             origin = self._originals.path_of(i)
-            if origin == path or self.offset[i] < 0:
+            if origin == path or self.offset[i] < 0 or error.errno in OURS:
                 raise
             warn_once(
                 f"data.stage: files in {os.path.dirname(path)} are damaged or gone: their images "

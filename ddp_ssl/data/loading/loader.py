@@ -85,11 +85,11 @@ class TrainLoader:
         Raises `UnreadableError`, one line, if bad images leave no batch, and `RuntimeError` if DALI
         stops for another reason.
         """
-        if self._source.failed is not None and self.step >= self._source.failed[0]:
-            raise UnreadableError(self._source.failed[1])
         if self._broken:
             raise type(self._broken)(str(self._broken))
         while True:
+            if self._source.failed is not None and self.step >= self._source.failed[0]:
+                raise UnreadableError(self._source.failed[1])
             if self._batches is None:
                 self._batches = self._build()
             try:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from ddp_ssl.data.datasets.remote import StoreError
 from ddp_ssl.data.datasets.split import Split
+from ddp_ssl.data.datasets.tar import OURS
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.decodable import (
     Bytes,
@@ -43,7 +44,6 @@ Agree = Callable[[dict[int, str]], dict[int, str]]
 DEPTH = 2  # batches read ahead of those that DALI has, or as many as give all threads an image
 # These errors stay; any other may pass, as when a server is restarted.
 FINAL = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}
-OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # faults of this process, not of the image
 RETRIES = (0.1, 1.0)  # seconds
 ATTEMPTS = 100  # at finding a replacement
 
@@ -161,16 +161,14 @@ class Reader:
         wanted, found = {int(i) for i in ids}, dict[int, str]()
         with self._one_at_a_time:
             known = wanted & self._for_pil
-        for i in sorted(wanted):
-            if i < 0 or i in self.problems:
-                continue
-            try:
-                (loaded,) = self.load([i])
-            except StoreError as error:
-                raise UnreadableError(str(error)) from None
-            result = loaded if isinstance(loaded, str) else self.usable(loaded, i)
-            if isinstance(result, str):
-                found[i] = result
+        unknown = sorted(i for i in wanted if i >= 0 and i not in self.problems)
+        try:
+            for i, loaded in zip(unknown, self._pool.map(self._load, unknown), strict=True):
+                result = loaded if isinstance(loaded, str) else self.usable(loaded, i)
+                if isinstance(result, str):
+                    found[i] = result
+        except StoreError as error:
+            raise UnreadableError(str(error)) from None
         self.remember(found)
         with self._one_at_a_time:
             return bool(found) or known != wanted & self._for_pil
@@ -252,11 +250,21 @@ class TrainBatches:
     def mend(self, steps: Iterable[int]) -> bool:
         """Whether bad images among these batches explain that DALI stopped.
 
-        They are replaced when DALI asks for the batches again.
+        They are replaced when DALI asks for the batches again. From the first one on that a store
+        does not give, there are no batches: `failed` is set, and those before it are trained on.
         """
-        ids = [int(i) for step in steps for i in self._settled.get(step, ((), ()))[0]]
-        known = any(i in self.reader.problems for i in ids)  # found since, by another reader
-        return self.reader.examine(ids) or known
+        mended = False
+        for step in steps:
+            if self.failed is not None and step >= self.failed[0]:
+                break
+            ids = [int(i) for i in self._settled.get(step, ((), ()))[0]]
+            known = any(i in self.reader.problems for i in ids)  # found since, by another reader
+            try:
+                mended = self.reader.examine(ids) or known or mended
+            except UnreadableError as error:
+                self.failed = step, str(error)
+                return True
+        return mended
 
     def _candidate(self, step: int, place: int, ids: Ids, tried: Ids) -> int:
         """The next image to try in a place; it depends on nothing that only this process knows."""
