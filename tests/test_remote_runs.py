@@ -72,7 +72,7 @@ def test_a_store_that_fails_stops_the_run_with_a_checkpoint(
         return max(int(path.stem[5:13]) for path in (run / "checkpoints").glob("step_*.pt"))
 
     def dies_and_is_stopped(job: Any) -> None:
-        if job.state.step == 1:
+        if job.state.step == 3:
             store.die()
             threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
@@ -80,7 +80,7 @@ def test_a_store_that_fails_stops_the_run_with_a_checkpoint(
     assert status(run)["state"] == "preempted"
     store.live()
     monkeypatch.setattr(remote, "PATIENCE_S", 0.2)
-    assert newest_after(train(args, on_step=dies_at(3))) > 3
+    assert newest_after(train(args, on_step=dies_at(6))) > 6
     with monkeypatch.context() as patch:
         patch.setattr(epochs, "evaluate", dying)
         assert newest_after(train(args)) == 9
