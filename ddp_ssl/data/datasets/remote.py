@@ -267,6 +267,7 @@ def _is_same(place: str, tag: str | None, meta: Any) -> None:
 
 _guard = threading.Lock()
 _told = -TELL_S
+_answered = threading.Event()
 leaving = threading.Event()
 """Set when the process is about to end: nothing waits for a store any more."""
 
@@ -277,7 +278,9 @@ def _patiently(place: str, ask: Callable[[], T]) -> T:
     start, pause = time.monotonic(), FIRST_PAUSE_S
     while True:
         try:
-            return ask()
+            answer = ask()
+            _answered.set()
+            return answer
         except Exception as error:  # obstore's are of many types
             if isinstance(error, StoreError | MemoryError):
                 raise
@@ -300,8 +303,10 @@ def _patiently(place: str, ask: Callable[[], T]) -> T:
 
 def _stays(error: Exception) -> bool:
     """Whether asking again would give the same."""
-    if type(error).__name__ in FINAL or _words(error) in (NO_CREDENTIALS, NO_HTTP):
+    if type(error).__name__ in FINAL or _words(error) == NO_HTTP:
         return True
+    if _words(error) == NO_CREDENTIALS:  # those that were there may be renewed late
+        return not _answered.is_set()
     found = re.search(r"status code: (\d{3})", str(error))
     return found is not None and 400 <= int(found[1]) < 500 and int(found[1]) not in MAY_PASS
 
@@ -323,6 +328,8 @@ def _error(place: str, why: str) -> StoreError:
     accepted = "an address and a store that can be read from here"
     if why.startswith(("401", "403", NO_CREDENTIALS)):
         accepted = f"credentials in the environment that may read it, such as {ENVIRONMENT}"
+    elif "Range request" in why:
+        accepted = "a server that gives ranges of a file, as most do"
     elif why.startswith("404"):
         accepted = "the address of a folder that holds it"
     return StoreError(f"data.root: {place}: {why}; accepted: {accepted}")
