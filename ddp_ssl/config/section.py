@@ -60,13 +60,13 @@ def _as_url(text: str) -> str:
     return text
 
 
-def _as_place(text: str) -> str:
+def _as_path_or_url(text: str) -> str:
     return _as_url(text) if is_url(text) else _as_path(text)
 
 
 PathText = Annotated[str, AfterValidator(_as_path)]
 """A path as it was given, with `~` expanded."""
-PlaceText = Annotated[str, AfterValidator(_as_place)]
+PlaceText = Annotated[str, AfterValidator(_as_path_or_url)]
 """The same, or the address of a folder in an object store."""
 
 
