@@ -56,7 +56,9 @@ TINY = {  # backbone_args of the rehearsal; 4 channels crash torch on some CPUs
     "resnet18": "{channels: [8, 8, 16, 16], layers: [1, 1, 1, 1]}",
     "vit_s16": "{embed_dim: 24, depth: 1, num_heads: 2, img_size: 32}",
 }
-ADADIM, BARLOW = (ROOT / f"configs/imagenet100/{n}.yaml" for n in ("adadim", "barlow_twins"))
+ADADIM, BARLOW, LEJEPA = (
+    ROOT / f"configs/imagenet100/{n}.yaml" for n in ("adadim", "barlow_twins", "lejepa")
+)
 GIB = 2**30
 Row = dict[str, Any]
 
@@ -350,7 +352,7 @@ def steps(report: Report) -> None:
 
 
 def vit(report: Report) -> None:
-    """Barlow Twins with a ViT-S/16: the whole step, and the network alone, forward and backward."""
+    """A ViT-S/16: Barlow Twins, whole and the network alone; LeJEPA, also with less memory."""
     torch.backends.cudnn.benchmark = True
     images = 4 if report.rehearse else 256
     settings = ("optim.precision=bf16", "optim.name=adamw", "optim.lr=5e-4")
@@ -374,6 +376,14 @@ def vit(report: Report) -> None:
         names = {"network": "vit_s16", "method": "barlow_twins", "images": images}
         report.measure(60, lambda: make().speed(images), **names, part="step")
         report.measure(40, lambda: network_alone(make()), **names, part="network alone")
+        names = {"network": "vit_s16", "method": "lejepa", "images": images}
+        for more in ("", "optim.accumulate=4", "model.checkpointing=true"):
+            given = ("optim.precision=bf16", *([more] if more else []))
+            report.measure(
+                40,
+                lambda g=given: Step(report, LEJEPA, "vit_s16", "global", *g).speed(images),
+                **names, part=more or "step",
+            )  # fmt: skip
 
 
 # --- tests, and whole runs -----------------------------------------------------------------------
@@ -464,16 +474,20 @@ def whole(report: Report) -> None:
             run("resumed", stop=StopAfter(STEPS // 2))
             return apart(run("resumed", "run.resume=auto"), plain())
 
-        def half() -> Row:
-            rows = run("fp16", "optim.precision=fp16")
-            return apart(rows, plain()) | {"last_loss": rows[-1]["train/loss"]}
+        def half(name: str, *more: str) -> Row:
+            rows, single = run(f"{name}-16", "optim.precision=fp16", *more), plain()
+            if more:
+                single = run(f"{name}-32", *more)
+            return apart(rows, single) | {"last_loss": rows[-1]["train/loss"]}
 
         with _exact():
             report.measure(
                 60, lambda: apart(plain(), run("cpu", "run.device=cpu")), run="and a CPU's"
             )
             report.measure(60, resumed, run="stopped at 15 and resumed")
-        report.measure(60, half, run="fp16")
+        adamw = ("optim.name=adamw", "optim.lr=1e-3")  # needs no wait for the scaler
+        report.measure(60, lambda: half("lars"), run="fp16")
+        report.measure(60, lambda: half("adamw", *adamw), run="fp16, AdamW")
 
 
 def compiled(report: Report) -> None:
@@ -548,6 +562,9 @@ def parts(report: Report) -> None:
 
         model = timm.create_model("resnet18" if small else "resnet50", num_classes=0)
         made = lars.optimizers(model.to(report.device))
+        for how in ("foreach", "fused"):
+            given = lars.groups(lars.with_gradients(model))
+            made[f"AdamW, {how}"] = torch.optim.AdamW(given, 1e-4, **{how: True})
         times = in_turn({n: o.step for n, o in made.items()}, 2 if small else 10, report.device)
         return {f"{k}, ms": sorted(v)[len(v) // 2] for k, v in times.items()}
 
@@ -557,8 +574,21 @@ def parts(report: Report) -> None:
 # --- with DALI -----------------------------------------------------------------------------------
 
 
+ROOTS = {"folder": "images", "parquet": "parquet"}
+
+
+def write_parquet(images: Path, folder: Path) -> None:
+    """The files of a folder as a parquet file, as the hub has them."""
+    pyarrow, parquet = (importlib.import_module(n) for n in ("pyarrow", "pyarrow.parquet"))
+    folder.mkdir()
+    files = sorted(images.rglob("*.jpg"))
+    rows = [{"image": {"bytes": f.read_bytes(), "path": f.name}, "label": 0} for f in files]
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, folder / "train-00000-of-00001.parquet", row_group_size=100)
+
+
 def images(report: Report) -> None:
-    """Decoding on the GPU, its pixels beside the CPU's, and training from JPEG files."""
+    """Training from JPEG files on the GPU, what the doctor says, and pixels beside the CPU's."""
     if (
         importlib.util.find_spec("nvidia") is None
         or importlib.util.find_spec("nvidia.dali") is None
@@ -574,18 +604,18 @@ def images(report: Report) -> None:
         batch, count = (4, 24) if small else (128, 1024)
         data.write_pictures(place / "images", count, *((48, 64) if small else (375, 500)))
 
-        def run(network: str, load_: float) -> Row:
+        def run(network: str, load_: float, kind: str) -> Row:
             segments, segment = (2, 4) if small else (4, 12)
             epoch = count * 9 // 10 // batch
             steps = segment * (2 * segments + 4)
             turns = bench.measure(
                 [
-                    str(ADADIM), "data.name=folder", f"data.root={place / 'images'}",
+                    str(ADADIM), f"data.name={kind}", f"data.root={place / ROOTS[kind]}",
                     f"model.backbone={network}", f"run.device={report.device.type}",
                     f"data.batch_size={batch}", f"data.hw_decoder_load={load_}",
-                    f"run.dir={place / f'{network}-{load_}'}", "eval.every=0", "measure.every=0",
-                    "eval.knn=false", "eval.raw_pixels=false", "method.alpha_every=10000",
-                    "checkpoint.every=100000",
+                    f"run.dir={place / f'{network}-{load_}-{kind}'}", "eval.every=0",
+                    "measure.every=0", "eval.knn=false", "eval.raw_pixels=false",
+                    "method.alpha_every=10000", "checkpoint.every=100000",
                     f"log.every_steps={segment}", f"optim.epochs={-(-steps // epoch)}",
                     *(["data.views=[{count: 2, size: 32, recipe: asym}]", "optim.precision=fp32",
                        "run.threads=1", "data.threads=1",
@@ -599,12 +629,32 @@ def images(report: Report) -> None:
             return {"alone": turns.alone, "files": middle[0], "cached": middle[1],
                     "ratio": middle[0] / middle[1]}  # fmt: skip
 
-        kinds = [("resnet18", 0.65), ("resnet50", 0.65), ("resnet18", 0.5), ("resnet18", 0.9)]
-        for network, load_ in kinds:
+        def doctor() -> Row:
+            command = [sys.executable, "-m", "ddp_ssl.doctor", str(ADADIM), "data.name=folder",
+                       f"data.root={place / 'images'}", f"data.batch_size={batch}",
+                       f"run.device={report.device.type}", f"run.dir={place / 'none'}"]  # fmt: skip
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            (report.out / "doctor.log").write_text(done.stdout + done.stderr)
+            lines = done.stdout.splitlines()
+            row: Row = {"memory": next((x for x in lines if "DALI takes" in x), None)}
+            if done.returncode:
+                row["error"] = "; ".join(x for x in lines if x.startswith("fail"))[:500]
+            return row
+
+        kinds = [
+            ("resnet18", 0.65, "folder"), ("resnet50", 0.65, "folder"), ("resnet18", 0.5, "folder"),
+            ("resnet18", 0.65, "parquet"), ("resnet18", 0.9, "folder"),
+        ]  # fmt: skip
+        if importlib.util.find_spec("pyarrow") is None:
+            kinds = [row for row in kinds if row[2] != "parquet"]
+        else:
+            write_parquet(place / "images", place / "parquet")
+        for network, load_, kind in kinds:
             report.measure(
-                60, functools.partial(run, network, load_), network=network, hw_decoder_load=load_,
-                unit="images/s",
+                60, functools.partial(run, network, load_, kind), network=network, source=kind,
+                hw_decoder_load=load_, unit="images/s",
             )  # fmt: skip
+        report.measure(90, doctor, what="the doctor")
     report.measure(120, lambda: run_tests(report, ["tests/data/test_gpu.py"]), tests="with DALI")
 
 

@@ -120,7 +120,8 @@ class MeasurementBatches:
             self.problem, size = str(error), self.loader.views[0].size
         images, device = self.loader.order.local_batch, self.loader.settings.device
         ids = torch.zeros(images, dtype=torch.long)
-        return Batch([torch.zeros(images, 3, size, size, device=device)], ids, ids.to(device))
+        planes = self.loader.split.channels
+        return Batch([torch.zeros(images, planes, size, size, device=device)], ids, ids.to(device))
 
 
 def stop_if_bad(world: World, reason: str | None) -> None:

@@ -5,6 +5,8 @@ Two depths of a network tell how many operators each layer adds, in each part of
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch.distributed
 from gpu_path import Counted, count, method_config, whole_step
@@ -49,13 +51,17 @@ LAYERS = "model.backbone_args={channels: [8, 8, 16, 16], layers: [%d, 1, 1, 1]}"
 ADDED = 4  # convolutions and as many norms of two more blocks
 SMALL = (
     "model.projector=[24, 12]", "data.views=[{count: 2, size: 32, recipe: sym}]",
-    "data.batch_size=12", "optim.epochs=100",
+    "optim.epochs=100",
 )  # fmt: skip
 
 
-def step_of(name: str, processes: int = 4, blocks: int = 1, more: tuple[str, ...] = ()) -> Counted:
-    settings = [s for s in SETTINGS.get(name, ()) if "teacher" not in s]
+@functools.cache
+def step_of(name: str, processes: int = 8, blocks: int = 1, more: tuple[str, ...] = ()) -> Counted:
+    """Two images for each process, and the method's own optimiser."""
+    settings = [s for s in SETTINGS.get(name, ()) if "teacher" not in s and "optim" not in s]
+    settings += ["method.queue_size=2048"] if any("queue_size" in s for s in settings) else []
     settings += ["model.backbone=resnet18", LAYERS % blocks, *SMALL, *more]
+    settings.append(f"data.batch_size={2 * processes}")
     return whole_step(method_config(name, *settings), processes, classes=7, values=True)
 
 
@@ -80,11 +86,21 @@ def test_a_layer_is_few_operators(name: str, networks: int) -> None:
     assert deep.calls - shallow.calls == (networks + 1) * ADDED
 
 
-def test_more_processes_launch_no_more() -> None:
-    """Where the pairs of the global batch fit in one block."""
-    few, many = step_of("adadim", 2), step_of("adadim", 6)
+@pytest.mark.parametrize("name", builtin_methods())
+def test_512_processes_launch_no_more_than_8(name: str) -> None:
+    """Only the norm's statistics and what is gathered grow with the number of processes."""
+    few, many = step_of(name, 8), step_of(name, 512)
     assert many.operators == few.operators
-    assert many.calls == few.calls
+    assert {kind: calls for kind, (calls, _) in many.collectives.items()} == {
+        kind: calls for kind, (calls, _) in few.collectives.items()
+    }
+    for kind, (_, nbytes) in many.collectives.items():
+        assert nbytes <= few.collectives[kind][1] * (64 if kind in GROWING else 1), kind
+    # What more is gathered is written and read, and its products are written.
+    assert many.nbytes - few.nbytes <= 3 * (many.sent - few.sent)
+
+
+GROWING = ("norm", "gather", "scatter")
 
 
 def test_a_batch_is_copied_once_on_its_way_to_the_network() -> None:

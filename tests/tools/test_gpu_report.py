@@ -42,7 +42,13 @@ def test_the_rehearsal_has_every_row_and_no_error(tmp_path: Path) -> None:
     assert len(steps) == 3 * 3 * 2
     assert all(r["ms"] > 0 and r["kernels"] > 0 for r in rows if r["group"] == "steps")
     runs = [r for r in rows if r["group"] == "whole"]
-    assert [r["run"] for r in runs] == ["and a CPU's", "stopped at 15 and resumed", "fp16"]
+    assert [r["run"] for r in runs] == [
+        "and a CPU's", "stopped at 15 and resumed", "fp16", "fp16, AdamW"
+    ]  # fmt: skip
+    parts = [r["part"] for r in rows if r["group"] == "vit" and r["method"] == "lejepa"]
+    assert parts == ["step", "optim.accumulate=4", "model.checkpointing=true"]
+    inputs = [r["source"] for r in rows if r["group"] == "images" and "source" in r]
+    assert inputs == ["folder", "folder", "folder", "parquet", "folder"]
     if not torch.cuda.is_available():
         assert [r["largest"] for r in runs[:2]] == [0, 0]
         assert runs[2]["largest"] > 0
