@@ -33,7 +33,8 @@ def _parse(arguments: Sequence[str]) -> tuple[Source, EvaluateConfig, Wanted]:
         "ddp-ssl embed",
         "Features of a data set, from a run or from anybody's weights.",
         "key=value: those of `python -m ddp_ssl.evaluate`, such as data.root=FOLDER,\n"
-        "eval.batch_size=64, run.device=cpu, or model.backbone=resnet50 for a file of weights.",
+        "eval.batch_size=64, run.device=cpu, or, for a file of weights,\n"
+        "model.backbone=resnet50.",
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", help="RUN, RUN:best, RUN:ema, a file of weights, timm:NAME or "

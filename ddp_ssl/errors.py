@@ -96,6 +96,10 @@ class BadDataError(RuntimeError):
     """More images are bad than `data.max_bad_fraction` allows."""
 
 
+class VanishedError(BadDataError):
+    """The images can no longer be read; a later start may find them."""
+
+
 class ViewGroupError(RuntimeError):
     """Processes that share the views of an image did not read the same images."""
 

@@ -80,9 +80,10 @@ class Trained:
     average: bool = False  # the average of the weights (`RUN:ema`)
 
     @property
-    def size(self) -> int:
-        """Side of the images that the run evaluates on."""
-        return self.config.data.central_crop.size
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the run evaluates on."""
+        side = self.config.data.central_crop.size
+        return models.channels(self.config.model), side, side
 
     @property
     def identity(self) -> dict[str, str]:
@@ -174,7 +175,7 @@ def hub_config(trained: Trained) -> dict[str, Any]:
         "model_args": arguments,
         "pretrained_cfg": {
             "num_classes": 0,
-            "input_size": [3, crop.size, crop.size],
+            "input_size": [models.channels(config.model), crop.size, crop.size],
             "fixed_input_size": fixed and not arguments.get("dynamic_img_size"),
             "interpolation": crop.interpolation,
             # timm resizes to floor(size / crop_pct); a rounded quotient may be below `resize`.
@@ -234,7 +235,7 @@ def write_onnx(trained: Trained, file: Path) -> Features:
             raise ValueError(
                 f"--format onnx: {package} is not installed; pip install 'ddp_ssl[onnx]'"
             ) from None
-    images = torch.randn(2, 3, trained.size, trained.size)
+    images = torch.randn(2, *trained.shape)
     # The exporter tells its progress on stdout and warns about itself.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -280,9 +281,9 @@ class MismatchError(RuntimeError):
 
 
 @torch.no_grad()
-def difference(a: Features, b: Features, size: int) -> float:
+def difference(a: Features, b: Features, shape: tuple[int, int, int]) -> float:
     """|a - b| / |b| of the features of five images of noise."""
-    images = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
     ours, theirs = a(images).flatten(1), b(images).flatten(1)
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
 
@@ -305,7 +306,7 @@ def about(trained: Trained) -> dict[str, str]:
         "architecture": f"timm {config.model.backbone}",
         "architecture_arguments": json.dumps(architecture(config.model).backbone_args),
         "stem": config.model.stem,
-        "image_size": str(trained.size),
+        "image_size": str(trained.shape[1]),
         "mean": json.dumps(mean),
         "std": json.dumps(std),
         "method": config.method.name,
@@ -386,7 +387,8 @@ def model_card(trained: Trained, form: Form, file: Path, place: str, off: float)
         loading_snippet(model, config.data, place, form),
         "```",
         "",
-        f"Input: float32 `[n, 3, {trained.size}, {trained.size}]`, RGB, pixels in [0, 1], minus",
+        f"Input: float32 `[n, {', '.join(map(str, trained.shape))}]`, "
+        f"{'RGB, ' * (trained.shape[0] == 3)}{config.data.units}, minus",
         f"{_numbers(mean)}, divided by {_numbers(std)}.",
         f"The run evaluates on images resized to {crop.resize} pixels (shorter side, "
         f"{crop.interpolation}), central crop.",
@@ -488,7 +490,7 @@ def export(
         )
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as place:
         file = Path(place) / FILES[form]
-        off = difference(WRITERS[form](trained, file), trained.backbone, trained.size)
+        off = difference(WRITERS[form](trained, file), trained.backbone, trained.shape)
         if not off <= TOLERANCE:
             raise MismatchError(
                 f"features read back from the {form} file are {off:.1e} off (relative), more than "

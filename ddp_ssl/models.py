@@ -36,7 +36,7 @@ VITS = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva")
 
 
 def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]:
-    """The timm backbone without classifier, `[n, 3, S, S] -> [n, d_R]`, and d_R.
+    """The timm backbone without classifier, `[n, C, S, S] -> [n, d_R]`, and d_R.
 
     `sizes`: the image sizes in pixels that it must take; each is tried.
 
@@ -76,12 +76,19 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
                 "standard would be accepted"
             )
         padding = STEM_PADDING[config.stem]
-        stem = nn.Conv2d(3, model.conv1.out_channels, 3, stride=1, padding=padding, bias=False)
+        planes = channels(config), model.conv1.out_channels
+        stem = nn.Conv2d(*planes, 3, stride=1, padding=padding, bias=False)
         if config.stem == "small":
             nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         setattr(model, "conv1", stem)  # noqa: B010 (timm's annotations are narrower)
         setattr(model, "maxpool", nn.Identity())  # noqa: B010
     return model, _width(model, config, sizes)
+
+
+def channels(config: Model) -> int:
+    """C, the channels of an image: timm's `in_chans`, or 3."""
+    given = config.backbone_args.get("in_chans", 3)
+    return given if isinstance(given, int) else 3
 
 
 def recompute(backbone: nn.Module, config: Config) -> None:
@@ -115,7 +122,7 @@ def _width(model: nn.Module, config: Model, sizes: Sequence[int]) -> int:
     widths: dict[int, int] = {}
     for size in sizes:
         try:
-            made = model(torch.zeros(1, 3, size, size))
+            made = model(torch.zeros(1, channels(config), size, size))
         except Exception as error:  # whatever arguments make of timm's code
             raise ValueError(
                 f"model.backbone: {config.backbone} cannot take images of {size} pixels: "
@@ -223,7 +230,7 @@ def loading_snippet(
         lines = [f"model = timm.create_model({config.backbone!r}{arguments})"]
     if config.stem != "standard" and form not in ("onnx", "hub"):
         lines += [
-            "model.conv1 = torch.nn.Conv2d(3, model.conv1.out_channels, 3, "
+            f"model.conv1 = torch.nn.Conv2d({channels(config)}, model.conv1.out_channels, 3, "
             f"padding={STEM_PADDING[config.stem]}, bias=False)",
             "model.maxpool = torch.nn.Identity()",
         ]
@@ -234,15 +241,21 @@ def loading_snippet(
         lines += [*([load] if form != "hub" else []), "model.eval()"]
     crop, (mean, std) = data.central_crop, data.normalisation
     kernel = f"transforms.InterpolationMode.{crop.interpolation.upper()}"
+    opened = "Image.open('image.jpg').convert('RGB')"
+    to_tensor = ["    transforms.ToTensor(),"]
+    if data.name == "array":
+        imports.remove("from PIL import Image")
+        opened = "x"
+        to_tensor = ["    # x: float32 [C, H, W]; bytes are divided by 255, other numbers are not."]
     return "\n".join([
         *imports, "", *lines,
         "transform = transforms.Compose([",
         f"    transforms.Resize({crop.resize}, {kernel}),",
         f"    transforms.CenterCrop({crop.size}),",
-        "    transforms.ToTensor(),",
+        *to_tensor,
         f"    transforms.Normalize({mean}, {std}),",
         "])",
-        "# features = model(transform(Image.open('image.jpg').convert('RGB'))[None])",
+        f"# features = model(transform({opened})[None])",
     ])  # fmt: skip
 
 

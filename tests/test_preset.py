@@ -95,6 +95,22 @@ def test_typed_keys_are_left_alone_and_others_follow_them(photos: Path) -> None:
     assert load([*words, "optim.weight_decay=0.3"]).config.optim.weight_decay == 0.3
 
 
+def test_methods_for_which_the_preset_is_wrong_get_their_own(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = chosen(*(words := [str(photos), CPU, "method.name=simsiam"]))
+    assert lines["optim.name"] == "sgd: with AdamW simsiam's embeddings collapse"
+    assert lines["optim.lr"] == "0.5: the recipe's rate; the preset's is for adamw"
+    assert load([*words, "optim.name=adamw"]).config.optim.lr == 0.064
+    words = [str(photos), CPU, "method.name=dino"]
+    few = load(words).config
+    assert few.method.model_dump().items() >= preset.DINO.items()
+    assert few.optim.name == "adamw"
+    assert load([*words, "method.prototypes=64"]).config.method.prototypes == 64
+    monkeypatch.setattr(preset, "SMALL", 5)
+    assert load(words).config.method.prototypes == 4096
+
+
 @pytest.mark.parametrize("side", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_method_goes_with_a_preset(photos: Path, side: Path) -> None:
     assert f"preset/{side.stem}" in config_names()

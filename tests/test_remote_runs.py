@@ -12,7 +12,6 @@ import pytest
 from ddp_ssl.data.datasets import remote
 from ddp_ssl.training import epochs
 from tests.data.images import pack
-from tests.data.tables import as_parquet
 from tests.ranks import Ranks
 from tests.runs import Whole, arguments, rows, status, train
 from tests.store import Store, serving
@@ -20,23 +19,20 @@ from tests.store import Store, serving
 
 @pytest.fixture(scope="module")
 def store(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    """The photos in shards and in parquet files."""
+    """The photos in shards."""
     root = tmp_path_factory.mktemp("store")
     assert pack(photos, root / "bucket/shards") == 0
-    as_parquet(photos, root / "bucket/tables")
     with serving(root) as made:
         yield made
 
 
-def test_a_run_goes_on_from_a_folder_to_a_store_and_to_a_part_of_a_copy(
+def test_a_run_goes_on_from_a_folder_to_a_store_and_a_part_of_a_copy(
     ranks: Ranks, whole: Whole, store: Store, photos: Path, tmp_path: Path
 ) -> None:
-    run, root = tmp_path / "run", f"data.root={store.url}/bucket"
-    again, part = "run.resume=auto", (f"data.stage={tmp_path / 'local'}", "data.stage_gb=25e-6")
-    tables = f"{root}/tables/data/train-{{00000..00001}}-of-00002.parquet"
-    assert ranks.launch(train, 2, arguments(photos, run), 2) != [0, 0]
-    assert ranks.launch(train, 2, arguments(photos, run, tables, again), 5) != [0, 0]
-    args = arguments(photos, run, f"{root}/shards", again, *part)
+    run, root = tmp_path / "run", f"data.root={store.url}/bucket/shards"
+    part = (f"data.stage={tmp_path / 'local'}", "data.stage_gb=25e-6")
+    assert ranks.launch(train, 2, arguments(photos, run), 4) != [0, 0]
+    args = arguments(photos, run, root, "run.resume=auto", *part)
     assert ranks.launch(train, 2, args) == [0, 0]
     assert rows(run) == rows(whole(2))
     assert len(list((tmp_path / "local").rglob("train-*.tar"))) == 1
@@ -63,6 +59,7 @@ def test_a_store_that_fails_stops_the_run_with_a_checkpoint(
         assert (str(ended), status(run)["state"]) == ("1", "failed")
         said = r"data\.root: http://\S+/(train|val)-\d+\.tar: no answer for \d s \(.*"
         assert re.fullmatch(said, status(run)["error"])
+        assert status(run)["retry"] is True
         assert not (run / "bad_images.txt").exists()
         store.live()
         return max(int(path.stem[5:13]) for path in (run / "checkpoints").glob("step_*.pt"))

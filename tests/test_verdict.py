@@ -124,6 +124,8 @@ TRAINED = {
         (0.457, 3.95, 7.11, -0.278, -0.411), (0.635, 10.0, 4.50, -1.62, -0.0813)),
     "DeepCluster v2, a tiny network": (
         (0.457, 3.95, 7.11, -0.278, -0.411), (0.527, 11.3, 4.45, -1.66, -0.0563)),
+    "SimCLR on pictures": ((0.378, 51.4, 53.4, -0.241, -0.231), (0.523, 85.4, 16.8, -1.76, -2.86)),
+    "DINO on pictures": ((0.378, 51.4, 45.7, -0.241, -0.281), (0.473, 59.3, 7.84, -1.62, -0.915)),
     "LARS on pictures": ((0.439, 38.0, 34.1, -0.175, -0.138), (0.573, 61.4, 61.6, -1.78, -2.36)),
 }  # fmt: skip
 COLLAPSED = {
@@ -155,6 +157,12 @@ def test_measured_runs_that_collapsed_are_not(name: str) -> None:
     assert (verdict(first, now, 359, ended=False) or "").startswith("collapsed: ")
     unlabelled = (figures(math.nan, *values[1:]) for values in COLLAPSED[name])
     assert (verdict(*unlabelled, 359, ended=True) or "").startswith("collapsed: ")
+
+
+@pytest.mark.parametrize("name", ["SimCLR on pictures", "DINO on pictures", "SwAV"])
+def test_methods_that_need_few_dimensions_may_end_there(name: str) -> None:
+    first, now = (figures(*values) for values in TRAINED[name])
+    assert verdict(first, now, 359, ended=True) == FINE
 
 
 def test_embeddings_may_pass_through_few_dimensions_but_not_end_there() -> None:

@@ -92,6 +92,8 @@ SECTIONS = {
         Mistake("train data.name=cifar100", "data.root"),
         Mistake("train data.name=imagnet", "imagenet"),
         Mistake("train data.files=list.txt", "data.root"),
+        Mistake("train 'data.root=[pictures, nowhere]'", "does not exist"),
+        Mistake("train data.name=array data.root=pictures", ".npz"),
         Mistake("train pictures data.batch_size=400", "36"),
     ],
     "YAML files": [

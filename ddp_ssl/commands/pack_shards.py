@@ -223,6 +223,8 @@ def _plan(name: str, split: Split, ids: Ids, sizes: Ids, shard_size: int, seed: 
 
 def _keep_apart(data: Any, out: Path) -> None:
     """Raw data with shards in its folder would be read as shards from then on."""
+    if data.name == "array":
+        raise ValueError("data.name: an array is read as it is; shards are made of image files")
     for place in data.roots:
         root, to = (Path(os.path.realpath(path)) for path in (absolute(place), out))
         # A list's root is only what its paths are relative to, maybe `/`.

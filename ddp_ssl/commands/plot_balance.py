@@ -1,4 +1,4 @@
-"""Draw accuracy over effective rank and I(R;Z) of a set of models, and their correlations.
+"""Draw accuracy over effective rank and I(R;Z) of models, and correlations.
 
     ddp-ssl plot balance RUN [RUN ...] [--out balance.png] [--accuracy eval/probe_top1]
     ddp-ssl plot balance MODELS.csv [--out balance.png] [--together]

@@ -1,4 +1,4 @@
-"""AdaDim's Gaussian simulation: I(R;Z) of clusters and their projection (Fig. 2, 10, 11; Eq. 3).
+"""AdaDim's Gaussian simulation: I(R;Z) of clusters and their projection.
 
     ddp-ssl simulate [--out DIR] [--repetitions 100] [--seeds-from 0]
     ddp-ssl simulate --network [--out DIR] [--seeds 8] [--seeds-from 0]
@@ -7,7 +7,8 @@
 The first form projects with PCA, prints I(R;Z) beside the accepted values and checks the trends.
 The second trains a small network with SimCLR and with VICReg and checks that I(R;Z) rises, then
 levels off. Both write pictures (PNG, SVG) and all numbers (JSON) into DIR. The third compares ways
-to deal with the singular covariance. docs/theory.md says what the paper gives.
+to deal with the singular covariance. docs/theory.md says what the paper gives
+(Fig. 2, 10, 11; Eq. 3).
 
 Exit code 1 if a value or a trend is off, with a line for each; 2 for options that cannot be used.
 """

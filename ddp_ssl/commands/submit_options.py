@@ -12,9 +12,9 @@ from ddp_ssl.utils.programs import slurm_seconds
 def parser() -> argparse.ArgumentParser:
     """The command line's options; what cannot be parsed raises `ConfigError`."""
     made = common.Parser(
-        "python -m ddp_ssl.submit",
+        "ddp-ssl submit",
         "Submit a run, or a sweep, through submitit.",
-        "key=a,b,c is a sweep: one run for each value, or for each combination of several.",
+        "key=a,b,c is a sweep: a run for each value, or each combination of several.",
     )
     add = made.add_argument
     add("arguments", nargs="*", metavar="CONFIG key=value", help="as for ddp_ssl.train")
@@ -53,7 +53,7 @@ def for_evaluation(options: Sequence[str]) -> list[str]:
     unknown += given.arguments
     if unknown:
         raise ConfigError(
-            f"--submit: {unknown[0]} is no option of python -m ddp_ssl.submit, whose --help lists "
+            f"--submit: {unknown[0]} is no option of ddp-ssl submit, whose --help lists "
             "them; key=value for every run stands outside --submit"
         )
     words = {

@@ -20,6 +20,7 @@ _INSIDE = _PACKAGE / "configs"
 FOLDER = _INSIDE if _INSIDE.is_dir() else _PACKAGE.parent / "configs"
 PRESETS = FOLDER / "preset"
 LISTS = (".csv", ".tsv", ".txt", ".lst")
+ARRAYS = (".npz", ".npy")
 
 
 def find_config(given: str) -> Path | None:
@@ -42,7 +43,7 @@ def with_places(arguments: Sequence[str]) -> list[str]:
         key = ""
         if os.path.isfile(argument) and argument.endswith(LISTS):
             key = "data.files="
-        elif is_url(argument):
+        elif is_url(argument) or (os.path.isfile(argument) and argument.endswith(ARRAYS)):
             key = "data.root="
         elif os.path.isdir(argument) and find_config(argument) is None:
             key = "data.root="

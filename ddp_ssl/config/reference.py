@@ -55,4 +55,6 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(_type_name(a) for a in arguments)
     if origin is not None:
         return f"{origin.__name__}[{', '.join(_type_name(a) for a in arguments)}]"
+    if annotation is Ellipsis:
+        return "..."
     return "none" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))

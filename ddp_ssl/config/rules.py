@@ -39,6 +39,16 @@ def check(config: Config) -> None:
                 f"data.view_shards: {config.data.view_shards} does not divide the {count} views of "
                 f"{size} pixels; {_divisors(*counts.values())} would be accepted"
             )
+    planes = config.model.backbone_args.get("in_chans", 3)
+    if planes != 3 and config.data.name != "array":
+        raise ValueError(
+            f"model.backbone_args: in_chans: {planes}, and images of files have 3 channels; "
+            "data.name=array is accepted"
+        )
+    for key in ("mean", "std"):
+        values = getattr(config.data, key)
+        if values is not None and config.data.name != "array" and len(values) != 3:
+            raise ValueError(f"data.{key}: {len(values)} numbers; 3 are accepted, one a channel")
     if config.data.dtype == "float16" and config.optim.precision == "fp32":
         raise ValueError(
             "data.dtype: float16 images need autocast; float32 or optim.precision=bf16 is accepted"

@@ -143,13 +143,14 @@ class Data(Section):
     """`imagenet`, `imagenet100`, `inat21`, `inat21_mini`, `cifar10`, `cifar100`, `stl10`,
     `tiny_imagenet`, `cinic10`, `blood`, `organa`, `organc`, `organs`, `food101`, `sun397`, `cars`,
     `aircraft`, `dtd`, `pets`, `caltech101`, `flowers102`, `digits`, `folder`, `train_test`, `list`,
-    `parquet` or `webdataset`; docs/data.md has the layout of each."""
+    `parquet`, `webdataset` or `array`; docs/data.md has the layout of each."""
     root: PlaceText | None = None
     """Folder of the data, of shards that `ddp-ssl pack-shards` made of them, of parquet files or of
     tar files (also a pattern: `DIR/*.parquet`, `DIR/train-{000..123}.tar`). These three may lie in
     an object store: `s3://BUCKET/DIR`, `gs://BUCKET/DIR`, `https://HOST/DIR`. `folder`: class
     folders under `train/` and `val/`, class folders, or a flat folder of unlabelled images.
-    `[A, B]`: several folders, one after the other, with the classes of all."""
+    `[A, B]`: several folders, one after the other, with the classes of all. `array`: an `.npz` or
+    `.npy` file, or a folder with some."""
     files: PathText | None = None
     """`name: list`: a text or CSV file with a path and, if there are labels, a class per line;
     paths are relative to `root`, or to the file where that is unset."""
@@ -157,8 +158,8 @@ class Data(Section):
     """`name: list`: the same for validation. Unset: a `val_fraction` of `files`."""
     columns: list[str] | None = Field(None, min_length=1, max_length=2)
     """Parquet files: the column of images and, if there are labels, that of the labels. Tar files:
-    the extensions of these members, `[jpg, cls]`, `[jpg;png, txt]` or `[jpg, json.KEY]`. Unset: the
-    only ones that may be meant."""
+    the extensions of these members, `[jpg, cls]`, `[jpg;png, txt]` or `[jpg, json.KEY]`. Arrays:
+    their names. Unset: the only ones that may be meant."""
     fraction: float = Field(1.0, gt=0, le=1)
     """Seeded share of the training images used for pretraining; the probe and k-NN of
     `ddp_ssl.evaluate` keep all labels."""
@@ -185,10 +186,11 @@ class Data(Section):
     color_jitter: Literal["fast", "seq", "exact"] = "seq"
     """`fast`: one fused linear operator; `seq`: torchvision's contrast and clamping in a fixed
     order; `exact`: torchvision's hue and random order too, at about five times the cost."""
-    mean: tuple[float, float, float] | None = None
-    """Normalisation mean per channel, for pixels in [0, 1]. Unset: the data set's or ImageNet's."""
-    std: tuple[Positive, Positive, Positive] | None = None
-    """Normalisation standard deviation per channel. Unset: the data set's or ImageNet's."""
+    mean: tuple[float, ...] | None = None
+    """Normalisation mean per channel, for pixels in [0, 1]. Unset: the data set's or ImageNet's; of
+    arrays that of their images, for uint16 and float32 in their own values."""
+    std: tuple[Positive, ...] | None = None
+    """Normalisation standard deviation per channel, likewise."""
     val_fraction: float = Field(0.1, gt=0, lt=1)
     """Seeded share of the images kept for validation where there is no validation split."""
     val_resize: Side | None = None
@@ -261,6 +263,21 @@ class Data(Section):
         """Mean and standard deviation per channel."""
         mean, std = NORMALISATION.get(self.name, NORMALISATION["imagenet"])
         return self.mean or mean, self.std or std
+
+    @property
+    def units(self) -> str:
+        """What `normalisation` is of, in words."""
+        arrays = self.name == "array"
+        return "bytes / 255 or other numbers" if arrays else "pixels in [0, 1]"
+
+    @property
+    def shown(self) -> tuple[Channels, Channels]:
+        """Mean and deviation that make pixels to show, in [0, 1], of normalised ones.
+
+        Those of arrays have any range: from two deviations below the mean to two above.
+        """
+        mean, std = self.normalisation
+        return ((0.5,) * len(mean), (0.25,) * len(std)) if self.name == "array" else (mean, std)
 
     @property
     def central_crop(self) -> CentralCrop:

@@ -18,7 +18,7 @@ Side = Annotated[int, Field(ge=8, le=4096)]
 Temperature = Annotated[float, Field(ge=1 / 350)]
 """Of InfoNCE: below, exp(1 / temperature) is no float32."""
 Seconds = Annotated[float, Field(gt=0, le=1e7)]
-Channels = tuple[float, float, float]
+Channels = tuple[float, ...]
 S = TypeVar("S", bound="Section")
 
 

@@ -66,6 +66,9 @@ class CentralCrop(NamedTuple):
 
 AUGMENTATION_FIELDS = tuple(f.name for f in fields(View) if f.name not in ("size", "function"))
 
+# Probabilities of what changes colours.
+COLOURS = ("jitter_p", "gray_p", "solarize_p")
+
 # The recipes of solo-learn, ReSSL and SwAV. A recipe lists one view or more, and a group takes them
 # in turn: four views of `asym` are first, second, first, second.
 RECIPES: dict[str, tuple[View, ...]] = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from ddp_ssl.data.datasets import arrays, folders, registry, remote, shards, transfer
+from ddp_ssl.data.datasets import array_files, arrays, folders, registry, remote, shards, transfer
 from ddp_ssl.data.datasets.base import absolute, place_of
 from ddp_ssl.data.datasets.lists import opened
 from ddp_ssl.data.datasets.remote import joined
@@ -61,7 +61,8 @@ KNOWN = {
 class Look(NamedTuple):
     """What was seen: the name of the data set, words for it, training images, and their side.
 
-    `images` is 0 where it is not known, and a lower bound where `capped`.
+    `images` is 0 where it is not known, and a lower bound where `capped`. `colours`: whether
+    the images have some.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Look(NamedTuple):
     images: int
     side: int
     capped: bool = False
+    colours: bool = True
 
     @property
     def number(self) -> str:
@@ -109,6 +111,13 @@ def _look(data: Data, name: str | None) -> Look:
         side = round(statistics.median(look.side for look in looks))
         capped = any(look.capped for look in looks)
         return Look(name, what, sum(look.images for look in looks), side, capped)
+    if name == "array" and data.root:
+        found = array_files.split_arrays(data)
+        x = found["train"].images
+        count = _training(data, len(x), "val" in found)
+        side = round(math.sqrt(x.shape[1] * x.shape[2]))
+        colours = array_files.has_colours(x.shape[3], str(x.dtype))
+        return Look(name, f"{_images(count)} in arrays", count, side, colours=colours)
     if data.root and shards.is_shards(place := place_of(data.root)):
         splits = shards.describe(place)["splits"]
         count = _training(data, int(splits["train"]["count"]), "val" in splits)
@@ -143,7 +152,10 @@ def _name_of(data: Data) -> str:
         raise ConfigError(
             f"data.root: {root} holds {' and '.join(found)}; data.name={found[0]} chooses one"
         )
-    return found[0] if found else "folder"
+    if found or not array_files.is_place(root) or registry.container_of(data) is not None:
+        return found[0] if found else "folder"
+    images = root.is_dir() and next(scan(os.fsencode(root)), None) is not None
+    return "folder" if images else "array"
 
 
 def holds(root: Path, name: str) -> bool:
@@ -152,8 +164,8 @@ def holds(root: Path, name: str) -> bool:
 
 
 def _folder(data: Data, root: Path) -> Look:
-    train, val, _ = folders.splits_of(root)
-    where = train or root
+    train, val, _ = folders.places_of(root)
+    where = train or folders.beside_masks(root)
     names = list(itertools.islice(scan(os.fsencode(where)), MOST))
     capped = len(names) == MOST
     classes = len({name.partition(b"/")[0] for name in names if b"/" in name})

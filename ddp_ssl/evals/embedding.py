@@ -30,6 +30,7 @@ from ddp_ssl.evals.features import Block, Extractor, gather_rows, some_of
 from ddp_ssl.evals.pretrained import Pretrained, prepare
 from ddp_ssl.evals.settings import EvaluateConfig
 from ddp_ssl.evals.weights import Source
+from ddp_ssl.logs.picture import as_rgb
 from ddp_ssl.run import environment
 from ddp_ssl.utils.files import replaced
 from ddp_ssl.utils.progress import logger
@@ -64,7 +65,7 @@ def embed(source: Source, settings: EvaluateConfig, wanted: Wanted, world: World
     on_rank_0(world, lambda: _make_room(wanted))
 
     comm = distributed.comm_of(world)
-    widths = network.widths(settings.image_size)
+    widths = network.widths(len(settings.data.normalisation[0]), settings.image_size)
     network.to(world.device)
     extractor = Extractor(network, sum(widths), settings, comm, world.device, tell=logger.info)
     found = {
@@ -175,24 +176,24 @@ class Network(nn.Module):
         return torch.cat(self.parts(x), 1)
 
     @torch.no_grad()
-    def widths(self, size: int) -> list[int]:
+    def widths(self, channels: int, size: int) -> list[int]:
         self.eval()
-        return [part.shape[1] for part in self.parts(torch.zeros(1, 3, size, size))]
+        return [part.shape[1] for part in self.parts(torch.zeros(1, channels, size, size))]
 
 
 class Thumbnails(nn.Module):
-    """Normalised images `[n, 3, S, S]` to small ones with values in [0, 1], one a row."""
+    """Normalised images `[n, C, S, S]` to small ones with values in [0, 1], one a row."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, settings: EvaluateConfig) -> None:
         super().__init__()
-        for name, values in zip(("mean", "std"), settings.data.normalisation, strict=True):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
+        for name, values in zip(("mean", "std"), settings.data.shown, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = (x * self.std + self.mean).clamp(0, 1)
+        x = as_rgb(x * self.std + self.mean).clamp(0, 1)
         mode = "area" if x.shape[-1] > THUMBNAIL else "nearest"
         return F.interpolate(x, size=(THUMBNAIL, THUMBNAIL), mode=mode).flatten(1)
 

@@ -81,7 +81,7 @@ def begin(
         f"{world.device.type}"
     )
     mean, std = (", ".join(f"{v:.4g}" for v in x) for x in settings.data.normalisation)
-    logger.info(f"pixels in [0, 1] are normalised with mean {mean} and std {std}")
+    logger.info(f"{settings.data.units} are normalised with mean {mean} and std {std}")
     backbone = pretrained.backbone.to(world.device)
     if settings.model.channels_last:
         backbone = backbone.to(memory_format=torch.channels_last)

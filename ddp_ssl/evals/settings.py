@@ -19,6 +19,7 @@ from ddp_ssl.config import (
 )
 from ddp_ssl.config.section import PathText, Seconds
 from ddp_ssl.evals.weights import Source
+from ddp_ssl.run.arrays import facts_of, with_statistics
 from ddp_ssl.run.configure import load
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -246,6 +247,14 @@ def load_settings(
             raise ConfigError(
                 f"model.backbone: {source.text} names the model already; leave it out"
             )
+        facts = facts_of(plain.data)
+        if facts is not None:
+            model = plain.model
+            if facts.channels != 3:
+                own = {"in_chans": facts.channels, **model.backbone_args}
+                model = model.model_copy(update={"backbone_args": own})
+            data = with_statistics(plain.data, facts)
+            plain = plain.model_copy(update={"data": data, "model": model})
         return plain, origins
     for key in ("backbone", "backbone_args", "stem"):
         if f"model.{key}" in origins:

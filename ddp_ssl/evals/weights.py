@@ -12,11 +12,11 @@ from torch import nn
 
 from ddp_ssl.checkpoint import store
 from ddp_ssl.comm import Comm
-from ddp_ssl.config import Config, ConfigError
+from ddp_ssl.config import Config, ConfigError, Model
 from ddp_ssl.errors import refused
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import make_method
-from ddp_ssl.models import own_weights
+from ddp_ssl.models import channels, own_weights
 from ddp_ssl.utils import hub
 
 
@@ -153,7 +153,7 @@ def make_learner(
     fill(learner, weights, path)
     learner.eval()
     for size in sizes:
-        _try_size(learner.method.backbone, config.model.backbone, size)
+        _try_size(learner.method.backbone, config.model, size)
     return learner
 
 
@@ -164,13 +164,13 @@ def fill(module: nn.Module, weights: Mapping[str, Any], path: Path) -> None:
 
 
 @torch.no_grad()
-def _try_size(backbone: nn.Module, name: str, size: int) -> None:
+def _try_size(backbone: nn.Module, model: Model, size: int) -> None:
     """Raise `ValueError`, one line, unless the backbone takes images of `size` pixels."""
     with refused(
-        f"data.val_size: the run's {name} cannot take images of {size} pixels",
+        f"data.val_size: the run's {model.backbone} cannot take images of {size} pixels",
         "the size that it was trained on is accepted",
     ):
-        backbone(torch.zeros(1, 3, size, size))
+        backbone(torch.zeros(1, channels(model), size, size))
 
 
 @contextlib.contextmanager

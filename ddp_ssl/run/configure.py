@@ -29,6 +29,7 @@ from ddp_ssl.config.schema import Config, MethodConfig, with_method
 from ddp_ssl.config.text import flow
 from ddp_ssl.errors import ConfigError
 from ddp_ssl.methods._registry import load_method
+from ddp_ssl.run import arrays
 from ddp_ssl.run.method import adapted, named, sibling
 from ddp_ssl.utils.text import one_line
 
@@ -89,6 +90,8 @@ def load(arguments: Sequence[str], trusted: str = "*") -> Resolved:
     merged["method"] = {**merged.get("method", {}), "name": name}
     config = validate(merged, typed, origins)
     check_recipes([group.recipe for group in config.data.views], trusted)
+    config, origins, said = arrays.completed(config, origins)
+    notes += [said] if said else []
     try:
         check(config)
         config.method.check(config)

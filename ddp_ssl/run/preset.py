@@ -14,6 +14,7 @@ from ddp_ssl.config.files import PRESETS
 from ddp_ssl.config.reader import Layer
 from ddp_ssl.config.schema import Data, MethodConfig, Optim
 from ddp_ssl.config.text import flow
+from ddp_ssl.config.views import COLOURS
 from ddp_ssl.data.recognise import Look, look_at
 from ddp_ssl.driver import gpu_is_meant
 from ddp_ssl.errors import ConfigError
@@ -28,6 +29,15 @@ CPU_SIDE, CPU_BATCH, CPU_STEPS = 64, 64, 1_000
 STEPS_PER_EPOCH = 8  # at least, so that the batch is not most of the images
 STEPS, LEAST_EPOCHS, MOST_EPOCHS = 20_000, 100, 1_000  # on a GPU
 MEASUREMENTS = 20  # of alpha, in a run
+# DINO's prototypes, momentum and temperatures are for a million images. On few the teacher's
+# distribution stays uniform, and nothing is learned: docs/benchmarks.md#presets.
+DINO = {
+    "prototypes": 1024,
+    "momentum": 0.99,
+    "teacher_temperature": 0.02,
+    "warmup_teacher_temperature": 0.02,
+    "warmup_teacher_epochs": 0,
+}
 
 
 class Choice(NamedTuple):
@@ -101,11 +111,21 @@ class Preset:
                 values[key] = value
                 made.append(Choice(key, value, reason))
 
+        if not self.look.colours:
+            off = dict.fromkeys(COLOURS, 0)
+            views = [{**group, **off} for group in preset["data"]["views"]]
+            choose("data.views", views, "these images have no colours to change")
         count = self.look.images
         if not self._gpu and not has_bf16():
             choose("optim.precision", "fp32", "this CPU has no instructions for bf16")
         if count < SMALL and values["model.backbone"] == "resnet50" and count:
             choose("model.backbone", "resnet18", f"fewer than {SMALL} images")
+        own = method.model_fields["name"].default
+        if own == "simsiam":
+            choose("optim.name", "sgd", "with AdamW simsiam's embeddings collapse")
+        if own == "dino" and 0 < count < SMALL:
+            for key, value in DINO.items():
+                choose(f"method.{key}", value, f"fewer than {SMALL} images")
         before, name = preset["data"]["batch_size"], preset["optim"]["name"]
         if count and "batch_size" not in self._typed.get("data", {}):
             choose("data.batch_size", *self._batch(before))

@@ -30,7 +30,7 @@ from ddp_ssl.logs.writer import MetricsWriter
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import make_method
 from ddp_ssl.methods.base import trainable
-from ddp_ssl.models import own_weights
+from ddp_ssl.models import channels, own_weights
 from ddp_ssl.run import environment, folder
 from ddp_ssl.run.identity import identity, whole_identity
 from ddp_ssl.run.status import RunStatus
@@ -265,7 +265,7 @@ def warm_up(
     saved = copy.deepcopy(learner.state_dict())
     images = config.data.batch_size // comm.data_shards
     views = [
-        torch.rand(images, 3, v.size, v.size, device=device).contiguous(
+        torch.rand(images, channels(config.model), v.size, v.size, device=device).contiguous(
             memory_format=torch.channels_last
         )
         for v in views_of(config.data.views)[comm.views]

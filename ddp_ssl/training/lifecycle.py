@@ -16,6 +16,7 @@ from ddp_ssl.errors import (
     MeasurementError,
     NonFiniteError,
     SaveError,
+    VanishedError,
     ViewGroupError,
 )
 from ddp_ssl.logs import console
@@ -65,7 +66,8 @@ def run(resolved: Resolved, stop: StopRequest, on_step: loop.OnStep | None = Non
     except ENDS_ALL_RANKS as error:  # likewise
         settle(job)
         if world.is_main:
-            status.record("failed", error=str(error), retry=isinstance(error, SaveError))
+            again = isinstance(error, SaveError | VanishedError)
+            status.record("failed", error=str(error), retry=again)
             logger.error("%s", error)
         close(job)
         code = 1

@@ -19,7 +19,7 @@ from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.loader import TrainLoader
 from ddp_ssl.data.loading.reader import UnreadableError
 from ddp_ssl.distributed import World
-from ddp_ssl.errors import BadDataError
+from ddp_ssl.errors import VanishedError
 from ddp_ssl.methods.base import Context, Method
 from ddp_ssl.utils.background import in_background
 from ddp_ssl.utils.seeds import derive
@@ -69,7 +69,7 @@ class Measurement:
         return figures
 
     def _batches(self, epoch: int, count: int, purpose: str) -> Iterator[Batch]:
-        """`Context.batches`; raises `BadDataError` on all processes if one cannot read on."""
+        """`Context.batches`; raises `VanishedError` on all processes if one cannot read on."""
         if purpose in self._prefetched:
             batches = self._prefetched.pop(purpose).result()
         else:
@@ -120,11 +120,12 @@ class MeasurementBatches:
             self.problem, size = str(error), self.loader.views[0].size
         images, device = self.loader.order.local_batch, self.loader.settings.device
         ids = torch.zeros(images, dtype=torch.long)
-        return Batch([torch.zeros(images, 3, size, size, device=device)], ids, ids.to(device))
+        planes = self.loader.split.channels
+        return Batch([torch.zeros(images, planes, size, size, device=device)], ids, ids.to(device))
 
 
 def stop_if_bad(world: World, reason: str | None) -> None:
-    """Raise `BadDataError` on all processes together if one of them has a reason."""
+    """Raise `VanishedError` on all processes together if one of them has a reason."""
     if world.any(reason is not None):
         reasons = world.gather_objects(reason) or []
-        raise BadDataError(world.broadcast_object(next((r for r in reasons if r), None)))
+        raise VanishedError(world.broadcast_object(next((r for r in reasons if r), None)))

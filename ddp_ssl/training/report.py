@@ -85,7 +85,7 @@ def picture(job: Job) -> None:
     views, bad = range(job.config.num_views), job.recorder.bad_images.found
     comm = job.network.method.comm
     loader = train_loader(job.config, comm, job.data, job.world.device, views, bad)
-    image = view_grid(next(loader).views, *job.config.data.normalisation)
+    image = view_grid(next(loader).views, *job.config.data.shown)
     loader.close()
     path = job.setting.folder / "views.png"
     with warned(path), replaced(path) as temporary:

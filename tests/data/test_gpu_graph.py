@@ -33,12 +33,16 @@ REGISTERED = {
 TURNED = {turn: replace(VIEW, rotate=turn, vertical_flip_p=0.5) for turn in (20, 90)}
 
 
-def train(reading: Any, mode: str, view: View = VIEW) -> Any:
-    return dali.train_iterator(reading, Augmentation([view], mode), SETTINGS, seed=1, batch_size=4)
+BARE = replace(TURNED[90], jitter_p=0, gray_p=0, solarize_p=0)
+FIVE = replace(SETTINGS, form=PixelFormat((0.5,) * 5, (0.5,) * 5, unit=1.0))
 
 
-def evaluate(reading: Any) -> Any:
-    return dali.eval_iterator(reading, CentralCrop(73, 64), SETTINGS, batch_size=4)
+def train(reading: Any, mode: str, view: View = VIEW, settings: LoaderSettings = SETTINGS) -> Any:
+    return dali.train_iterator(reading, Augmentation([view], mode), settings, seed=1, batch_size=4)
+
+
+def evaluate(reading: Any, settings: LoaderSettings = SETTINGS) -> Any:
+    return dali.eval_iterator(reading, CentralCrop(73, 64), settings, batch_size=4)
 
 
 def source(info: Any) -> Any:
@@ -47,6 +51,7 @@ def source(info: Any) -> Any:
 
 FILES = functools.partial(dali.read, source, True, SETTINGS.decoding)
 ARRAY = functools.partial(dali.read, source, False, SETTINGS.decoding)
+BANDS = functools.partial(dali.read, source, False, SETTINGS.decoding, "uint16")
 GRAPHS: dict[str, tuple[Callable[[], Any], int]] = {
     "files, fast": (lambda: train(FILES, "fast"), 50),
     "files, seq": (lambda: train(FILES, "seq"), 60),
@@ -54,6 +59,8 @@ GRAPHS: dict[str, tuple[Callable[[], Any], int]] = {
     "files, turned": (lambda: train(FILES, "seq", TURNED[20]), 65),
     "files, turned by quarters": (lambda: train(FILES, "seq", TURNED[90]), 80),
     "an array": (lambda: train(ARRAY, "seq"), 60),
+    "an array of five channels": (lambda: train(BANDS, "seq", BARE, FIVE), 60),
+    "evaluation, five channels": (lambda: evaluate(BANDS, FIVE), 60),
     "evaluation, files": (lambda: evaluate(FILES), 60),
     "evaluation, an array": (lambda: evaluate(ARRAY), 60),
 }

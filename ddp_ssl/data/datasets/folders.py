@@ -40,6 +40,9 @@ LIKE_A_SPLIT = re.compile(
     r"(?:^|[^a-z])(?:train|training|trn|val|valid|validation|dev|eval|test|testing|holdout)"
     r"(?:[^a-z]|$)"
 )
+# Names of the folders of a data set of segmentation.
+IMAGES = ("images", "image", "imgs", "img", "jpegimages")
+MASKS = ("masks", "mask", "labels", "annotations", "segmentations", "segmentation", "gt")
 FEW = 1000  # files of a folder that are looked at
 
 
@@ -68,9 +71,34 @@ def splits_of(root: Path) -> Splits:
     return Splits(root / train if train else None, root / val if val else None, others)
 
 
+def beside_masks(folder: Path) -> Path:
+    """The folder `images/` in a folder that holds nothing else but folders of masks; else itself.
+
+    The data sets of segmentation are published like this.
+    """
+    there = [e for e in entries(os.fsencode(folder)) if e.name.lower() not in NO_FOLDERS]
+    names = [os.fsdecode(entry.name) for entry in there if os.path.isdir(entry.path)]
+    images = [name for name in names if name.lower() in IMAGES]
+    masks = [name for name in names if name.lower() in MASKS]
+    if len(images) != 1 or not masks or len(names) > 1 + len(masks):
+        return folder
+    warn_once(
+        f"data.root: {folder}: {images[0]}/ is used, and {', '.join(f'{n}/' for n in masks)} is "
+        "not: pretraining needs no masks, k-NN and the probe cannot use them",
+        logging.INFO,
+    )
+    return folder / images[0]
+
+
+def places_of(root: Path) -> Splits:
+    """The splits of a folder, without masks beside the images of the folder or of a split."""
+    train, val, others = splits_of(beside_masks(root))
+    return Splits(train and beside_masks(train), val and beside_masks(val), others)
+
+
 def find_folder(data: Data) -> None:
     root = root_of(data, f"data.name={data.name} looks for {LAYOUTS}")
-    where = splits_of(root).train or root
+    where = places_of(root).train or beside_masks(root)
     if next(scan(os.fsencode(where)), None) is None:
         kinds = " ".join(sorted(e.decode() for e in EXTENSIONS))
         raise ValueError(
@@ -79,8 +107,8 @@ def find_folder(data: Data) -> None:
 
 
 def load_folder(data: Data) -> Dataset:
-    root = root_of(data, LAYOUTS)
-    train, val, others = splits_of(root)
+    train, val, others = places_of(root_of(data, LAYOUTS))
+    root = beside_masks(root_of(data, LAYOUTS))
     if train is None:
         images, classes = images_below(root)
         splits = [name for name in classes if LIKE_A_SPLIT.search(name.lower())]

@@ -29,6 +29,7 @@ ACCEPTED = "accepted: a path per line, or path,label (CSV: quote what has a comm
 SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", " ": "space"}
 SAMPLE = 50  # lines by which the form of a list is recognised
 UNLABELLED = ("", "-1")
+NUMBER = re.compile(r"\s*(?:[-+]?[0-9]+(?:\.[0-9]*)?)?\s*")  # one of several labels
 
 
 class Form(NamedTuple):
@@ -104,6 +105,12 @@ def listed(
             rank[number[name]] = place
         ids = rank[ids]
     tell(key, file, form, len(classes), ids, repeated)
+    more = len(next(iter(_sample(file, form.separator)))[1]) - 2
+    if more > 0:
+        logger.info(
+            "%s: %s: %d columns of labels: pretraining needs none, k-NN and the probe do without",
+            *(key, file, more + 1),
+        )
     return Split.of_files(str(base), names, ids), classes
 
 
@@ -215,7 +222,8 @@ def rows(key: str, file: Path, form: Form) -> Iterator[tuple[int, str, str]]:
                     columns = len(row)
                     if form.header:
                         continue
-                if len(row) != columns or columns > 2 or not row[0]:
+                several = columns > 2 and all(map(NUMBER.fullmatch, row[1:]))
+                if len(row) != columns or (columns > 2 and not several) or not row[0]:
                     what = f"{len(row)} columns" if row[0] else "an empty path"
                     raise ValueError(
                         f"{key}: {file}, line {at}: {what}"

@@ -81,7 +81,7 @@ def definition_of(data: Data) -> Definition:
             f"data.stage: {data.stage} is for shards, and {data.root or 'data.root'} holds no "
             f"{shards.ABOUT}; ddp-ssl pack-shards makes them"
         )
-    if data.columns is not None:
+    if data.columns is not None and data.name != "array":
         raise ValueError(
             f"data.columns: is for parquet and tar files, and {data.root or 'data.root'} holds "
             "none; leave it out"

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddp_ssl.config.section import is_url
-from ddp_ssl.errors import LONGEST, BuildError, printable
+from ddp_ssl.errors import LONGEST, BuildError, ConfigError, printable
 
 logger = logging.getLogger("ddp_ssl")
 
@@ -49,8 +49,12 @@ ENVIRONMENT = "AWS_ACCESS_KEY_ID or GOOGLE_APPLICATION_CREDENTIALS"
 random_ = random.Random()  # of its own: the pauses of processes differ, and no seed is disturbed
 
 
-class StoreError(BuildError):
-    """A store does not give what it should: one line. A later start may find it mended."""
+class StoreError(ConfigError):
+    """A store does not give what it should: one line."""
+
+
+class AwayError(StoreError, BuildError):
+    """A store gives no answer, or none that can be used; a later start may find it mended."""
 
 
 class _OtherAnswer(Exception):
@@ -282,7 +286,7 @@ def _patiently(place: str, ask: Callable[[], T]) -> T:
                 raise _error(place, why) from None
         now = time.monotonic()
         if now - start > PATIENCE_S or leaving.is_set():
-            raise _error(place, f"no answer for {now - start:.0f} s ({why})")
+            raise AwayError(str(_error(place, f"no answer for {now - start:.0f} s ({why})")))
         with _guard:
             say = now - max(start, _told) > TELL_S
             _told = now if say else _told

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from ddp_ssl.config.section import is_url
 from ddp_ssl.data.datasets.tar import DAMAGED, Shards
 from ddp_ssl.errors import printable
 
+DIGESTED = 100  # images of an array whose pixels are a part of its digest
 UNNAMED = "without names"  # in the place of a digest of names
 
 
@@ -34,17 +36,20 @@ class Split:
     never used as a path. Array: `images` is uint8 `[M, H, W, 3]`. Make a split with `of_files` or
     `of_array`. `named` is false where the images have no names of their own, only places. Files
     below several `roots`: int64 `part` `[M]` says below which one; `root` is the first.
+    An array of one's own (`of_pixels`) has any number of channels, uint16 or float32 too; image i
+    is its row `rows[i]`.
     """
 
     labels: NDArray[np.int64]
     root: str = ""
     names: NDArray[np.uint8] | None = None
     spans: NDArray[np.int64] | None = None
-    images: NDArray[np.uint8] | None = None
+    images: NDArray[Any] | None = None
     shards: Shards | None = None
     named: bool = True
     roots: tuple[str, ...] = ()
     part: NDArray[np.int64] | None = None
+    rows: NDArray[np.int64] | None = None
 
     @staticmethod
     def of_files(root: str, names: list[bytes] | Names, labels: NDArray[np.int64]) -> Split:
@@ -75,6 +80,12 @@ class Split:
         return Split(np.asarray(labels, np.int64), images=np.ascontiguousarray(images))
 
     @staticmethod
+    def of_pixels(images: NDArray[Any], labels: NDArray[np.int64]) -> Split:
+        """An array `[M, H, W, C]`, which may be mapped; it is never copied as a whole."""
+        assert len(images) == len(labels)
+        return Split(labels, images=images, rows=np.arange(len(images)))
+
+    @staticmethod
     def joined(splits: Sequence[Split], numbers: Sequence[NDArray[np.int64]]) -> Split:
         """Files of several roots, one split after the other; its label `c` is now `numbers[c]`."""
         labels = [new[split.labels] for split, new in zip(splits, numbers, strict=True)]
@@ -95,9 +106,15 @@ class Split:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over names or pixels, and labels; independent of where the root is."""
+        """SHA-256 over names or pixels, and labels; independent of where the root is.
+
+        Of an array of one's own: its shape and the pixels of `DIGESTED` images.
+        """
         content = hashlib.sha256(repr(() if self.images is None else self.images.shape).encode())
-        for part in (self.labels, self.names, self.spans, self.images):
+        images = self.images
+        if self.rows is not None and len(self):  # maybe too much to read
+            images = self.pixels(np.unique(np.linspace(0, len(self) - 1, DIGESTED).astype(int)))
+        for part in (self.labels, self.names, self.spans, self.rows, images):
             if part is not None:
                 content.update(np.ascontiguousarray(part).data)
         return content.hexdigest()
@@ -166,13 +183,31 @@ class Split:
         finally:
             os.close(file)
 
+    @property
+    def channels(self) -> int:
+        """Files decode to three."""
+        return 3 if self.images is None else int(self.images.shape[3])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of a decoded image's numbers."""
+        return np.dtype(np.uint8) if self.images is None else self.images.dtype
+
+    def pixels(self, ids: NDArray[np.int64]) -> NDArray[Any]:
+        """Images `ids` of an array, `[n, H, W, C]`."""
+        assert self.images is not None
+        return np.ascontiguousarray(self.images[ids if self.rows is None else self.rows[ids]])
+
     def subset(self, ids: NDArray[np.int64]) -> Split:
         """The images `ids`, int64 `[m]`, in that order; the block of names is shared."""
         return replace(
             self,
             labels=self.labels[ids],
             spans=None if self.spans is None else self.spans[ids],
-            images=None if self.images is None else self.images[ids],
+            images=self.images[ids]
+            if self.images is not None and self.rows is None
+            else self.images,
+            rows=None if self.rows is None else self.rows[ids],
             shards=None if self.shards is None else self.shards.subset(ids),
             part=None if self.part is None else self.part[ids],
         )

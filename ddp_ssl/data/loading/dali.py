@@ -139,13 +139,14 @@ def _iterator(pipe: Any, views: int) -> Any:
     return dali_torch.DALIGenericIterator([pipe], names, prepare_first_batch=False)
 
 
-def try_recipe(view: View, settings: LoaderSettings) -> None:
+def try_recipe(view: View, settings: LoaderSettings, dtype: str) -> None:
     """Make a view of two gray images by its recipe from outside; raises `ConfigError`."""
 
     def source(info: Any) -> Any:
-        return [np.full((72, 64, 3), 128, np.uint8)] * 2, np.zeros((2, 1), np.int64)
+        return [np.full((72, 64, channels), 128, dtype)] * 2, np.zeros((2, 1), np.int64)
 
-    reading = functools.partial(read, source, False, settings.decoding)
+    channels = len(settings.form.mean)
+    reading = functools.partial(read, source, False, settings.decoding, dtype)
     with refused(f"data.views: the recipe {view.function}"):
         try:
             pipe = train_iterator(
@@ -154,10 +155,9 @@ def try_recipe(view: View, settings: LoaderSettings) -> None:
             shape = list(next(pipe)[0]["view0"].shape)
         except Exception as error:
             raise ValueError(recipes.mistake(view.function, error)) from error
-        if shape != [2, view.size, view.size, 3]:
-            raise ValueError(
-                f"it gives images of {shape[1:]}; [{view.size}, {view.size}, 3] are accepted"
-            )
+        wanted = [view.size, view.size, channels]
+        if shape[1:] != wanted:
+            raise ValueError(f"it gives images of {shape[1:]}; {wanted} are accepted")
 
 
 # --- graphs --------------------------------------------------------------------------------------
@@ -182,24 +182,28 @@ def _eval_graph(reading: Reading, crop: CentralCrop, form: PixelFormat) -> Any:
     return normalize(central_crop(images, crop), form), ids
 
 
-def read(source: Callback, encoded: bool, decoding: Decoding) -> tuple[Node, Node]:
+def read(
+    source: Callback, encoded: bool, decoding: Decoding, dtype: str = "uint8"
+) -> tuple[Node, Node]:
     """RGB images, uint8 HWC, on the pipeline's device, and their ids `[1]`.
 
     `source` gives, for a `BatchInfo`, the batch's encoded images (a list of uint8 arrays; with
-    `encoded`) or pixels (uint8 `[n, H, W, 3]`), and its ids `[n, 1]`.
+    `encoded`) or pixels (`[n, H, W, C]`), and its ids `[n, 1]`. Pixels of another `dtype` than
+    uint8 become float32.
     """
     data, ids = fn.external_source(
         source=source,
         num_outputs=2,
         batch=True,
         batch_info=True,
-        dtype=[types.UINT8, types.INT64],
+        dtype=[getattr(types, dtype.upper().removesuffix("32")), types.INT64],
         ndim=[1 if encoded else 3, 1],
         layout=["" if encoded else "HWC", ""],
     )
     if encoded:
         return decode(data, decoding), ids
-    return (data.gpu() if dali.Pipeline.current().device_id is not None else data), ids
+    data = data.gpu() if dali.Pipeline.current().device_id is not None else data
+    return (data if dtype == "uint8" else to_float(data)), ids
 
 
 def decode(encoded: Node, decoding: Decoding) -> Node:
@@ -231,7 +235,9 @@ def augment(
     # coins of the other images.
     x = turned(random_crop(images, view, hashed(*key, "crop")), view, key)
     if view.jitter_p > 0 or view.gray_p > 0:
-        x = recolor(x, view, color_jitter, key)
+        gray = len(form.mean) == 1
+        x = recolor(fn.cat(x, x, x, axis=2) if gray else x, view, color_jitter, key)
+        x = x[:, :, 0:1] if gray else x
     elif view.blur_p > 0 or view.solarize_p > 0:
         x = to_float(x)
     if view.blur_p > 0:
@@ -474,8 +480,8 @@ def normalize(x: Node, form: PixelFormat, mirror: Node | int = 0) -> Node:
         x,
         dtype=types.FLOAT16 if form.half else types.FLOAT,
         output_layout="HWC",
-        mean=[255.0 * m for m in form.mean],
-        std=[255.0 * s for s in form.std],
+        mean=[form.unit * m for m in form.mean],
+        std=[form.unit * s for s in form.std],
         mirror=mirror,
     )
 

@@ -7,11 +7,15 @@ from typing import NamedTuple
 
 
 class PixelFormat(NamedTuple):
-    """Normalisation of the views, for pixels in [0, 1], and whether they are float16."""
+    """Normalisation of the views, for pixels in [0, 1], and whether they are float16.
+
+    `unit` is the value of a pixel that counts as 1.
+    """
 
     mean: Sequence[float]
     std: Sequence[float]
     half: bool = False
+    unit: float = 255.0
 
 
 class Decoding(NamedTuple):

@@ -59,6 +59,7 @@ class TrainLoader:
     ) -> None:
         assert order.size == len(split)
         self._dali = _dali()
+        settings = settings.of_split(split)
         self.split, self.order, self.settings = split, order, settings
         self.augmentation, self.views = augmentation, list(augmentation.views)
         self._small = small_images.suits(
@@ -66,7 +67,7 @@ class TrainLoader:
         )
         self._recipes = {v.function: recipes.digest(v.function) for v in self.views if v.function}
         for view in {view.function: view for view in self.views if view.function}.values():
-            self._dali.try_recipe(view, settings)
+            self._dali.try_recipe(view, settings, split.dtype.name)
         reader = Reader(split, order.ids, settings, BadImages() if bad is None else bad)
         self._source = TrainBatches(reader, order, agree)
         self._restart(0)
@@ -174,7 +175,7 @@ class TrainLoader:
             "seed": str(order.seed),
             "salt": str(self.augmentation.salt),
             "color_jitter": self.augmentation.color_jitter,
-            "normalisation": repr(tuple(self.settings.form)),
+            "normalisation": repr(self.settings.form[:3]),
             **({"decoding": repr(self.settings.decoding.hw_load)} if device.type == "cuda" else {}),
             **({"recipes": repr(self._recipes)} if self._recipes else {}),
         }
@@ -193,7 +194,11 @@ class TrainLoader:
                 self._augmented, len(self.views), self.settings, **kept
             )
         reading = functools.partial(
-            self._dali.read, self._fetch, self.split.images is None, self.settings.decoding
+            self._dali.read,
+            self._fetch,
+            self.split.images is None,
+            self.settings.decoding,
+            self.split.dtype.name,
         )
         return self._dali.train_iterator(
             reading, self.augmentation, self.settings, seed=self._augment_seed, **kept
@@ -218,7 +223,7 @@ class TrainLoader:
         step = self._start + info.iteration
         if self.split.images is not None:
             ids = self.order.ids(step)
-            return self.split.images[ids], ids[:, None]
+            return self.split.pixels(ids), ids[:, None]
         images, ids = self._source.batch(step)
         return images, ids[:, None]
 
@@ -246,7 +251,8 @@ class _OnePass:
         bad: BadImages | None = None,
     ) -> None:
         self._dali = _dali()
-        self.split, self.settings, self.batch_size = split, settings, batch_size
+        self.split, self.settings = split, settings.of_split(split)
+        self.batch_size = batch_size
         self.bad = BadImages() if bad is None else bad
         own = np.asarray(ids, np.int64)[shard::num_shards]
         self._batches = math.ceil(math.ceil(len(ids) / num_shards) / batch_size)
@@ -294,6 +300,7 @@ class _OnePass:
             lambda info: self._fetch(source, first + info.iteration),
             self.split.images is None,
             self.settings.decoding,
+            self.split.dtype.name,
         )
 
     def _at(self, step: int, count: int = 1) -> Ids:
@@ -304,7 +311,7 @@ class _OnePass:
             raise StopIteration
         if self.split.images is not None:
             ids = self._at(step)
-            return self.split.images[np.maximum(ids, 0)], ids[:, None]
+            return self.split.pixels(np.maximum(ids, 0)), ids[:, None]
         images, ids = source.batch(step)
         return images, ids[:, None]
 

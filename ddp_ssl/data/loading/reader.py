@@ -153,7 +153,10 @@ class Reader:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def examine(self, ids: Iterable[int]) -> bool:
-        """Decode images; remember those that fail or that PIL must decode; whether any did."""
+        """Decode images; remember those that fail or that PIL must decode; whether any did.
+
+        Raises `UnreadableError` if a store does not give one.
+        """
         # Other threads read other images ahead, which say nothing about these.
         wanted, found = {int(i) for i in ids}, dict[int, str]()
         with self._one_at_a_time:
@@ -161,7 +164,10 @@ class Reader:
         for i in sorted(wanted):
             if i < 0 or i in self.problems:
                 continue
-            (loaded,) = self.load([i])
+            try:
+                (loaded,) = self.load([i])
+            except StoreError as error:
+                raise UnreadableError(str(error)) from None
             result = loaded if isinstance(loaded, str) else self.usable(loaded, i)
             if isinstance(result, str):
                 found[i] = result

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ddp_ssl.config.views import View
+from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.formats import Decoding, PixelFormat
+from ddp_ssl.errors import ConfigError
 from ddp_ssl.utils.launcher import cpu_share
 
 if TYPE_CHECKING:
@@ -43,6 +46,15 @@ class LoaderSettings:
             data.readers,
             data.max_pixels,
         )
+
+    def of_split(self, split: Split) -> LoaderSettings:
+        """The same for the pixels of a split; raises `ConfigError` for other channels."""
+        if len(self.form.mean) != split.channels:
+            raise ConfigError(
+                f"data.mean: {len(self.form.mean)} numbers, and the images have {split.channels} "
+                "channels; images with the model's channels are accepted"
+            )
+        return self if split.dtype == np.uint8 else replace(self, form=self.form._replace(unit=1.0))
 
     @property
     def cpu_threads(self) -> int:

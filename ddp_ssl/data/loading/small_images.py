@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,11 +42,13 @@ YIQ_TO_RGB = torch.linalg.inv(RGB_TO_YIQ)
 
 
 def suits(
-    images: Pixels | None, views: Sequence[View], color_jitter: str, device: torch.device
+    images: NDArray[Any] | None, views: Sequence[View], color_jitter: str, device: torch.device
 ) -> bool:
-    """Whether views of `images`, uint8 `[M, H, W, 3]` or None for files, are made here."""
+    """Whether views of `images`, `[M, H, W, C]` or None for files, are made here."""
     outside = any(view.function for view in views)  # builds on the graph
-    if images is None or device.type != "cpu" or color_jitter == "exact" or outside:
+    if images is None or images.dtype != np.uint8 or images.shape[3] != 3:
+        return False
+    if device.type != "cpu" or color_jitter == "exact" or outside:
         return False
     return max(*images.shape[1:3], *(view.size for view in views)) <= LARGEST
 
