@@ -50,7 +50,8 @@ def _as_url(text: str) -> str:
         raise ValueError(
             "an address with a password or a query (?...), which would stand in the run folder and "
             "in logs; accepted: the address alone, with credentials in the environment "
-            "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...)"
+            "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...); in a pattern * or [0-9] "
+            "in place of ?"
         )
     if parts.scheme not in SCHEMES or not parts.netloc:
         raise ValueError(
