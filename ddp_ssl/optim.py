@@ -295,7 +295,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 )
             )
         if others:
-            self.parts.append(torch.optim.AdamW(others, config.lr, betas=config.betas))
+            fused = _on_gpu([p for group in others for _, p in group["params"]])
+            self.parts.append(torch.optim.AdamW(others, config.lr, betas=config.betas, fused=fused))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         for part in self.parts:
             part.state = self.state

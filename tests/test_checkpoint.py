@@ -22,7 +22,13 @@ from ddp_ssl.config import ConfigError
 from ddp_ssl.config.views import views_of
 from ddp_ssl.errors import CheckpointError
 from ddp_ssl.run.configure import load
-from ddp_ssl.run.identity import check_identity, compare_identity, identity
+from ddp_ssl.run.identity import (
+    GONE,
+    check_identity,
+    compare_identity,
+    free_on_resume,
+    identity,
+)
 from ddp_ssl.training.state import state_of_rank
 from ddp_ssl.utils import files
 
@@ -472,6 +478,15 @@ def test_a_new_setting_is_off_by_default_or_free_on_resume(name: str) -> None:
     old = {*IN_OLD_CHECKPOINTS[""], *(f"method.{key}" for key in IN_OLD_CHECKPOINTS[name])}
     mine = identity(load([f"method.name={name}"]).config)
     assert {key: value for key, value in mine.items() if key not in old and value != "null"} == {}
+    assert {key for key in old - mine.keys() if not free_on_resume(key)} <= GONE.keys()
+
+
+def test_a_setting_that_is_gone(tmp_path: Path) -> None:
+    """A checkpoint with the value that is what happens now goes on; one with another does not."""
+    mine = identity(load([]).config)
+    check_identity(mine, {**mine, "data.reader": "indexed", "data.url": "null"}, tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.reader: streamed in the checkpoint, not set now"):
+        check_identity(mine, {**mine, "data.reader": "streamed"}, tmp_path)
 
 
 def test_views_are_written_as_in_old_checkpoints() -> None:

@@ -538,11 +538,15 @@ def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> 
     return [p.detach().clone() for p in module.parameters()]
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adam", "adamw", "adamw on a GPU"])
+@pytest.mark.parametrize(
+    "name", ["lars", "sgd", "adam", "adamw", "muon", "adamw on a GPU", "muon on a GPU"]
+)
 def test_state_by_name_continues_to_the_last_bit(
     name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, _, on_gpu = name.partition(" ")
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch has no Muon before 2.9")
     monkeypatch.setattr(optim, "_on_gpu", lambda parameters: bool(on_gpu))
     config = Optim(name=name, lr=0.01)  # type: ignore[arg-type]
     straight = network()

@@ -307,11 +307,12 @@ def record(
         views = [torch.empty(images, 3, view.size, view.size) for view in held]
         batch = Batch(views, torch.arange(images), torch.zeros(images, dtype=torch.long))
         method.encode = encode_apart  # type: ignore[method-assign]
-        optimizer = optim.build(config.optim, parameter_groups(learner, config))
-        for parameter in learner.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.empty_like(parameter)
-        optimizer.step()  # makes its state
+        with as_on_a_gpu() if gpu else nullcontext():
+            optimizer = optim.build(config.optim, parameter_groups(learner, config))
+            for parameter in learner.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.empty_like(parameter)
+            optimizer.step()  # makes its state
         optimizer.zero_grad(set_to_none=True)
         with recorder, as_on_a_gpu() if gpu else nullcontext():
             total, _ = learner(batch)

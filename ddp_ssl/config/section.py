@@ -50,7 +50,8 @@ def _as_url(text: str) -> str:
         raise ValueError(
             "an address with a password or a query (?...), which would stand in the run folder and "
             "in logs; accepted: the address alone, with credentials in the environment "
-            "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...)"
+            "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...); in a pattern * or [0-9] "
+            "in place of ?"
         )
     if parts.scheme not in SCHEMES or not parts.netloc:
         raise ValueError(
@@ -60,13 +61,13 @@ def _as_url(text: str) -> str:
     return text
 
 
-def _as_place(text: str) -> str:
+def _as_path_or_url(text: str) -> str:
     return _as_url(text) if is_url(text) else _as_path(text)
 
 
 PathText = Annotated[str, AfterValidator(_as_path)]
 """A path as it was given, with `~` expanded."""
-PlaceText = Annotated[str, AfterValidator(_as_place)]
+PlaceText = Annotated[str, AfterValidator(_as_path_or_url)]
 """The same, or the address of a folder in an object store."""
 
 

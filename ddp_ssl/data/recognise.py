@@ -118,8 +118,8 @@ def _look(data: Data, name: str | None) -> Look:
         side = round(math.sqrt(x.shape[1] * x.shape[2]))
         colours = array_files.has_colours(x.shape[3], str(x.dtype))
         return Look(name, f"{_images(count)} in arrays", count, side, colours=colours)
-    if data.root and shards.is_shards(place := place_of(data.root)):
-        splits = shards.describe(place)["splits"]
+    if registry.in_shards(data):
+        splits = shards.describe(place_of(data.root or ""))["splits"]
         count = _training(data, int(splits["train"]["count"]), "val" in splits)
         return Look(name, f"{_images(count)} in shards", count, KNOWN.get(name, (224, 0))[0])
     root = absolute(data.root) if data.root else None
@@ -142,9 +142,8 @@ def _name_of(data: Data) -> str:
     """`data.name` by the files that are there."""
     if data.files or not data.root:
         return "list" if data.files else data.name
-    place = place_of(data.root)
-    if shards.is_shards(place):
-        about = json_mapping(remote.content(joined(place, shards.ABOUT)))
+    if registry.in_shards(data):
+        about = json_mapping(remote.content(joined(place_of(data.root), shards.ABOUT)))
         return name if (name := about.get("name")) in registry.DATASETS else "folder"
     root = absolute(data.root)
     found = [name for name in FILES if holds(root, name)]

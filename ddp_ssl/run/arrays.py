@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from ddp_ssl.config import Config, Data
 from ddp_ssl.config.views import COLOURS, QUARTERS, views_of
-from ddp_ssl.data.datasets import array_files
-from ddp_ssl.data.datasets.array_files import Facts
-from ddp_ssl.data.datasets.base import absolute
 from ddp_ssl.errors import ConfigError
 from ddp_ssl.utils.text import one_line
+
+if TYPE_CHECKING:
+    from ddp_ssl.data.datasets.array_files import Facts
 
 FLIPPED = 128  # bytes of a pixel that DALI can flip; other types than uint8 are float32 there
 
 
 def facts_of(data: Data) -> Facts | None:
     """The facts of `data.name=array`; None for other data, and where nothing is there yet."""
-    if data.name != "array" or not data.root or not absolute(data.root).exists():
+    if data.name != "array" or not data.root:
+        return None
+    from ddp_ssl.data.datasets import array_files  # here, so that other errors do not wait for it
+    from ddp_ssl.data.datasets.base import absolute
+
+    if not absolute(data.root).exists():
         return None
     try:
         return array_files.facts(data)
@@ -76,7 +82,9 @@ def check_views(config: Config, facts: Facts) -> None:
             f"data.views: rotate: 90 and vertical_flip_p are for pixels of up to {FLIPPED} bytes, "
             f"and {config.data.root} has {facts.channels} channels of {facts.dtype}; 0 is accepted"
         )
-    if array_files.has_colours(facts.channels, facts.dtype):
+    from ddp_ssl.data.datasets.array_files import has_colours
+
+    if has_colours(facts.channels, facts.dtype):
         return
     on = [key for key in COLOURS if any(getattr(view, key) > 0 for view in views)]
     if on:

@@ -42,6 +42,8 @@ FREE_ON_RESUME = (
     "data.max_pixels",
 )
 NOT_FREE = ("run.seed",)
+# Settings of earlier versions, with the value that means what is done now.
+GONE = {"data.reader": "indexed", "data.url": "null"}
 
 
 def free_on_resume(key: str) -> bool:
@@ -92,6 +94,7 @@ def check_identity(now: dict[str, str], saved: dict[str, str], path: Path) -> No
     """
     if (name := saved.get("data.name")) in SAME_AS:  # earlier versions saved a list as such
         saved = saved | {"data.name": SAME_AS[name]}
+    saved = {key: value for key, value in saved.items() if GONE.get(key) != value}
     off = {key: value for key, value in now.items() if value == "null"}
     for name in ("train", "validation"):
         out = not_compared(f"{name} images", f"{name} labels", saved, now)

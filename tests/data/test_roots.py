@@ -94,6 +94,11 @@ def test_what_cannot_be_used_is_named(roots: Path, tmp_path: Path) -> None:
     (roots / "c/shards.json").write_text("{}")
     with pytest.raises(ValueError, match=f"^data.root: {roots}/c is .* folders of image files"):
         both(roots, data=f"[{roots}/b, {roots}/c]")
+    (roots / "link").symlink_to(roots / "b")
+    with pytest.raises(ValueError, match=f"^data.root: {roots}/b is given 2 times; accepted: once"):
+        both(roots, data=f"[{roots}/b, {roots}/link]")
+    with pytest.raises(ValueError, match=r"^data.root: data.name=list takes one root; several"):
+        both(roots, "data.name=list", data=f"[{roots}/b, {roots}/007]")
     with pytest.raises(ConfigError, match=r"a path or a list of paths is accepted, got \[\]"):
         both(roots, data="[]")
 

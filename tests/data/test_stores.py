@@ -146,6 +146,26 @@ def test_files_of_others_are_found_and_read_once(
     assert store.sent == size
 
 
+def test_a_store_that_does_not_say_what_is_not_there(
+    store: Store, files: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 answers 403 for such a file to those who may not list the bucket."""
+    store.environment(monkeypatch)
+    root = as_tars(files, packed.parent / "unlisted")
+    store.fault = lambda path, count: None if (store.root / path).is_file() else 403
+    url = f"s3://{packed.parent.name}/unlisted"
+    names = "{train,validation}-{000000..000001}.tar"
+    data = load([f"{url}/{names}", "run.device=cpu"]).config.data
+    assert contents(registry.load(data, 0).train) == contents(opened(root).train)
+    assert sorted({path.rpartition("/")[2] for _, path, _ in store.asked}) == sorted(
+        ["classnames.txt", *(path.name for path in root.iterdir())]
+    )
+    shards_there = opened(f"s3://{packed.parent.name}/out").train
+    assert contents(shards_there) == contents(opened(packed).train)
+    with pytest.raises(StoreError, match=r"shards\.json: 403 Forbidden; accepted: credentials"):
+        opened(url)
+
+
 def test_what_is_no_shards_is_one_line(store: Store, url: str) -> None:
     with pytest.raises(
         ValueError, match=r"^data\.root: s3://b-\{0,1\}/x\.tar has a wildcard in its"
@@ -165,6 +185,7 @@ def test_what_is_no_shards_is_one_line(store: Store, url: str) -> None:
         (["https://me:TheSecret@host/x"], "data.root: an address with a password or a query"),
         (["s3://bucket/x?X-Amz-Signature=TheSecret"], "data.root: an address with a password or"),
         (["data.root=https://host/x?token=TheSecret"], "data.root: an address with a password or"),
+        (["https://h/train-?.tar"], r"data.root: .*query .* in a pattern \* or \[0-9\] in place"),
         (["s4://bucket/x"], "data.root: an address that is not read; accepted: s3://BUCKET/"),
         (["data.stage=s3://bucket/x"], "data.stage: an address; accepted: a path of this machine"),
         (["data.reader=streamed"], "data.reader: was removed .* data.root=s3://BUCKET/FOLDER"),

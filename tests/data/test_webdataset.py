@@ -11,6 +11,7 @@ import random
 import shutil
 import tarfile
 import zlib
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ddp_ssl.data.datasets import files as file_system
 from ddp_ssl.data.datasets import imagenet, registry, staging, webdataset
 from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.files import matching, split_of
-from ddp_ssl.data.datasets.members import members
+from ddp_ssl.data.datasets.members import DamagedError, members
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.recognise import look_at
 from ddp_ssl.utils.once import warn_once
@@ -171,8 +172,12 @@ def test_every_byte_is_read_once(tmp_path: Path) -> None:
         ("train-000001-of-000009.tar train-shard-0001.tar cc3m-train-1.tar Training.tar", "train"),
         ("val-0.tar validation-00.tar imagenet1k-validation-00.tar valid/0.tar", "val"),
         ("00000.tar data-0001.tar shard_000017.tar pretrained-0.tar x/00001.tar", ""),
+        ("train2017-00.tar train2017/00.tar coco_train2017-0.tar", "train"),
+        ("val2017-00.tar", "val"),
         ("test-0.tar", "test"),
+        ("test2017-0.tar", "test2017"),
         ("train_mini-0.tar", "train_mini"),
+        ("train-clean-000.tar", "train-clean"),
     ],
 )  # fmt: skip
 def test_the_split_of_a_file(names: str, split: str) -> None:
@@ -193,6 +198,27 @@ def test_patterns(tars: Path, tmp_path: Path) -> None:
     assert len(loaded(f"{tars}/{{train,validation}}-*.tar").train) == 30
     assert "/train-000002.tar does not exist" in refused(f"{tars}/train-{{000000..000002}}.tar")
     assert f"{tars.name}/train-000000.tar" in matching(f"{tars.parent}/**/train-*0.tar")[1]
+
+
+def test_a_pattern_of_another_split_is_trained_on(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-clean-000.tar", NAMED)
+    assert "or a pattern of the files of one split" in refused(tmp_path)
+    assert len(loaded(f"{tmp_path}/*.tar", val_fraction=0.4).train) == 2
+    write_tar(tmp_path / "test-000.tar", NAMED)
+    assert "only of test, train-clean; accepted" in refused(f"{tmp_path}/*.tar")
+    write_tar(tmp_path / "val-000.tar", NAMED)
+    assert "only of test, validation; accepted" in refused(f"{tmp_path}/{{test,val}}-*.tar")
+
+
+def test_compressed_files_beside_others_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    of(tmp_path, NAMED)
+    (tmp_path / "train-1.tar.gz").write_bytes(b"")
+    for name in ("webdataset", "folder"):
+        loaded(tmp_path, name)
+    said = f"{tmp_path}: not read: 1 compressed file, such as train-1.tar.gz; accepted: tar files"
+    assert caplog.text.count(said) == 1
 
 
 def test_img2dataset_s_output(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -310,15 +336,17 @@ def test_names_of_classes_beside_the_files(tmp_path: Path) -> None:
         found = loaded(tmp_path / "set", **keys)
         assert found.class_names == ("cat", "dog")
         assert found.train.name(0) == b"dog/s0.webp"
-    (tmp_path / "set" / "classnames.txt").write_text("cat\n")
-    assert "train/0.tar has the label 1; accepted: 0 to 0, one of its 1 cl" in refused(
-        tmp_path / "set"
-    )
+    names = tmp_path / "set" / "classnames.txt"
+    names.write_text("cat\n")
+    assert "train/0.tar has the label 1; accepted: 0 to 0, one of its 1 cl" in refused(names.parent)
+    names.unlink()
+    names.mkdir()
+    assert refused(names.parent).startswith(f"data.root: {names} cannot be read: Is a directory; ")
 
 
 def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A label without an image, a member twice, links; and an image without a label."""
-    items = [*NAMED, ("z.cls", b"dog"), ("a.jpg", b"D")]
+    items = [*NAMED, ("z.cls", b"dog"), ("a.jpg", b"D"), ("y.cls", b"dog")]
     write_tar(tmp_path / "val-0.tar", NAMED)
     with tarfile.open(write_tar(tmp_path / "train-0.tar", items), "a") as tar:
         for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
@@ -327,7 +355,7 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
             tar.addfile(about)
     assert encoded(loaded(tmp_path).train) == [b"D", b"B", b"C"]
     assert (
-        "not read: labels without an image (1), links (2), members that are there twice, all but "
+        "not read: labels without an image (2), links (2), members that are there twice, all but "
         "the last (1)"
     ) in caplog.text
 
@@ -352,6 +380,56 @@ def test_files_that_are_damaged(tmp_path: Path) -> None:
     ):  # fmt: skip
         path.write_bytes(content)
         assert f"data.root: {path} {message}" in refused(tmp_path)
+
+
+def header(size: bytes, kind: bytes = b"0") -> bytes:
+    """A header with this text as its size and a checksum that is right."""
+    block = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.USTAR_FORMAT))
+    block[124:136], block[156:157] = size.ljust(12, b"\0"), kind
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def with_pax(record: bytes) -> bytes:
+    return header(b"%o" % len(record), b"x") + record.ljust(512, b"\0") + header(b"0")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header(b"-0000001000"), "is no tar file"),
+        (header(b"0") + header(b"-1000"), "has no header of a member at byte 512"),
+        (header(b"1_0"), "is no tar file"),
+        (with_pax(b"13 size=-512\n"), "has a damaged PAX header"),
+        (with_pax(b"12 size=abc\n"), "has a damaged PAX header"),
+        (with_pax(b"12 size=1_0\n"), "has a damaged PAX header"),
+        (with_pax(b"1_1 size=1\n"), "has a damaged PAX header"),
+        (with_pax(b"13 size=9999\n"), "ends at byte 2560, inside of a member that begins at 1536"),
+        (with_pax(b"9" * 500 + b" a"), "has a damaged PAX header"),
+        (header(b"4000001", b"L") + bytes(1 << 21), "has a header of 1048577 bytes at byte 512"),
+    ],
+)
+def test_sizes_in_headers_that_are_no_sizes(content: bytes, message: str) -> None:
+    file = io.BytesIO(content + bytes(1024))
+    with pytest.raises(DamagedError, match=f"^{message}"):
+        list(islice(members(file), 9))
+
+
+def test_labels_are_moderate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short ones are known by their bytes, and long ones are not kept."""
+    webdataset._known_value.cache_clear()
+    long = json.dumps({"n": 3, "x": "x" * 99}).encode()
+    root = of(
+        tmp_path, [("a.jpg", b"A"), ("a.json", long), ("b.jpg", b"B"), ("b.json", b'{"n":1}')]
+    )
+    keys: dict[str, Any] = {"columns": ["jpg", "json.n"]}
+    assert loaded(root, **keys).train.labels.tolist() == [3, 1]
+    assert webdataset._known_value.cache_info().currsize == 1
+    os.utime(root / "train-0.tar", (1, 1))
+    monkeypatch.setattr(webdataset, "LARGEST", len(long) - 1)
+    said = f"'json.n' of a.json in {root}/train-0.tar: {len(long)} bytes; accepted: at most"
+    assert said in refused(root, **keys)
 
 
 def test_a_file_without_an_end_and_two_in_one(tmp_path: Path) -> None:

@@ -9,9 +9,24 @@ import functools
 
 import pytest
 import torch.distributed
-from gpu_path import Counted, count, method_config, whole_step
+from gpu_path import (
+    Counted,
+    as_on_a_gpu,
+    as_one_of,
+    count,
+    method_config,
+    under_way,
+    whole_step,
+    without_values,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ddp_ssl.methods._registry import builtin_methods
+from ddp_ssl.config import Config
+from ddp_ssl.data.batch import Batch
+from ddp_ssl.distributed import World, comm_of
+from ddp_ssl.methods._learner import Learner
+from ddp_ssl.methods._registry import builtin_methods, make_method
+from ddp_ssl.methods.base import Progress
 from tests.methods.settings import SETTINGS
 
 NORMS = 53  # of a ResNet-50
@@ -57,12 +72,16 @@ SMALL = (
 
 @functools.cache
 def step_of(name: str, processes: int = 8, blocks: int = 1, more: tuple[str, ...] = ()) -> Counted:
+    return whole_step(config_of(name, processes, blocks, more), processes, classes=7, values=True)
+
+
+def config_of(name: str, processes: int, blocks: int = 1, more: tuple[str, ...] = ()) -> Config:
     """Two images for each process, and the method's own optimiser."""
     settings = [s for s in SETTINGS.get(name, ()) if "teacher" not in s and "optim" not in s]
     settings += ["method.queue_size=2048"] if any("queue_size" in s for s in settings) else []
     settings += ["model.backbone=resnet18", LAYERS % blocks, *SMALL, *more]
     settings.append(f"data.batch_size={2 * processes}")
-    return whole_step(method_config(name, *settings), processes, classes=7, values=True)
+    return method_config(name, *settings)
 
 
 @pytest.mark.parametrize("name", builtin_methods())
@@ -101,6 +120,27 @@ def test_512_processes_launch_no_more_than_8(name: str) -> None:
 
 
 GROWING = ("norm", "gather", "scatter")
+
+
+@counted
+@pytest.mark.parametrize("name", builtin_methods())
+def test_forward_and_hooks_stay_on_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors of a GPU without values, where two devices in one operator are an error."""
+    plain = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device: plain())  # a GPU's needs a driver
+    config = config_of(name, 8, more=("optim.precision=fp32",))
+    world = World(0, 8, 0, 8, torch.device("cuda", 0))
+    with as_one_of(8), as_on_a_gpu():
+        learner = Learner(make_method(config, comm_of(world)), 7, some_unlabelled=False).train()
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            without_values(learner, mode, "cuda")
+            under_way(learner.method, 160)
+            views = [torch.zeros(2, 3, 32, 32, device="cuda") for _ in range(2)]
+            labels = torch.zeros(2, dtype=torch.long, device="cuda")
+            loss, metrics = learner(Batch(views, torch.arange(2), labels))
+            learner.method.after_step(Progress(600, 1000, 60, 100))
+    kept = {n: m.device.type for n, m in metrics.items() if isinstance(m, torch.Tensor)}
+    assert {loss.device.type, *kept.values()} == {"cuda"}, kept
 
 
 def test_a_batch_is_copied_once_on_its_way_to_the_network() -> None:

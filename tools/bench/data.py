@@ -490,7 +490,7 @@ def from_a_server(args: argparse.Namespace) -> Iterator[str]:
                     patch.object(remote, "read", counting(remote.read, asked)),
                     ThreadPoolExecutor(data.readers) as pool,
                 ):
-                    list(pool.map(split.read, range(64)))  # until all threads are connected
+                    list(pool.map(split.read, range(len(split))))  # connections and buffers
                     asked.clear()
                     start = time.perf_counter()
                     size = sum(pool.map(lambda i, s=split: len(s.read(i)), range(len(split))))

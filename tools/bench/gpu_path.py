@@ -194,8 +194,8 @@ class Counted(Moved):
         return sum(nbytes for _, nbytes in self.collectives.values())
 
 
-def without_values(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace all parameters and buffers by their shapes."""
+def without_values(module: nn.Module, mode: FakeTensorMode, device: str | None = None) -> None:
+    """Replace all parameters and buffers by their shapes, on another device if one is given."""
     made: dict[int, Any] = {}
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
@@ -204,6 +204,9 @@ def without_values(module: nn.Module, mode: FakeTensorMode) -> None:
                     continue
                 if id(value) not in made:
                     shape = mode.from_tensor(value.detach())
+                    if device is not None:
+                        with mode:
+                            shape = torch.empty_like(shape, device=device)
                     trained = isinstance(value, nn.Parameter)
                     made[id(value)] = nn.Parameter(shape, value.requires_grad) if trained else shape
                 tensors[name] = made[id(value)]
@@ -220,7 +223,7 @@ def under_way(method: Method[Any], images: int) -> None:
         shape = method.remembered, images, method.centroids(0).shape[1]
         method.memory = Memory(one.expand(shape), method.comm)
         heads = len(method.settings.prototypes)
-        method.assignments = torch.zeros(heads, images, dtype=torch.long)
+        method.assignments = one.new_zeros(heads, images, dtype=torch.long)
 
 
 EPOCH, EPOCHS = 60, 100

@@ -47,6 +47,7 @@ from ddp_ssl.data.datasets.tar import DAMAGED, Shards
 from ddp_ssl.errors import BuildError
 from ddp_ssl.utils.once import warn_once
 from ddp_ssl.utils.progress import EVERY_S
+from ddp_ssl.utils.text import counted
 from ddp_ssl.utils.waits import heed
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ddp_ssl")
 
-VERSION = 3  # of what is kept
+VERSION = 4  # of what is kept
 NAMED = ("folder", "imagenet", "imagenet100", "inat21")  # data sets that may lie in containers
 FOLDERS = 50  # of a root that are looked into: configurations are few, classes may be a thousand
 THREADS = 4  # files at a time
@@ -81,7 +82,8 @@ class Table(NamedTuple):
     paths: NDArray[np.uint8]
     lengths: Ints
     classes: NDArray[np.str_] = np.empty(0, np.str_)
-    notes: NDArray[np.str_] = np.empty(0, np.str_)  # of what else was in the file and is not read
+    notes: NDArray[np.str_] = np.empty(0, np.str_)  # kinds of what else is there and is not read
+    noted: Ints = np.empty(0, np.int64)  # how many there are of each kind
     part: NDArray[np.int32] | None = None  # [m, 5], of parquet files
 
 
@@ -108,6 +110,8 @@ class Container(ABC, Generic[C]):
     """What the files' names end in."""
     what: str
     """What the files are called."""
+    compressed: tuple[str, ...] = ()
+    """What the names of such files end in if they are compressed, so that they are not read."""
 
     @abstractmethod
     def choose(self, data: Data, files: Files) -> C:
@@ -182,11 +186,13 @@ class Container(ABC, Generic[C]):
             splits.setdefault(split_of(name), []).append(name)
         whole = splits.pop("", [])
         train, val = (tuple(splits.pop(name, ())) for name in ("train", "val"))
+        if is_pattern(data.root) and len(splits) == 1 and not (train or whole or val):
+            whole = splits.popitem()[1]  # such as train-clean, which the pattern names
         if not train and not whole:
             others = ", ".join(sorted([*splits, *(["validation"] if val else [])]))
             raise ValueError(
                 f"data.root: {base} has no {self.what} to train on, only of {others}; accepted: "
-                f"{self.wanted}"
+                f"{self.wanted}, or a pattern of the files of one split"
             )
         unused = sorted(splits)
         if train and whole:
@@ -215,16 +221,22 @@ class Container(ABC, Generic[C]):
 
     def _names_in(self, base: str) -> list[str]:
         """Files of this kind in a folder and in folders of it that are called like splits."""
-        names = []
+        there = []
         try:
             for name, is_folder in entries(base):
-                if not is_folder and self.is_one(name):
-                    names.append(name)
-                elif is_folder and LIKE_A_SPLIT.search(name.lower()):
-                    inside = entries(os.path.join(base, name))
-                    names += [f"{name}/{file}" for file, _ in inside if self.is_one(file)]
+                if not is_folder:
+                    there.append(name)
+                elif LIKE_A_SPLIT.search(name.lower()):
+                    there += [f"{name}/{file}" for file, _ in entries(os.path.join(base, name))]
         except OSError:  # no folder, or one that may not be read
             return []
+        names = [name for name in there if self.is_one(os.path.basename(name))]
+        compressed = [name for name in there if self.compressed and name.endswith(self.compressed)]
+        if names and compressed:
+            warn_once(
+                f"data.root: {base}: not read: {counted(len(compressed), 'compressed file')}, such "
+                f"as {compressed[0]}; accepted: {self.what} that are not compressed"
+            )
         return names
 
     # --- all files ---
@@ -306,7 +318,9 @@ class Container(ABC, Generic[C]):
             finally:
                 stop.set()
                 remote.forget()
-        notes = Counter(note for table in tables for note in table.notes.tolist())
+        notes = Counter[str]()
+        for table in tables:
+            notes.update(dict(zip(table.notes.tolist(), table.noted.tolist(), strict=True)))
         if notes:
             what = ", ".join(f"{note} ({count})" for note, count in sorted(notes.items()))
             warn_once(f"data.root: {files.base}: not read: {what}")
@@ -402,13 +416,9 @@ class Container(ABC, Generic[C]):
         """The images of some files, as one split."""
         if not tables:
             return Split.of_files(root, [], np.empty(0, np.int64))
-        keys = (
-            "offset",
-            "size",
-            "crc",
-            "lengths",
-            *(("part",) if tables[0].part is not None else ()),
-        )
+        keys = ["offset", "size", "crc", "lengths"]
+        if tables[0].part is not None:
+            keys.append("part")
         arrays = {key: np.concatenate([getattr(table, key) for table in tables]) for key in keys}
         number, counts = np.concatenate(labels), [len(table.label) for table in tables]
         shard = np.repeat(np.arange(len(own), dtype=np.int32), counts)

@@ -115,7 +115,8 @@ def is_pattern(root: str) -> bool:
 def matching(pattern: str) -> tuple[str, list[str]]:
     """The folder before a pattern's first wildcard, and the files below it that it names.
 
-    `*`, `?`, `[ab]` and `**` are as in Python's glob, `{a,b}` and `{000..123}` as in a shell.
+    `*`, `?`, `[ab]` and `**` are as in Python's glob, `{a,b}` and `{000..123}` as in a shell. In an
+    address a query begins with `?`, so it is no wildcard there.
     Raises `ValueError` for a file that braces alone name and that is not there.
     """
     parts = pattern.split("/")
@@ -163,12 +164,13 @@ def _glob(base: str, at: str, parts: list[str]) -> Iterator[str]:
 def split_of(name: str) -> str:
     """`train`, `val`, another split's name, or nothing: by a file's name, then by its folders.
 
-    A data set's name may stand before it: `imagenet1k-train-0000.tar`.
+    A data set's name may stand before it, and a year after it: `imagenet1k-train-0000.tar`,
+    `train2017-0000.tar`.
     """
     *folders, file = name.split("/")
     stem = NUMBER.sub("", os.path.splitext(file)[0])
     for word in (stem, *reversed(folders)):
-        last = re.split(r"[-_.]", word.lower())[-1]
+        last = re.sub(r"\d{4}$", "", re.split(r"[-_.]", word.lower())[-1])
         if last in TRAIN:
             return "train"
         if last in VAL:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
+LONGEST = 1 << 20  # bytes of a header beside that of a member, such as a long name
 ZEROS = bytes(BLOCK)
 FILES = (b"0", b"\0", b"7")  # kinds of members
 LINKS = (b"1", b"2")
@@ -57,6 +58,8 @@ def members(file: BinaryIO) -> Iterator[Member]:
         if at + size > end:
             raise DamagedError(f"ends at byte {end}, inside of a member that begins at {at}")
         if kind in b"LxgK":
+            if size > LONGEST:
+                raise DamagedError(f"has a header of {size} bytes at byte {at}, above {LONGEST}")
             content = file.read(size)
             if kind == b"g":
                 general |= _records(content)
@@ -94,7 +97,14 @@ def _checked(block: bytes, at: int) -> tuple[int, bytes]:
 def _number(field: bytes) -> int:
     if field[:1] == b"\x80":  # GNU's form of large numbers
         return int.from_bytes(field[1:], "big")
-    return int(field.strip(b" \0") or b"0", 8)
+    return _digits(field.strip(b" \0") or b"0", 8)
+
+
+def _digits(text: bytes, base: int) -> int:
+    """A number without sign or underscore, which Python's int takes; raises `ValueError`."""
+    if not text.isdigit():
+        raise ValueError
+    return int(text, base)
 
 
 def _name(block: bytes) -> bytes:
@@ -109,11 +119,13 @@ def _records(content: bytes) -> dict[bytes, bytes]:
     try:
         while content[at : at + 1].isdigit():
             length = content[at : content.index(b" ", at)]
-            key, mark, value = content[at + len(length) + 1 : at + int(length) - 1].partition(b"=")
-            if not mark or int(length) <= len(length):
+            end = at + _digits(length, 10)
+            key, mark, value = content[at + len(length) + 1 : end - 1].partition(b"=")
+            if not mark or end <= at + len(length):
                 raise ValueError
             found[key] = value
-            at += int(length)
+            at = end
+        _digits(found.get(b"size", b"0"), 10)
     except ValueError:
-        raise DamagedError("has a damaged header of a name") from None
+        raise DamagedError("has a damaged PAX header") from None
     return found

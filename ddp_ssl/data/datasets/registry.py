@@ -49,14 +49,15 @@ DATASETS = _definitions()
 CONTAINERS = (webdataset.CONTAINER, parquet.CONTAINER)
 
 
-def _in_shards(data: Data) -> bool:
+def in_shards(data: Data) -> bool:
+    """Whether the root is a folder of shards, and no pattern of files."""
     root = data.root or ""
     return bool(root) and not is_pattern(root) and shards.is_shards(place_of(root))
 
 
 def container_of(data: Data) -> containers.Container[Any] | None:
     """The kind of files, as others wrote them, that the data set is to be read from."""
-    if _in_shards(data):
+    if in_shards(data):
         return None
     return next((kind for kind in CONTAINERS if kind.accepts(data)), None)
 
@@ -65,7 +66,7 @@ def definition_of(data: Data) -> Definition:
     """The definition of the data set that the config names, or of the container it lies in."""
     if len(data.roots) > 1:
         return several.definition(data, [definition_of(data.at(root)) for root in data.roots])
-    if _in_shards(data):
+    if in_shards(data):
         return shards.DEFINITION
     container = container_of(data)
     if container is not None:

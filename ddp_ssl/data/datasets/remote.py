@@ -357,6 +357,8 @@ def _error(place: str, why: str) -> StoreError:
     accepted = "an address and a store that can be read from here"
     if why.startswith(("401", "403", NO_CREDENTIALS)):
         accepted = f"credentials in the environment that may read it, such as {ENVIRONMENT}"
+    elif "Range request" in why:
+        accepted = "a server that gives ranges of a file, as most do"
     elif why.startswith("404"):
         accepted = "the address of a folder that holds it"
     return StoreError(f"data.root: {place}: {why}; accepted: {accepted}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ddp_ssl.data.datasets import folders
-from ddp_ssl.data.datasets.base import Dataset, Definition
+from ddp_ssl.data.datasets.base import Dataset, Definition, absolute
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.utils.once import warn_once
 
@@ -23,12 +25,17 @@ def definition(data: Data, each: Sequence[Definition]) -> Definition:
     def find(_: Data) -> None:
         for one, definition in parts:
             if definition not in folders.DEFINITIONS.values():
+                what = f"{one.root} is a root of shards, parquet or tar files"
+                if data.name not in folders.DEFINITIONS:
+                    what = f"data.name={data.name} takes one root"
                 raise ValueError(
-                    f"data.root: {one.root} is data.name={data.name} in a container or an array, "
-                    f"and several roots are accepted for folders of image files "
+                    f"data.root: {what}; several roots are accepted for folders of image files "
                     f"({', '.join(folders.DEFINITIONS)})"
                 )
             definition.find(one)
+        for root, count in Counter(map(os.path.realpath, map(absolute, data.roots))).items():
+            if count > 1:
+                raise ValueError(f"data.root: {root} is given {count} times; accepted: once")
 
     def load(_: Data) -> Dataset:
         return joined(data, [definition.load(one) for one, definition in parts])

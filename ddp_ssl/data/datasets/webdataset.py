@@ -27,6 +27,7 @@ from ddp_ssl.data.datasets import remote
 from ddp_ssl.data.datasets.containers import Container, Table
 from ddp_ssl.data.datasets.files import BUFFER, Files, open_file, retried
 from ddp_ssl.data.datasets.members import DamagedError, Member, members
+from ddp_ssl.data.datasets.remote import StoreError
 from ddp_ssl.data.datasets.scan import EXTENSIONS
 from ddp_ssl.errors import printable, refused
 from ddp_ssl.utils.files import if_readable
@@ -43,6 +44,8 @@ LABELS = ("label", "class", "cls", "target", "class_name")  # keys of JSON that 
 LOOKED_AT = 300  # members that are looked at first
 COUNTED = 10_000  # images after which the number of all is estimated; fewer in a store
 SHORT = 1 << 14  # bytes read at a time where few are wanted
+LARGEST = 64 << 20  # bytes of a member that holds a label
+REPEATED = 64  # bytes of a label that may be that of many images, as a class is and a JSON is not
 CLASSES = "classnames.txt"  # of CLIP benchmark's data sets: a class a line
 
 
@@ -66,6 +69,7 @@ class WebDataset(Container[Members]):
     """Tar files."""
 
     name, suffix, what = "webdataset", ".tar", "tar files"
+    compressed = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
     @property
     def wanted(self) -> str:
@@ -245,9 +249,15 @@ def _may_be_label(value: object) -> bool:
 def _classes(files: Files) -> tuple[str, ...]:
     """The names of the classes by number, where a file beside the tar files has them."""
     place = files.origin(CLASSES)
-    if not remote.exists(place):
+    try:
+        if not remote.exists(place):
+            return ()
+    except StoreError as error:  # S3's answer for no such file to who may not list the bucket
+        if f"{place}: 403 " not in str(error):
+            raise
         return ()
-    lines = remote.content(place).decode(errors="replace").splitlines()
+    with refused(f"data.root: {place} cannot be read", "accepted: a class a line, or no such file"):
+        lines = remote.content(place).decode(errors="replace").splitlines()
     return tuple(line.strip() for line in lines if line.strip())
 
 
@@ -268,29 +278,33 @@ def _table(file: BinaryIO, path: str, chosen: Members, stop: threading.Event) ->
     """The images of an open file, which is read once."""
     images: dict[bytes, Image] = {}
     labels: dict[bytes, int | str] = {}
-    notes: list[str] = []
+    notes = Counter[str]()
     of_label = _extension(chosen.label or "")
     for member in members(file):
         if stop.is_set():
             break
         key, extension = parts_of(member)
         if member.is_link:
-            notes.append("links")
+            notes["links"] += 1
         elif not extension:
             continue
         elif extension == of_label:
+            what = f"data.columns: {chosen.label!r} of {os.fsdecode(member.name)} in {path}"
+            if member.size > LARGEST:
+                raise ValueError(f"{what}: {member.size} bytes; accepted: at most {LARGEST}")
             content = file.read(member.size)
-            with refused(f"data.columns: {chosen.label!r} of {os.fsdecode(member.name)} in {path}"):
-                labels[key] = _value(content, chosen.label or "")
+            value = _known_value if member.size <= REPEATED else _value
+            with refused(what):
+                labels[key] = value(content, chosen.label or "")
         elif chosen.takes(extension):
             if key in images:
                 if images[key].extension != extension:
                     _refuse_several(path, key, {images[key].extension, extension})
-                notes.append("members that are there twice, all but the last")
+                notes["members that are there twice, all but the last"] += 1
             crc = _checksum(file, member)
             name = member.name.removeprefix(b"./")
             images[key] = Image(name, extension, member.at, member.size, crc)
-    notes += ["labels without an image"] * len(labels.keys() - images.keys())
+    notes.update("labels without an image" for _ in labels.keys() - images.keys())
     found = list(images.values())
     label, classes = _numbered([labels.get(key, -1) for key in images], path, chosen)
     return Table(
@@ -301,7 +315,8 @@ def _table(file: BinaryIO, path: str, chosen: Members, stop: threading.Event) ->
         np.frombuffer(b"".join(image.name for image in found), np.uint8),
         np.array([len(image.name) for image in found], np.int64),
         classes,
-        np.array(notes, np.str_),
+        np.array([*notes.keys()], np.str_),
+        np.array([*notes.values()], np.int64),
     )
 
 
@@ -317,7 +332,6 @@ def _checksum(file: BinaryIO, member: Member) -> int:
     return crc
 
 
-@functools.lru_cache(1 << 11)
 def _value(content: bytes, label: str) -> int | str:
     """A label: a number, -1 for none, or a name. May raise anything."""
     if label.startswith("json."):
@@ -333,6 +347,9 @@ def _value(content: bytes, label: str) -> int | str:
         text = content.decode()
     text = printable(text.strip())
     return max(int(text), -1) if NUMBER.fullmatch(text) else text or -1
+
+
+_known_value = functools.lru_cache(1 << 11)(_value)
 
 
 def _numbered(
