@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ddp_ssl.data.datasets import remote
+from ddp_ssl.data.loading import reader
 from ddp_ssl.training import epochs
 from tests.data.images import pack
 from tests.ranks import Ranks
@@ -42,8 +43,9 @@ def test_a_run_goes_on_from_a_folder_to_a_store_and_a_part_of_a_copy(
 
 
 def test_a_store_that_fails_stops_the_run_with_a_checkpoint(
-    whole: Whole, store: Store, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    whole: Whole, store: Store, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     """In a step, then in a validation; no other image takes the place of one it did not give.
 
     A run that is asked to stop meanwhile does not wait for the store.
@@ -76,8 +78,11 @@ def test_a_store_that_fails_stops_the_run_with_a_checkpoint(
             store.die()
             threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
-    assert train(args, on_step=dies_and_is_stopped) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "DEPTH", 0)  # or all images of the epoch are read ahead
+        assert train([*args, "data.read_threads=1"], on_step=dies_and_is_stopped) == 0
     assert status(run)["state"] == "preempted"
+    assert "trying again" not in caplog.text  # as after 5 of 100 seconds
     store.live()
     monkeypatch.setattr(remote, "PATIENCE_S", 0.2)
     assert newest_after(train(args, on_step=dies_at(6))) > 6

@@ -309,6 +309,7 @@ def test_how_long_a_store_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(remote, "PATIENCE_S", 180.0)
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(limits, "timeout_s", 100)
+    monkeypatch.setattr(limits, "asked", False)
     remote.leaving.clear()
     assert remote._patience() == 60
     monkeypatch.setattr(limits, "asked", True)

@@ -32,9 +32,10 @@ class Shards:
 
     `paths` are the files, or their addresses; `origins`, where those that are copies come from;
     `tags`, the stamp of the content that is meant, where they or their origins are in a store.
-    `shard`, int32 `[M]`, is the index of each image's file. `offset` and `size` are int64 `[M]`. `crc`, uint32 `[M]`, is the CRC-32 of each image; None where earlier
-    versions packed. In parquet files, `part`, int32 `[M, 5]`, says how the stored bytes make the
-    image (`pages.Place`), and the offsets in `ABSENT` mean that there is none.
+    `shard`, int32 `[M]`, is the index of each image's file. `offset` and `size` are int64 `[M]`.
+    `crc`, uint32 `[M]`, is the CRC-32 of each image; None where earlier versions packed. In parquet
+    files, `part`, int32 `[M, 5]`, says how the stored bytes make the image (`pages.Place`), and the
+    offsets in `ABSENT` mean that there is none.
     """
 
     paths: tuple[str, ...]
