@@ -25,8 +25,8 @@ newest good checkpoint. key=value changes what may change when a run goes on,
 such as eval.every or data.root.
   --help          this text
   --print-config  the resolved configuration and where each value came from
-  --trust         let the run import a method, loggers and recipes from outside this
-                  package (module:Class)
+  --trust         let the run import a method, loggers and recipes from outside
+                  this package (module:Class)
 """
 # Paths of a config. A relative one is meant from where the run was started.
 PATHS = {"run": ("init_from",), "data": ("root", "files", "val_files", "skip", "stage")}

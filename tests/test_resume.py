@@ -370,7 +370,9 @@ def test_a_used_folder_and_another_experiment_are_refused(
         (fresh, vit, "model.stem=small", "model.backbone_args={img_size: 16}"): [
             "model.stem: small is for"
         ],
-        (fresh, vit, "model.backbone_args={}"): ["cannot take images of 16 pixels", "dynamic_img"],
+        (fresh, "model.backbone=beit_base_patch16_224", "model.backbone_args={depth: 1}"): [
+            "cannot take images of 16 pixels"
+        ],
         (fresh, f"run.init_from={whole(1)}", "model.projector=[9]"): ["does not fit this model"],
         (fresh, f"run.init_from={whole(1)}/backbone.pt"): [
             "run.init_from: ",

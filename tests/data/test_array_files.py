@@ -141,7 +141,11 @@ def test_labels_that_are_no_classes_are_said_and_left(
         ({"x": X}, ["data.mean=[0.5]"], "data.mean: 1 numbers for images of 5 channels"),
         ({"x": X}, ["model.backbone_args={in_chans: 3}"], "in_chans: 3, and .* has 5 channels"),
         ({"x": X}, ["data.views.0.jitter_p=0.5"], "jitter_p are for bytes of 1 or 3 channels"),
-        ({"x": X.repeat(8, 3)}, ["data.views.0.rotate=90"], "pixels of up to 128 bytes"),
+        (
+            {"x": X.repeat(4, 1).repeat(4, 2).repeat(8, 3)},
+            ["data.views.0.rotate=90"],
+            "pixels of up to 128 bytes",
+        ),
         ({"x": np.array([{}])}, [], "is damaged or no array of numbers"),
     ],
 )

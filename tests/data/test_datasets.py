@@ -232,7 +232,7 @@ def test_writing_is_atomic(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"name": "cifar11"}, r"data.name: unknown data set 'cifar11'; did you mean cifar10\?"),
-        ({"name": "zzz"}, "data.name: unknown data set 'zzz'; accepted: aircraft, blood,"),
+        ({"name": "zzz"}, "data.name: unknown data set 'zzz'; accepted: aircraft, array, blood,"),
         ({"name": "folder"}, "data.root: unset; data.name=folder looks for class folders under"),
         ({"name": "folder", "root": "{}/no"}, "data.root: .*/no does not exist; .*flat folder"),
         ({"name": "folder", "root": "{}/file"}, "data.root: .*/file is not a folder"),

@@ -289,13 +289,13 @@ def no_weights(run: Path, tmp: Path) -> list[str]:
     return ["knn", str(tmp / "text.pt"), "model.backbone=resnet18", "data.name=digits"]
 
 
-def vit_at_48(run: Path, tmp: Path) -> list[str]:
+def vit_at_50(run: Path, tmp: Path) -> list[str]:
     photos = load_settings(find_source(str(run)), [])[0].data.root
     make_run(
         tmp / "vit", Path(str(photos)), "model.backbone=vit_tiny_patch16_224",
         "model.backbone_args={img_size: 32, depth: 1}", "data.views=[{size: 32}]",
     )  # fmt: skip
-    return ["knn", str(tmp / "vit"), "data.val_size=48"]
+    return ["knn", str(tmp / "vit"), "data.val_size=50"]
 
 
 def other_weights(run: Path, tmp: Path) -> list[str]:
@@ -344,7 +344,7 @@ def other_weights(run: Path, tmp: Path) -> list[str]:
         ),
         (without_labels, "has no training image with a label"),
         (no_weights, "text.pt is no file of weights"),
-        (vit_at_48, "data.val_size: the run's vit_tiny_patch16_224 cannot take images of 48"),
+        (vit_at_50, "data.val_size: the run's vit_tiny_patch16_224 cannot take images of 50"),
         (other_weights, "holds no complete resnet18: of 100 tensors 100 missing"),
         (lambda run, tmp: no_weights(run, tmp)[:2], "model.backbone: needed for"),
     ],
