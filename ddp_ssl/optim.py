@@ -322,8 +322,9 @@ def undecayed(backbone: nn.Module) -> set[Tensor]:
 def layer_scales(backbone: nn.Module, decay: float | None) -> dict[Tensor, float]:
     """Factor of each parameter's rate, `decay ** (L - l)`: 1 for the last of timm's L layers.
 
-    For a ViT layer 0 makes the tokens, and layer L is the last block with the norm after it; BEiT
-    (Bao et al. 2021) counts the norm as a layer of its own.
+    For a ViT layer 0 makes the tokens, and layer L is the last block with the norm after it. What
+    timm gives a model after that norm, such as the `fc_norm` of pooled tokens, is layer L, and the
+    last block is L - 1; BEiT (Bao et al. 2021) counts every model's norm so.
     Raises `ValueError` for a model whose layers have no order.
     """
     if decay is None:
@@ -414,11 +415,15 @@ def load_state_by_name(
     parameter's name where a tensor has another shape.
     """
     missing: list[str] = []
+    # Adam's kernels without `fused` read the step on the host, once for each tensor.
+    fused = {p for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     for name, p in _named(optimizer):
         optimizer.state.pop(p, None)
         if name in state:
             optimizer.state[p] = {
-                key: _placed(value, p, f"{name}: {key}", counter=key == "step")
+                key: value.detach().to(p.device if p in fused else "cpu", copy=True)
+                if key == "step" and isinstance(value, Tensor)
+                else _placed(value, p, f"{name}: {key}")
                 for key, value in state[name].items()
             }
         else:
@@ -426,12 +431,10 @@ def load_state_by_name(
     return missing
 
 
-def _placed(value: Tensor | int, p: Tensor, what: str, counter: bool) -> Tensor | int:
+def _placed(value: Tensor | int, p: Tensor, what: str) -> Tensor | int:
     """A copy of a state tensor with its parameter's device, type and memory format."""
     if not isinstance(value, Tensor):
         return value
-    if counter:
-        return value.detach().to(p.device, copy=True)
     if value.shape != p.shape:
         raise ValueError(
             f"optimizer state of {what} is {list(value.shape)}, expected {list(p.shape)}"

@@ -565,6 +565,21 @@ def test_state_by_name_continues_to_the_last_bit(
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (False, "cpu")])
+def test_adams_counter_of_steps_is_where_its_kernels_read_it(fused: bool, device: str) -> None:
+    saved = network()
+    optimizer = build(Optim(name="adamw"), groups_of(saved))
+    train(saved, optimizer, range(1))
+    other = build(Optim(name="adamw"), groups_of(network().to("meta")))
+    for group in other.param_groups:
+        group["fused"] = fused
+    load_state_by_name(other, state_by_name(optimizer))
+    for state in state_by_name(other).values():
+        assert {k: torch.as_tensor(v).device.type for k, v in state.items()} == {
+            "step": device, "exp_avg": "meta", "exp_avg_sq": "meta"
+        }  # fmt: skip
+
+
 def test_state_survives_added_and_removed_groups() -> None:
     config = Optim(name="adam", lr=0.01)
     module = network()

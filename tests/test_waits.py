@@ -13,8 +13,12 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from torch import Tensor
 
+from ddp_ssl import optim
+from ddp_ssl.config import ConfigError
+from ddp_ssl.distributed import World
 from ddp_ssl.logs import console
 from ddp_ssl.methods._registry import builtin_methods
 from ddp_ssl.run.configure import load
@@ -86,3 +90,43 @@ def test_a_step_of_the_run_does_not_wait(tmp_path: Path) -> None:
         console.setup_logging(None, 0)
     assert seen.names["aten::convolution"] > 4
     assert not seen.waits
+
+
+def test_the_optimiser_gets_parameters_on_their_device(tmp_path: Path) -> None:
+    """By which it chooses its kernels; what it refuses leaves no folder."""
+    resolved = load([f"run.dir={tmp_path}/run"])
+    world = World(0, 1, 0, 1, torch.device("meta"))
+    watch, status, seen = Watchdog(world, resolved.config.run), RunStatus(), set[str]()
+
+    def refusing(config: Any, groups: list[dict[str, Any]], backbone: Any) -> None:
+        seen.update(p.device.type for group in groups for _, p in group["params"])
+        raise ValueError("optim.name: refused")
+
+    try:
+        with (
+            patch.object(optim, "build", refusing),
+            pytest.raises(ConfigError, match=r"optim.name: refused"),
+        ):
+            build(resolved, world, watch, status)
+    finally:
+        watch.close()
+        status.release()
+    assert seen == {"meta"}
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adam_of_a_run_on_a_gpu_is_one_kernel(name: str, tmp_path: Path) -> None:
+    resolved = load([f"optim.name={name}", "run.device=cuda", f"run.dir={tmp_path}/run"])
+    world, status = join(resolved.config), RunStatus()
+    watch = Watchdog(world, resolved.config.run)
+    try:
+        job = build(resolved, world, watch, status)
+        assert job.network.optimizer.defaults["fused"]
+        job.recorder.close()
+    finally:
+        watch.close()
+        status.release()
+        console.setup_logging(None, 0)

@@ -121,7 +121,7 @@ class Validation:
             values |= self._accuracies(method.embed, probe, val)
             if average is not None:
                 other = self._accuracies(_only_features(average), probe)
-                values |= {f"{name}_ema": value for name, value in other.items()}
+                values |= {f"{n}_ema": value for n, value in other.items() if n.endswith("_top1")}
         if measure:
             keep = torch.isin(val.ids, torch.from_numpy(self.measured_ids).to(val.ids.device))
             start = time.perf_counter()

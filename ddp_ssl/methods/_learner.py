@@ -58,10 +58,10 @@ class Learner(nn.Module):
         if self.average is not None and self.method.ema is not None:
             keep = min(self.method.ema, (1 + progress.step) / (10 + progress.step))
             follow(self.average, self.method.backbone, keep)
-            for ours, theirs in zip(
-                self.average.buffers(), self.method.backbone.buffers(), strict=True
-            ):
-                ours.copy_(theirs)
+            buffers = [*zip(self.average.buffers(), self.method.backbone.buffers(), strict=True)]
+            for kind in {newest.dtype for _, newest in buffers}:  # one launch takes one type
+                same = [pair for pair in buffers if pair[1].dtype == kind]
+                torch._foreach_copy_([ours for ours, _ in same], [newest for _, newest in same])
 
     def _time(self, features: Tensor, labels: Tensor) -> tuple[Any, Any]:
         """Run the probe again: its backward cannot be timed within the step's."""

@@ -93,6 +93,7 @@ def build(
         some_unlabelled=bool((data.train.labels < 0).any()),
     )
     on_all_ranks(world, lambda: initial_weights(learner, config))
+    module = on_device(learner, config, world)  # the optimiser's kernels depend on the device
     groups, backbone = parameter_groups(learner, config), learner.method.backbone
     optimizer = on_all_ranks(world, lambda: optim.build(config.optim, groups, backbone))
     own = whole_identity(config, data)
@@ -107,7 +108,10 @@ def build(
     validation = None
     if data.val is not None and len(data.val):
         validation = Validation(data, config, comm, device, bad)
-    network = network_of(learner, optimizer, config, comm, world)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16")
+    network = Network(learner, module, optimizer, scaler)
+    if world.size > 1:
+        warm_up(module, learner, config, comm, device)
     ranks = distributed.layout(world)
     continued = saved if start.same_folder else None
     writer = on_all_ranks(
@@ -218,21 +222,6 @@ def images_of(data: Dataset) -> int:
     """Number of images that a run reads."""
     parts = (max(data.train, data.labelled or data.train, key=len), data.val)
     return sum(len(part) for part in parts if part is not None)
-
-
-def network_of(
-    learner: Learner, optimizer: torch.optim.Optimizer, config: Config, comm: Comm, world: World
-) -> Network:
-    """The learner on its device, after a throwaway pass on several processes."""
-    network = Network(
-        learner,
-        on_device(learner, config, world),
-        optimizer,
-        torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16"),
-    )
-    if world.size > 1:
-        warm_up(network.module, learner, config, comm, world.device)
-    return network
 
 
 def on_device(learner: Learner, config: Config, world: World) -> nn.Module:
