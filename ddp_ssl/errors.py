@@ -97,7 +97,7 @@ class BadDataError(RuntimeError):
 
 
 class VanishedError(BadDataError):
-    """The images can no longer be read; a later start may find them."""
+    """The images can no longer be read; an object store's may be at a later start."""
 
 
 class ViewGroupError(RuntimeError):

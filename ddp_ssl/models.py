@@ -124,9 +124,15 @@ def _width(model: nn.Module, config: Model, sizes: Sequence[int]) -> int:
         try:
             made = model(torch.zeros(1, channels(config), size, size))
         except Exception as error:  # whatever arguments make of timm's code
+            hint = ""
+            if isinstance(error, AssertionError) and any_size(config) is config:
+                hint = (
+                    f"; model.backbone_args={{img_size: {size}}} makes it for this size alone; "
+                    "timm's ViT, DeiT and EVA take all that their patches divide"
+                )
             raise ValueError(
                 f"model.backbone: {config.backbone} cannot take images of {size} pixels: "
-                f"{one_line(error)[:300]}"
+                f"{one_line(error)[:300]}{hint}"
             ) from None
         shape = list(made.shape[1:]) if isinstance(made, torch.Tensor) else [type(made).__name__]
         if len([n for n in shape if n != 1]) > 1 or not isinstance(made, torch.Tensor):

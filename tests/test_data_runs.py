@@ -220,6 +220,7 @@ def test_data_that_vanish_cost_nothing_and_can_come_back(
     error = status(folder)["error"]
     assert "none can be used" in error or "images cannot be used" in error
     assert "\n" not in error
+    assert status(folder)["retry"] is False
     before = [r["step"] for r in rows(folder) if "train/loss" in r]
     assert len(before) >= 6
     Path(f"{data}-gone").rename(data)

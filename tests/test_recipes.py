@@ -433,7 +433,7 @@ OWN = {
         "optim.lr": 0.2, "optim.weight_decay": 1e-6, "optim.final_lr_fraction": 1e-3,
         "views": ASYM,
     }, HALF | {"optim.lars_bound_1d": (0.5, "are bounded (lars_bound_1d), there 0.0048")}),
-    "byol": Recipe("google-deepmind/deepmind-research, byol/", PAPERS_LARS | {
+    "byol": Recipe("google-deepmind/deepmind-research, byol/", PAPERS_LARS | ZERO | {
         "method.momentum": 0.996, "method.final_momentum": 1, "method.predictor_hidden": 4096,
         "model.projector": [4096, 256], "model.projector_bias": False, "data.batch_size": 4096,
         "optim.epochs": 1000, "optim.lr": 0.2, "optim.weight_decay": 1.5e-6, "views": ASYM,
@@ -446,6 +446,8 @@ OWN = {
         "model.projector": [2048, 128], "data.batch_size": 4096, "optim.epochs": 800,
         "optim.lr": 4.8 / 16, "optim.weight_decay": 1e-6, "optim.warmup_lr": 0.3,
         "optim.final_lr_fraction": 1e-3, "model.views_forward": "stacked",
+        # main_swav.py: apex's LARC(trust_coefficient=0.001, clip=False)
+        "optim.lars_variant": "solo", "optim.lars_clip": False,
         "normalisation": ((0.485, 0.456, 0.406), (0.228, 0.224, 0.225)),
         "views": [View(size, (low, high), (3 / 4, 4 / 3), 0.8, 0.8, 0.8, 0.8, 0.2, 0.2, 0.5,
                        (0.1, 2), 0, 0.5)

@@ -371,7 +371,8 @@ def test_a_used_folder_and_another_experiment_are_refused(
             "model.stem: small is for"
         ],
         (fresh, "model.backbone=beit_base_patch16_224", "model.backbone_args={depth: 1}"): [
-            "cannot take images of 16 pixels"
+            "cannot take images of 16 pixels",
+            "; model.backbone_args={img_size: 16} makes it for this size alone",
         ],
         (fresh, f"run.init_from={whole(1)}", "model.projector=[9]"): ["does not fit this model"],
         (fresh, f"run.init_from={whole(1)}/backbone.pt"): [

@@ -253,7 +253,10 @@ def load_settings(
             if facts.channels != 3:
                 own = {"in_chans": facts.channels, **model.backbone_args}
                 model = model.model_copy(update={"backbone_args": own})
-            data = with_statistics(plain.data, facts)
+            data = plain.data
+            # timm's weights say how they see bytes of three channels, in files or in an array
+            if source.timm is None or (facts.channels, facts.dtype) != (3, "uint8"):
+                data = with_statistics(data, facts)
             plain = plain.model_copy(update={"data": data, "model": model})
         return plain, origins
     for key in ("backbone", "backbone_args", "stem"):

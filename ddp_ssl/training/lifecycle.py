@@ -66,7 +66,8 @@ def run(resolved: Resolved, stop: StopRequest, on_step: loop.OnStep | None = Non
     except ENDS_ALL_RANKS as error:  # likewise
         settle(job)
         if world.is_main:
-            again = isinstance(error, SaveError | VanishedError)
+            in_store = isinstance(error, VanishedError) and config.data.is_far
+            again = in_store or isinstance(error, SaveError)
             status.record("failed", error=str(error), retry=again)
             logger.error("%s", error)
         close(job)

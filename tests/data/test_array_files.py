@@ -132,6 +132,7 @@ def test_labels_that_are_no_classes_are_said_and_left(
     ("arrays", "more", "said"),
     [
         ({"x": X.astype(np.int64)}, [], "numbers of int64; accepted: uint8, uint16, float32"),
+        ({"x": X[:0, ..., 0].astype(np.uint8)}, [], r"x: an array of \[0, 12, 10\]; accepted: \[M"),
         ({"x": X[:, :5, :5]}, [], r"\[20, 5, 5, 5\]: its channels cannot be told"),
         ({"x": X, "y": Y[:3]}, [], r"20 images in x, labels of the shape \[3\]"),
         ({"x": X, "images": X}, [], "x and images are both images"),
@@ -163,6 +164,21 @@ def test_names_of_arrays_can_be_given(tmp_path: Path) -> None:
     data = dataset(tmp_path / "a.npz", "data.columns=[tiles, kind]")
     assert data.class_names == ("a", "b")
     assert data.train.labels[0] == 1
+    for names in (["train_imgs", "train_lab"], ["my-pix", "Lab"]):  # in other files' conventions
+        np.savez(tmp_path / "b.npz", **dict(zip(names, (X, Y), strict=True)))
+        data = dataset(tmp_path / "b.npz", f"data.columns=[{', '.join(names)}]")
+        assert data.class_names == ("0", "1", "2")
+
+
+def test_a_folder_for_each_split(tmp_path: Path) -> None:
+    for split, count in (("train", 20), ("Val", 4)):
+        (tmp_path / split).mkdir()
+        np.save(tmp_path / split / "x.npy", X[:count])
+        np.save(tmp_path / split / "y.npy", Y[:count])
+    data = dataset(tmp_path)
+    assert data.val is not None
+    assert (len(data.train), len(data.val), data.class_names) == (20, 4, ("0", "1", "2"))
+    assert load([str(tmp_path)]).config.data.name == "array"
 
 
 def test_a_file_alone_is_enough(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from ddp_ssl.config import Data, Model
 from ddp_ssl.evals.pretrained import Pretrained, _normalisation_of, load_pretrained, normalised
-from ddp_ssl.evals.settings import Backbone, EvaluateConfig
+from ddp_ssl.evals.settings import Backbone, EvaluateConfig, load_settings
+from ddp_ssl.evals.weights import find_source
 from ddp_ssl.methods.base import Progress
 from ddp_ssl.models import build_backbone, loading_snippet
 from tests.evals.runs import make_run
@@ -278,6 +280,26 @@ def test_timms_pretrained_weights_see_pixels_as_in_their_training() -> None:
     weights.normalisation = None
     assert normalised(digits, weights) is digits
     assert load_pretrained("timm:resnet18", Backbone(), [48]).normalisation is None  # random ones
+
+
+@pytest.mark.parametrize("form", [(8, 9, 9, 3), (8, 9, 9, 4)])
+def test_timms_weights_see_an_array_of_colours_as_they_see_files(
+    tmp_path: Path, form: tuple[int, ...]
+) -> None:
+    """Other images than three channels of bytes have their own statistics."""
+    x = np.random.default_rng(0).integers(0, 99, form).astype(np.uint8)
+    np.save(tmp_path / "x.npy", x)
+    source = find_source("timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    place = ["data.name=array", f"data.root={tmp_path / 'x.npy'}"]
+    settings, _ = load_settings(source, place)
+    half = (0.5, 0.5, 0.5)
+    weights = Pretrained(
+        nn.Identity(), 1, None, None, None, None, None, "", normalisation=(half, half)
+    )
+    mean, std = normalised(settings, weights).data.normalisation
+    own = (x / 255).reshape(-1, form[3])
+    np.testing.assert_allclose(mean, half if form[3] == 3 else own.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(std, half if form[3] == 3 else own.std(0), rtol=1e-5)
 
 
 SMALL = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}

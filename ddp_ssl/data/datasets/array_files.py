@@ -46,10 +46,19 @@ class Arrays(NamedTuple):
 
 
 def is_place(root: Path) -> bool:
-    """Whether a file or a folder holds arrays, by the names in it."""
+    """Whether a file, a folder or a split's folder in it holds arrays, by their names."""
+    if not root.is_dir():
+        return bool(files_of(root))
+    splits = [path for path in root.iterdir() if path.name.lower() in TRAIN + VAL]
+    places = [root, *filter(Path.is_dir, splits)]
+    return any(path.suffix in SUFFIXES for place in places for path in place.iterdir())
+
+
+def files_of(root: Path) -> list[Path]:
+    """The files of arrays that are a place, or lie at any depth below it."""
     if root.is_dir():
-        return any(path.suffix in SUFFIXES for path in root.iterdir())
-    return root.suffix in SUFFIXES and root.is_file()
+        return sorted(root.rglob("*.np[yz]"))
+    return [root] if root.suffix in SUFFIXES and root.is_file() else []
 
 
 def find(data: Data) -> None:
@@ -80,13 +89,13 @@ def split_arrays(data: Data) -> dict[str, Arrays]:
     if not data.root:
         raise ValueError(f"data.root: unset; data.name=array looks for .npz or .npy; {LAYOUT}")
     root = absolute(data.root)
-    if not is_place(root):
+    if not files_of(root):
         what = "has no .npz or .npy" if root.exists() else "does not exist"
         raise ValueError(f"data.root: {root} {what}; {LAYOUT}")
     images, labels = IMAGES, LABELS
     if data.columns:
-        images = (data.columns[0].lower(),)
-        labels = tuple(name.lower() for name in data.columns[1:])
+        given = ["_".join(_words(name)) for name in data.columns]
+        images, labels = tuple(given[:1]), tuple(given[1:])
     found: dict[tuple[str, str], tuple[str, Callable[[], Array]]] = {}
     unused = []
     for name, opened in arrays_in(root):
@@ -123,20 +132,25 @@ def split_arrays(data: Data) -> dict[str, Arrays]:
 
 def meaning(name: str, images: tuple[str, ...], labels: tuple[str, ...]) -> tuple[str, str]:
     """The split and the kind (`images`, `labels` or empty) of an array, by its name."""
-    words, split = re.split(r"[/_.\- ]", name.lower()), "train"
+    words, split = _words(name), "train"
     for names, meant in ((TRAIN, "train"), (VAL, "val"), (("test", "testing"), "test")):
-        if inside := [word for word in words if word in names]:
+        inside = [word for word in words if word in names]
+        if inside and "_".join(words) not in images + labels:  # no name that the user gave
             words.remove(inside[0])
             split = meant
             break
-    rest = "_".join(word for word in words if word)
+    rest = "_".join(words)
     return split, "images" if rest in images else "labels" if rest in labels else ""
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[/_.\- ]", name.lower()) if word]
 
 
 def arrays_in(root: Path) -> Iterator[tuple[str, Callable[[], Array]]]:
     """The name of each array below `root` and what opens it; a file's name is a part of it."""
     if root.is_dir():
-        for path in sorted(root.rglob("*.np[yz]")):
+        for path in files_of(root):
             place = path.relative_to(root).with_suffix("").as_posix()
             yield from _arrays_of(path, place)
     else:
@@ -193,13 +207,13 @@ def as_images(x: Array, where: str) -> Array:
     """`[M, H, W, C]`, a view, of `[M, H, W]`, `[M, H, W, C]` or `[M, C, H, W]`."""
     if str(x.dtype) not in TYPES:
         raise ValueError(f"{where}: numbers of {x.dtype}; accepted: {', '.join(TYPES)}")
-    if x.ndim == 3:
-        return x[..., None]
-    if x.ndim != 4 or not x.size:
+    if x.ndim not in (3, 4) or not x.size:
         raise ValueError(
             f"{where}: an array of {list(x.shape)}; accepted: [M, H, W], [M, H, W, C] or "
             "[M, C, H, W]"
         )
+    if x.ndim == 3:
+        return x[..., None]
     _, a, b, c = x.shape
     last, first = a == b != c, b == c != a  # square images
     if last == first:
