@@ -27,6 +27,12 @@ TINY = (
 # Half the layers: for tests that cost a network's step on several processes.
 SHALLOW = "model.backbone_args={channels: [8, 8, 16, 16], layers: [1, 1, 1, 1]}"
 
+VIT = (
+    "model.backbone=vit_tiny_patch16_224",
+    "model.backbone_args={img_size: 16, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2, "
+    "dynamic_img_size: true}",
+)
+
 
 def config_of(*overrides: str) -> Config:
     """A config from `key=value`, tiny unless told otherwise."""

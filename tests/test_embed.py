@@ -87,6 +87,25 @@ def test_the_features_are_the_methods(
     assert (about["split"], about["images"], about["step"]) == ("val", 14, 33)
 
 
+def test_embeddings_beside_features_of_other_tokens(photos: Path, tmp_path: Path) -> None:
+    """`r` is what is asked for; `z` is of the features that the run was trained with."""
+    place, method = run_folder(
+        tmp_path / "run", "data.name=folder", f"data.root={photos}", "data.val_fraction=0.3",
+        "data.views=[{size: 24}]", "model.backbone=vit_tiny_patch16_224", "model.stem=standard",
+        "model.backbone_args={img_size: 24, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2}",
+    )  # fmt: skip
+    split = registry.load(load([str(place / "config.yaml")]).config.data, 0).val
+    with torch.no_grad():
+        cls, z = method.embed(images_of(split))
+        mean = method.backbone.forward_features(images_of(split))[:, 1:].mean(1)
+    out = tmp_path / "val.npz"
+    words = [str(place), "--embeddings", "--out", str(out), "model.features=both", *QUIET]
+    assert embed.main(words) == 0
+    file = np.load(out)
+    np.testing.assert_allclose(file["r"], torch.cat([cls, mean], 1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(file["z"], z, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("ending", ["npz", "csv", "parquet"])
 def test_all_images_with_their_paths(
     ending: str, run: tuple[Path, Method[Any], Dataset], photos: Path, tmp_path: Path

@@ -30,11 +30,12 @@ from ddp_ssl.logs import writer
 from ddp_ssl.logs.tensorboard import UNSHOWN
 from ddp_ssl.run import environment, folder, watchdog
 from ddp_ssl.run.configure import load
+from ddp_ssl.run.identity import whole_identity
 from ddp_ssl.run.signals import REQUESTS, Keyboard, StopRequest
 from ddp_ssl.training import build, checkpointer
 from ddp_ssl.training.lifecycle import set_deadlines
 from ddp_ssl.utils import launcher
-from tests.helpers import config_of
+from tests.helpers import VIT, config_of
 from tests.outside_loggers import LINES
 from tests.ranks import Ranks
 from tests.runs import BARE, Whole, Writes, arguments, complaint, rows, status, train
@@ -319,12 +320,23 @@ def test_loggers_have_every_step_once_after_three_restarts(
 
 
 def test_changed_code_is_said_on_resume(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
-    args = arguments(photos, tmp_path / "run", *BARE)
-    assert ranks.launch(train, 1, args, 5) == ["killed"]
+    args = arguments(photos, tmp_path / "run", *BARE, *VIT, "optim.name=adamw")
+    assert ranks.launch(as_an_earlier_version, 1, args) == ["killed"]
     assert ranks.launch(with_other_torch, 1, [*args, "run.resume=auto"]) == [0]
     text = (tmp_path / "run/train.log").read_text()
     line = next(x for x in text.splitlines() if "the code has changed" in x)
     assert f"torch: {torch.__version__.partition('+')[0]} in the checkpoint, 9.9 now" in line
+    assert "earlier version: from here on tokens and position embeddings are not decayed" in text
+
+
+def as_an_earlier_version(args: list[str]) -> int | str:
+    """The first steps of a run, by a version that did not know `optim.layer_decay`."""
+
+    def identity(*of: Any) -> dict[str, str]:
+        return {k: v for k, v in whole_identity(*of).items() if k != "optim.layer_decay"}
+
+    with patch.object(build, "whole_identity", identity):
+        return train(args, 5)
 
 
 def with_other_torch(args: list[str]) -> int | str:

@@ -336,7 +336,7 @@ class Optim(Section):
     backbones with batch norm."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast of the networks. fp16 uses a gradient scaler, which waits for the device at every
-    step under LARS and SGD. Losses are always in float32."""
+    step under LARS, SGD and Muon. Losses are always in float32."""
     gradient_compression: Literal["bf16"] | None = None
     """Send gradients in bf16. That halves the bytes, but rounds to 8 bits before and while
     gradients are added, so that results depend on the number of processes. Only with several

@@ -170,7 +170,10 @@ class Network(nn.Module):
     def parts(self, x: Tensor) -> list[Tensor]:
         if self.method is None:
             return [self.backbone(x).flatten(1).float()]
-        return [part.flatten(1) for part in self.method.embed(x)]
+        r, z = self.method.embed(x)
+        if self.backbone is not self.method.backbone:  # `model.features`; z is of the run's own
+            r = self.backbone(x).float()
+        return [r.flatten(1), z.flatten(1)]
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat(self.parts(x), 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ddp_ssl.checkpoint import store
 from ddp_ssl.config import Config
 from ddp_ssl.evals.weights import read_checkpoint
 from ddp_ssl.methods._learner import Learner
+from ddp_ssl.methods._momentum import MomentumMethod
+from ddp_ssl.methods.base import Method
 from ddp_ssl.run import folder
 from ddp_ssl.run.identity import check_identity, compare_identity
 from ddp_ssl.training.job import Job
@@ -111,12 +114,31 @@ def restore(job: Job, saved: dict[str, Any]) -> None:
     differing = compare_identity(saved.get("code", {}), job.checkpointer.origin["code"])
     if differing:
         logger.warning("the code has changed, numbers may: %s", "; ".join(differing))
+    for change in changed_since(saved["identity"], network.learner.method, job.setting.config):
+        logger.warning("the checkpoint is of an earlier version: from here on %s", change)
     if len(saved["ranks"]) == job.world.size:
         torch.set_rng_state(own["torch_rng"].cpu())
         random.setstate(own["python_rng"])
         np.random.set_state(tuple(own["numpy_rng"]))
         if "cuda_rng" in own and job.world.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda_rng"].cpu())
+
+
+def changed_since(saved: Mapping[str, str], method: Method[Any], config: Config) -> list[str]:
+    """What this run computes otherwise than the version that saved the identity `saved`."""
+    if "optim.layer_decay" in saved:  # this setting came together with both changes
+        return []
+    from timm.layers.drop import DropPath
+
+    decays = config.optim.name != "sgd" and config.optim.weight_decay > 0
+    drops = any(isinstance(module, DropPath) for module in method.backbone.modules())
+    changes = {
+        "tokens and position embeddings are not decayed": (
+            decays and len(optim.undecayed(method.backbone)) > 0
+        ),
+        "the momentum network drops no paths": isinstance(method, MomentumMethod) and drops,
+    }
+    return [change for change, holds in changes.items() if holds]
 
 
 def state_of_rank(states: list[Any], rank: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ddp_ssl.evals.weights import find_source
 from ddp_ssl.methods.base import Progress
 from ddp_ssl.models import build_backbone, loading_snippet
 from tests.evals.runs import make_run
+from tests.helpers import Operators
 
 IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(3))
 RESNET = Backbone(backbone="resnet18")
@@ -128,7 +129,10 @@ def test_the_average_of_a_runs_weights(photos: Path, tmp_path: Path) -> None:
     learner.method.backbone.bn1.running_mean.fill_(5)
     for step, keep in enumerate((0.1, 2 / 11, 0.25, 0.3, 0.3)):
         weight.data.add_(1)
-        learner.train().after_step(Progress(step, 5, 0, 1))
+        with Operators() as seen:
+            learner.train().after_step(Progress(step, 5, 0, 1))
+        assert "aten::copy_" not in seen.names
+        assert seen.names["aten::_foreach_copy_"] <= 2  # of two types
         x = keep * x + (1 - keep) * (step + 2)
         assert average.conv1.weight.unique().tolist() == pytest.approx([x])
     assert average.bn1.running_mean.unique().tolist() == [5]

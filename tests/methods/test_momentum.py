@@ -19,7 +19,9 @@ from ddp_ssl.methods._queue import Queue
 from ddp_ssl.methods._registry import make_method
 from ddp_ssl.methods.base import Method, Progress
 from ddp_ssl.optim import cosine
-from tests.helpers import batch_of, config_of, images, method_of, relative
+from ddp_ssl.run.identity import identity
+from ddp_ssl.training.state import changed_since
+from tests.helpers import VIT, batch_of, config_of, images, method_of, relative
 from tests.losses import oracles
 
 MOMENTUM = ("byol", "mocov3", "mocov2plus", "ressl")
@@ -257,13 +259,6 @@ def test_the_norm_that_ends_a_head() -> None:
     assert isinstance(list(built("mocov3").predictor.children())[-1], torch.nn.Linear)
 
 
-VIT = (
-    "model.backbone=vit_tiny_patch16_224",
-    "model.backbone_args={img_size: 16, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2, "
-    "dynamic_img_size: true}",
-)
-
-
 @pytest.mark.parametrize("name", [*SMALL, "ressl"])
 def test_vits_train(name: str) -> None:
     crops = () if name == "ressl" else ("data.views=[{count: 2, size: 16}, {count: 2, size: 8}]",)
@@ -282,6 +277,24 @@ def test_momentum_networks_drop_no_paths() -> None:
     view = [images(2, 12)[0]]
     assert torch.equal(method.targets(view), method.targets(view))
     assert not torch.equal(method.encode(view)[1], method.encode(view)[1])
+
+
+def test_what_changes_for_a_checkpoint_of_an_earlier_version() -> None:
+    drops = VIT[1].replace("depth: 1", "depth: 2, drop_path_rate: 0.5")
+    decay, paths = "tokens and position embeddings are not", "the momentum network drops no paths"
+
+    def changes(*settings: str, older: bool = True) -> list[str]:
+        config = config_of(*settings)
+        saved = {k: v for k, v in identity(config).items() if k != "optim.layer_decay"}
+        return changed_since(saved if older else identity(config), method_of(config), config)
+
+    byol, adamw = ("method.name=byol", VIT[0], drops), "optim.name=adamw"
+    assert changes(*byol, adamw) == [f"{decay} decayed", paths]
+    assert changes(*byol, adamw, older=False) == []
+    assert changes(*byol, "optim.name=sgd") == [paths]
+    assert changes(*byol, adamw, "optim.weight_decay=0") == [paths]
+    assert changes("method.name=simclr", VIT[0], drops, adamw) == [f"{decay} decayed"]
+    assert changes("method.name=byol", adamw) == []
 
 
 def test_mocov3_may_keep_the_patch_projection() -> None:
