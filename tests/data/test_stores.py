@@ -6,6 +6,7 @@ Whole runs on a store are in `tests/test_containers.py`.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import shutil
@@ -113,6 +114,21 @@ def test_s3_with_credentials_of_the_environment(
     assert f"data.root: s3://{bucket}/out/shards.json: 403 Forbidden; accepted: creden" in said
     assert "TheSecret" not in said
     assert "Signature" not in said
+
+
+def test_a_store_of_google(
+    store: Store, files: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    account = {"gcs_base_url": store.url, "disable_oauth": True}
+    blank = dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+    (tmp_path / "account.json").write_text(json.dumps({**account, **blank}))
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
+    monkeypatch.setenv("GOOGLE_ALLOW_HTTP", "true")
+    monkeypatch.setenv("DDP_SSL_CACHE", str(tmp_path))
+    bucket = packed.parent.name
+    assert contents(opened(f"gs://{bucket}/out").train) == contents(opened(packed).train)
+    here = opened(as_tars(files, packed.parent / "google"))
+    assert contents(opened(f"gs://{bucket}/google").train) == contents(here.train)
 
 
 @pytest.mark.parametrize("written", [as_parquet, as_tars])
