@@ -168,7 +168,7 @@ def test_the_time_limit(
         assert slurm.job(job)["JobState"] == "RUNNING"
         slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=5")
         until(lambda: "USR2: asking the run to save" in output(tmp_path))
-        assert (folder / "STOP").exists()
+        until((folder / "STOP").exists)
         slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
 
     text = interrupt_and_compare(slurm, tmp_path, images, whole[0], how)
