@@ -71,10 +71,7 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update; returns what `closure` returns, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluated(closure)
         for group in self.param_groups:
             ready = [p for p in group["params"] if p.grad is not None]
             for params in _chunks([p for p in ready if is_one_dimensional(p)]):
@@ -196,6 +193,14 @@ def _gradients(params: list[Tensor]) -> list[Tensor]:
     return [p.grad for p in params if p.grad is not None]
 
 
+def _evaluated(closure: Callable[[], float] | None) -> float | None:
+    """The loss that `closure` computes, with gradients; what an optimiser's step returns."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 def is_one_dimensional(parameter: Tensor) -> bool:
     """Whether a parameter is a bias or belongs to a norm: no adaptation, no weight decay."""
     return parameter.ndim == 1
@@ -304,10 +309,7 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update; returns what `closure` returns, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluated(closure)
         for part in self.parts:
             part.step()
         return loss

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from nvidia.dali._utils import dali_trace
 
+from ddp_ssl.utils.once import warn_once
 from tests.data.images import pack, write
 
 dali_trace.set_tracing(enabled=False)  # of each operator to its line of code: a fifth of the time
@@ -29,6 +30,15 @@ def packed(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "out"
     assert pack(files, out) == 0
     return out
+
+
+@pytest.fixture
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own; what is said once is said again."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("DDP_SSL_CACHE", str(folder))
+    warn_once.cache_clear()
+    return folder
 
 
 @pytest.fixture

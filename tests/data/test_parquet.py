@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,42 +25,23 @@ from PIL import Image
 from ddp_ssl.commands import check_data
 from ddp_ssl.config import ConfigError, Data
 from ddp_ssl.data.datasets import imagenet, index, pages, parquet, registry
-from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.run import configure
 from ddp_ssl.run.identity import check_identity, whole_identity
-from ddp_ssl.utils.once import warn_once
+from tests.data import opened
 from tests.data.images import eval_of, loader_of, pack, picture, same, through_a_file, write
+from tests.data.opened import encoded, loaded
 from tests.data.tables import IMAGE, Cell, as_parquet, table_of, write_table
 
+pytestmark = pytest.mark.usefixtures("cache")
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("DDP_SSL_CACHE", str(folder))
-    warn_once.cache_clear()
-    return folder
+refused = partial(opened.refused, name="parquet")
 
 
 @pytest.fixture(scope="module")
 def tables(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return as_parquet(files, tmp_path_factory.mktemp("tables"))
-
-
-def loaded(root: Path | str, name: str = "folder", **keys: Any) -> Dataset:
-    return registry.load(Data(name=name, root=str(root), **keys), 0)
-
-
-def refused(root: Path | str, name: str = "parquet", **keys: Any) -> str:
-    with pytest.raises(ValueError, match=r"^data\.") as caught:
-        loaded(root, name, **keys)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def encoded(split: Split) -> list[bytes]:
-    return [split.read(i).tobytes() for i in range(len(split))]
 
 
 def cells_of(count: int) -> list[Cell]:
@@ -394,7 +376,9 @@ def test_files_of_paths_alone_are_refused(tmp_path: Path) -> None:
 
 
 def test_keys_that_are_for_other_data(files: Path, tables: Path) -> None:
-    assert refused(files, "folder", columns=["image"]).startswith("data.columns: is for parquet")
+    assert refused(files, name="folder", columns=["image"]).startswith(
+        "data.columns: is for parquet"
+    )
 
 
 def test_a_missing_pyarrow_is_one_line(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,23 +439,27 @@ def test_a_wnid_is_its_class_in_any_order(tmp_path: Path) -> None:
 def test_other_numbers_than_imagenet_s_need_names(tmp_path: Path, largest: int) -> None:
     root = imagenet_of(tmp_path, None, [0, largest])
     for name in ("imagenet", "imagenet100"):
-        assert f"has labels up to {largest} without names of the classes" in refused(root, name)
+        assert f"has labels up to {largest} without names of the classes" in refused(
+            root, name=name
+        )
 
 
 def test_an_imagenet100_of_other_classes_is_refused(tmp_path: Path) -> None:
     names = [imagenet.table()[wnid] for wnid in imagenet.imagenet100()]
     names[3], names[7] = "tench, Tinca tinca", "goldfish, Carassius auratus"
-    said = refused(imagenet_of(tmp_path, names, [0, 1]), "imagenet100")
+    said = refused(imagenet_of(tmp_path, names, [0, 1]), name="imagenet100")
     lacking = [imagenet.imagenet100()[i] for i in (3, 7)]
     assert f"lacks 2 of the 100 classes of ImageNet-100, {lacking[0]} (" in said
     assert "and has others instead, n01440764 (tench, Tinca tinca), n01443537 (" in said
     names[3] = "a class of nobody's"
-    said = refused(imagenet_of(tmp_path, names, [0, 1]), "imagenet100")
+    said = refused(imagenet_of(tmp_path, names, [0, 1]), name="imagenet100")
     assert (
         "1 of its 100 classes are not known as one of ImageNet's, \"a class of nobody's\"" in said
     )
     names[3] = names[4]
-    assert "as two of its classes" in refused(imagenet_of(tmp_path, names, [0, 1]), "imagenet100")
+    assert "as two of its classes" in refused(
+        imagenet_of(tmp_path, names, [0, 1]), name="imagenet100"
+    )
 
 
 def test_the_hub_s_names_are_those_of_the_folders(tmp_path: Path) -> None:
@@ -489,7 +477,7 @@ def test_the_hub_s_names_are_those_of_the_folders(tmp_path: Path) -> None:
 
 def test_a_published_data_set_has_images_for_validation(tmp_path: Path) -> None:
     write_table(tmp_path / "train-0.parquet", table_of(cells_of(2), [0, 1], None))
-    assert "has no parquet files of a validation split" in refused(tmp_path, "imagenet")
+    assert "has no parquet files of a validation split" in refused(tmp_path, name="imagenet")
 
 
 # --- damage --------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ import torch
 from ddp_ssl.commands import check_data
 from ddp_ssl.config import ConfigError, Data
 from ddp_ssl.data.datasets import registry, remote, shards, staging
-from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.remote import StoreError
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.datasets.tar import Shards
@@ -30,6 +29,7 @@ from ddp_ssl.data.loading.reader import UnreadableError
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.waits import limits
 from tests.data.images import loader_of
+from tests.data.opened import encoded, loaded
 from tests.data.tables import as_parquet
 from tests.data.tars import as_tars
 from tests.store import Store, serving
@@ -57,14 +57,6 @@ def url(store: Store, packed: Path) -> str:
     return f"{store.url}/{packed.parent.name}/out"
 
 
-def opened(root: str | Path, **more: Any) -> Dataset:
-    return registry.load(Data(name="folder", root=str(root), **more), 0)
-
-
-def contents(split: Split) -> list[bytes]:
-    return [split.read(i).tobytes() for i in range(len(split))]
-
-
 def fresh(split: Split) -> Split:
     """The same, with no file open."""
     made: Split = pickle.loads(pickle.dumps(split))
@@ -80,17 +72,17 @@ def far_and_near(split: Split) -> list[bool]:
 
 
 def test_shards_in_a_store_are_those_in_a_folder(store: Store, url: str, packed: Path) -> None:
-    here, there = opened(packed), opened(url + "/")
+    here, there = loaded(packed), loaded(url + "/")
     assert (there.train.digest, there.class_names) == (here.train.digest, here.class_names)
     assert there.train.where(3) == f"{url}/train/{os.fsdecode(here.train.name(3))}"
     store.reset()
-    assert contents(there.train) == contents(here.train)
+    assert encoded(there.train) == encoded(here.train)
     # A request for an image, and not a byte more.
     assert [method for method, _, _ in store.asked] == ["GET"] * 30
-    assert store.sent == sum(map(len, contents(here.train)))
+    assert store.sent == sum(map(len, encoded(here.train)))
     assert there.val is not None
     assert here.val is not None
-    assert contents(there.val) == contents(here.val)
+    assert encoded(there.val) == encoded(here.val)
 
 
 def test_s3_with_credentials_of_the_environment(
@@ -100,7 +92,7 @@ def test_s3_with_credentials_of_the_environment(
     """Found, recognised, listed and checked by processes of the command; no secret is printed."""
     store.environment(monkeypatch)
     bucket = packed.parent.name
-    assert contents(opened(f"s3://{bucket}/out").train) == contents(opened(packed).train)
+    assert encoded(loaded(f"s3://{bucket}/out").train) == encoded(loaded(packed).train)
     found = [name for name, is_folder in remote.entries(f"s3://{bucket}/out") if not is_folder]
     assert found == sorted(path.name for path in packed.iterdir())
     assert load([f"s3://{bucket}/out", "run.device=cpu"]).config.data.name == "folder"
@@ -126,9 +118,9 @@ def test_a_store_of_google(
     monkeypatch.setenv("GOOGLE_ALLOW_HTTP", "true")
     monkeypatch.setenv("DDP_SSL_CACHE", str(tmp_path))
     bucket = packed.parent.name
-    assert contents(opened(f"gs://{bucket}/out").train) == contents(opened(packed).train)
-    here = opened(as_tars(files, packed.parent / "google"))
-    assert contents(opened(f"gs://{bucket}/google").train) == contents(here.train)
+    assert encoded(loaded(f"gs://{bucket}/out").train) == encoded(loaded(packed).train)
+    here = loaded(as_tars(files, packed.parent / "google"))
+    assert encoded(loaded(f"gs://{bucket}/google").train) == encoded(here.train)
 
 
 @pytest.mark.parametrize("written", [as_parquet, as_tars])
@@ -144,21 +136,21 @@ def test_files_of_others_are_found_and_read_once(
     root = written(files, packed.parent / written.__name__.replace("_", "-"))
     paths = [path for path in root.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in paths)
-    here = opened(root)
+    here = loaded(root)
     store.reset()
-    there = opened(f"s3://{packed.parent.name}/{root.name}")
+    there = loaded(f"s3://{packed.parent.name}/{root.name}")
     assert store.sent == size
     assert not remote._blocks
     assert there.train.digest == here.train.digest
     assert there.val is not None
-    assert contents(there.train) == contents(here.train)
+    assert encoded(there.train) == encoded(here.train)
     store.reset()
-    opened(f"s3://{packed.parent.name}/{root.name}")  # what was found is kept
+    loaded(f"s3://{packed.parent.name}/{root.name}")  # what was found is kept
     assert store.sent < size / 2  # one file's beginning or end, for its columns
     for path in paths:
         os.utime(path, (1, 1))
     store.reset()
-    opened(f"s3://{packed.parent.name}/{root.name}")
+    loaded(f"s3://{packed.parent.name}/{root.name}")
     assert store.sent == size
 
 
@@ -172,14 +164,14 @@ def test_a_store_that_does_not_say_what_is_not_there(
     url = f"s3://{packed.parent.name}/unlisted"
     names = "{train,validation}-{000000..000001}.tar"
     data = load([f"{url}/{names}", "run.device=cpu"]).config.data
-    assert contents(registry.load(data, 0).train) == contents(opened(root).train)
+    assert encoded(registry.load(data, 0).train) == encoded(loaded(root).train)
     assert sorted({path.rpartition("/")[2] for _, path, _ in store.asked}) == sorted(
         ["classnames.txt", *(path.name for path in root.iterdir())]
     )
-    shards_there = opened(f"s3://{packed.parent.name}/out").train
-    assert contents(shards_there) == contents(opened(packed).train)
+    shards_there = loaded(f"s3://{packed.parent.name}/out").train
+    assert encoded(shards_there) == encoded(loaded(packed).train)
     with pytest.raises(StoreError, match=r"shards\.json: 403 Forbidden; accepted: credentials"):
-        opened(url)
+        loaded(url)
 
 
 def test_what_is_no_shards_is_one_line(store: Store, url: str) -> None:
@@ -188,7 +180,7 @@ def test_what_is_no_shards_is_one_line(store: Store, url: str) -> None:
     ):
         registry.load(Data(name="webdataset", root="s3://b-{0,1}/x.tar"), 0)
     with pytest.raises(ValueError, match=r"^data\.root: .*/nothing holds no shards.json, and no"):
-        opened(f"{store.url}/nothing")
+        loaded(f"{store.url}/nothing")
     with pytest.raises(ValueError, match=r"a web server lists no files: https://HOST/train-\{000"):
         registry.load(Data(name="parquet", root=f"{store.url}/nothing"), 0)
     with pytest.raises(ValueError, match=r"^data\.root: .* has \d+ bytes instead of 1; copy"):
@@ -228,7 +220,7 @@ def test_a_missing_obstore_is_one_line(url: str, monkeypatch: pytest.MonkeyPatch
     remote._obstore.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "obstore", None)
     with pytest.raises(ValueError, match=r"^data\.root: .*pip install 'ddp_ssl\[remote\]'"):
-        opened(url)
+        loaded(url)
     remote._obstore.cache_clear()
 
 
@@ -250,7 +242,7 @@ def test_a_missing_obstore_is_one_line(url: str, monkeypatch: pytest.MonkeyPatch
 def test_an_answer_that_cannot_be_used_is_tried_again_or_named(
     store: Store, url: str, packed: Path, fault: int | str, said: str
 ) -> None:
-    split, expected = opened(url).train, opened(packed).train.read(0).tobytes()
+    split, expected = loaded(url).train, loaded(packed).train.read(0).tobytes()
     first = len(store.asked) + 1
     store.fault = lambda path, count: fault if count < first + 3 else None
     if fault in (403, 404):
@@ -270,7 +262,7 @@ def test_a_store_that_comes_back_changes_nothing(
     store: Store, url: str, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "PATIENCE_S", 30.0)
-    ours, theirs = loader_of(opened(url).train), loader_of(opened(packed).train)
+    ours, theirs = loader_of(loaded(url).train), loader_of(loaded(packed).train)
     for step in range(8):
         if step == 2:
             store.die()
@@ -283,7 +275,7 @@ def test_a_store_that_comes_back_changes_nothing(
 def test_a_process_that_ends_waits_for_no_store(
     store: Store, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = loader_of(opened(url).train)._source.reader
+    reader = loader_of(loaded(url).train)._source.reader
     monkeypatch.setattr(remote, "PATIENCE_S", 100.0)
     store.reset()
     store.fault = lambda path, count: 503
@@ -378,7 +370,7 @@ def test_changed_content_is_not_trained_on(store: Store, copy: Path, tmp_path: P
     """Other images under the same names, all of them sound: the loader stops and names the file."""
     shutil.copytree(copy, tmp_path / "bucket" / "out")
     with serving(tmp_path) as other:
-        train = opened(f"{other.url}/bucket/out").train
+        train = loaded(f"{other.url}/bucket/out").train
         loader = loader_of(train)
         before = next(loader)
         for tar in (tmp_path / "bucket/out").glob("*.tar"):
@@ -390,10 +382,10 @@ def test_changed_content_is_not_trained_on(store: Store, copy: Path, tmp_path: P
         assert known[-1] is not None
         assert not loader._source.reader.problems  # none is a bad image
         assert len(before.ids) == 6
-        staged = opened(f"{other.url}/bucket/out", stage=str(tmp_path / "local")).train
+        staged = loaded(f"{other.url}/bucket/out", stage=str(tmp_path / "local")).train
         for tar in (tmp_path / "bucket/out").glob("*.tar"):
             os.utime(tar, (2, 2))
-        assert len(contents(staged)) == 30
+        assert len(encoded(staged)) == 30
         shutil.rmtree(tmp_path / "local")
         with pytest.raises(StoreError, match=r"train-\d+\.tar has changed since the start"):
             fresh(staged).read(0)
@@ -405,24 +397,24 @@ def test_changed_content_is_not_trained_on(store: Store, copy: Path, tmp_path: P
 def test_a_part_is_staged_and_the_rest_read_from_afar(
     store: Store, url: str, packed: Path, tmp_path: Path
 ) -> None:
-    expected = contents(opened(packed).train)
+    expected = encoded(loaded(packed).train)
     for root in (url, str(packed)):
         local = tmp_path / root.partition(":")[0].strip("/").replace("/", "-")
-        part = opened(root, stage=str(local), stage_gb=45e-6).train
+        part = loaded(root, stage=str(local), stage_gb=45e-6).train
         assert part.shards is not None
         near = [path.startswith(str(local)) for path in part.shards.paths]
         assert near == [True, True] + [False] * (len(near) - 2)
-        assert contents(part) == expected
-        again = opened(root, stage=str(local), stage_gb=45e-6).train
+        assert encoded(part) == expected
+        again = loaded(root, stage=str(local), stage_gb=45e-6).train
         assert again.shards is not None
         assert again.shards.paths == part.shards.paths
-        whole = opened(root, stage=str(local)).train
+        whole = loaded(root, stage=str(local)).train
         store.reset()
-        assert contents(whole) == expected
+        assert encoded(whole) == expected
         assert store.asked == []
-        assert whole.root == opened(root).train.root
+        assert whole.root == loaded(root).train.root
     with pytest.raises(ValueError, match=r"^data\.stage_gb: is how much data\.stage takes"):
-        opened(url, stage_gb=1)
+        loaded(url, stage_gb=1)
 
 
 def test_copies_of_files_of_others(
@@ -435,12 +427,12 @@ def test_copies_of_files_of_others(
     data = Data(
         name="webdataset", root=f"s3://{packed.parent.name}/others", stage=str(tmp_path / "local")
     )
-    expected = contents(registry.load(data, 0).train)
+    expected = encoded(registry.load(data, 0).train)
     copies = sorted(tmp_path.glob("local/*/*.tar"))
     for path in copies:
         path.write_bytes(bytes(path.stat().st_size))
     store.reset()
-    assert contents(registry.load(data, 0).train) == expected
+    assert encoded(registry.load(data, 0).train) == expected
     assert [path.read_bytes() for path in copies] == [
         (root / path.name).read_bytes() for path in copies
     ]
@@ -463,7 +455,7 @@ def test_copies_of_files_of_others(
 def test_a_lack_of_files_or_memory_is_no_damage_of_a_copy(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where = opened(packed, stage=str(tmp_path)).train.shards
+    where = loaded(packed, stage=str(tmp_path)).train.shards
     assert where is not None
 
     def full(self: Shards, path: str) -> tuple[int, bool]:
@@ -482,8 +474,8 @@ def test_a_stage_that_is_lost_under_a_run_costs_nothing_but_time(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("ddp_ssl.data.datasets.tar._most_open", lambda: 0)
     monkeypatch.setattr(remote, "PATIENCE_S", 5.0)
-    expected = contents(opened(packed).train)
-    staged = opened(url, stage=str(tmp_path / damage)).train
+    expected = encoded(loaded(packed).train)
+    staged = loaded(url, stage=str(tmp_path / damage)).train
     (folder,) = (tmp_path / damage).iterdir()
     if damage == "deleted":
         shutil.rmtree(folder)
@@ -492,9 +484,9 @@ def test_a_stage_that_is_lost_under_a_run_costs_nothing_but_time(
             size = file.stat().st_size
             file.write_bytes(b"\xff" * (size if damage == "overwritten" else size // 3))
     with caplog.at_level("WARNING", "ddp_ssl"):
-        assert contents(staged) == expected
+        assert encoded(staged) == expected
     said = [record.message for record in caplog.records]
     assert said == [
         f"data.stage: files in {folder} are damaged or gone: their images are read from {url}"
     ]
-    assert contents(opened(url, stage=str(tmp_path / damage)).train) == expected  # made again
+    assert encoded(loaded(url, stage=str(tmp_path / damage)).train) == expected  # made again

@@ -11,6 +11,7 @@ import random
 import shutil
 import tarfile
 import zlib
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,45 +25,26 @@ from ddp_ssl.commands import check_data
 from ddp_ssl.config import Data
 from ddp_ssl.data.datasets import files as file_system
 from ddp_ssl.data.datasets import imagenet, registry, staging, webdataset
-from ddp_ssl.data.datasets.base import Dataset
 from ddp_ssl.data.datasets.files import matching, split_of
 from ddp_ssl.data.datasets.members import DamagedError, members
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.recognise import look_at
-from ddp_ssl.utils.once import warn_once
+from tests.data import opened
 from tests.data.images import pack, picture
+from tests.data.opened import encoded
 from tests.data.tables import write_table
 from tests.data.tars import FORMATS, Items, as_tars, write_tar
 
+pytestmark = pytest.mark.usefixtures("cache")
+
+loaded = partial(opened.loaded, name="webdataset")
+refused = partial(opened.refused, name="webdataset")
 PICTURE = b"\xff\xd8 of another size \xff\xd9"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("DDP_SSL_CACHE", str(folder))
-    warn_once.cache_clear()
-    return folder
 
 
 @pytest.fixture(scope="module")
 def tars(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return as_tars(files, tmp_path_factory.mktemp("tars"))
-
-
-def loaded(root: Path | str, name: str = "webdataset", **keys: Any) -> Dataset:
-    return registry.load(Data(name=name, root=str(root), **keys), 0)
-
-
-def refused(root: Path | str, name: str = "webdataset", **keys: Any) -> str:
-    with pytest.raises(ValueError, match=r"^data\.") as caught:
-        loaded(root, name, **keys)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def encoded(split: Split) -> list[bytes]:
-    return [split.read(i).tobytes() for i in range(len(split))]
 
 
 def jpeg(i: int) -> bytes:
@@ -87,7 +69,10 @@ def test_the_same_ids_names_labels_bytes_and_digests(
     files: Path, tars: Path, tmp_path: Path, form: int | None
 ) -> None:
     root = tars if form is None else as_tars(files, tmp_path, form=form)
-    original, found = loaded(files, "folder"), loaded(root, "folder" if form else "webdataset")
+    original, found = (
+        loaded(files, name="folder"),
+        loaded(root, name="folder" if form else "webdataset"),
+    )
     assert found.name == "folder"
     assert found.class_names == original.class_names == ("c0", "c1", "c2")
     for mine, other in ((found.train, original.train), (found.val, original.val)):
@@ -216,7 +201,7 @@ def test_compressed_files_beside_others_are_named(
     of(tmp_path, NAMED)
     (tmp_path / "train-1.tar.gz").write_bytes(b"")
     for name in ("webdataset", "folder"):
-        loaded(tmp_path, name)
+        loaded(tmp_path, name=name)
     said = f"{tmp_path}: not read: 1 compressed file, such as train-1.tar.gz; accepted: tar files"
     assert caplog.text.count(said) == 1
 
@@ -236,7 +221,7 @@ def test_img2dataset_s_output(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     data = Data(root=str(tmp_path))
     look = look_at(data, None)
     assert (look.name, look.what, look.images) == ("folder", "images in tar files", 5)
-    found = loaded(tmp_path, "folder")
+    found = loaded(tmp_path, name="folder")
     assert len(found.train) + len(found.val or ()) == 6
     assert found.class_names == ()
     assert found.train.name(0) == b"000000000.jpg"
@@ -250,7 +235,7 @@ def test_imagenet_as_timm_packs_it(tmp_path: Path) -> None:
             items = [(f"{wnid}_{k}.cls", b"%d" % number), (f"{wnid}_{k}.jpg", jpeg(k)),
                      (f"{wnid}_{k}.json", json.dumps({"label": number}).encode())]  # fmt: skip
             write_tar(tmp_path / f"imagenet1k-{split}-{k:04d}.tar", items)
-    found = loaded(tmp_path, "imagenet")
+    found = loaded(tmp_path, name="imagenet")
     assert found.class_names == tuple(imagenet.table())
     assert found.train.labels.tolist() == [999, 0, 134]
     assert found.train.name(1) == b"n01440764/n01440764_1.jpg"
@@ -534,7 +519,7 @@ def test_files_that_change_while_they_are_staged(
 
 def test_packed_they_are_the_same(tars: Path, files: Path, tmp_path: Path) -> None:
     assert pack(tars, tmp_path / "out", "data.name=webdataset") == 0
-    found, original = loaded(tmp_path / "out"), loaded(files, "folder")
+    found, original = loaded(tmp_path / "out"), loaded(files, name="folder")
     assert found.train.digest == original.train.digest
     assert encoded(found.train) == encoded(original.train)
 
