@@ -14,8 +14,8 @@ and the last.
 preloaded, makes every `open` of an image 2 ms longer, as on a network file system. The contestants
 are then DALI's own `fn.readers.file` before the same graph, and the same images in shards.
 
-`--latency 20` reads shards and parquet files from a web server, a process of its own, that answers
-each request 20 ms later, beside the same files on the disk.
+`--latency 20` reads shards, tar files and parquet files from a web server, a process of its own,
+that answers each request 20 ms later, beside the same files on the disk.
 
 `--containers` compares the same images in folders, in shards, in tar files as WebDataset's writer
 packs them and in parquet files as `datasets` writes them: the loader with one crop, reading alone,
@@ -469,13 +469,17 @@ def from_a_server(args: argparse.Namespace) -> Iterator[str]:
         packing = ["--out", f"{there}/shards", "--shard-size", "1e7", "data.name=folder"]
         if pack_shards.main([*packing, f"data.root={folder}"]):
             raise RuntimeError("packing failed")
+        write_tars(folder, there / "tars")
         write_parquet(folder, there / "tables", "snappy")
+        tars, tables = (f"{name}/train-{{00000..00000}}" for name in ("tars", "tables"))
         with serving(there, args.latency / 1000) as url:
             roots = {
                 INDEXED: ("folder", f"{there}/shards"),
                 f"{INDEXED}, {FAR}": ("folder", f"{url}/shards"),
-                PARQUET: ("parquet", f"{there}/tables/train-{{00000..00000}}.parquet"),
-                f"{PARQUET}, {FAR}": ("parquet", f"{url}/tables/train-{{00000..00000}}.parquet"),
+                TARS: ("webdataset", f"{there}/{tars}.tar"),
+                f"{TARS}, {FAR}": ("webdataset", f"{url}/{tars}.tar"),
+                PARQUET: ("parquet", f"{there}/{tables}.parquet"),
+                f"{PARQUET}, {FAR}": ("parquet", f"{url}/{tables}.parquet"),
             }
             contestants: dict[str, Contestant] = {}
             read = [
