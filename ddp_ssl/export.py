@@ -41,7 +41,7 @@ from ddp_ssl.evals.weights import fill, find_source, read_source
 from ddp_ssl.models import STEM_PADDING, architecture, build_backbone, loading_snippet
 from ddp_ssl.utils import hub
 from ddp_ssl.utils.files import json_file, path_of
-from ddp_ssl.utils.sealed import sha256_of
+from ddp_ssl.utils.sealed import sha256_at
 from ddp_ssl.utils.text import one_line
 
 Form = Literal["timm", "torchvision", "safetensors", "onnx", "hub"]
@@ -341,8 +341,7 @@ def model_card(trained: Trained, form: Form, file: Path, place: str, off: float)
         stem = f", first convolution 3x3 with stride 1 and padding {padding}, no max-pool"
     images = {name: digest for name, digest in trained.identity.items() if " images" in name}
     code = state.get("code", {})
-    with open(file, "rb") as content:
-        digest = sha256_of(content)
+    digest = sha256_at(file)
     rows = {
         "architecture": f"timm `{model.backbone}`{f' ({arguments})' if arguments else ''}{stem}",
         "output": f"{trained.width} features; {parameters / 1e6:.2f} M parameters",

@@ -33,7 +33,7 @@ from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.decodable import is_for_pil, rewritten, too_large
 from ddp_ssl.utils.files import if_readable, sync_folder
 from ddp_ssl.utils.progress import Progress
-from ddp_ssl.utils.sealed import checksum
+from ddp_ssl.utils.sealed import checksum, sha256_at
 from ddp_ssl.utils.streams import tell
 
 BLOCK, RECORD = 512, 10240  # tar's
@@ -205,7 +205,7 @@ def _is_whole(out: Path, known: dict[str, Any]) -> bool:
     try:
         if path.stat().st_size != known["tar"]["bytes"]:
             return False
-        content = _checksum(path).hexdigest()
+        content = sha256_at(path)
     except OSError:
         return False
     if content != known["tar"]["sha256"]:
@@ -314,21 +314,13 @@ def _read(split: Split, i: int, bad: Unreadable, max_pixels: int) -> Any:
 def _read_back(part: Path, members: list[tuple[str, int, bytes]], checksum: bytes) -> None:
     """Compare a tar file on disk, as the standard library reads it, with what was to be in it."""
     found = []
-    same = _checksum(part).digest() == checksum
+    same = sha256_at(part) == checksum.hex()
     with part.open("rb", buffering=0) as content, tarfile.open(part, "r:") as tar:
         for member in tar:
             held = os.pread(content.fileno(), member.size, member.offset_data)
             found.append((member.name, member.offset_data, hashlib.sha256(held).digest()))
     if not same or found != members:
         raise OSError(f"{part} does not read back as it was written: is the disk failing?")
-
-
-def _checksum(path: Path) -> Any:
-    content = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(8 << 20):
-            content.update(chunk)
-    return content
 
 
 def write_arrays(

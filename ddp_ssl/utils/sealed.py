@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,12 +13,18 @@ CHUNK = 8 << 20
 CHECKSUM = "checksum"
 
 
-def sha256_of(file: BinaryIO) -> str:
+def sha256_of(file: BinaryIO | FileIO) -> str:
     """SHA-256 of the rest of an open file; may raise `OSError`."""
     digest = hashlib.sha256()
     while chunk := file.read(CHUNK):
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def sha256_at(path: Path) -> str:
+    """SHA-256 of a file; may raise `OSError`."""
+    with path.open("rb", buffering=0) as file:
+        return sha256_of(file)
 
 
 def checksum(path: Path) -> int:

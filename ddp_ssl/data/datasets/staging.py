@@ -31,7 +31,7 @@ from ddp_ssl.data.datasets.shards import (
 )
 from ddp_ssl.utils.files import if_readable
 from ddp_ssl.utils.progress import EVERY_S
-from ddp_ssl.utils.sealed import checksum
+from ddp_ssl.utils.sealed import checksum, sha256_at
 from ddp_ssl.utils.waits import heed
 
 
@@ -43,7 +43,6 @@ class File(NamedTuple):
     tag: str | None = None
 
 
-CHUNK = 8 << 20
 THREADS = 16
 
 
@@ -144,14 +143,8 @@ def _time_of(tag: str) -> int:
 
 def is_sound(path: str) -> bool:
     """Whether a file of a copy has the SHA-256 of what was copied; reads all of it."""
-
-    def same() -> bool:
-        content = hashlib.sha256()
-        for chunk in remote.chunks(path):
-            content.update(chunk)
-        return content.hexdigest() == _sum_of(Path(path)).read_text()
-
-    return if_readable(same) is True
+    copy = Path(path)
+    return if_readable(lambda: sha256_at(copy) == _sum_of(copy).read_text()) is True
 
 
 def _sum_of(path: Path) -> Path:
@@ -292,14 +285,7 @@ def _copy(
             f"data.root: {source} is damaged (its checksum differs from {ABOUT}'s); "
             "pack it again with ddp-ssl pack-shards"
         )
-    held = content if checksum is not None else hashlib.sha256()
-    if held is not content:
-        with part.open("rb", buffering=0) as read:
-            while chunk := read.read(CHUNK):
-                if stop.is_set():
-                    return
-                held.update(chunk)
-    if held.digest() != content.digest():
+    if checksum is None and sha256_at(part) != content.hexdigest():
         part.unlink()
         raise ValueError(
             f"data.stage: the copy of {source} in {to.parent} does not read back as written: "
