@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
@@ -184,6 +185,30 @@ def test_lengths_are_computed_once_for_all_terms() -> None:
         loss = info_nce(z, 0.2, gathered=gathered)
         (loss + mutual_information(r, z, gathered=gathered)).backward()
     assert seen.names["aten::linalg_vector_norm"] == 2  # of z and of r
+
+
+class OneOf512(Comm):
+    """The first of so many processes, by shapes alone."""
+
+    world_size = 512
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0], x.shape[1] * 512, *x.shape[2:])
+
+
+def test_of_65536_images_all_products_are_tensor_cores() -> None:
+    with (
+        FakeTensorMode(),
+        patch.object(kernels, "_has_tensor_cores", lambda x: True),
+        patch.object(
+            kernels, "_tensor_core_product", side_effect=kernels._tensor_core_product
+        ) as product,
+        Operators() as seen,
+    ):
+        z = torch.empty(2, 128, 2048, dtype=torch.bfloat16).requires_grad_()
+        comm = OneOf512()
+        (info_nce(z, 0.1, comm) + mutual_information(z, z, comm=comm)).backward()
+    assert product.call_count == seen.names["aten::mm"] > 0
 
 
 class Largest(TorchDispatchMode):

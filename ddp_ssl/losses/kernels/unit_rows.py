@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ddp_ssl.losses.kernels.gram import gram
 
-WORTH = 2**32  # multiplications; fewer take an H200 less time than its host needs to launch more
+WORTH = 2**32  # multiplications; fewer are done in float32 before a host launches the split
 EPS = 1e-12
 
 
