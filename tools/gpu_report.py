@@ -551,11 +551,19 @@ def parts(report: Report) -> None:
                 row = {f"{k}_ms": sorted(v)[len(v) // 2] for k, v in times.items()}
                 row |= {f"{k}_mib": peak_mib(one, report.device) for k, one in made.items()}
                 row["err"] = inexact(ours, z)
+                half = losses.step(ours, z.detach().bfloat16().requires_grad_())
+                row["bf16_ms"] = sorted(in_turn({"": half}, 5, report.device)[""])[2]
                 with _tf32():
                     tf32 = sorted(in_turn({"": made["ours"]}, 5, report.device)[""])
                     return row | {"tf32_ms": tf32[2], "tf32_err": inexact(ours, z)}
 
             report.measure(30, work, what=name, images=images, width=width)
+
+    def digits() -> Row:
+        found = losses.digits(report.device, *((8, 16) if small else ()))
+        return {name.replace(" | ", ", "): by_units for name, (_, by_units, _) in found.items()}
+
+    report.measure(30, digits, what="error of a gradient, bf16 rows")
 
     def optimizers() -> Row:
         import timm
