@@ -474,6 +474,18 @@ def test_compressed_gradients_are_rounded_and_equal_everywhere(ranks: Ranks) -> 
         assert 1e-4 < float((found - exact).norm() / exact.norm()) < 1e-2
 
 
+def last_timed(world: World) -> int:
+    parallel = distributed.data_parallel(nn.Linear(2, 1), world)
+    for _ in range(120):
+        parallel(torch.ones(1, 2)).sum().backward()
+    return int(parallel._get_ddp_logging_data()["iteration"])
+
+
+def test_ddp_times_its_first_steps_alone(ranks: Ranks) -> None:
+    """On a GPU the host waits for what it times; of itself DDP does so in every 100th step."""
+    assert ranks.run(last_timed, 2) == [10, 10]
+
+
 @pytest.fixture(scope="module")
 def nccl() -> Iterator[None]:
     """A group of this process alone, so that the global path runs."""
