@@ -25,7 +25,7 @@ from ddp_ssl import cli, distributed, doctor
 from ddp_ssl.checks import examination, images, machine, network, software, storage
 from ddp_ssl.checks.base import Check, Context, Finding, file_system, ok
 from ddp_ssl.data.datasets.split import Split
-from ddp_ssl.distributed import Exchange, World
+from ddp_ssl.distributed import Exchange, World, bandwidth
 from ddp_ssl.run import environment
 from ddp_ssl.run.configure import DIGITS
 from tests.helpers import config_of
@@ -635,6 +635,16 @@ def test_all_reduce() -> None:
     assert found.level == "ok"
     _, found = judged({0: exchanged(0, link=0.1), 2: exchanged(2, link=0.01)})
     assert "from rank 3 (n2) to rank 0 (n1)" in found.text
+
+
+def test_a_collective_that_never_ends_on_a_gpu() -> None:
+    event, cuda = mock.Mock(), torch.device("cuda", 0)
+    event.return_value.query.side_effect = [False, True]
+    with mock.patch.object(torch.cuda, "Event", event):
+        bandwidth.wait_for_gpu(cuda, 5)
+        event.return_value.query.side_effect = lambda: False
+        with pytest.raises(RuntimeError, match=r"not finished talking after 0.05 s"):
+            bandwidth.wait_for_gpu(cuda, 0.05)
 
 
 def test_a_slow_rank() -> None:
