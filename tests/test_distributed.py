@@ -350,6 +350,14 @@ def test_batches_that_have_no_statistics_are_refused() -> None:
             ours(some(5, 4))
 
 
+@pytest.mark.parametrize("processes", [1, 8, 512, 4096])
+def test_counts_of_32_bits(processes: int) -> None:
+    """512 images of 112 x 112 on 512 processes are 3.3e9 values a channel."""
+    value, count = distributed.batch_norm._counts(512 * 112 * 112, processes)
+    tensor = torch.full((count,), value, dtype=torch.int32)
+    assert int(tensor.sum()) == 512 * 112 * 112 * processes
+
+
 def test_averages_in_another_precision() -> None:
     ours = distributed.global_batch_norm(nn.BatchNorm1d(4).double(), ViewLayout()).train()
     plain = nn.BatchNorm1d(4).double().train()
