@@ -846,7 +846,7 @@ def test_scontrol_that_does_not_answer(
 
 
 def test_the_memory_that_dali_takes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training's pipeline holds 900 bytes, a measurement's 300 and validation's 500."""
+    """Training's pipeline holds 900 bytes, others 300, 500 and, with `measure.views`, 700."""
     held = 1900  # 1000 of CUDA, before
 
     class Pipeline:
@@ -874,6 +874,10 @@ def test_the_memory_that_dali_takes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
     ctx = Context(config_of(), (), world, ["here"], torch.device("cuda", 0), 1.0)
     ctx.data, ctx.bad, ctx.gpu_bytes = data, images.BadImages(), 1000  # type: ignore[assignment]
     assert images.memory_of_pipelines(ctx) == (900, 1400)
+    drawn = mock.Mock(**{"return_value.view_loader.return_value": (Pipeline(700), 3)})
+    monkeypatch.setattr(images, "Validation", drawn)
+    ctx.config = config_of("measure.views=2")
+    assert images.memory_of_pipelines(ctx) == (900, 1600)
     assert held == 1900
     numbers = ((900 << 20, 980 << 20), (950 << 20, 960 << 20))
     facts = [images.Decoded(0, (), 10.0, both) for both in numbers]
