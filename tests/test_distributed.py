@@ -388,6 +388,14 @@ def test_batches_that_have_no_statistics_are_refused() -> None:
             ours(some(5, 4))
 
 
+@pytest.mark.parametrize("processes", [1, 8, 512, 4096])
+def test_counts_of_32_bits(processes: int) -> None:
+    """512 images of 112 x 112 on 512 processes are 3.3e9 values a channel."""
+    value, count = distributed.batch_norm._counts(512 * 112 * 112, processes)
+    tensor = torch.full((count,), value, dtype=torch.int32)
+    assert int(tensor.sum()) == 512 * 112 * 112 * processes
+
+
 def test_averages_in_another_precision() -> None:
     ours = distributed.global_batch_norm(nn.BatchNorm1d(4).double(), ViewLayout()).train()
     plain = nn.BatchNorm1d(4).double().train()
@@ -510,6 +518,18 @@ def test_compressed_gradients_are_rounded_and_equal_everywhere(ranks: Ranks) -> 
         assert torch.equal(found, results[0][0])
         assert 2 * sent == 2 * counted == nbytes == 4 * exact.numel()
         assert 1e-4 < float((found - exact).norm() / exact.norm()) < 1e-2
+
+
+def last_timed(world: World) -> int:
+    parallel = distributed.data_parallel(nn.Linear(2, 1), world)
+    for _ in range(120):
+        parallel(torch.ones(1, 2)).sum().backward()
+    return int(parallel._get_ddp_logging_data()["iteration"])
+
+
+def test_ddp_times_its_first_steps_alone(ranks: Ranks) -> None:
+    """On a GPU the host waits for what it times; of itself DDP does so in every 100th step."""
+    assert ranks.run(last_timed, 2) == [10, 10]
 
 
 @pytest.fixture(scope="module")

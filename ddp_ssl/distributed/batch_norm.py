@@ -203,6 +203,12 @@ class _Statistics(NamedTuple):
     inverse: bool
 
 
+def _counts(rows: int, processes: int) -> tuple[int, int]:
+    """A number of 32 bits, and how many of it the backward kernel sums to the count of all rows."""
+    every = rows * processes
+    return (every, 1) if every < 2**31 else (rows, processes)
+
+
 class _NormalizeOnGPU(torch.autograd.Function):
     """The same with the kernels that `nn.SyncBatchNorm` uses. Each view is a slice of the batch.
 
@@ -247,8 +253,7 @@ class _NormalizeOnGPU(torch.autograd.Function):
         ours = zip(views, out.chunk(local), means[held], inverses[held], strict=True)
         for view, part, mean, inverse in ours:
             torch.batch_norm_elemt(view, weight, bias, mean, inverse, eps, out=part)
-        # The backward kernel sums these counts.
-        counts = norm.constant(number, 1, packed, torch.int32)
+        counts = norm.constant(*_counts(rows, len(packed)), packed, torch.int32)
         ctx.save_for_backward(x, weight, counts, *means[held], *inverses[held])
         ctx.local, ctx.total, ctx.held, ctx.reduce = local, total, held, reduce
         return out
