@@ -247,8 +247,14 @@ class Step:
         self.learner.method.after_step(progress)
 
     def speed(self, images: int) -> Row:
-        """Time, memory, kernels, and the share of the least time that the operators need."""
+        """Time, memory, kernels, and the share of the least time that the operators need.
+
+        A compiled step's operators are not counted: they are the compiler's own kernels.
+        """
         self.use(images)
+        began = time.perf_counter()
+        self()
+        seconds = time.perf_counter() - began
         for _ in range(3):
             self()
         on_gpu = self.device.type == "cuda"
@@ -259,18 +265,18 @@ class Step:
         if on_gpu:
             memory["allocated_gib"] = torch.cuda.max_memory_allocated(self.device) / GIB
             memory["reserved_gib"] = torch.cuda.max_memory_reserved(self.device) / GIB
+        row: Row = {"ms": ms, "images_per_s": 1e3 * images / ms, **memory}
+        if self.config.model.compile:
+            return row | {"compile_s": seconds, **self.trace()}
         rates = self.report.rates()
         with Count(rates or (1.0, 1.0)) as count:
             self()
-        return {
-            "ms": ms,
-            "images_per_s": 1e3 * images / ms,
+        return row | {
             "limit_share": 1e3 * count.seconds / ms if rates else None,
             "gbytes": count.nbytes / 1e9,
             "tflop": count.flops / 1e12,
             **self.trace(),
             "host_ms": self.host_ms(),
-            **memory,
         }
 
     def trace(self) -> Row:
@@ -493,18 +499,28 @@ def whole(report: Report) -> None:
 
 
 def compiled(report: Report) -> None:
-    """A run with `model.compile`."""
-    # A ResNet's graph breaks at every norm's collective: minutes for a CPU's compiler.
-    vit = [f"model.backbone={NETWORKS['vit_s16']}", f"model.backbone_args={TINY['vit_s16']}"]
+    """Steps with `model.compile`, and a run of thirty steps beside one that is not compiled."""
+    # A CPU's compiler needs minutes for a ResNet.
+    networks = ["vit_s16"] if report.rehearse else ["resnet50", "vit_s16"]
+    settings = "optim.precision=bf16", "model.compile=true"
+    with group_of_one(report.device):
+        for network in networks:
+            for images in (2,) if report.rehearse else (128, 32):
+
+                def speed(network: str = network, images: int = images) -> Row:
+                    torch.compiler.reset()  # another size would be compiled for any size
+                    return Step(report, ADADIM, network, "global", *settings).speed(images)
+
+                report.measure(100, speed, network=network, norm="global", images=images)
+    small = [f"model.backbone={NETWORKS['vit_s16']}", f"model.backbone_args={TINY['vit_s16']}"]
+    more = small if report.rehearse else []
     with tempfile.TemporaryDirectory() as name:
 
         def work() -> Row:
-            began = time.perf_counter()
-            more = vit if report.rehearse else []
-            rows = run_of(report, Path(name) / "run", "model.compile=true", *more)
-            return {"seconds": time.perf_counter() - began, "last_loss": rows[-1]["train/loss"]}
+            plain = run_of(report, Path(name) / "plain", *more)
+            return apart(run_of(report, Path(name) / "run", "model.compile=true", *more), plain)
 
-        report.measure(170, work, run="compiled")
+        report.measure(170, work, run="compiled, beside the same run without")
 
 
 @contextlib.contextmanager
