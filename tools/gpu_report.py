@@ -596,6 +596,18 @@ def parts(report: Report) -> None:
 
     report.measure(40, optimizers, what="a step of the optimiser")
 
+    def decompositions() -> Row:
+        """MMCR's singular values by each method of cuSOLVER, and alpha's eigenvalues."""
+        x = torch.randn(*((16, 8) if small else (4096, 512)), device=report.device)
+        gram = (x.T @ x).double()
+        made = {"eigvalsh": lambda: torch.linalg.eigvalsh(gram)}
+        for driver in ("gesvdj", "gesvd", "gesvda") if x.is_cuda else (None,):
+            made[f"svdvals {driver}"] = functools.partial(torch.linalg.svdvals, x, driver=driver)
+        times = in_turn(made, 3, report.device)
+        return {f"{k}, ms": sorted(v)[len(v) // 2] for k, v in times.items()}
+
+    report.measure(20, decompositions, what="decompositions")
+
 
 # --- with DALI -----------------------------------------------------------------------------------
 
