@@ -74,16 +74,17 @@ class LARS(torch.optim.Optimizer):
         """One update; returns what `closure` returns, if there is one."""
         loss = _evaluated(closure)
         for tensors in _chunks(list(self._trained())):
-            torch._foreach_mul_([t.buffer for t in tensors], self.defaults["momentum"])
+            deep = [t for t in tensors if not is_one_dimensional(t.p)]
             flat = [t for t in tensors if is_one_dimensional(t.p)]
+            ratios = self._trust_ratios(deep) if deep else None
+            torch._foreach_mul_([t.buffer for t in tensors], self.defaults["momentum"])
+            if ratios is not None:
+                gradients = [t.gradient for t in deep]
+                factors = _alike(ratios, gradients)
+                torch._foreach_addcmul_([t.buffer for t in deep], gradients, factors)
             if flat:
                 torch._foreach_add_([t.buffer for t in flat], [t.gradient for t in flat])
                 self._bound(flat)
-            deep = [t for t in tensors if not is_one_dimensional(t.p)]
-            if deep:
-                ratios, gradients = self._trust_ratios(deep), [t.gradient for t in deep]
-                factors = _alike(ratios, gradients)
-                torch._foreach_addcmul_([t.buffer for t in deep], gradients, factors)
             _add((t.p, t.buffer, -t.group["lr"]) for t in tensors)
         return loss
 
@@ -111,13 +112,12 @@ class LARS(torch.optim.Optimizer):
         Norms stay on the device, so zeros are found there.
         """
         options, solo = self.defaults, self.defaults["variant"] == "solo"
-        q: Tensor
-        params, gradients = [t.p for t in tensors], [t.gradient for t in tensors]
         decays = [t.group["weight_decay"] for t in tensors]
+        params, gradients = [t.p for t in tensors], [t.gradient for t in tensors]
         if not solo:
             _add(zip(gradients, params, decays, strict=True))
-        q, below = norms = torch.stack(torch._foreach_norm(params + gradients)).view(2, -1)
-        no_p, no_g = norms == 0
+        q, below = torch.stack(torch._foreach_norm(params + gradients)).view(2, -1).unbind()
+        no_p, no_g = q == 0, below == 0
         if solo:
             _add(zip(gradients, params, decays, strict=True))
             _add(zip(below.unbind(), q.unbind(), decays, strict=True))
