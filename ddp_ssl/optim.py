@@ -116,8 +116,8 @@ class LARS(torch.optim.Optimizer):
         params, gradients = [t.p for t in tensors], [t.gradient for t in tensors]
         if not solo:
             _add(zip(gradients, params, decays, strict=True))
-        q, below = torch.stack(torch._foreach_norm(params + gradients)).view(2, -1).unbind()
-        no_p, no_g = q == 0, below == 0
+        norms = torch.stack(torch._foreach_norm(params + gradients)).view(2, -1)
+        (q, below), (no_p, no_g) = norms.unbind(), (norms == 0).unbind()
         if solo:
             _add(zip(gradients, params, decays, strict=True))
             _add(zip(below.unbind(), q.unbind(), decays, strict=True))

@@ -30,6 +30,11 @@ class Formula(NamedTuple):
     views: int
     images: int
 
+    @property
+    def by_second(self) -> float:
+        """The gradient of the weighted c by X_k is this times X_k X_k^T X_k, and more."""
+        return 4 * self.weights[2] * self.factors[2]
+
 
 def terms(z: Tensor, formula: Formula, route: Route, comm: Comm) -> tuple[Tensor, ...]:
     """The weighted sum of s, v and c, and the three without gradient, from `z` `[k, n, d]` here."""
@@ -48,101 +53,107 @@ class _Terms(torch.autograd.Function):
     def forward(
         ctx: Any, z: Tensor, given: Tensor, formula: Formula, route: Route, comm: Comm
     ) -> tuple[Tensor, ...]:
-        _, n, width = z.shape
-        f, images, views = formula, formula.images, formula.views
-        mean = _total(z.sum(1), views, comm)[comm.views, None] / images
-        whole, kept, seconds = None, list[Tensor](), list[Tensor]()
+        width, f, images, views = z.shape[2], formula, formula.images, formula.views
+        mean = comm.sum(comm.placed(z.sum(1)))[comm.views, None] / images
+        mean_view = None
+        if comm.view_shards > 1:
+            first = comm.view_sum(z.sum(0)) / views
+            mean_view = torch.stack([first, comm.view_sum((z - first).sum(0)) / views])
+        squares, distances, seconds = list[Tensor](), list[Tensor](), list[Tensor]()
+        for part in in_cache(z):
+            squares.append((z[:, part] - mean).square_().sum(1))
+            distances.append(_from_mean_view(z, mean_view, part).square_().sum())
+        rows, whole, kept = None, None, list[Tensor]()
         if gathers(route, images, width):
-            rows = gather_rows(given, z, comm)[comm.views]  # in one process z itself
-            rows = rows - mean if comm.world_size == 1 else rows.sub_(mean)
-            centred = rows[:, comm.rows(n)]
-            for own, every in zip(centred, rows, strict=True):
+            if comm.world_size > 1:  # centred rows of all images, and so those held here
+                rows = gather_rows(given, z, comm)[comm.views].contiguous().sub_(mean)
+            for v in range(len(z)):
+                own, every = _centred(v, z, mean, rows, comm)
                 parts = list(blocks(own, images))
                 for part in parts:
                     products = gram(own[part], every)
                     seconds.append(products.square().sum())
                 kept += [products] if len(parts) == 1 else []
         else:
-            rows = centred = z - mean
             moments = z.new_empty(len(z), width, width)
-            for moment, own in zip(moments, centred, strict=True):
-                moment.copy_(gram(own.T, own.T))
-            whole = _total(moments, views, comm)[comm.views]
+            for moment, own, centre in zip(moments, z, mean, strict=True):
+                columns = (own - centre).T
+                moment.copy_(gram(columns, columns))
+            whole = comm.sum(comm.placed(moments))[comm.views]
             seconds.append(inner(moments.flatten(0, 1), whole.flatten(0, 1)))
-        apart = _from_mean_view(z, views, comm)
-        squares = reduce(torch.add, [centred[:, i].square().sum(1) for i in in_cache(z)])
-        distance = reduce(torch.add, [apart[:, i].square().sum() for i in in_cache(z)])
-        squares = _placed(squares, views, comm).flatten()
-        sums = comm.sum(torch.hstack([squares, *seconds, distance]))
-        squares, second = sums[: len(squares)], sums[len(squares) : -1].sum()
+        q = comm.placed(reduce(torch.add, squares)).flatten()
+        sums = comm.sum(torch.hstack([q, *seconds, reduce(torch.add, distances)]))
+        q, second = sums[: len(q)], sums[len(q) : -1].sum()
 
-        # The deviations times the root of images - 1, and so is the hinge.
-        root = math.sqrt(images - 1)
-        deviations = (squares + f.eps * (images - 1)).sqrt_()
-        hinge = (f.gamma * root - deviations).clamp_(min=0)
-        found = [sums[-1], hinge.sum(), second - squares.square().sum()]
-        of_v = f.factors[1] / root
-        s, v, c = torch._foreach_mul(found, [f.factors[0], of_v, f.factors[2]])
-        loss = (f.weights[0] * s).add_(v, alpha=f.weights[1]).add_(c, alpha=f.weights[2])
-
-        # The gradient by a centred row is this times the row, and more.
-        by_second, by_hinge = 4 * f.weights[2] * f.factors[2], f.weights[1] * of_v
-        slopes = (squares * -by_second).addcdiv_(hinge.sign_(), deviations, value=-by_hinge)
-        ctx.save_for_backward(rows, apart, slopes.view(views, 1, width), whole, *kept)
-        ctx.by_second, ctx.formula, ctx.comm = by_second, f, comm
-        ctx.mark_non_differentiable(s, v, c)
+        found, slopes = _evaluated(f, q, second, sums[-1])
+        slopes = slopes.view(views, 1, width)[comm.views]
+        ctx.save_for_backward(z, mean_view, mean, rows, slopes, whole, *kept)
+        ctx.formula, ctx.comm = f, comm
+        ctx.mark_non_differentiable(*found[1:])
         ctx.set_materialize_grads(False)
-        return loss, s, v, c
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * 5
-        rows, apart, slopes, whole, *kept = ctx.saved_tensors
-        comm, f = ctx.comm, ctx.formula
-        scale = comm.sum(grads[0])
-        centred = rows if whole is not None else rows[:, comm.rows(apart.shape[1])]
-        grad = centred * slopes[comm.views]
-        for v, (out, own) in enumerate(zip(grad, centred, strict=True)):
+        z, mean_view, mean, rows, slopes, whole, *kept = ctx.saved_tensors
+        comm, f, grad = ctx.comm, ctx.formula, torch.empty_like(z)
+        for v, out in enumerate(grad):
+            own, every = _centred(v, z, mean, rows, comm)
+            torch.mul(own, slopes[v], out=out)
             if whole is not None:
-                out.addmm_(own, whole[v], alpha=ctx.by_second)
+                out.addmm_(own, whole[v], alpha=f.by_second)
                 continue
             for part in blocks(own, f.images):
-                products = kept[v] if kept else own[part] @ rows[v].T
-                out[part].addmm_(products, rows[v], alpha=ctx.by_second)
+                products = kept[v] if kept else own[part] @ every.T
+                out[part].addmm_(products, every, alpha=f.by_second)
+            del own, every
         # The gradients of variance and covariance add up to zero over images, but for a rounding
         # error that counts where a mean is large beside its deviation.
-        offset = _total(grad.sum(1), f.views, comm)[comm.views, None]
-        for part in in_cache(grad):
+        offset = comm.sum(comm.placed(grad.sum(1)))[comm.views, None]
+        scale = comm.sum(grads[0])
+        for part in in_cache(z):
+            apart = _from_mean_view(z, mean_view, part)
             out = grad[:, part].sub_(offset, alpha=1 / f.images)
-            out.add_(apart[:, part], alpha=2 * f.weights[0] * f.factors[0]).mul_(scale)
+            out.add_(apart, alpha=2 * f.weights[0] * f.factors[0]).mul_(scale)
         return grad, None, None, None, None
 
 
-def _placed(x: Tensor, views: int, comm: Comm) -> Tensor:
-    """Rows `[k, ...]` of the views held here among those of all views `[K, ...]`, else zero."""
-    if comm.view_shards == 1:
-        return x
-    whole = x.new_zeros(views, *x.shape[1:])
-    whole[comm.views] = x
-    return whole
+def _evaluated(
+    f: Formula, q: Tensor, second: Tensor, distance: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The weighted sum of s, v and c, and the three; the gradient by X_k in multiples of X_k.
 
-
-def _total(x: Tensor, views: int, comm: Comm) -> Tensor:
-    """Sums over all images `[K, ...]`, of every view, from those held here `[k, ...]`."""
-    return comm.sum(_placed(x, views, comm))
-
-
-def _from_mean_view(z: Tensor, views: int, comm: Comm) -> Tensor:
-    """`z` `[k, n, d]` less the mean over all views.
-
-    The mean of the rounding error is subtracted as well: views are alike, so the difference is
-    small.
+    `q` and that gradient: `[K d]`. `second`: the sum of all |X_k^T X_k|_F^2.
     """
+    root = math.sqrt(f.images - 1)  # times which deviations and hinge are
+    deviations = (q + f.eps * (f.images - 1)).sqrt_()
+    hinge = (f.gamma * root - deviations).clamp_(min=0)
+    factors = [f.factors[0], f.factors[1] / root, f.factors[2]]
+    s, v, c = torch._foreach_mul([distance, hinge.sum(), second - q.square().sum()], factors)
+    loss = (f.weights[0] * s).add_(v, alpha=f.weights[1]).add_(c, alpha=f.weights[2])
+    by_hinge = -f.weights[1] * factors[1]
+    return (loss, s, v, c), (q * -f.by_second).addcdiv_(hinge.sign_(), deviations, value=by_hinge)
 
-    def mean(x: Tensor) -> Tensor:
-        return x.mean(0) if comm.view_shards == 1 else comm.view_sum(x.sum(0)) / views
 
-    apart = z - mean(z)
-    return apart.sub_(mean(apart))
+def _centred(
+    view: int, z: Tensor, mean: Tensor, rows: Tensor | None, comm: Comm
+) -> tuple[Tensor, Tensor]:
+    """A view's centred rows of the images held here and of all images; `rows` has them, if any."""
+    if rows is None:
+        own = z[view] - mean[view]
+        return own, own
+    return rows[view, comm.rows(z.shape[1])], rows[view]
+
+
+def _from_mean_view(z: Tensor, mean_view: Tensor | None, part: slice) -> Tensor:
+    """Some rows of all views `[k, m, d]` less their mean over views.
+
+    `mean_view`: that mean in two parts `[2, n, d]`, or none if all views are here. The mean of the
+    rounding error is subtracted as well: views are alike, so the difference is small.
+    """
+    own = z[:, part]
+    apart = own - (own.mean(0) if mean_view is None else mean_view[0, part])
+    return apart.sub_(apart.mean(0) if mean_view is None else mean_view[1, part])
