@@ -105,8 +105,7 @@ class _Terms(torch.autograd.Function):
             torch.mul(own, slopes[v], out=out)
             if whole is not None:
                 out.addmm_(own, whole[v], alpha=f.by_second)
-                continue
-            for part in blocks(own, f.images):
+            for part in blocks(own, f.images) if whole is None else ():
                 products = kept[v] if kept else own[part] @ every.T
                 out[part].addmm_(products, every, alpha=f.by_second)
             del own, every
