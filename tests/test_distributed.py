@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -194,12 +194,29 @@ def global_norm_on_a_gpu(*how: Any) -> Any:
         return global_norm(*how)
 
 
-def global_norm(world: World, view_shards: int, kind: str, separate: bool, last: bool) -> Any:
+def compiled_global_norm(*how: Any) -> Any:
+    """In one graph, whose operators are run one after the other (no compiler of C++ is needed)."""
+
+    def in_one_graph(net: nn.Module) -> None:
+        net.compile(backend="aot_eager", fullgraph=True)
+
+    return global_norm(*how, prepare=in_one_graph)
+
+
+def global_norm(
+    world: World,
+    view_shards: int,
+    kind: str,
+    separate: bool,
+    last: bool,
+    prepare: Callable[[nn.Module], None] = lambda net: None,
+) -> Any:
     fmt = torch.channels_last if last else torch.contiguous_format
     comm = MeshComm(world, view_shards) if world.size > 1 else comm_of(world)
     layout = ViewLayout()
     net = distributed.global_batch_norm(network(kind).double(), layout).to(memory_format=fmt)
     net.train()
+    prepare(net)
     module = DDP(net, broadcast_buffers=False) if world.size > 1 else net
     n = 12 // comm.data_shards
     mine = inputs(kind, 4)[comm.views, comm.rows(n)]
@@ -221,8 +238,26 @@ def global_norm(world: World, view_shards: int, kind: str, separate: bool, last:
 def test_global_batch_norm_is_torchs_on_the_whole_batch(
     ranks: Ranks, norm: Any, kind: str, separate: bool, size: int, view_shards: int
 ) -> None:
+    assert_equal_reference(
+        ranks.run(norm, size, view_shards, kind, separate, size != 2), kind, separate
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "view_shards", "kind"),
+    [(1, 1, "linear"), (2, 1, "conv"), (2, 2, "cumulative"), (4, 2, "conv")],
+)
+def test_compiled_global_batch_norm_is_torchs_on_the_whole_batch(
+    ranks: Ranks, kind: str, size: int, view_shards: int
+) -> None:
+    """Forward, backward, collectives and running averages of one graph without a break."""
+    results = ranks.run(compiled_global_norm, size, view_shards, kind, True, size != 2)
+    assert_equal_reference(results, kind, True)
+
+
+def assert_equal_reference(results: list[Any], kind: str, separate: bool) -> None:
     loss, gradients, buffers = reference_norm(kind, separate)
-    results = ranks.run(norm, size, view_shards, kind, separate, size != 2)
+    size = len(results)
     mean = sum(result[0] for result in results) / size
     assert abs(mean - loss) <= 1e-12 * abs(loss)
     for _, grads, stats in results:
@@ -293,12 +328,15 @@ def assert_same_averages(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", NORMS)
-def test_every_kind_of_norm_on_the_way_of_a_gpu(kind: str) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_kind_of_norm_on_the_way_of_a_gpu(kind: str, compiled: bool) -> None:
     """One process, two views, each by its own statistics."""
     x, weight = (some(*SHAPES.get(kind, (24, 5, 6, 7)), seed=seed) * 3 + 2 for seed in (0, 2))
     plain, layout = NORMS[kind](5).double().train(), ViewLayout()
     ours = copy.deepcopy(distributed.global_batch_norm(NORMS[kind](5), layout)).double().train()
     ours.layout = layout
+    if compiled:
+        ours.compile(backend="aot_eager", fullgraph=True)
     a, b = (x.clone().requires_grad_() for _ in range(2))
     torch.cat([plain(view) for view in a.chunk(2)]).mul(weight).sum().backward()
     with with_kernels(), distributed.stacked_views(layout, 2, slice(None)):
@@ -348,6 +386,14 @@ def test_batches_that_have_no_statistics_are_refused() -> None:
             pytest.raises(ValueError, match="5"),
         ):
             ours(some(5, 4))
+
+
+@pytest.mark.parametrize("processes", [1, 8, 512, 4096])
+def test_counts_of_32_bits(processes: int) -> None:
+    """512 images of 112 x 112 on 512 processes are 3.3e9 values a channel."""
+    value, count = distributed.batch_norm._counts(512 * 112 * 112, processes)
+    tensor = torch.full((count,), value, dtype=torch.int32)
+    assert int(tensor.sum()) == 512 * 112 * 112 * processes
 
 
 def test_averages_in_another_precision() -> None:
@@ -472,6 +518,18 @@ def test_compressed_gradients_are_rounded_and_equal_everywhere(ranks: Ranks) -> 
         assert torch.equal(found, results[0][0])
         assert 2 * sent == 2 * counted == nbytes == 4 * exact.numel()
         assert 1e-4 < float((found - exact).norm() / exact.norm()) < 1e-2
+
+
+def last_timed(world: World) -> int:
+    parallel = distributed.data_parallel(nn.Linear(2, 1), world)
+    for _ in range(120):
+        parallel(torch.ones(1, 2)).sum().backward()
+    return int(parallel._get_ddp_logging_data()["iteration"])
+
+
+def test_ddp_times_its_first_steps_alone(ranks: Ranks) -> None:
+    """On a GPU the host waits for what it times; of itself DDP does so in every 100th step."""
+    assert ranks.run(last_timed, 2) == [10, 10]
 
 
 @pytest.fixture(scope="module")

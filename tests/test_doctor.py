@@ -25,7 +25,7 @@ from ddp_ssl import cli, distributed, doctor
 from ddp_ssl.checks import examination, images, machine, network, software, storage
 from ddp_ssl.checks.base import Check, Context, Finding, file_system, ok
 from ddp_ssl.data.datasets.split import Split
-from ddp_ssl.distributed import Exchange, World
+from ddp_ssl.distributed import Exchange, World, bandwidth
 from ddp_ssl.run import environment
 from ddp_ssl.run.configure import DIGITS
 from tests.helpers import config_of
@@ -637,6 +637,16 @@ def test_all_reduce() -> None:
     assert "from rank 3 (n2) to rank 0 (n1)" in found.text
 
 
+def test_a_collective_that_never_ends_on_a_gpu() -> None:
+    event, cuda = mock.Mock(), torch.device("cuda", 0)
+    event.return_value.query.side_effect = [False, True]
+    with mock.patch.object(torch.cuda, "Event", event):
+        bandwidth.wait_for_gpu(cuda, 5)
+        event.return_value.query.side_effect = lambda: False
+        with pytest.raises(RuntimeError, match=r"not finished talking after 0.05 s"):
+            bandwidth.wait_for_gpu(cuda, 0.05)
+
+
 def test_a_slow_rank() -> None:
     (found,) = machine.judge_speed(ctx_of(3, hosts=["n1", "n1", "n2"]), [1.0, 1.1, 2.2])
     assert found.level == "warn"
@@ -836,7 +846,7 @@ def test_scontrol_that_does_not_answer(
 
 
 def test_the_memory_that_dali_takes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training's pipeline holds 900 bytes, a measurement's 300 and validation's 500."""
+    """Training's pipeline holds 900 bytes, others 300, 500 and, with `measure.views`, 700."""
     held = 1900  # 1000 of CUDA, before
 
     class Pipeline:
@@ -864,6 +874,10 @@ def test_the_memory_that_dali_takes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
     ctx = Context(config_of(), (), world, ["here"], torch.device("cuda", 0), 1.0)
     ctx.data, ctx.bad, ctx.gpu_bytes = data, images.BadImages(), 1000  # type: ignore[assignment]
     assert images.memory_of_pipelines(ctx) == (900, 1400)
+    drawn = mock.Mock(**{"return_value.view_loader.return_value": (Pipeline(700), 3)})
+    monkeypatch.setattr(images, "Validation", drawn)
+    ctx.config = config_of("measure.views=2")
+    assert images.memory_of_pipelines(ctx) == (900, 1600)
     assert held == 1900
     numbers = ((900 << 20, 980 << 20), (950 << 20, 960 << 20))
     facts = [images.Decoded(0, (), 10.0, both) for both in numbers]

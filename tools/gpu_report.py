@@ -40,6 +40,8 @@ from shared import CLASSES, learner_of, trained, without_input
 from ddp_ssl import optim
 from ddp_ssl.comm import ONE_PROCESS
 from ddp_ssl.data.batch import Batch
+from ddp_ssl.data.build import load_data, train_loader
+from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.distributed import World
 from ddp_ssl.driver import find_driver
 from ddp_ssl.methods.base import Progress
@@ -551,11 +553,19 @@ def parts(report: Report) -> None:
                 row = {f"{k}_ms": sorted(v)[len(v) // 2] for k, v in times.items()}
                 row |= {f"{k}_mib": peak_mib(one, report.device) for k, one in made.items()}
                 row["err"] = inexact(ours, z)
+                half = losses.step(ours, z.detach().bfloat16().requires_grad_())
+                row["bf16_ms"] = sorted(in_turn({"": half}, 5, report.device)[""])[2]
                 with _tf32():
                     tf32 = sorted(in_turn({"": made["ours"]}, 5, report.device)[""])
                     return row | {"tf32_ms": tf32[2], "tf32_err": inexact(ours, z)}
 
             report.measure(30, work, what=name, images=images, width=width)
+
+    def digits() -> Row:
+        found = losses.digits(report.device, *((8, 16) if small else ()))
+        return {name.replace(" | ", ", "): by_units for name, (_, by_units, _) in found.items()}
+
+    report.measure(30, digits, what="error of a gradient, bf16 rows")
 
     def optimizers() -> Row:
         import timm
@@ -575,6 +585,11 @@ def parts(report: Report) -> None:
 
 
 ROOTS = {"folder": "images", "parquet": "parquet"}
+SETTINGS = (  # of the loader alone
+    "data.color_jitter=seq", "data.color_jitter=fast", "data.color_jitter=exact",
+    "data.threads=2", "data.threads=4", "data.threads=8", "data.hw_decoder_load=0",
+    "data.dtype=float16",
+)  # fmt: skip
 
 
 def write_parquet(images: Path, folder: Path) -> None:
@@ -641,6 +656,35 @@ def images(report: Report) -> None:
                 row["error"] = "; ".join(x for x in lines if x.startswith("fail"))[:500]
             return row
 
+        def alone(*more: str) -> Row:
+            world = World(0, 1, 0, 1, report.device)
+            config = load([
+                str(ADADIM), "data.name=folder", f"data.root={place / 'images'}",
+                f"data.batch_size={batch}",
+                *(["data.views=[{count: 2, size: 32, recipe: asym}]"] if small else []), *more,
+            ]).config  # fmt: skip
+            views, loaded = range(config.num_views), load_data(config, world)
+            made = train_loader(config, ONE_PROCESS, loaded, report.device, views, BadImages())
+            with contextlib.closing(made):
+                for _ in range(1 + config.data.prefetch):
+                    next(made)
+                ms = timed(lambda: next(made), report.device, 0.2 if small else 4.0)
+            return {"alone": 1e3 * batch / ms}
+
+        def evaluated(device: str) -> float:
+            command = [
+                sys.executable, "-m", "ddp_ssl.evaluate", "knn", "timm:resnet18",
+                f"model.backbone_args={TINY['resnet18']}", "data.name=digits", "data.val_size=32",
+                f"run.device={device}", f"run.dir={place / f'knn-{device}'}",
+            ]  # fmt: skip
+            subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+            (found,) = (place / f"knn-{device}" / "evaluate").glob("*.json")
+            top1: float = json.loads(found.read_text())["rows"][0]["top1"]
+            return top1
+
+        def evaluation() -> Row:
+            return {"top1": evaluated(report.device.type), "on_a_cpu": evaluated("cpu")}
+
         kinds = [
             ("resnet18", 0.65, "folder"), ("resnet50", 0.65, "folder"), ("resnet18", 0.5, "folder"),
             ("resnet18", 0.65, "parquet"), ("resnet18", 0.9, "folder"),
@@ -654,6 +698,9 @@ def images(report: Report) -> None:
                 60, functools.partial(run, network, load_, kind), network=network, source=kind,
                 hw_decoder_load=load_, unit="images/s",
             )  # fmt: skip
+        for more in SETTINGS:
+            report.measure(30, functools.partial(alone, more), setting=more, unit="images/s")
+        report.measure(90, evaluation, what="evaluate knn")
         report.measure(90, doctor, what="the doctor")
     report.measure(120, lambda: run_tests(report, ["tests/data/test_gpu.py"]), tests="with DALI")
 

@@ -88,7 +88,8 @@ class Cluster:
         0.0, f"224-pixel crops of one GPU; else an H200's for {', '.join(IMAGES_PER_SECOND)}",
         -math.inf,
     )  # fmt: skip
-    fp32: float = rate(51e12, "the losses' products, FLOP/s (%(default)g)")
+    fp32: float = rate(51e12, "the losses' products in float32, FLOP/s (%(default)g)")
+    bf16: float = rate(690e12, "the losses' products of bf16, FLOP/s (%(default)g)")
     memory: float = rate(4.29e12, "device memory, bytes/s (%(default)g)")
     kernel: float = rate(4e-6, "s of the shortest operation (%(default)g)", 0)
     fp64: float = rate(10e12, "float64 products for alpha, FLOP/s (%(default)g)")
@@ -196,8 +197,9 @@ class Recorder(TorchDispatchMode):
         elif works:
             moved = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
             nbytes = sum(x.numel() * x.element_size() for x in moved)
-            c = self.cluster
-            self._seconds += max(flops / c.fp32, nbytes / c.memory, c.kernel)
+            c, half = self.cluster, flops and args[0].dtype == torch.bfloat16
+            rate = c.bf16 if half else c.fp32
+            self._seconds += max(flops / rate, nbytes / c.memory, c.kernel)
         return out
 
     def event(self, kind: str, nbytes: int, waits: bool = True) -> None:

@@ -37,7 +37,7 @@ from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading.bad_images import BadImages
 from ddp_ssl.data.loading.decodable import Decoder, first_line, why, worth_trying
 from ddp_ssl.data.loading.formats import Decoding
-from ddp_ssl.evals.validation import central_crops
+from ddp_ssl.evals.validation import Validation, central_crops
 from ddp_ssl.utils.device_memory import held_by_others
 
 SCAN_S = 1800.0  # for finding the images, at most (`examination.LONGEST_S` is the limit of all)
@@ -258,7 +258,8 @@ def time_pipeline(ctx: Context, before: list[Any]) -> Decoded | None:
 def memory_of_pipelines(ctx: Context) -> tuple[int, int] | None:
     """`Decoded.gpu_bytes`; None on a CPU. Training's pipeline is running.
 
-    A run opens two others beside it, one at a time: for a method's measurement, and to validate.
+    A run opens others beside it, one at a time: for a method's measurement, to validate, and for
+    the views of `measure.views`.
     """
     if ctx.device.type != "cuda" or ctx.data is None or ctx.bad is None:
         return None
@@ -277,6 +278,10 @@ def memory_of_pipelines(ctx: Context) -> tuple[int, int] | None:
     if val is not None:
         crops = central_crops(val, np.arange(len(val)), config, ctx.comm, ctx.device, bad)
         most = max(most, peak(crops))
+    if val is not None and config.measure.views:
+        drawn, _ = Validation(ctx.data, config, ctx.comm, ctx.device, bad).view_loader()
+        with contextlib.closing(drawn):
+            most = max(most, peak(drawn))
     return alone, most
 
 

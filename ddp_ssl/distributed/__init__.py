@@ -14,7 +14,6 @@ from ddp_ssl.distributed.bandwidth import Exchange as Exchange
 from ddp_ssl.distributed.bandwidth import measure_bandwidth as measure_bandwidth
 from ddp_ssl.distributed.batch_norm import GlobalBatchNorm as GlobalBatchNorm
 from ddp_ssl.distributed.batch_norm import ViewLayout as ViewLayout
-from ddp_ssl.distributed.batch_norm import compile_without_norms as compile_without_norms
 from ddp_ssl.distributed.batch_norm import global_batch_norm as global_batch_norm
 from ddp_ssl.distributed.batch_norm import stacked_views as stacked_views
 from ddp_ssl.distributed.collectives import MeshComm as MeshComm

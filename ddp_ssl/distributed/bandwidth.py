@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_ssl.distributed.world import World
+from ddp_ssl.utils import device_timer
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def measure_bandwidth(
 
         def settle() -> None:
             if device.type == "cuda":
-                torch.cuda.synchronize(device)
+                wait_for_gpu(device, timeout_s)
 
         def timed(elements: int) -> float:
             nonlocal correct
@@ -83,3 +84,14 @@ def measure_bandwidth(
     finally:
         with contextlib.suppress(Exception):
             dist.destroy_process_group(group)
+
+
+def wait_for_gpu(device: torch.device, timeout_s: float) -> None:
+    """Wait until a GPU has done all that was launched; `RuntimeError` after `timeout_s`.
+
+    A collective that never ends would hold `torch.cuda.synchronize` for ever.
+    """
+    end, limit = device_timer.now(device), time.perf_counter() + timeout_s
+    while not end.query():
+        if time.perf_counter() > limit:
+            raise RuntimeError(f"the GPUs have not finished talking after {timeout_s:g} s")

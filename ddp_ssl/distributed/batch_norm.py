@@ -44,17 +44,17 @@ def stacked_views(layout: ViewLayout, total: int, held: slice) -> Iterator[None]
 
 
 def _by_view(x: Tensor, views: int) -> tuple[Tensor, list[int], tuple[int, ...]]:
-    """Split `x` `[views * n, C, ...]` by view.
+    """Split `x` `[views * n, C, ...]`, contiguous in `_format(x)`, by view, without a copy.
 
     Returns the split tensor, the dimensions to reduce and the shape of the statistics.
     """
     channels = x.shape[1]
     if x.dim() == 2:
-        return x.reshape(views, -1, channels), [1], (-1, 1, channels)
+        return x.view(views, -1, channels), [1], (-1, 1, channels)
     if x.dim() == 4 and _format(x) == torch.channels_last:
-        return x.permute(0, 2, 3, 1).reshape(views, -1, channels), [1], (-1, 1, channels)
+        return x.permute(0, 2, 3, 1).view(views, -1, channels), [1], (-1, 1, channels)
     shape = (views, x.shape[0] // views, channels, -1)
-    return x.reshape(shape), [1, 3], (-1, 1, channels, 1)
+    return x.view(shape), [1, 3], (-1, 1, channels, 1)
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -67,18 +67,48 @@ def _affine(like: Tensor, views: int, x: Tensor, scale: Tensor, shift: Tensor) -
     """`x * scale + shift` for `x` from `_by_view`, as a fresh tensor laid out as `like`."""
     out = torch.empty_like(like, memory_format=_format(like))
     rows = _by_view(out, views)[0]
-    assert rows.data_ptr() == out.data_ptr()  # `rows` is a view of `out`, not a copy
-    if out.dtype == x.dtype:
+    if out.dtype == x.dtype and not torch.compiler.is_compiling():
         torch.addcmul(shift, x, scale, out=rows)
     else:
         rows.copy_(torch.addcmul(shift, x, scale))
     return out
 
 
-class _NormalizeOnCPU(torch.autograd.Function):
-    """Normalise each view by its statistics over all processes, in torch's generic operators.
+# An all-reduce in place. A compiled graph can hold it, since it is an operator of its own.
+_NAME = "ddp_ssl::sum_statistics"
+torch.library.define(_NAME, "(Tensor(a!) x) -> ()")
+torch.library.register_fake(_NAME, lambda x: None)
+torch.library.impl(
+    _NAME, "CompositeExplicitAutograd", lambda x: run_collective("norm", dist.all_reduce, x)
+)
 
-    Returns the output and, for the running averages, mean and unbiased variance `[total, C]`.
+
+def _total(own: Tensor, layout: ViewLayout, reduce: bool) -> Tensor:
+    """Sums `[total, ...]` over all processes, from those of the views held here `[views, ...]`."""
+    if not reduce:
+        return own
+    if layout.total == layout.local:
+        torch.ops.ddp_ssl.sum_statistics(own)
+        return own
+    every = own.new_zeros(layout.total, *own.shape[1:])
+    every[layout.held] = own
+    torch.ops.ddp_ssl.sum_statistics(every)
+    return every
+
+
+def _mean_and_inverse(statistics: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and inverse standard deviation in float64, from mean and variance `[views, 2 C]`."""
+    mean, variance = statistics.double().chunk(2, 1)
+    return mean, (variance + eps).rsqrt()
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalise each view by its statistics, in torch's generic operators.
+
+    For a CPU, and for `torch.compile` on any device. With `reduce` the statistics are those of all
+    processes, which hold as many images each, in one all-reduce forward and one backward; otherwise
+    this process's own. Returns the output and, for the running averages, means and variances
+    `[total, 2 C]`.
     """
 
     @staticmethod
@@ -89,40 +119,44 @@ class _NormalizeOnCPU(torch.autograd.Function):
         bias: Tensor,
         eps: float,
         layout: ViewLayout,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        channels, total, held, views = x.shape[1], layout.total, layout.held, layout.local
+        reduce: bool,
+    ) -> tuple[Tensor, Tensor]:
+        channels, views = x.shape[1], layout.local
+        held = layout.held if reduce else slice(None)
+        x = x.contiguous(memory_format=_format(x))
         rows, dims, shape = _by_view(x, views)
         work = rows.to(torch.promote_types(x.dtype, torch.float32))
-        count = rows.numel() // (views * channels)
-        # Local mean and centred squares in the working precision, combined in float64. So a large
-        # mean cancels nothing, and one all-reduce is enough.
-        mean = work.mean(dims).double()
-        squares = (work - mean.to(work.dtype).view(shape)).square_().sum(dims).double()
-        moments = x.new_zeros((total, 2 * channels + 1), dtype=torch.float64)
-        moments[held, 0] = count
-        moments[held, 1 : channels + 1] = count * mean
-        moments[held, channels + 1 :] = squares + count * mean.square()
-        run_collective("norm", dist.all_reduce, moments)
-        number = moments[:, :1]
-        means = moments[:, 1 : channels + 1] / number
-        variances = (moments[:, channels + 1 :] / number - means.square()).clamp_(min=0)
+        number = _number(x, layout, reduce)
+        # Local mean and variance in the working precision, combined in float64. So a large mean
+        # cancels nothing, and one all-reduce is enough.
+        if torch.compiler.is_compiling():  # in one pass
+            variance, mean = torch.var_mean(work, dims, correction=0)
+        else:
+            mean = work.mean(dims)
+            variance = (work - mean.view(shape)).square_().mean(dims)
+        mean, share = mean.double(), rows.numel() / (views * channels * number)
+        own = torch.cat([share * mean, share * (variance.double() + mean.square())], 1)
+        moments = _total(own, layout, reduce)
 
-        mean = means[held]
-        inverse = (variances[held] + eps).rsqrt()
+        mean, square = moments.chunk(2, 1)
+        variance = (square - mean.square()).clamp_(min=0)
+        kind = work.dtype
+        statistics = torch.cat([mean.to(kind), variance.to(kind)], 1)
+
+        mean, inverse = _mean_and_inverse(statistics[held], eps)
         scale = inverse * weight.double()
         shift = bias.double() - mean * scale
-        kind = work.dtype
         out = _affine(x, views, work, scale.to(kind).view(shape), shift.to(kind).view(shape))
-        ctx.save_for_backward(x, weight, mean, inverse, number)
-        ctx.total, ctx.held, ctx.views = total, held, views
-        unbiased = variances * (number / (number - 1).clamp(min=1))
-        ctx.mark_non_differentiable(means, unbiased)
-        return out, means, unbiased
+        ctx.save_for_backward(x, weight, statistics)
+        ctx.eps, ctx.layout, ctx.reduce, ctx.held, ctx.number = eps, layout, reduce, held, number
+        ctx.mark_non_differentiable(statistics)
+        return out, statistics
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse, number = ctx.saved_tensors
-        channels, held, views = x.shape[1], ctx.held, ctx.views
+        x, weight, statistics = ctx.saved_tensors
+        mean, inverse = _mean_and_inverse(statistics[ctx.held], ctx.eps)
+        views = len(mean)
         grad = grads[0]
         assert grad is not None
         grad = grad.contiguous(memory_format=_format(x))
@@ -134,10 +168,11 @@ class _NormalizeOnCPU(torch.autograd.Function):
         centred = (work - mean.to(kind).view(shape)).mul_(grad_rows)
         sum_grad_x = centred.sum(dims).double() * inverse
 
-        sums = x.new_zeros((ctx.total, 2 * channels), dtype=torch.float64)
-        sums[held] = torch.cat([sum_grad, sum_grad_x], 1)
-        run_collective("norm", dist.all_reduce, sums)
-        mean_grad, mean_grad_x = (sums[held] / number[held]).split(channels, 1)
+        own = torch.cat([sum_grad, sum_grad_x], 1)
+        # DDP averages the ranks' parts to the affine parameters.
+        of_bias, of_weight = own.sum(0).to(weight.dtype).view(2, -1).unbind()
+        sums = _total(own, ctx.layout, ctx.reduce)
+        mean_grad, mean_grad_x = (sums[ctx.held] / ctx.number).chunk(2, 1)
         # dx = w/s (g - mean g - x^ mean(g x^)) is one affine map of g and x per channel.
         scale = inverse * weight.double()
         slope = -scale * inverse * mean_grad_x
@@ -147,20 +182,31 @@ class _NormalizeOnCPU(torch.autograd.Function):
         )
         return (
             _affine(x, views, work, slope.to(kind).view(shape), offset_rows),
-            sum_grad_x.sum(0).to(weight.dtype),  # DDP averages the ranks' parts
-            sum_grad.sum(0).to(weight.dtype),
+            of_weight,
+            of_bias,
+            None,
             None,
             None,
         )
 
 
 class _Statistics(NamedTuple):
-    """Mean and inverse standard deviation `[C]` of each view, over `number` rows."""
+    """Statistics `[C]` of each view over `number` values, as the norm has them at hand.
+
+    Beside the mean: the variance, or the inverse standard deviation.
+    """
 
     norm: "GlobalBatchNorm"
     means: tuple[Tensor, ...]
-    inverses: tuple[Tensor, ...]
+    others: tuple[Tensor, ...]
     number: int
+    inverse: bool
+
+
+def _counts(rows: int, processes: int) -> tuple[int, int]:
+    """A number of 32 bits, and how many of it the backward kernel sums to the count of all rows."""
+    every = rows * processes
+    return (every, 1) if every < 2**31 else (rows, processes)
 
 
 class _NormalizeOnGPU(torch.autograd.Function):
@@ -184,10 +230,9 @@ class _NormalizeOnGPU(torch.autograd.Function):
         x = x.contiguous(memory_format=_format(x))
         local, channels, eps = layout.local, x.shape[1], norm.eps
         total, held = (layout.total, layout.held) if reduce else (local, slice(None))
+        number = _number(x, layout, reduce)
         views = x.chunk(local)
         rows = views[0].numel() // channels
-        if len(x) % local:
-            raise ValueError(f"{len(x)} images are not {local} views of as many images each")
         own = [torch.batch_norm_stats(view, eps) for view in views]
         packed = torch.cat([part for kind in zip(*own, strict=True) for part in kind])[None]
         if reduce:
@@ -197,21 +242,18 @@ class _NormalizeOnGPU(torch.autograd.Function):
             if total > local:  # [data shard, view shard, kind, view, C]: view shards into the row
                 apart = packed.view(-1, total // local, 2, local, channels)
                 packed = apart.permute(0, 2, 3, 1, 4).reshape(len(apart), -1)
-        if rows * len(packed) == 1:
-            raise ValueError(f"expected more than one value per channel, got {tuple(x.shape)}")
         half = total * channels
         counts = norm.constant(rows, len(packed), packed)
         merged = torch.batch_norm_gather_stats_with_counts(
             counts, packed[:, :half], packed[:, half:], None, None, 0.0, eps, counts
         )
         means, inverses = (kind.view(total, channels).unbind() for kind in merged)
-        norm.saw(_Statistics(norm, means, inverses, rows * len(packed)))
+        norm.saw(_Statistics(norm, means, inverses, number, True))
         out = torch.empty_like(x)
         ours = zip(views, out.chunk(local), means[held], inverses[held], strict=True)
         for view, part, mean, inverse in ours:
             torch.batch_norm_elemt(view, weight, bias, mean, inverse, eps, out=part)
-        # The backward kernel sums these counts.
-        counts = norm.constant(rows * len(packed), 1, packed, torch.int32)
+        counts = norm.constant(*_counts(rows, len(packed)), packed, torch.int32)
         ctx.save_for_backward(x, weight, counts, *means[held], *inverses[held])
         ctx.local, ctx.total, ctx.held, ctx.reduce = local, total, held, reduce
         return out
@@ -260,14 +302,16 @@ def _update_averages(seen: "dict[GlobalBatchNorm, _Statistics] | None") -> None:
     alike: dict[Any, list[_Statistics]] = {}
     for one in (seen or {}).values():
         if one.norm.running_mean is not None:
-            alike.setdefault((one.norm.momentum, len(one.means)), []).append(one)
+            alike.setdefault((one.norm.momentum, len(one.means), one.inverse), []).append(one)
     if seen:
         seen.clear()
-    for (momentum, views), group in alike.items():
-        variances = torch._foreach_pow([i for one in group for i in one.inverses], -2)
-        scales = [one.number / max(one.number - 1, 1) for one in group for _ in one.inverses]
-        torch._foreach_sub_(variances, [one.norm.eps for one in group for _ in one.inverses])
-        torch._foreach_mul_(variances, scales)  # unbiased
+    for (momentum, views, inverse), group in alike.items():
+        variances: Any = [other for one in group for other in one.others]
+        if inverse:
+            variances = torch._foreach_pow(variances, -2)
+            torch._foreach_sub_(variances, [one.norm.eps for one in group for _ in range(views)])
+        scales = [one.number / max(one.number - 1, 1) for one in group for _ in range(views)]
+        variances = torch._foreach_mul(variances, scales)  # unbiased
         counts = [cast(Tensor, one.norm.num_batches_tracked) for one in group]
         averages = [cast(Tensor, one.norm.running_mean) for one in group]
         averages += [cast(Tensor, one.norm.running_var) for one in group]
@@ -281,6 +325,17 @@ def _update_averages(seen: "dict[GlobalBatchNorm, _Statistics] | None") -> None:
                 continue
             for average, value, count in zip(averages, new, counts * 2, strict=True):
                 average.lerp_(value, count.to(average.dtype).reciprocal())
+
+
+def _number(x: Tensor, layout: ViewLayout, reduce: bool) -> int:
+    """Values of a channel over all processes, from which one view's statistics are computed."""
+    if len(x) % layout.local:
+        raise ValueError(f"{len(x)} images are not {layout.local} views of as many images each")
+    shards = dist.get_world_size() * layout.local // layout.total if reduce else 1
+    number = x.numel() // (x.shape[1] * layout.local) * shards
+    if number == 1:
+        raise ValueError(f"expected more than one value per channel, got {tuple(x.shape)}")
+    return number
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -323,7 +378,7 @@ class GlobalBatchNorm(_BatchNorm):
         reduce = self.reduce and dist.is_initialized()
         if not self.training:
             out = super().forward(input)
-        elif not reduce and (not _has_kernels(input) or torch.compiler.is_compiling()):
+        elif not (reduce or _has_kernels(input) or torch.compiler.is_compiling()):
             out = self._local(input)
         else:
             out = self._global(input, reduce)
@@ -332,25 +387,18 @@ class GlobalBatchNorm(_BatchNorm):
     def _global(self, input: Tensor, reduce: bool) -> Tensor:
         """Normalise each view by the statistics of all processes."""
         layout = ViewLayout(self.layout.total, self.layout.held)
-        if _has_kernels(input):
+        if _has_kernels(input) and not torch.compiler.is_compiling():
             affine = (self.weight, self.bias) if self.affine else (None, None)
             return cast(Tensor, _NormalizeOnGPU.apply(input, *affine, self, layout, reduce))
         weight = self.weight if self.affine else input.new_ones(self.num_features)
         bias = self.bias if self.affine else input.new_zeros(self.num_features)
-        out, means, variances = cast(
-            tuple[Tensor, Tensor, Tensor],
-            _NormalizeOnCPU.apply(input, weight, bias, self.eps, layout),
+        out, statistics = cast(
+            tuple[Tensor, Tensor],
+            _Normalize.apply(input, weight, bias, self.eps, layout, reduce),
         )
-        if self.running_mean is not None and self.running_var is not None:
-            assert self.num_batches_tracked is not None
-            with torch.no_grad():
-                for mean, variance in zip(means, variances, strict=True):
-                    self.num_batches_tracked.add_(1)
-                    momentum = self.momentum
-                    if momentum is None:  # a cumulative average
-                        momentum = 1.0 / float(self.num_batches_tracked)
-                    self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                    self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
+        means, variances = statistics.chunk(2, 1)
+        number = _number(input, layout, reduce)
+        self.saw(_Statistics(self, means.unbind(), variances.unbind(), number, False))
         return out
 
     def saw(self, one: _Statistics) -> None:
@@ -390,13 +438,3 @@ def global_batch_norm(module: nn.Module, layout: ViewLayout, reduce: bool = True
     for name, child in list(module.named_children()):
         setattr(module, name, global_batch_norm(child, layout, reduce))
     return module
-
-
-def compile_without_norms(module: nn.Module, **options: Any) -> None:
-    """`torch.compile` the module in place; a collective breaks the graph in any case.
-
-    The compiler comes with this call and not with this file: to import it takes as long as torch.
-    """
-    norms, compiler = cast(Any, GlobalBatchNorm), cast(Any, torch.compiler)
-    norms._global = compiler.disable(norms._global)
-    module.compile(**options)

@@ -139,6 +139,8 @@ def data_parallel(
         if parameter.requires_grad:
             cast(Any, parameter).register_post_accumulate_grad_hook(ready)
     parallel = DistributedDataParallel(module, ids, gradient_as_bucket_view=True, **options)
+    # DDP times itself in its first ten steps and every hundredth, and makes the host wait there.
+    cast(Any, parallel)._set_ddp_runtime_logging_sample_rate(2**31 - 1)
     if compression is not None:
         parallel.register_comm_hook(None, bf16_compress_hook)
     return parallel

@@ -236,7 +236,19 @@ class Validation:
 
     @torch.no_grad()
     def _extract_views(self, embed: Embed) -> tuple[Tensor, Tensor]:
-        """`r` `[q, n, d_R]` and `z` `[q, n, d]` of this process's share of the images.
+        """`r` `[q, n, d_R]` and `z` `[q, n, d]` of this process's share of the images."""
+        parts: list[tuple[Tensor, Tensor]] = []
+        loader, rounds = self.view_loader()
+        for _ in range(rounds):
+            outputs = [embed(view) for view in next(loader).views]
+            r, z = (torch.stack(part) for part in zip(*outputs, strict=True))
+            parts.append((r, z))
+        loader.close()
+        all_r, all_z = zip(*parts, strict=True)
+        return torch.cat(all_r, 1), torch.cat(all_z, 1)
+
+    def view_loader(self) -> tuple[TrainLoader, int]:
+        """`measure.views` views of this process's share of the images, and the number of batches.
 
         The views are the run's large ones in turn. They are the same at each measurement, and so
         are the images. The views depend on the number of processes, as in training.
@@ -256,14 +268,7 @@ class Validation:
             LoaderSettings.of(data, self.device),
             bad=self.bad,
         )
-        parts: list[tuple[Tensor, Tensor]] = []
-        for _ in range(rounds):
-            outputs = [embed(view) for view in next(loader).views]
-            r, z = (torch.stack(part) for part in zip(*outputs, strict=True))
-            parts.append((r, z))
-        loader.close()
-        all_r, all_z = zip(*parts, strict=True)
-        return torch.cat(all_r, 1), torch.cat(all_z, 1)
+        return loader, rounds
 
 
 def _only_features(network: Callable[[Tensor], Tensor]) -> Embed:

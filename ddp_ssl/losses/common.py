@@ -7,6 +7,15 @@ import torch
 from torch import Tensor
 
 from ddp_ssl.comm import Comm
+from ddp_ssl.losses.kernels.unit_rows import (
+    EPS,
+    Compared,
+    UnitRows,
+    scaled_to_one,
+    unit_rows_of,
+)
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -14,14 +23,14 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def unit_rows(x: Tensor, eps: float = 1e-12) -> Tensor:
+def unit_rows(x: Tensor, eps: float = EPS) -> Tensor:
     """The last dimension scaled to length one; a zero row stays zero, with gradient zero.
 
     In `x`'s precision, but float32 or wider.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    return x / torch.where(norm <= eps, math.inf, norm)
+    return x / torch.threshold(norm, eps, math.inf)
 
 
 def gather_rows(x: Tensor, wide: Tensor, comm: Comm) -> Tensor:
@@ -34,16 +43,44 @@ def gather_rows(x: Tensor, wide: Tensor, comm: Comm) -> Tensor:
     return comm.gather(x.detach()).to(wide.dtype)
 
 
-def gather_unit_rows(x: Tensor, unit: Tensor, comm: Comm) -> Tensor:
-    """`unit` of all processes, `[K, N, d]`, without gradient. It holds the unit rows of `x`.
+def gather_unit_rows(x: Tensor, comm: Comm, unit: Tensor | None = None) -> UnitRows:
+    """The rows `x` `[k, n, d]` of all processes `[K, N, d]`, scaled to length one, no gradient.
 
-    Where `x` `[k, n, d]` is in half precision, `x` is sent instead and the receivers scale its
-    rows: half the bytes, and the same numbers up to rounding.
+    `unit`: `unit_rows(x)`, if the caller has it, in the precision that is wanted. Half precision is
+    sent as it is, and the receivers scale its rows: half the bytes, and the same numbers up to
+    rounding.
     """
-    if _better_sent(unit, x, comm):
-        return comm.gather(unit.detach())
+    if unit is None and x.dtype not in HALF:
+        unit = unit_rows(x.detach())
+    if unit is not None and _better_sent(unit, x, comm):
+        return UnitRows(comm.gather(unit.detach()))
     everyone = comm.gather(x.detach())
-    return unit_rows(everyone if unit.dtype == torch.float32 else everyone.to(unit.dtype))
+    if unit is not None:
+        return UnitRows(unit_rows(everyone.to(unit.dtype)))
+    return unit_rows_of(everyone, x)
+
+
+def compared(
+    x: Tensor, comm: Comm, gathered: UnitRows | None = None, dtype: torch.dtype = torch.float32
+) -> Compared:
+    """The rows of `x` `[k, n, d]` scaled to length one, beside those of all processes.
+
+    In `dtype`, or in `x`'s if that is wider. `gathered`: `gather_unit_rows(x, comm)`, if the caller
+    has it already.
+    """
+    dtype = torch.promote_types(x.dtype, dtype)
+    if x.dtype in HALF and dtype == torch.float32:
+        everyone = gather_unit_rows(x, comm) if gathered is None else gathered
+        assert everyone.inverse is not None
+        inverse = everyone.inverse[comm.views, comm.rows(x.shape[1])]
+        unit = scaled_to_one(x, inverse)
+        given = x if everyone.scale is not None else unit
+        return Compared(unit, UnitRows(given.detach(), inverse), everyone)
+    unit = unit_rows(x.to(dtype))
+    everyone = gather_unit_rows(x, comm, unit) if gathered is None else gathered
+    if everyone.values.dtype != dtype:
+        everyone = UnitRows(unit_rows(everyone.values.to(dtype)))
+    return Compared(unit, UnitRows(unit.detach()), everyone)
 
 
 def _better_sent(made: Tensor, x: Tensor, comm: Comm) -> bool:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.losses.common import at_least_float32, check_temperature, gather_unit_rows, unit_rows
+from ddp_ssl.losses.common import check_temperature, compared
 from ddp_ssl.losses.kernels.info_nce import anchor_losses
+from ddp_ssl.losses.kernels.unit_rows import UnitRows
 
 # The lowest temperature at which exp((cosine - 1) / temperature) >= exp(-2 / temperature) does not
 # underflow.
@@ -15,7 +16,7 @@ LOWEST = {torch.float32: 1 / 40, torch.float64: 1 / 350}
 
 
 def info_nce(
-    z: Tensor, temperature: float, comm: Comm = ONE_PROCESS, gathered: Tensor | None = None
+    z: Tensor, temperature: float, comm: Comm = ONE_PROCESS, gathered: UnitRows | None = None
 ) -> Tensor:
     """NT-Xent, averaged over all pairs of views: SimCLR's loss at K = 2.
 
@@ -26,8 +27,8 @@ def info_nce(
     the anchor itself.
 
     `z`: embeddings `[k, n, d]` held here (`[K, N, d]` in one process), normalised within.
-    `gathered`: `gather_unit_rows(z, ...)` in float32 or wider, if the caller has it already; no
-    gradient flows into it. Returns a scalar in float32 or float64: the full loss on every process.
+    `gathered`: `gather_unit_rows(z, comm)`, if the caller has it already; no gradient flows into
+    it. Returns a scalar in float32 or float64: the full loss on every process.
     Raises `ValueError` for one view and for a temperature below 1/350; warns for one image. Below
     1/40 it is computed in float64.
 
@@ -43,16 +44,13 @@ def info_nce(
     if temperature < LOWEST[torch.float64]:
         raise ValueError(f"info_nce: temperature must be 1/350 or more, got {temperature}")
     with torch.autocast(z.device.type, enabled=False):
-        given, z = z, at_least_float32(z)
-        dtype = z.dtype if temperature >= LOWEST[z.dtype] else torch.float64
-        u = unit_rows(z.to(dtype))
-        everyone = gather_unit_rows(given, u, comm) if gathered is None else gathered.detach()
-        if everyone.dtype != dtype:
-            everyone = unit_rows(everyone.to(dtype))
-        views, images, _ = everyone.shape
+        wide = torch.promote_types(z.dtype, torch.float32)
+        dtype = wide if temperature >= LOWEST[wide] else torch.float64
+        rows = compared(z, comm, gathered, dtype)
+        views, images, _ = rows.everyone.values.shape
         if views < 2:
             raise ValueError(f"info_nce: needs 2 views or more, got {views}")
         if images < 2:
             warnings.warn("info_nce: one image has no negatives, so its loss is always 0")
-        total = comm.sum(anchor_losses(u, everyone, temperature, comm))
-        return (total / (views * images * (views - 1))).to(z.dtype)
+        total = comm.sum(anchor_losses(rows, temperature, comm))
+        return (total / (views * images * (views - 1))).to(wide)

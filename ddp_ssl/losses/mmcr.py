@@ -27,8 +27,22 @@ def mmcr(z: Tensor, weight: float = 0.0, *, comm: Comm = ONE_PROCESS) -> Tensor:
         raise ValueError(f"mmcr: expected z of shape [K, N, d], got {list(z.shape)}")
     with torch.autocast(z.device.type, enabled=False):
         z = unit_rows(at_least_float32(z))
-        loss: Tensor = -torch.linalg.svdvals(comm.gather(z).mean(0)).sum()
+        loss = -nuclear_norms(comm.gather(z).mean(0))
         if weight:
             mine = all_views(z, comm).transpose(0, 1)  # [n, K, d]
-            loss = loss + weight * torch.linalg.svdvals(mine).sum(1).mean()
+            loss = loss + weight * nuclear_norms(mine).mean()
         return loss
+
+
+def nuclear_norms(x: Tensor) -> Tensor:
+    """Sums of singular values of matrices `[..., m, n]`; NaN of what is not finite.
+
+    So a run that diverges ends with the loss's own line.
+    """
+    try:
+        norms: Tensor = torch.linalg.svdvals(x).sum(-1)
+        return norms
+    except RuntimeError:
+        if x.isfinite().all():
+            raise
+        return x.sum((-2, -1)) * torch.nan

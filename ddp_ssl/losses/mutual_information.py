@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
-from ddp_ssl.losses.common import at_least_float32, gather_unit_rows, unit_rows
-from ddp_ssl.losses.kernels.gram import squared_products
+from ddp_ssl.losses.common import at_least_float32, compared
+from ddp_ssl.losses.kernels.mutual_information import squared_products
+from ddp_ssl.losses.kernels.unit_rows import UnitRows
 
 
 def mutual_information(
@@ -15,7 +16,7 @@ def mutual_information(
     z: Tensor,
     form: Literal["gram", "cov"] = "gram",
     comm: Comm = ONE_PROCESS,
-    gathered: Tensor | None = None,
+    gathered: UnitRows | None = None,
 ) -> Tensor:
     """Matrix-based Renyi mutual information of order 2, in nats; the full value on every process.
 
@@ -28,7 +29,7 @@ def mutual_information(
     d_R = d. Not centred.
 
     `r`: representations `[k, n, d_R]`, `z`: embeddings `[k, n, d]` held here. Returns a scalar in
-    float32 or float64, at most log M. `gathered`: `gather_unit_rows(z, ...)` if the caller has it
+    float32 or float64, at most log M. `gathered`: `gather_unit_rows(z, comm)` if the caller has it
     already; no gradient flows into it. Raises `ValueError` for other shapes.
 
     Source: AdaDim Eq. 5 and A.4; Giraldo et al. 2015.
@@ -44,25 +45,22 @@ def mutual_information(
             "form gram takes any"
         )
     with torch.autocast(z.device.type, enabled=False):
-        given_r, given_z, r, z = r, z, at_least_float32(r), at_least_float32(z)
         if form == "cov":
-            a, b = (_column_gram(x.flatten(0, 1), comm).square() for x in (r, z))
+            a, b = (_column_gram(at_least_float32(x), comm).square() for x in (r, z))
             size = a.shape[0]
             sums = torch.stack([a.sum(), b.sum(), (a * b).sum()])
         else:
-            r, z = unit_rows(r), unit_rows(z)
-            all_r = gather_unit_rows(given_r, r, comm).flatten(0, 1)
-            all_z = gather_unit_rows(given_z, z, comm) if gathered is None else gathered.detach()
-            all_z = all_z.to(z.dtype).flatten(0, 1)
-            size = all_r.shape[0]
-            sums = comm.sum(squared_products(r.flatten(0, 1), z.flatten(0, 1), all_r, all_z))
+            pairs = compared(r, comm), compared(z, comm, gathered)
+            size = pairs[0].everyone.values.shape[:2].numel()
+            sums = comm.sum(squared_products(*pairs))
         # The diagonal is 1, so each mean is at least 1/M. Zero rows alone have a smaller one.
         means = (sums / size**2).clamp(min=1 / size**2)
         return torch.log(means[2]) - torch.log(means[0]) - torch.log(means[1])
 
 
 def _column_gram(x: Tensor, comm: Comm) -> Tensor:
-    """Gram matrix `[d, d]` of the l2-normalised columns of all processes' rows `[m, d]`."""
+    """Gram matrix `[d, d]` of the l2-normalised columns of all processes' rows `[k, n, d]`."""
+    x = x.flatten(0, 1)
     norms = comm.sum(x.square().sum(0)).clamp(min=1e-24).sqrt()
     x = x / norms
     return comm.sum(x.T @ x)

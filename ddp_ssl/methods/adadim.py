@@ -15,7 +15,7 @@ from ddp_ssl.comm import Comm
 from ddp_ssl.config import Config, Temperature
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import info_nce, mutual_information
-from ddp_ssl.losses.common import at_least_float32, gather_unit_rows, unit_rows
+from ddp_ssl.losses.common import gather_unit_rows
 from ddp_ssl.methods._alpha import Alpha, AlphaConfig
 from ddp_ssl.methods.base import Context, Method, Output
 from ddp_ssl.methods.vicreg import VICRegConfig, configured_vicreg, logged
@@ -66,8 +66,7 @@ class AdaDim(Method[AdaDimConfig]):
         s, alpha, beta = self.settings, self.alpha.value, self.beta
         r, z = self.encode(batch.views)
         # Gathered once, for both terms that compare all embeddings.
-        unit = unit_rows(at_least_float32(z.detach()))
-        gathered = gather_unit_rows(z, unit, self.comm)
+        gathered = gather_unit_rows(z, self.comm)
         # A term of weight zero is still logged, but costs no backward.
         with torch.set_grad_enabled(torch.is_grad_enabled() and alpha > 0):
             nce = info_nce(z, s.temperature, self.comm, gathered)

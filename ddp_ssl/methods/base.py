@@ -104,6 +104,7 @@ class Method(nn.Module, Generic[C]):
         how = model.projector_norm, model.projector_bias, self.projector_last_norm
         self.projector: nn.Module = projection_head(self.feature_width, model.projector, *how)
         self.layout = ViewLayout()
+        self._apply_network = torch.compile(_apply) if model.compile else _apply
         self._reduce_norm = model.batch_norm == "global"
 
     def finish(self) -> None:
@@ -169,7 +170,7 @@ class Method(nn.Module, Generic[C]):
                     cache_enabled=self.parts == 1,
                 ),
             ):
-                parts = (network or self._forward)(stacked)
+                parts = self._apply_network(network or self._forward, stacked)
             outputs.append(tuple(part.view(len(group), images, -1) for part in parts))
             start += len(group)
         return tuple(
@@ -255,6 +256,10 @@ class Method(nn.Module, Generic[C]):
     def num_pairs(self) -> int:
         """Number of pairs of a view and another, large view."""
         return self.num_large * (self.num_views - 1)
+
+
+def _apply(network: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
+    return network(x)
 
 
 def trainable(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Parameter]]:

@@ -229,8 +229,6 @@ def on_device(learner: Learner, config: Config, world: World) -> nn.Module:
     learner.to(world.device)
     if config.model.channels_last:
         learner.to(memory_format=torch.channels_last)
-    if config.model.compile:
-        distributed.compile_without_norms(learner.method.backbone)
     return distributed.data_parallel(learner, world, config.optim.gradient_compression)
 
 

@@ -63,6 +63,8 @@ def test_views_are_the_cpus(photos_224: Split, operator: str, mode: str) -> None
     for _ in range(2):
         a, b = next(ours), next(theirs)
         assert a.views[0].is_cuda
+        assert a.labels.is_cuda
+        assert a.ids.is_pinned()
         assert torch.equal(a.ids.cpu(), b.ids)
         assert (levels(a.views[0]) - levels(b.views[0])).abs().mean() <= bound
 

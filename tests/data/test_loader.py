@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from ddp_ssl.config.views import CentralCrop, View
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.data.datasets.split import Split
 from ddp_ssl.data.loading import dali
+from ddp_ssl.data.loading.loader import _batch
 from ddp_ssl.data.loading.order import permutation
 from ddp_ssl.run.configure import load
 from tests.data.images import (
@@ -276,6 +278,19 @@ def test_what_an_evaluation_sees() -> None:
     assert crop("imagenet", at(224), "data.val_interpolation=bilinear") == (256, 224, "bilinear")
     with pytest.raises(ValueError, match=r"^data.val_resize: 12 is less than .* 16; accepted: 16"):
         eval_of(array_of(3), np.arange(3), crop=CentralCrop(12, 16))
+
+
+def test_ids_and_labels_for_a_gpu_are_pinned(files: Split) -> None:
+    """The views are there already. Ids stay on the host; DeepCluster v2 copies them."""
+    pinned: list[torch.Tensor] = []
+    out = {"view0": torch.zeros(3, 4, 4, 3), "ids": torch.tensor([[2], [5], [-1]])}
+    with (
+        patch.object(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x),
+        patch.object(torch.Tensor, "to", lambda x, device, non_blocking: x),
+    ):
+        batch = _batch(out, 1, files, torch.device("cuda", 0))
+    assert [x.tolist() for x in pinned] == [batch.ids.tolist(), batch.labels.tolist()]
+    assert batch.labels.tolist() == [files.labels[2], files.labels[5], -1]
 
 
 # --- the end of a pipeline -----------------------------------------------------------------------

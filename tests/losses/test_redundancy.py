@@ -158,6 +158,19 @@ def test_vicreg_is_lightlys() -> None:
     same(lambda z: vicreg_multiview(z, eps=1e-4).loss, lambda z: theirs(z[0], z[1]), z)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_mmcr_of_what_is_not_finite_is_nan(weight: float) -> None:
+    """And so is its gradient; the recorder ends the run with one line."""
+    z = torch.ones(2, 4, 3)
+    z[0, 1, 2] = torch.inf
+    z.requires_grad_()
+    loss = mmcr(z, weight)
+    loss.backward()
+    assert loss.isnan()
+    assert z.grad is not None
+    assert z.grad.isnan().any()
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_mmcr_is_lightlys(weight: float) -> None:
     """lightly leaves the normalisation to the caller and has images first."""

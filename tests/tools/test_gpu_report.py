@@ -49,7 +49,11 @@ def test_the_rehearsal_has_every_row_and_no_error(tmp_path: Path) -> None:
     assert parts == ["step", "optim.accumulate=4", "model.checkpointing=true"]
     inputs = [r["source"] for r in rows if r["group"] == "images" and "source" in r]
     assert inputs == ["folder", "folder", "folder", "parquet", "folder"]
+    loaders = [r["setting"] for r in rows if r["group"] == "images" and "setting" in r]
+    assert loaders == list(gpu_report.SETTINGS)
+    (knn,) = (r for r in rows if r.get("what") == "evaluate knn")
     if not torch.cuda.is_available():
+        assert knn["top1"] == knn["on_a_cpu"]
         assert [r["largest"] for r in runs[:2]] == [0, 0]
         assert runs[2]["largest"] > 0
     assert len(rows) >= 30

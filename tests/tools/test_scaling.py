@@ -10,6 +10,7 @@ import pytest
 import torch
 from compare import OneOf
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ddp_ssl.distributed import World
 from ddp_ssl.run.configure import load
@@ -136,6 +137,21 @@ def test_predictions_follow_the_rates(step: Step) -> None:
         assert of(**slower)["between epochs"] > base["between epochs"] > 0
     fast = scaling_model.network_rate(config, Cluster(images_per_second=22600.0))
     assert fast == pytest.approx(2 * scaling_model.network_rate(config, Cluster()))
+
+
+def test_products_of_bf16_run_at_their_own_rate() -> None:
+    def seconds(kind: torch.dtype, **rates: float) -> float:
+        recorder = scaling_model.Recorder(Cluster(**rates))
+        with FakeTensorMode():
+            a = torch.empty(4096, 4096, dtype=kind)
+            with recorder:
+                torch.mm(a, a)
+        recorder.event("end", 0)
+        return recorder.events[-1].seconds
+
+    flops = 2 * 4096**3
+    assert seconds(torch.float32, fp32=5e13) == pytest.approx(flops / 5e13)
+    assert seconds(torch.bfloat16, bf16=5e14) == pytest.approx(flops / 5e14)
 
 
 def test_what_is_done_beside_training_costs_nothing_until_it_takes_longer(step: Step) -> None:

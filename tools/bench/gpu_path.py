@@ -40,7 +40,7 @@ from ddp_ssl.config import Config
 from ddp_ssl.config.views import views_of
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import ViewLayout, World, comm_stats
-from ddp_ssl.losses.kernels import gram
+from ddp_ssl.losses.kernels import gram, unit_rows
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import builtin_methods, make_method
 from ddp_ssl.methods.base import Method, Progress
@@ -136,6 +136,7 @@ def as_on_a_gpu(key: str = "Meta") -> Iterator[None]:
     try:
         with (
             patch.object(distributed.batch_norm, "_has_kernels", lambda x: True),
+            patch.object(unit_rows, "_has_tensor_cores", lambda x: True),
             patch.object(optim, "_alike", optim._expanded),
             patch.object(optim, "_on_gpu", lambda parameters: True),
             patch.dict(optim.AT_ONCE, cpu=optim.AT_ONCE["cuda"]),

@@ -1,20 +1,32 @@
 """Losses beside lightly's and the plain formulas: time and memory of forward and backward.
 
     python tools/bench/losses.py [--only nt-xent] [--repeats 7] [--device cpu] [--threads 2]
+    python tools/bench/losses.py --only digits       errors of bf16 embeddings on tensor cores
 
 All contestants take turns within one process, after a check that their gradients point the same
 way. `plain` is the formula written directly, differentiated by autograd. The last part has the
 shapes of one process of eight at a global batch of 65,536 images, with made-up rows of the others.
+`digits`: |x - x64| / |x64| of value and gradient against float64 of the same bf16 numbers. On a CPU
+the products are float32's of these numbers, which is what tensor cores compute up to the order of
+the sum; `cut off` truncates the sum to float32 after every 16 products, as they may do.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from compare import OneOf, device_line, in_turn, parser_of, peak_mib, table
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddp_ssl.comm import ONE_PROCESS
 from ddp_ssl.losses import barlow_twins, info_nce, mutual_information, vicreg
+from ddp_ssl.losses.common import compared
+from ddp_ssl.losses.kernels import unit_rows
+from ddp_ssl.losses.kernels.info_nce import anchor_losses
+from ddp_ssl.losses.kernels.mutual_information import squared_products
 
 Loss = Callable[[Tensor], Tensor]
 OURS = "ddp_ssl"
@@ -113,9 +125,80 @@ def large_batch(device: torch.device) -> str:
     )
 
 
+# --- digits --------------------------------------------------------------------------------------
+
+
+def rounded_once(a: Tensor, b: Tensor) -> Tensor:
+    """The product of bf16 matrices in float32."""
+    return a.float() @ b.float()
+
+
+def cut_off(a: Tensor, b: Tensor) -> Tensor:
+    """The same; after every 16 products the sum is truncated to float32."""
+    total = torch.zeros(len(a), b.shape[1], dtype=torch.float64)
+    for start in range(0, a.shape[1], 16):
+        total += a[:, start : start + 16].double() @ b[start : start + 16].double()
+        single = total.float()
+        past = single.double().abs() > total.abs()
+        total = torch.where(past, single.nextafter(torch.zeros(())), single).double()
+    return total.float()
+
+
+@contextlib.contextmanager
+def tensor_cores(product: Callable[[Tensor, Tensor], Tensor] | None) -> Iterator[None]:
+    """Within: products of bf16 rows are made by `product` on a CPU, or by a GPU's tensor cores."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(unit_rows, "WORTH", 1))
+        if product is not None:
+            stack.enter_context(patch.object(unit_rows, "_has_tensor_cores", lambda x: True))
+            stack.enter_context(patch.object(unit_rows, "_tensor_core_product", product))
+        yield
+
+
+def both_sums(z: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """InfoNCE's and I(R;Z)'s sums, their gradients by the unit rows, and the losses' by `z`."""
+    found = []
+    for of_units, loss in (
+        (lambda x: anchor_losses(x, 0.1, ONE_PROCESS), lambda: info_nce(z, 0.1)),
+        (lambda x: squared_products(x, x)[2], lambda: mutual_information(z, z)),
+    ):
+        rows = compared(z, ONE_PROCESS)
+        value = of_units(rows)
+        by_units = torch.autograd.grad(value, rows.unit, retain_graph=True)[0]
+        found.append((value.detach(), by_units, torch.autograd.grad(loss(), z)[0]))
+    return [tuple(x.double().cpu() for x in row) for row in found]  # type: ignore[misc]
+
+
+def digits(device: torch.device, images: int = 192, width: int = 2048) -> dict[str, list[float]]:
+    """Errors of a value, of its gradient by unit rows and of the loss's by `z`, for each loss.
+
+    Two views, whose images are alike in part.
+    """
+    torch.manual_seed(0)
+    first = torch.randn(images, width) + 0.5 * torch.randn(width)
+    z = torch.stack([first, first + 3 * torch.randn_like(first)]).bfloat16()
+    exact = both_sums(z.double().requires_grad_())
+    here = z.to(device).requires_grad_()
+    kinds: dict[str, Any] = {"tensor cores": None}
+    if device.type == "cpu":
+        kinds = {"tensor cores": rounded_once, "tensor cores, cut off": cut_off}
+    with patch.object(unit_rows, "WORTH", float("inf")):
+        made = {"float32": both_sums(here)}
+    for name, product in kinds.items():
+        with tensor_cores(product):
+            made[name] = both_sums(here)
+    return {
+        f"{loss} | {name}": [
+            float((a - b).norm() / b.norm()) for a, b in zip(rows[index], exact[index], strict=True)
+        ]
+        for index, loss in enumerate(("InfoNCE", "I(R;Z)"))
+        for name, rows in made.items()
+    }
+
+
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--only", choices=[*CASES, "large"])
+    parser.add_argument("--only", choices=[*CASES, "large", "digits"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
@@ -141,6 +224,11 @@ def main() -> None:
             print(f"{name}, {images} x {width}\n\n{table(times, memory, unit, OURS)}\n", flush=True)
     if options.only in (None, "large"):
         print(large_batch(device))
+    if options.only in (None, "digits"):
+        print("| loss | products | value | gradient by unit rows | by z, rounded to bf16 |")
+        print("| --- | --- | ---: | ---: | ---: |")
+        for name, errors in digits(device).items():
+            print(f"| {name} | {' | '.join(f'{error:.1e}' for error in errors)} |")
 
 
 if __name__ == "__main__":

@@ -374,6 +374,8 @@ def _batch(out: dict[str, torch.Tensor], views: int, split: Split, device: torch
     ids = out["ids"].flatten()
     own = ids.numpy()
     labels = torch.from_numpy(np.where(own < 0, -1, split.labels[own]))
+    if device.type == "cuda":  # a copy to the GPU makes the host wait only for other memory
+        ids, labels = ids.pin_memory(), labels.pin_memory()
     return Batch(
         [out[f"view{i}"].permute(0, 3, 1, 2) for i in range(views)],
         ids,

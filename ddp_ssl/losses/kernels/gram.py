@@ -77,30 +77,6 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def gram_square(a: Tensor, all_a: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Part of |A A^T|_F^2, the sum over i, j of (a_i . a_j)^2; the products, if in one block.
-
-    `a` `[m, p]`: rows held here; `all_a` `[N, p]`: everyone's. No gradient: for the forward of an
-    `autograd.Function` whose backward calls `gram_times`.
-    """
-    total, kept = a.new_zeros(()), None
-    parts = list(blocks(a, len(all_a)))
-    for part in parts:
-        products = gram(a[part], all_a)
-        total += products.square().sum()
-        kept = products if len(parts) == 1 else None
-    return total, kept
-
-
-def gram_times(
-    a: Tensor, all_a: Tensor, rows: Tensor, kept: Tensor | None, out: Tensor, scale: Tensor
-) -> None:
-    """Add scale (A all_A^T) rows to `out` `[m, q]`, with `rows` `[N, q]`."""
-    for part in blocks(a, len(all_a)):
-        products = a[part] @ all_a.T if kept is None else kept
-        out[part].addmm_(products * scale, rows)
-
-
 def gram_product(a: Tensor, b: Tensor, all_a: Tensor, all_b: Tensor) -> Tensor:
     """Part of |A^T B|_F^2 = sum over images i, j of (a_i . a_j)(b_i . b_j); a scalar.
 
@@ -172,50 +148,3 @@ class _MomentProduct(torch.autograd.Function):
         if ctx.same:
             return (a @ whole).mul_(4 * scale), None, None
         return (b @ whole.T).mul_(2 * scale), (a @ whole).mul_(2 * scale), None
-
-
-def squared_products(r: Tensor, z: Tensor, all_r: Tensor, all_z: Tensor) -> Tensor:
-    """Parts of the sums over i, j of a, of b and of a b, with a = (r_i . r_j)^2, b = (z_i . z_j)^2.
-
-    `r` `[m, p]`, `z` `[m, q]`: rows held here; `all_r` `[M, p]`, `all_z` `[M, q]`: everyone's,
-    without gradient. Returns `[3]`.
-    """
-    return cast(Tensor, _SquaredProducts.apply(r, z, all_r, all_z))
-
-
-class _SquaredProducts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, r: Tensor, z: Tensor, all_r: Tensor, all_z: Tensor) -> Tensor:
-        kept: list[Tensor] = []
-        sums = r.new_zeros(3)
-        parts = list(blocks(r, len(all_r)))
-        for index, part in enumerate(parts):
-            gram_r, gram_z = gram(r[part], all_r), gram(z[part], all_z)
-            if index < kept_blocks(r, parts):
-                kept += [gram_r, gram_z]
-            a, b = gram_r.square(), gram_z.square()
-            sums += torch.stack([a.sum(), b.sum(), a.mul_(b).sum()])
-        ctx.save_for_backward(r, z, all_r, all_z, *kept)
-        return sums
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        r, z, all_r, all_z, *kept = ctx.saved_tensors
-        (grad,) = grads
-        need_r, need_z = ctx.needs_input_grad[:2]
-        grad_r = torch.empty_like(r) if need_r else None
-        grad_z = torch.empty_like(z) if need_z else None
-        for index, part in enumerate(blocks(r, len(all_r))):
-            gram_r, gram_z = kept[2 * index : 2 * index + 2] or (
-                r[part] @ all_r.T,
-                z[part] @ all_z.T,
-            )
-            # The sum's derivative by a product s is 2 s (g_a + g_ab b); each pair counts twice.
-            if grad_r is not None:
-                weight = gram_z.square().mul_(4 * grad[2]).add_(4 * grad[0]).mul_(gram_r)
-                torch.matmul(weight, all_r, out=grad_r[part])
-            if grad_z is not None:
-                weight = gram_r.square().mul_(4 * grad[2]).add_(4 * grad[1]).mul_(gram_z)
-                torch.matmul(weight, all_z, out=grad_z[part])
-        return grad_r, grad_z, None, None
