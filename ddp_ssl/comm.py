@@ -42,6 +42,14 @@ class Comm:
         """The places of the views held here among all `K`."""
         return slice(self.view_rank, None, self.view_shards)
 
+    def placed(self, x: Tensor) -> Tensor:
+        """`[k, ...]` of the views held here among all views `[K, ...]`, the others' rows zero."""
+        if self.view_shards == 1:
+            return x
+        whole = x.new_zeros(x.shape[0] * self.view_shards, *x.shape[1:])
+        whole[self.views] = x
+        return whole
+
     def gather(self, x: Tensor) -> Tensor:
         """`[k, n, ...]` of every process as `[K, N, ...]`; gradients are summed over processes."""
         return x

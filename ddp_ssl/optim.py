@@ -7,8 +7,8 @@ the device: a step only launches work.
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,8 @@ class LARS(torch.optim.Optimizer):
 
     Parameters without gradient are skipped. A step overwrites the gradients.
 
-    `params` and per-group options as in any torch optimiser, (name, parameter) pairs included.
+    `params` as in any torch optimiser, (name, parameter) pairs included. Of the options, groups may
+    have their own `lr` and `weight_decay`.
     """
 
     def __init__(
@@ -72,65 +73,85 @@ class LARS(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update; returns what `closure` returns, if there is one."""
         loss = _evaluated(closure)
-        for group in self.param_groups:
-            ready = [p for p in group["params"] if p.grad is not None]
-            for params in _chunks([p for p in ready if is_one_dimensional(p)]):
-                self._move(group, params, _gradients(params), bound=group["bound_1d"])
-            for params in _chunks([p for p in ready if not is_one_dimensional(p)]):
-                gradients = _gradients(params)
-                self._move(group, params, gradients, _trust_ratios(group, params, gradients))
+        for tensors in _chunks(list(self._trained())):
+            deep = [t for t in tensors if not is_one_dimensional(t.p)]
+            flat = [t for t in tensors if is_one_dimensional(t.p)]
+            ratios = self._trust_ratios(deep) if deep else None
+            torch._foreach_mul_([t.buffer for t in tensors], self.defaults["momentum"])
+            if ratios is not None:
+                gradients = [t.gradient for t in deep]
+                factors = _alike(ratios, gradients)
+                torch._foreach_addcmul_([t.buffer for t in deep], gradients, factors)
+            if flat:
+                torch._foreach_add_([t.buffer for t in flat], [t.gradient for t in flat])
+                self._bound(flat)
+            _add((t.p, t.buffer, -t.group["lr"]) for t in tensors)
         return loss
 
-    def _move(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        directions: list[Tensor],
-        ratios: Tensor | None = None,
-        bound: float | None = None,
-    ) -> None:
-        """Momentum and step along directions times `ratios`; no element moves beyond `bound`."""
-        buffers = []
-        for p in params:
-            state = self.state[p]
-            if "momentum_buffer" not in state:  # a zero buffer makes the first one equal to d
-                state["momentum_buffer"] = torch.zeros_like(p)
-            buffers.append(state["momentum_buffer"])
-        torch._foreach_mul_(buffers, group["momentum"])
-        if ratios is None:
-            torch._foreach_add_(buffers, directions)
-        else:
-            torch._foreach_addcmul_(buffers, directions, _alike(ratios, directions))
-        if bound is not None and group["lr"] > 0:
-            largest = group["lr"] * torch.stack(torch._foreach_norm(buffers, math.inf))
-            scale = (bound / largest.clamp(min=1e-30)).clamp(max=1)
-            torch._foreach_mul_(buffers, _alike(scale, buffers))
-        torch._foreach_add_(params, buffers, alpha=-group["lr"])
+    def _trained(self) -> Iterator["_Trained"]:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    if "momentum_buffer" not in state:  # a zero buffer makes the first one d
+                        state["momentum_buffer"] = torch.zeros_like(p)
+                    yield _Trained(p, p.grad, state["momentum_buffer"], group)
 
+    def _bound(self, tensors: list["_Trained"]) -> None:
+        """Scale buffers down so that no element moves further than `bound_1d`."""
+        bound = self.defaults["bound_1d"]
+        if bound is not None:
+            buffers = [t.buffer for t in tensors]
+            largest = torch.stack(torch._foreach_norm(buffers, math.inf))
+            torch._foreach_mul_(list(largest.unbind()), [t.group["lr"] / bound for t in tensors])
+            torch._foreach_div_(buffers, _alike(largest.clamp_(min=1), buffers))
 
-def _trust_ratios(group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> Tensor:
-    """q as in `LARS`, `[len(params)]`; overwrites the gradients with g + w p.
+    def _trust_ratios(self, tensors: list["_Trained"]) -> Tensor:
+        """q, `[len(tensors)]`; overwrites the gradients with g + w p.
 
-    Norms stay on the device, so `where` handles zeros.
-    """
-    decay, lr = group["weight_decay"], group["lr"]
-    p_norm = torch.stack(torch._foreach_norm(params))
-    one = torch.ones_like(p_norm)
-    if group["variant"] == "solo":
-        g_norm = torch.stack(torch._foreach_norm(gradients))
-        q = group["eta"] * p_norm / (g_norm + decay * p_norm + group["eps"])
-        if group["clip"]:
+        Norms stay on the device, so zeros are found there.
+        """
+        options, solo = self.defaults, self.defaults["variant"] == "solo"
+        decays = [t.group["weight_decay"] for t in tensors]
+        params, gradients = [t.p for t in tensors], [t.gradient for t in tensors]
+        if not solo:
+            _add(zip(gradients, params, decays, strict=True))
+        norms = torch.stack(torch._foreach_norm(params + gradients)).view(2, -1)
+        (q, below), (no_p, no_g) = norms.unbind(), (norms == 0).unbind()
+        if solo:
+            _add(zip(gradients, params, decays, strict=True))
+            _add(zip(below.unbind(), q.unbind(), decays, strict=True))
+            below.add_(options["eps"])
+        if solo and options["clip"]:
             # As lr -> 0 the quotient grows without bound, so its minimum with 1 is 1.
-            q = (q / lr).clamp(max=1) if lr > 0 else one
-        q = torch.where(p_norm == 0, one, q)
-        q = torch.where(g_norm == 0, 0 * one, q)  # and so no decay
-        torch._foreach_add_(gradients, params, alpha=decay)
-    else:
-        torch._foreach_add_(gradients, params, alpha=decay)
-        d_norm = torch.stack(torch._foreach_norm(gradients))
-        adapted = (p_norm != 0) & (d_norm != 0)
-        q = torch.where(adapted, group["eta"] * p_norm / torch.where(adapted, d_norm, one), one)
-    return q
+            rates = [t.group["lr"] for t in tensors]
+            etas = [options["eta"] / lr if lr > 0 else math.inf for lr in rates]
+            torch._foreach_mul_(list(q.unbind()), etas)
+            q.div_(below).clamp_(max=1)
+        else:
+            q.mul_(options["eta"]).div_(below)
+        return q.masked_fill_(no_p, 1).masked_fill_(no_g, 0)  # no decay either
+
+
+class _Trained(NamedTuple):
+    """A parameter that `LARS` moves."""
+
+    p: Tensor
+    gradient: Tensor
+    buffer: Tensor
+    group: dict[str, Any]
+
+
+def _add(terms: Iterable[tuple[Tensor, Tensor, float]]) -> None:
+    """x <- x + factor y for each (x, y, factor): a launch for each factor that is not 0."""
+    alike: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for x, y, factor in terms:
+        xs, ys = alike.setdefault(factor, ([], []))
+        xs.append(x)
+        ys.append(y)
+    for factor, (xs, ys) in alike.items():
+        if factor != 0:
+            torch._foreach_add_(xs, ys, alpha=factor)
 
 
 def _alike(factors: Tensor, tensors: list[Tensor]) -> list[Tensor]:
@@ -141,7 +162,7 @@ def _alike(factors: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 def _expanded(factors: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     """`factors` in the tensors' own shapes and strides, which one kernel for all needs."""
     index, starts = _blocks(tuple(t.numel() for t in tensors), factors.device)
-    every = factors[index].unsqueeze(1).expand(-1, BLOCK).contiguous()
+    every = factors.unsqueeze(1).expand(-1, BLOCK).index_select(0, index)
     return [
         every.as_strided(t.shape, t.stride(), start) if _is_dense(t) else factor.expand(t.shape)
         for t, start, factor in zip(tensors, starts, factors.unbind(), strict=True)
@@ -172,25 +193,21 @@ def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[
 
 
 # Elements updated at once: on a CPU as many as its caches hold; on a GPU many more, for each of
-# which `_expanded` takes four bytes.
-AT_ONCE = {"cpu": 2**18, "cuda": 2**25}
+# which `_expanded` takes four bytes, once the activations are gone.
+AT_ONCE = {"cpu": 2**18, "cuda": 2**27}
 
 
-def _chunks(params: list[Tensor]) -> list[list[Tensor]]:
+def _chunks(tensors: list[_Trained]) -> list[list[_Trained]]:
     """Groups of tensors that are updated at once."""
-    groups: list[list[Tensor]] = []
+    groups: list[list[_Trained]] = []
     room = 0
-    for p in params:
-        if not groups or p.numel() > room:
+    for t in tensors:
+        if not groups or t.p.numel() > room:
             groups.append([])
-            room = AT_ONCE.get(p.device.type, 2**24)
-        groups[-1].append(p)
-        room -= p.numel()
+            room = AT_ONCE.get(t.p.device.type, 2**24)
+        groups[-1].append(t)
+        room -= t.p.numel()
     return groups
-
-
-def _gradients(params: list[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
 
 
 def _evaluated(closure: Callable[[], float] | None) -> float | None:

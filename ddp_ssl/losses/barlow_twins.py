@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.losses.common import Route, at_least_float32, check_views, unit_rows
-from ddp_ssl.losses.kernels.barlow_twins import pair_sums
+from ddp_ssl.losses.kernels.barlow_twins import pair_terms
 from ddp_ssl.losses.kernels.rows import Rows, rows_of
 
 
@@ -53,11 +53,7 @@ def pair_correlations(
     """The two terms of `barlow_twins`, unweighted."""
     _, images = check_views("barlow_twins", z, comm)
     with torch.autocast(z.device.type, enabled=False):
-        diagonals, squares = pair_sums(z, images, route, eps, comm)
-        diagonals = diagonals / images  # C_jj, [P, d]
-        on = (diagonals - 1).square().sum(1).mean()
-        all_elements = squares / (images**2 * len(diagonals))
-        return Correlation(on, all_elements - diagonals.square().sum(1).mean())
+        return Correlation(*pair_terms(z, images, route, eps, comm))
 
 
 def barlow_twins_multiview(

@@ -49,9 +49,7 @@ def dino(
         teacher = at_least_float32(teacher).detach()
         targets = ((teacher - center) / teacher_temperature).softmax(2)
         log_p = (at_least_float32(student) / student_temperature).log_softmax(2)
-        total, together = log_p.new_zeros(()), targets.sum(0)
-        for index, view in enumerate(held):
-            # The sum of all targets of this view: one product instead of V_t.
-            others = together - targets[view] if view < len(targets) else together
-            total = total - (others * log_p[index]).sum()
-        return total / (pairs * student.shape[1])
+        # All pairs of a view of the student's with one of the teacher's, less those with itself.
+        own = targets[comm.views]
+        total = (targets.sum(0) * log_p.sum(0)).sum() - (own * log_p[: len(own)]).sum()
+        return total / (-pairs * student.shape[1])

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.losses.common import at_least_float32
-from ddp_ssl.losses.kernels.sigreg import characteristic_sums
+from ddp_ssl.losses.kernels.sigreg import distance
 
 
 def sigreg(
@@ -46,22 +46,10 @@ def sigreg(
         raise ValueError(f"sigreg: knots must be an odd number of 3 or more, got {knots}")
     if slices < 1 or t_max <= 0:
         raise ValueError(f"sigreg: needs slices >= 1 and t_max > 0, got {slices} and {t_max}")
-    views, images = z.shape[0] * comm.view_shards, z.shape[1] * comm.data_shards
-    # |phi(t) - exp|^2 is the same at t and -t, and zero at t = 0.
-    half = knots // 2
-    gap = t_max / half
     with torch.autocast(z.device.type, enabled=False):
         z = at_least_float32(z)
         projected = z @ directions(z.shape[2], slices, seed, step, like=z)
-        sums = z.new_zeros(views, half, 2, slices)
-        sums[comm.views] = characteristic_sums(projected, [gap * j for j in range(1, half + 1)])
-        cos, sin = (comm.sum(sums) / images).unbind(2)  # [K, half, M]
-        t = gap * torch.arange(1, half + 1, device=z.device, dtype=z.dtype)
-        normal = torch.exp(-t.square() / 2)
-        distance = ((cos - normal[:, None]).square() + sin.square()).mean((0, 2))
-        weights = 2 * gap * normal
-        weights[-1] /= 2
-        return images * torch.dot(distance, weights)
+        return distance(projected, t_max / (knots // 2), knots // 2, comm)
 
 
 def directions(width: int, slices: int, seed: int, step: int, like: Tensor) -> Tensor:

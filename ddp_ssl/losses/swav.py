@@ -57,9 +57,7 @@ def sinkhorn(
         q = ((x - largest) / epsilon).exp()
         tiny = torch.finfo(q.dtype).tiny
         for _ in range(iterations):
-            sums = q.new_zeros(q.shape[0] * comm.view_shards, q.shape[2])
-            sums[comm.views] = q.sum(1)
             # The sum of a prototype that is far from all images may vanish.
-            q = q / comm.sum(sums)[comm.views, None].clamp(min=tiny)
-            q = q / q.sum(2, keepdim=True).clamp(min=tiny)
+            q /= comm.sum(comm.placed(q.sum(1)))[comm.views, None].clamp(min=tiny)
+            q /= q.sum(2, keepdim=True).clamp(min=tiny)
         return q.view(scores.shape).to(torch.promote_types(scores.dtype, torch.float32))

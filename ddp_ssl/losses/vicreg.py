@@ -8,7 +8,7 @@ from torch import Tensor
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.losses.common import Route, at_least_float32, check_views
 from ddp_ssl.losses.kernels.rows import rows_of
-from ddp_ssl.losses.kernels.vicreg import view_sums
+from ddp_ssl.losses.kernels.vicreg import Formula, terms
 
 
 class VICReg(NamedTuple):
@@ -41,22 +41,22 @@ def vicreg(
         c = 2/K sum_k 1/d sum_{j != l} Cov(Z_k)_jl^2
 
     `z`: embeddings `[k, n, d]` held here (`[K, N, d]` in one process). Returns scalars in float32
-    or float64, the full values on every process. `route`: see `losses.common.gathers`. Raises
-    `ValueError` for one view or one image.
+    or float64, the full values on every process; only the loss has a gradient. `route`: see
+    `losses.common.gathers`. Raises `ValueError` for one view or one image.
 
     Source: VICReg (Bardes et al. 2022), Eq. 1 to 6, with solo-learn's divisors.
     `average_variance`: 1/K in v, as the official code.
     """
     views, images = check_views("vicreg", z, comm)
-    width = z.shape[2]
+    factors = (
+        2 / ((views - 1) * images * z.shape[2]),
+        (1 if average_variance else 2) / (views * z.shape[2]),
+        2 / (views * z.shape[2] * (images - 1) ** 2),
+    )
+    weights = invariance, variance, covariance
     with torch.autocast(z.device.type, enabled=False):
-        squares, second, distance = view_sums(z, views, images, route, comm)
-        var, cov_square = squares / (images - 1), second / (images - 1) ** 2
-        s = 2 * views / (views - 1) * (distance.sum() / (views * images * width))
-        hinge = (gamma - (var + eps).sqrt()).clamp(min=0).mean(1)
-        v = hinge.mean() * (1 if average_variance else 2)
-        c = ((cov_square - var.square().sum(1)) / width).mean() * 2
-        return VICReg(invariance * s + variance * v + covariance * c, s, v, c)
+        formula = Formula(weights, factors, gamma, eps, views, images)
+        return VICReg(*terms(z, formula, route, comm))
 
 
 def vicreg_multiview(

@@ -37,7 +37,7 @@ class Learner(nn.Module):
         metrics: dict[str, Tensor | float] = {"train/loss": out.loss, **named}
         total = out.loss
         if self.probe is not None:
-            loss, top1 = self._probe(out.features, batch.labels)
+            loss, top1 = self._probe(out.features, batch.labels, self.some_unlabelled)
             metrics |= {"train/probe_loss": loss, "train/probe_top1": top1}
             total = total + loss
             if self.timing:
@@ -67,28 +67,25 @@ class Learner(nn.Module):
         """Run the probe again: its backward cannot be timed within the step's."""
         assert self.probe is not None
         start = device_timer.now(features.device)
-        loss, _ = self._probe(features, labels, self.method.comm.world_size / labels.numel())
+        loss, _ = self._probe(features, labels, weighted=False)
         torch.autograd.grad(loss, [*self.probe.parameters()])
         return start, device_timer.now(features.device)
 
-    def _probe(
-        self, features: Tensor, labels: Tensor, scale: Tensor | float | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _probe(self, features: Tensor, labels: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
         """Cross-entropy and top-1 over the views `[k, n, d_R]` of the images with a label.
 
-        Processes may hold different numbers of these (label -1: unknown). Each one's part is scaled
-        so that the mean over processes is the mean over all labelled images of the batch.
+        Processes may hold different numbers of these (label -1: unknown). Then each one's part is
+        `weighted` so that the mean over processes is the mean over all labelled images.
         """
         assert self.probe is not None
         with torch.autocast(features.device.type, enabled=False):
-            logits = self.probe(features.detach().to(self.probe.weight.dtype)).flatten(0, 1)
-            target = labels.repeat(features.shape[0])
-            if scale is None and self.some_unlabelled:  # the numbers of labels may differ
-                comm, labelled = self.method.comm, (target >= 0).sum().to(logits.dtype)
-                scale = comm.world_size / comm.sum(labelled).clamp(min=1)
-            elif scale is None:
-                scale = 1 / len(target)
-            loss = scale * F.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
-            # -1 is never the argmax.
-            correct = (logits.detach().argmax(1) == target).sum().to(loss.dtype)
-            return loss, scale * correct
+            rows = features.detach().to(self.probe.weight.dtype).flatten(0, 1)
+            logits, target = self.probe(rows), labels.repeat(features.shape[0])
+            reduction = "sum" if weighted else "mean"
+            loss = F.cross_entropy(logits, target, ignore_index=-1, reduction=reduction)
+            correct = logits.detach().argmax(1) == target  # -1 is never the argmax
+            if not weighted:
+                return loss, correct.mean(dtype=loss.dtype)
+            comm, labelled = self.method.comm, (target >= 0).sum(dtype=loss.dtype)
+            scale = comm.world_size / comm.sum(labelled).clamp(min=1)
+            return scale * loss, scale * correct.sum(dtype=loss.dtype)

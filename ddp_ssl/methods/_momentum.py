@@ -73,8 +73,7 @@ class MomentumMethod(Method[M], Generic[M]):
         """Move the momentum network; a subclass with more to do calls this too."""
         s = self.settings
         keep = cosine(s.momentum, s.final_momentum, progress.step, progress.total_steps)
-        follow(self.momentum["backbone"], self.backbone, keep)
-        follow(self.momentum["projector"], self.projector, keep)
+        follow(self.momentum, nn.ModuleList(getattr(self, name) for name in self.momentum), keep)
 
 
 @torch.no_grad()

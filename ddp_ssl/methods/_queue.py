@@ -57,4 +57,4 @@ class Queue(nn.Module):
         size, new = self.rows.shape[1], rows.shape[1]
         places = (self.oldest + torch.arange(new, device=rows.device)) % size
         self.rows.index_copy_(1, places, unit_rows(rows).to(self.rows.dtype))
-        self.oldest.copy_((self.oldest + new) % size)
+        self.oldest.add_(new).remainder_(size)

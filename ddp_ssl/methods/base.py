@@ -230,14 +230,27 @@ class Method(nn.Module, Generic[C]):
         `index` counts the views held here, `target` all large views. Returns this process's part,
         whose mean over processes is the mean, given losses that are means over the images.
         """
-        held = range(self.num_views)[self.comm.views]
-        parts = [
-            loss(index, target)
-            for index, view in enumerate(held)
-            for target in range(self.num_large)
-            if target != view
-        ]
+        parts = [loss(index, target) for index, target in self._held_pairs()]
         return torch.stack(parts).sum() * (self.comm.view_shards / self.num_pairs)
+
+    def over_pair_rows(
+        self, loss: Callable[[Tensor, Tensor], Tensor], views: Tensor, targets: Tensor
+    ) -> Tensor:
+        """The same for a `loss` in which no image sees another one, called once for all pairs.
+
+        It gets two tensors `[P n, d]`: rows of `views` `[k, n, d]`, those held here, and the rows
+        of `targets` `[l, n, d]`, all large views, that belong to them.
+        """
+        pairs, views_of, targets_of = self._held_pairs(), views.unbind(), targets.unbind()
+        x = torch.cat([views_of[index] for index, _ in pairs])
+        mean = loss(x, torch.cat([targets_of[target] for _, target in pairs]))
+        share = len(pairs) * self.comm.view_shards / self.num_pairs
+        return mean if share == 1 else mean * share
+
+    def _held_pairs(self) -> list[tuple[int, int]]:
+        held = range(self.num_views)[self.comm.views]
+        large = range(self.num_large)
+        return [(i, target) for i, view in enumerate(held) for target in large if target != view]
 
     @property
     def num_pairs(self) -> int:

@@ -45,5 +45,5 @@ class BYOL(MomentumMethod[BYOLConfig]):
     def forward(self, batch: Batch) -> Output:
         targets = self.all_views(self.targets(batch.views))
         r, z, p = self.encode(batch.views, self.with_predictor)
-        mean = self.over_pairs(lambda index, target: byol(p[index], targets[target]))
+        mean = self.over_pair_rows(byol, p, targets)
         return Output(mean * self.num_pairs, {"cosine": 1 - mean.detach() / 2}, r, z)

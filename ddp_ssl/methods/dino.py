@@ -12,9 +12,8 @@ from ddp_ssl.config import Config
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.losses import dino
 from ddp_ssl.losses.common import at_least_float32, unit_rows
-from ddp_ssl.methods._momentum import MomentumConfig, MomentumMethod, follow
+from ddp_ssl.methods._momentum import MomentumConfig, MomentumMethod
 from ddp_ssl.methods.base import Context, Output, Progress
-from ddp_ssl.optim import cosine
 
 
 class DINOConfig(MomentumConfig):
@@ -110,11 +109,8 @@ class DINO(MomentumMethod[DINOConfig]):
     def after_step(self, progress: Progress) -> None:
         """Move the momentum networks and the centre."""
         super().after_step(progress)
-        s = self.settings
-        keep = cosine(s.momentum, s.final_momentum, progress.step, progress.total_steps)
-        follow(self.momentum["prototypes"], self.prototypes, keep)
         assert self._newest is not None
-        self.center.lerp_(self._newest, 1 - s.center_momentum)
+        self.center.lerp_(self._newest, 1 - self.settings.center_momentum)
         self._newest = None
 
     def after_epoch(self, context: Context) -> None:

@@ -49,7 +49,7 @@ class SimSiam(Method[SimSiamConfig]):
     def forward(self, batch: Batch) -> Output:
         r, z, p = self.encode(batch.views, self.with_predictor)
         targets = self.all_views(at_least_float32(z[: self.held_large].detach()))
-        loss = self.over_pairs(lambda index, target: simsiam(p[index], targets[target]))
+        loss = self.over_pair_rows(simsiam, p, targets)
         return Output(loss, {"cosine": -loss.detach()}, r, z)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -82,8 +82,8 @@ class SwAV(Method[SwAVConfig]):
             scores = unit @ self._directions().T  # [k, n, P]
         large = unit[: self.held_large].detach()
         assignments = self.all_views(self._assign(large, scores.detach()))
-        loss = self.over_pairs(
-            lambda view, target: swav(scores[view], assignments[target], s.temperature)
+        loss = self.over_pair_rows(
+            lambda x, target: swav(x, target, s.temperature), scores, assignments
         )
         if self.queue is not None:
             self.queue.newest = self.comm.gather(large)

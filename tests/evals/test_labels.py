@@ -32,7 +32,7 @@ def probe_of(world: World, labels: list[int], views: int, view_shards: int) -> A
     features = features.repeat(1, 1, 100)[..., : learner.probe.in_features]
     mine = features[comm.views, comm.rows(len(labels) // comm.data_shards)]
     known = torch.tensor(labels)[comm.rows(len(labels) // comm.data_shards)]
-    loss, top1 = learner._probe(mine, known)
+    loss, top1 = learner._probe(mine, known, weighted=True)
     loss.backward()
     return float(loss.detach()), float(top1), learner.probe.weight.grad.numpy()
 
@@ -68,7 +68,7 @@ def test_unlabelled_images_change_nothing() -> None:
     torch.manual_seed(0)
     features = torch.randn(2, 12, learner.probe.in_features, dtype=torch.float64)
     known = LABELS >= 0
-    loss, top1 = learner._probe(features, LABELS)
+    loss, top1 = learner._probe(features, LABELS, weighted=True)
     logits = learner.probe(features[:, known]).flatten(0, 1).detach()
     target = LABELS[known].repeat(2)
     assert float(loss.detach()) == pytest.approx(float(F.cross_entropy(logits, target)), rel=1e-12)

@@ -88,18 +88,18 @@ def config_of(name: str, processes: int, blocks: int = 1, more: tuple[str, ...] 
 def test_a_step_is_few_operators_outside_the_network(name: str) -> None:
     """Thirty tensors or more are trained, so a loop over them would pass the bound."""
     seen = step_of(name)
-    assert seen.parts["update"] <= 100
+    assert seen.parts["update"] <= 40
     assert seen.parts["record"] == 1
     assert seen.waits == (1 if name == "mmcr" else 0)
     assert seen.collectives["norm"][0] >= 2 * 12
 
 
 MOST = {
-    "adadim": (720, 40, 6.1), "barlow_twins": (490, 34, 5.9), "byol": (660, 44, 27.5),
-    "deepclusterv2": (500, 39, 6.0), "dino": (620, 40, 7.9), "lejepa": (610, 30, 5.3),
-    "mmcr": (330, 30, 5.6), "mocov2plus": (590, 40, 8.8), "mocov3": (670, 48, 17.5),
-    "nnclr": (550, 35, 16.2), "ressl": (550, 40, 8.4), "simclr": (460, 30, 5.9),
-    "simsiam": (480, 32, 6.6), "swav": (530, 33, 7.4), "vicreg": (520, 33, 5.9),
+    "adadim": (560, 40, 6.1), "barlow_twins": (430, 34, 5.9), "byol": (580, 44, 27.5),
+    "deepclusterv2": (450, 39, 6.0), "dino": (560, 40, 7.9), "lejepa": (420, 30, 5.3),
+    "mmcr": (300, 30, 5.6), "mocov2plus": (570, 40, 8.8), "mocov3": (620, 48, 17.5),
+    "nnclr": (490, 35, 16.2), "ressl": (540, 40, 8.4), "simclr": (400, 30, 5.9),
+    "simsiam": (430, 32, 6.6), "swav": (460, 33, 7.4), "vicreg": (420, 33, 5.9),
 }  # fmt: skip
 """Operators, collectives and MB moved, at most, of a step with a network of 12 norms."""
 

@@ -77,30 +77,6 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def gram_square(a: Tensor, all_a: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Part of |A A^T|_F^2, the sum over i, j of (a_i . a_j)^2; the products, if in one block.
-
-    `a` `[m, p]`: rows held here; `all_a` `[N, p]`: everyone's. No gradient: for the forward of an
-    `autograd.Function` whose backward calls `gram_times`.
-    """
-    total, kept = a.new_zeros(()), None
-    parts = list(blocks(a, len(all_a)))
-    for part in parts:
-        products = gram(a[part], all_a)
-        total += products.square().sum()
-        kept = products if len(parts) == 1 else None
-    return total, kept
-
-
-def gram_times(
-    a: Tensor, all_a: Tensor, rows: Tensor, kept: Tensor | None, out: Tensor, scale: Tensor
-) -> None:
-    """Add scale (A all_A^T) rows to `out` `[m, q]`, with `rows` `[N, q]`."""
-    for part in blocks(a, len(all_a)):
-        products = a[part] @ all_a.T if kept is None else kept
-        out[part].addmm_(products * scale, rows)
-
-
 def gram_product(a: Tensor, b: Tensor, all_a: Tensor, all_b: Tensor) -> Tensor:
     """Part of |A^T B|_F^2 = sum over images i, j of (a_i . a_j)(b_i . b_j); a scalar.
 

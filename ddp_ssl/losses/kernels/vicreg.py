@@ -1,7 +1,8 @@
-"""Sums over images of each view: spread from the mean view, variances, squared covariances."""
+"""VICReg's three terms and their gradient, from sums over the images of each view."""
 
-from collections.abc import Callable
-from typing import Any, cast
+import math
+from functools import reduce
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -9,120 +10,149 @@ from torch.autograd.function import once_differentiable
 
 from ddp_ssl.comm import Comm
 from ddp_ssl.losses.common import Route, at_least_float32, gather_rows, gathers
-from ddp_ssl.losses.kernels.gram import gram, gram_square, gram_times, in_cache, inner
+from ddp_ssl.losses.kernels.gram import blocks, gram, in_cache, inner
 
 
-def view_sums(
-    z: Tensor, views: int, images: int, route: Route, comm: Comm
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over all `images`, of all `views`, from `z` `[k, n, d]` held here.
+class Formula(NamedTuple):
+    """The numbers of VICReg's formula; `weights` and `factors` are those of s, v and c.
 
-    With X_k the centred rows of view k: the squares of each feature `[K, d]`, |X_k^T X_k|_F^2
-    `[K]`, and the squared distance of each view from the mean over views `[K]`.
+    With X_k the centred rows of view k and q_kj the squares of its feature j, summed over `images`:
+
+        s = factor * sum_k |Z_k - mean Z|^2
+        v = factor * sum_kj max(0, gamma - sqrt(q_kj / (images - 1) + eps))
+        c = factor * sum_k (|X_k^T X_k|_F^2 - sum_j q_kj^2)
     """
-    given, z = z, at_least_float32(z)
 
-    def total(x: Tensor) -> Tensor:
-        """Sums over all images `[K, ...]`, of every view, from those held here `[k, ...]`."""
-        if comm.view_shards == 1:
-            return comm.sum(x)
-        sums = x.new_zeros(views, *x.shape[1:])
-        sums[comm.views] = x
-        return comm.sum(sums)
+    weights: tuple[float, float, float]
+    factors: tuple[float, float, float]
+    gamma: float
+    eps: float
+    views: int
+    images: int
 
-    with torch.no_grad():
-        mean_view = None
-        if comm.view_shards > 1:
-            first = comm.view_sum(z.sum(0)) / views
-            mean_view = torch.stack([first, comm.view_sum((z - first).sum(0)) / views])
-        mean = total(z.sum(1))[comm.views] / images
-        everyone = None
-        if gathers(route, images, z.shape[2]):
-            everyone = gather_rows(given, z, comm)[comm.views].contiguous()
-    parts = _Sums.apply(z, mean_view, mean, everyone, images, lambda x: total(x)[comm.views])
-    sums = total(cast(Tensor, parts))
-    return sums[:, :-2], sums[:, -2], sums[:, -1]
+    @property
+    def by_second(self) -> float:
+        """The gradient of the weighted c by X_k is this times X_k X_k^T X_k, and more."""
+        return 4 * self.weights[2] * self.factors[2]
 
 
-class _Sums(torch.autograd.Function):
-    """This process's part of `view_sums` for the views held here, `[k, d + 2]`.
+def terms(z: Tensor, formula: Formula, route: Route, comm: Comm) -> tuple[Tensor, ...]:
+    """The weighted sum of s, v and c, and the three without gradient, from `z` `[k, n, d]` here."""
+    found = _Terms.apply(at_least_float32(z), z.detach(), formula, route, comm)
+    return cast(tuple[Tensor, ...], found)
 
-    `z`: `[k, n, d]`. `mean_view`: the mean over views in two parts `[2, n, d]`, or none if all
-    views are here. `mean`: the mean over images `[k, d]`. `everyone`: the rows of all images
-    `[k, N, d]`, or none for d x d moments. `total`: sums `[k, ...]` over processes.
 
-    The means are constants here. The sums are stationary in them, since centred rows add up to
-    zero.
+class _Terms(torch.autograd.Function):
+    """Forward already computes the gradient by q, which is the same on all processes.
+
+    The means are constants in backward. The sums are stationary in them, since centred rows add up
+    to zero.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        z: Tensor,
-        mean_view: Tensor | None,
-        mean: Tensor,
-        everyone: Tensor | None,
-        images: int,
-        total: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        k, n, width = z.shape
-        sums = z.new_zeros(k, width + 2)
+        ctx: Any, z: Tensor, given: Tensor, formula: Formula, route: Route, comm: Comm
+    ) -> tuple[Tensor, ...]:
+        width, f, images, views = z.shape[2], formula, formula.images, formula.views
+        mean = comm.sum(comm.placed(z.sum(1)))[comm.views, None] / images
+        mean_view = None
+        if comm.view_shards > 1:
+            first = comm.view_sum(z.sum(0)) / views
+            mean_view = torch.stack([first, comm.view_sum((z - first).sum(0)) / views])
+        squares, distances, seconds = list[Tensor](), list[Tensor](), list[Tensor]()
         for part in in_cache(z):
-            sums[:, :width] += (z[:, part] - mean[:, None]).square_().sum(1)
-            sums[:, -1] += _from_mean_view(z, mean_view, part).square_().sum((1, 2))
-        kept: list[Tensor | None] = []
-        whole = None
-        if everyone is None:
-            moments = z.new_empty(k, width, width)
+            squares.append((z[:, part] - mean).square_().sum(1))
+            distances.append(_from_mean_view(z, mean_view, part).square_().sum())
+        rows, whole, kept = None, None, list[Tensor]()
+        if gathers(route, images, width):
+            if comm.world_size > 1:  # centred rows of all images, and so those held here
+                rows = gather_rows(given, z, comm)[comm.views].contiguous().sub_(mean)
+            for v in range(len(z)):
+                own, every = _centred(v, z, mean, rows, comm)
+                parts = list(blocks(own, images))
+                for part in parts:
+                    products = gram(own[part], every)
+                    seconds.append(products.square().sum())
+                kept += [products] if len(parts) == 1 else []
+        else:
+            moments = z.new_empty(len(z), width, width)
             for moment, own, centre in zip(moments, z, mean, strict=True):
                 columns = (own - centre).T
                 moment.copy_(gram(columns, columns))
-            whole = total(moments)
-            sums[:, width] = torch.stack([inner(a, b) for a, b in zip(moments, whole, strict=True)])
-        else:
-            for view, own, every, centre in zip(sums, z, everyone, mean, strict=True):
-                centred = own - centre
-                # In one process, or one view group, both are the same rows.
-                rows = centred if len(every) == n else every - centre
-                view[width], products = gram_square(centred, rows)
-                kept.append(products)
-        ctx.save_for_backward(z, mean_view, mean, everyone, whole, *kept)
-        ctx.total, ctx.images = total, images
-        return sums
+            whole = comm.sum(comm.placed(moments))[comm.views]
+            seconds.append(inner(moments.flatten(0, 1), whole.flatten(0, 1)))
+        q = comm.placed(reduce(torch.add, squares)).flatten()
+        sums = comm.sum(torch.hstack([q, *seconds, reduce(torch.add, distances)]))
+        q, second = sums[: len(q)], sums[len(q) : -1].sum()
+
+        found, slopes = _evaluated(f, q, second, sums[-1])
+        slopes = slopes.view(views, 1, width)[comm.views]
+        ctx.save_for_backward(z, mean_view, mean, rows, slopes, whole, *kept)
+        ctx.formula, ctx.comm = f, comm
+        ctx.mark_non_differentiable(*found[1:])
+        ctx.set_materialize_grads(False)
+        return found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        z, mean_view, mean, everyone, whole, *kept = ctx.saved_tensors
-        grad = torch.empty_like(z)
-        width = z.shape[2]
-        for v, (out, scale) in enumerate(zip(grad, grads[0], strict=True)):
-            centred = z[v] - mean[v]
-            torch.mul(centred, 2 * scale[:width], out=out)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * 5
+        z, mean_view, mean, rows, slopes, whole, *kept = ctx.saved_tensors
+        comm, f, grad = ctx.comm, ctx.formula, torch.empty_like(z)
+        for v, out in enumerate(grad):
+            own, every = _centred(v, z, mean, rows, comm)
+            torch.mul(own, slopes[v], out=out)
             if whole is not None:
-                out.addmm_(centred, whole[v] * (4 * scale[width]))
-            else:
-                rows = centred if everyone.shape[1] == z.shape[1] else everyone[v] - mean[v]
-                gram_times(centred, rows, rows, kept[v], out, 4 * scale[width])
-                del rows
-            del centred
+                out.addmm_(own, whole[v], alpha=f.by_second)
+            for part in blocks(own, f.images) if whole is None else ():
+                products = kept[v] if kept else own[part] @ every.T
+                out[part].addmm_(products, every, alpha=f.by_second)
+            del own, every
         # The gradients of variance and covariance add up to zero over images, but for a rounding
         # error that counts where a mean is large beside its deviation.
-        offset = ctx.total(grad.sum(1)) / ctx.images
-        weight = 2 * grads[0][:, -1, None, None]
+        offset = comm.sum(comm.placed(grad.sum(1)))[comm.views, None]
+        scale = comm.sum(grads[0])
         for part in in_cache(z):
             apart = _from_mean_view(z, mean_view, part)
-            grad[:, part] += apart.mul_(weight).sub_(offset[:, None])
-        return grad, None, None, None, None, None
+            out = grad[:, part].sub_(offset, alpha=1 / f.images)
+            out.add_(apart, alpha=2 * f.weights[0] * f.factors[0]).mul_(scale)
+        return grad, None, None, None, None
+
+
+def _evaluated(
+    f: Formula, q: Tensor, second: Tensor, distance: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The weighted sum of s, v and c, and the three; the gradient by X_k in multiples of X_k.
+
+    `q` and that gradient: `[K d]`. `second`: the sum of all |X_k^T X_k|_F^2.
+    """
+    root = math.sqrt(f.images - 1)  # times which deviations and hinge are
+    deviations = (q + f.eps * (f.images - 1)).sqrt_()
+    hinge = (f.gamma * root - deviations).clamp_(min=0)
+    factors = [f.factors[0], f.factors[1] / root, f.factors[2]]
+    s, v, c = torch._foreach_mul([distance, hinge.sum(), second - q.square().sum()], factors)
+    loss = (f.weights[0] * s).add_(v, alpha=f.weights[1]).add_(c, alpha=f.weights[2])
+    by_hinge = -f.weights[1] * factors[1]
+    return (loss, s, v, c), (q * -f.by_second).addcdiv_(hinge.sign_(), deviations, value=by_hinge)
+
+
+def _centred(
+    view: int, z: Tensor, mean: Tensor, rows: Tensor | None, comm: Comm
+) -> tuple[Tensor, Tensor]:
+    """A view's centred rows of the images held here and of all images; `rows` has them, if any."""
+    if rows is None:
+        own = z[view] - mean[view]
+        return own, own
+    return rows[view, comm.rows(z.shape[1])], rows[view]
 
 
 def _from_mean_view(z: Tensor, mean_view: Tensor | None, part: slice) -> Tensor:
     """Some rows of all views `[k, m, d]` less their mean over views.
 
-    The mean of the rounding error is subtracted as well: views are alike, so the difference is
-    small.
+    `mean_view`: that mean in two parts `[2, n, d]`, or none if all views are here. The mean of the
+    rounding error is subtracted as well: views are alike, so the difference is small.
     """
     own = z[:, part]
-    first = own.mean(0) if mean_view is None else mean_view[0, part]
-    apart = own - first
+    apart = own - (own.mean(0) if mean_view is None else mean_view[0, part])
     return apart.sub_(apart.mean(0) if mean_view is None else mean_view[1, part])
