@@ -275,6 +275,7 @@ class Step:
             "limit_share": 1e3 * count.seconds / ms if rates else None,
             "gbytes": count.nbytes / 1e9,
             "tflop": count.flops / 1e12,
+            "counted_gib": count.peak / GIB,
             **self.trace(),
             "host_ms": self.host_ms(),
         }

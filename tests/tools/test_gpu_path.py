@@ -1,4 +1,4 @@
-"""The cost of a step on a GPU: bytes, operators, collectives, counted on tensors without values.
+"""The cost of a step on a GPU: bytes, operators, collectives, memory, on tensors without values.
 
 Two depths of a network tell how many operators each layer adds, in each part of the step.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 
 import pytest
-import torch.distributed
+import torch
 from gpu_path import (
     Counted,
     as_on_a_gpu,
@@ -19,6 +19,7 @@ from gpu_path import (
     whole_step,
     without_values,
 )
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ddp_ssl.config import Config
@@ -27,6 +28,7 @@ from ddp_ssl.distributed import World, comm_of
 from ddp_ssl.methods._learner import Learner
 from ddp_ssl.methods._registry import builtin_methods, make_method
 from ddp_ssl.methods.base import Progress
+from ddp_ssl.models import build_backbone
 from tests.methods.settings import SETTINGS
 
 NORMS = 53  # of a ResNet-50
@@ -40,16 +42,18 @@ counted = pytest.mark.skipif(
 @counted
 @pytest.mark.parametrize("processes", [1, 8, 512])
 def test_the_global_norm_moves_what_torchs_kernels_move(processes: int) -> None:
-    """ResNet-50, two views of 128 images in bf16: it was 408 GB and 4,756 operators."""
+    """ResNet-50, two views of 128 images in bf16: it was 408 GB, 4,756 operators and 11.18 GiB."""
     seen, calls = count("resnet50", "global", 128, processes)
     assert seen.nbytes < 131e9
     assert seen.operators < 1200
+    assert seen.peak < 10.6 * 2**30
     assert calls == 2 * NORMS
 
 
 def test_the_local_norm_moves_no_more_and_makes_no_call() -> None:
     seen, calls = count("resnet50", "local", 128, 8)
     assert seen.nbytes < 131e9
+    assert seen.peak < 10.6 * 2**30
     assert calls == 0
 
 
@@ -60,10 +64,12 @@ def test_against_torchs_synchronised_norm() -> None:
     theirs, _ = count("resnet18", "sync", 128, 8)
     assert ours.nbytes < 1.06 * theirs.nbytes
     assert ours.operators < 1.3 * theirs.operators
+    assert ours.peak < 1.01 * theirs.peak
 
 
 LAYERS = "model.backbone_args={channels: [8, 8, 16, 16], layers: [%d, 1, 1, 1]}"
 ADDED = 4  # convolutions and as many norms of two more blocks
+STATISTICS = 11 * 512  # bytes of a small norm's at most, each vector in a unit of the allocator
 SMALL = (
     "model.projector=[24, 12]", "data.views=[{count: 2, size: 32, recipe: sym}]",
     "optim.epochs=100",
@@ -80,6 +86,8 @@ def config_of(name: str, processes: int, blocks: int = 1, more: tuple[str, ...] 
     settings = [s for s in SETTINGS.get(name, ()) if "teacher" not in s and "optim" not in s]
     settings += ["method.queue_size=2048"] if any("queue_size" in s for s in settings) else []
     settings += ["model.backbone=resnet18", LAYERS % blocks, *SMALL, *more]
+    if name in ("byol", "mocov3", "nnclr", "simsiam"):
+        settings.append("method.predictor_hidden=24")
     settings.append(f"data.batch_size={2 * processes}")
     return method_config(name, *settings)
 
@@ -123,6 +131,8 @@ def test_a_layer_is_few_operators(name: str, networks: int) -> None:
     assert deep.parts["backward"] - shallow.parts["backward"] <= 11.5 * ADDED
     # Two collectives a norm, one in a network that is not trained.
     assert deep.calls - shallow.calls == (networks + 1) * ADDED
+    activations = 2 * 4096  # `[4, 8, 8, 8]` in bf16
+    assert deep.peaks["forward"] - shallow.peaks["forward"] <= ADDED * (activations + STATISTICS)
 
 
 @pytest.mark.parametrize("name", builtin_methods())
@@ -140,6 +150,44 @@ def test_512_processes_launch_no_more_than_8(name: str) -> None:
 
 
 GROWING = ("norm", "gather", "scatter")
+
+
+@functools.cache
+def needed() -> int:
+    """Bytes that a step with the small network needs: what backward reads, and casts to bf16.
+
+    A convolution keeps its output, that of its norm and activation, and the norm's statistics.
+    Pooling keeps its output with indices of 8 bytes. While the network runs, the joined views are
+    there in float32 too.
+    """
+    backbone, _ = build_backbone(config_of("simclr", 8).model, [32])
+    x = torch.zeros(4, 3, 32, 32)
+    sizes = [6 * x.numel()]
+
+    def saw(module: nn.Module, args: object, out: torch.Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            sizes.append(4 * out.numel() + 2 * module.weight.numel() + STATISTICS)
+        elif isinstance(module, nn.MaxPool2d):
+            sizes.append(10 * out.numel())
+
+    for module in backbone.modules():
+        module.register_forward_hook(saw)
+    backbone(x)
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("name", builtin_methods())
+def test_a_step_holds_what_backward_needs(name: str) -> None:
+    """Over parameters, gradients, state and views, which were there before."""
+    few, many = step_of(name, 8), step_of(name, 512)
+    queue = 2048 * 12 * 2 if name == "swav" else 0  # in bf16, for its scores
+    assert few.peak - few.before <= needed() + queue
+    assert few.peaks["update"] <= 1.6 * few.collectives["gradients"][1]  # LARS' steps, rounded up
+
+    gathered = many.collectives.get("gather", (0, 0))[1] - few.collectives.get("gather", (0, 0))[1]
+    assert many.peaks["backward"] - few.peaks["backward"] <= 10_000 + 3.3 * gathered
+    first_norm = 512 * 2 * 2 * 64 * 4  # processes, views, kinds, channels in float32
+    assert many.peak - many.before - (few.peak - few.before) <= first_norm + 3.3 * gathered
 
 
 @counted

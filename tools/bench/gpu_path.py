@@ -1,4 +1,4 @@
-"""Bytes, operators and collectives of a step on a GPU, counted without one.
+"""Bytes, operators, peak memory and collectives of a step on a GPU, counted without one.
 
     python tools/bench/gpu_path.py                     all, below
     python tools/bench/gpu_path.py methods [--network resnet50] [--images 128] [--processes 8 512]
@@ -7,17 +7,20 @@
 
 Tensors have no values, so nothing is computed. `methods` counts a whole step of every method as the
 loop takes it: network, loss, backward, gradient norm, optimiser, hooks, probe and the recorder's
-row, two views of 224 px in bf16. DDP's own work is not counted. `norms` counts forward and backward
-of the backbone alone: `global` and `local` are this package's norm, `sync` is `nn.SyncBatchNorm`,
-whose statistics are those of both views together. Bytes are what operators read and write; the
-least time is theirs at `--copy` GB/s. `layers` counts the whole step of AdaDim by kind of layer,
-with the products too: an operator takes at least the longer of its two times.
+row, two views of 224 px in bf16. DDP's own work is not counted, but its buckets are in the memory.
+A second table has the most memory in each part of the step, with all that was there before it:
+parameters, state, gradients, views. `norms` counts forward and backward of the backbone alone:
+`global` and `local` are this package's norm, `sync` is `nn.SyncBatchNorm`, whose statistics are
+those of both views together. Bytes are what operators read and write; the least time is theirs at
+`--copy` GB/s. `layers` counts the whole step of AdaDim by kind of layer, with the products too: an
+operator takes at least the longer of its two times.
 `tools/gpu_report.sh` measures on a GPU.
 """
 
 import argparse
 import contextlib
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -53,12 +56,15 @@ from ddp_ssl.training.recorder import Recorder
 ROOT = Path(__file__).resolve().parents[2]
 NORMS = ("global", "sync", "local")
 SIZE = 224
+UNIT = 512  # bytes: CUDA's allocator hands out multiples
 
 
 class Moved(TorchDispatchMode):
-    """Bytes that operators read and write, and the number of operators.
+    """Bytes that operators read and write, the number of operators, and the memory of tensors.
 
     Views move nothing. An expanded dimension is read once. Overwritten tensors are not read.
+    A tensor from before takes memory from the start if an operator uses it. What an operator
+    allocates for itself is not seen.
     """
 
     FREE = (
@@ -69,10 +75,44 @@ class Moved(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.nbytes, self.operators = 0, 0
+        self.stage = "step"
+        self.peaks: Counter[str] = Counter()
+        """The most memory in each stage, without what was there before."""
+        self.before = 0
+        self._now = 0
+        self._storages: dict[int, tuple[Any, int]] = {}
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that all tensors held at once."""
+        return self.before + max(self.peaks.values())
+
+    def _holds(self, tensors: Any, before: bool) -> None:
+        for storage in (x.untyped_storage() for x in tree_leaves(tensors) if isinstance(x, Tensor)):
+            key, nbytes = id(storage), -(-storage.nbytes() // UNIT) * UNIT
+            if key not in self._storages:
+                freed = weakref.ref(storage, lambda _, key=key: self._frees(key))
+                self._storages[key] = freed, nbytes
+                self.before += nbytes * before
+                self._now += nbytes * (not before)
+
+    def _frees(self, key: int) -> None:
+        self._now -= self._storages.pop(key)[1]
+
+    def is_from_before(self, x: Tensor) -> None:
+        """Count `x` as memory from before, such as a gradient, which DDP's buckets hold."""
+        key = id(x.untyped_storage())
+        freed, nbytes = self._storages[key]
+        self._storages[key] = freed, 0
+        self._now -= nbytes
+        self.before += nbytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._holds((args, kwargs), before=True)
         out = func(*args, **kwargs)
+        self._holds(out, before=False)
+        self.peaks[self.stage] = max(self.peaks[self.stage], self._now)
         name = str(func.overloadpacket)
         if not (func.is_view or any(n in name for n in self.FREE)):
             self.operators += 1
@@ -160,6 +200,7 @@ def as_on_a_gpu(key: str = "Meta") -> Iterator[None]:
 
 
 PARTS = ("forward", "backward", "update", "record")
+STAGES = ("backbone", *PARTS[:3])  # of memory; `forward` is what follows the trained backbone
 
 
 class Counted(Moved):
@@ -172,7 +213,7 @@ class Counted(Moved):
 
     def __init__(self) -> None:
         super().__init__()
-        self.part = PARTS[0]
+        self.part = self.stage = PARTS[0]
         self.parts: Counter[str] = Counter()
         self.names: dict[str, Counter[str]] = {part: Counter() for part in PARTS}
         self.waits = 0
@@ -283,14 +324,18 @@ class _Step:
     def run(self, seen: Counted) -> None:
         """Take a step, which `seen` counts."""
         method = self.learner.method
+        method.backbone.register_forward_pre_hook(lambda *_: setattr(seen, "stage", "backbone"))
+        method.backbone.register_forward_hook(lambda *_: setattr(seen, "stage", "forward"))
+        for p in self.trained:
+            p.register_post_accumulate_grad_hook(lambda p: seen.is_from_before(p.grad))
         before = dict(comm_stats.counts)
         optim.set_learning_rates(self.optimizer, self.config.optim, 256, EPOCH * 10, 10)
         progress = Progress(EPOCH * 10, EPOCHS * 10, EPOCH, EPOCHS)
         with seen:
             loss, metrics = self.learner(self.batch)
-            seen.part = "backward"
+            seen.part = seen.stage = "backward"
             loss.backward()
-            seen.part = "update"
+            seen.part = seen.stage = "update"
             method.before_optimizer(progress)
             norm = gradient_norm(
                 [p for p in method.parameters() if p.requires_grad], self.config.optim.grad_clip
@@ -299,7 +344,7 @@ class _Step:
             sent = sum(p.grad.nbytes for p in self.trained if p.grad is not None)
             self.optimizer.zero_grad(set_to_none=True)
             method.after_step(progress)
-            seen.part = "record"
+            seen.part = seen.stage = "record"
             self.recorder.add(1, metrics | {"optim/lr": 0.1, "optim/grad_norm": norm})
         for kind, (calls, nbytes) in comm_stats.counts.items():
             old = before.get(kind, (0, 0))
@@ -430,9 +475,10 @@ def method_config(name: str, *more: str) -> Config:
 def methods(options: argparse.Namespace) -> None:
     """A line for each method."""
     print(f"{options.network}, two views of {options.images} images, bf16\n")
-    columns = [f"calls, MB sent, {n} processes" for n in options.processes]
+    columns = [f"calls, MB sent, peak GiB, {n} processes" for n in options.processes]
     print(f"| method | GB | operators | {' | '.join(PARTS)} | waits | {' | '.join(columns)} |")
     print(f"| --- |{' ---: |' * (len(PARTS) + 3 + len(columns))}")
+    memory = []
     for name in options.methods or builtin_methods():
         made = []
         for processes in options.processes:
@@ -445,19 +491,28 @@ def methods(options: argparse.Namespace) -> None:
             made.append(whole_step(method_config(name, *settings), processes))
         seen = made[0]
         parts = " | ".join(str(seen.parts[part]) for part in PARTS)
-        sent = " | ".join(f"{one.calls}, {one.sent / 1e6:.0f}" for one in made)
+        sent = " | ".join(
+            f"{one.calls}, {one.sent / 1e6:.0f}, {one.peak / 2**30:.2f}" for one in made
+        )
+        memory += [(name, *pair) for pair in zip(options.processes, made, strict=True)]
         print(
             f"| {name} | {seen.nbytes / 1e9:.1f} | {seen.operators} | {parts} | {seen.waits} "
             f"| {sent} |", flush=True,
         )  # fmt: skip
+    print("\nGiB at most\n")
+    print(f"| method | processes | before | {' | '.join(STAGES)} |")
+    print(f"| --- |{' ---: |' * (len(STAGES) + 2)}")
+    for name, processes, seen in memory:
+        row = seen.before, *(seen.before + seen.peaks[stage] for stage in STAGES)
+        print(f"| {name} | {processes} | {' | '.join(f'{x / 2**30:.2f}' for x in row)} |")
 
 
 def norms(options: argparse.Namespace) -> None:
     """A line for each network and norm."""
     (processes,) = options.processes
     print(f"two views of {options.images} images, {processes} processes\n")
-    print("| network | norm | GB | operators | collectives | least ms to move it |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    print("| network | norm | GB | operators | collectives | least ms to move it | peak GiB |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for name in options.networks:
         for norm in NORMS:
             seen, calls = count(name, norm, options.images, processes)
@@ -465,7 +520,7 @@ def norms(options: argparse.Namespace) -> None:
             least = seen.nbytes / options.copy / 1e6
             print(
                 f"| {name} | {norm} | {seen.nbytes / 1e9:.1f} | {seen.operators} | {calls} "
-                f"| {least:.1f} |"
+                f"| {least:.1f} | {seen.peak / 2**30:.2f} |"
             )
 
 
