@@ -41,7 +41,7 @@ def step_of(world: World, arguments: Sequence[str], how: str = "", **ddp: bool) 
     comm = distributed.comm_of(world, config.data.view_shards)
     learner = learner_of(config, comm)
     if how:
-        distributed.compile_without_norms(learner.method.backbone, mode=how)
+        learner.method._apply_network = torch.compile(learner.method._apply_network, mode=how)
 
     @functools.wraps(DistributedDataParallel)
     def told(*given: Any, **options: Any) -> nn.Module:
