@@ -6,6 +6,7 @@ the device: a step only launches work.
 
 import functools
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -38,8 +39,9 @@ class LARS(torch.optim.Optimizer):
 
     Parameters without gradient are skipped. A step overwrites the gradients.
 
-    `params` as in any torch optimiser, (name, parameter) pairs included. Of the options, groups may
-    have their own `lr` and `weight_decay`.
+    `params` as in any torch optimiser, (name, parameter) pairs included. A group may have its own
+    value of every option. Raises `ValueError` for another variant and for a bound that is not
+    above 0.
     """
 
     def __init__(
@@ -55,8 +57,6 @@ class LARS(torch.optim.Optimizer):
         eps: float = 1e-8,
         bound_1d: float | None = None,
     ) -> None:
-        if variant not in ("solo", "vicreg"):
-            raise ValueError(f"variant: expected solo or vicreg, got {variant!r}")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -69,22 +69,32 @@ class LARS(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters that have options of their own; those left out are the constructor's."""
+        options = self.defaults | param_group
+        variant, bound = options["variant"], options["bound_1d"]
+        if variant not in ("solo", "vicreg"):
+            raise ValueError(f"variant: expected solo or vicreg, got {variant!r}")
+        if bound is not None and not bound > 0:
+            raise ValueError(f"bound_1d: expected None or a number above 0, got {bound!r}")
+        super().add_param_group(param_group)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update; returns what `closure` returns, if there is one."""
         loss = _evaluated(closure)
-        for tensors in _chunks(list(self._trained())):
+        for tensors in _chunks(self._trained()):
             deep = [t for t in tensors if not is_one_dimensional(t.p)]
             flat = [t for t in tensors if is_one_dimensional(t.p)]
-            ratios = self._trust_ratios(deep) if deep else None
-            torch._foreach_mul_([t.buffer for t in tensors], self.defaults["momentum"])
+            ratios = _trust_ratios(deep) if deep else None
+            torch._foreach_mul_([t.buffer for t in tensors], tensors[0].group["momentum"])
             if ratios is not None:
                 gradients = [t.gradient for t in deep]
                 factors = _alike(ratios, gradients)
                 torch._foreach_addcmul_([t.buffer for t in deep], gradients, factors)
             if flat:
                 torch._foreach_add_([t.buffer for t in flat], [t.gradient for t in flat])
-                self._bound(flat)
+                _bound(flat)
             _add((t.p, t.buffer, -t.group["lr"]) for t in tensors)
         return loss
 
@@ -97,41 +107,6 @@ class LARS(torch.optim.Optimizer):
                         state["momentum_buffer"] = torch.zeros_like(p)
                     yield _Trained(p, p.grad, state["momentum_buffer"], group)
 
-    def _bound(self, tensors: list["_Trained"]) -> None:
-        """Scale buffers down so that no element moves further than `bound_1d`."""
-        bound = self.defaults["bound_1d"]
-        if bound is not None:
-            buffers = [t.buffer for t in tensors]
-            largest = torch.stack(torch._foreach_norm(buffers, math.inf))
-            torch._foreach_mul_(list(largest.unbind()), [t.group["lr"] / bound for t in tensors])
-            torch._foreach_div_(buffers, _alike(largest.clamp_(min=1), buffers))
-
-    def _trust_ratios(self, tensors: list["_Trained"]) -> Tensor:
-        """q, `[len(tensors)]`; overwrites the gradients with g + w p.
-
-        Norms stay on the device, so zeros are found there.
-        """
-        options, solo = self.defaults, self.defaults["variant"] == "solo"
-        decays = [t.group["weight_decay"] for t in tensors]
-        params, gradients = [t.p for t in tensors], [t.gradient for t in tensors]
-        if not solo:
-            _add(zip(gradients, params, decays, strict=True))
-        norms = torch.stack(torch._foreach_norm(params + gradients)).view(2, -1)
-        (q, below), (no_p, no_g) = norms.unbind(), (norms == 0).unbind()
-        if solo:
-            _add(zip(gradients, params, decays, strict=True))
-            _add(zip(below.unbind(), q.unbind(), decays, strict=True))
-            below.add_(options["eps"])
-        if solo and options["clip"]:
-            # As lr -> 0 the quotient grows without bound, so its minimum with 1 is 1.
-            rates = [t.group["lr"] for t in tensors]
-            etas = [options["eta"] / lr if lr > 0 else math.inf for lr in rates]
-            torch._foreach_mul_(list(q.unbind()), etas)
-            q.div_(below).clamp_(max=1)
-        else:
-            q.mul_(options["eta"]).div_(below)
-        return q.masked_fill_(no_p, 1).masked_fill_(no_g, 0)  # no decay either
-
 
 class _Trained(NamedTuple):
     """A parameter that `LARS` moves."""
@@ -140,6 +115,45 @@ class _Trained(NamedTuple):
     gradient: Tensor
     buffer: Tensor
     group: dict[str, Any]
+
+
+def _bound(tensors: list[_Trained]) -> None:
+    """Scale the buffers of a chunk down so that no element moves further than `bound_1d`."""
+    bound = tensors[0].group["bound_1d"]
+    if bound is not None:
+        buffers = [t.buffer for t in tensors]
+        largest = torch.stack(torch._foreach_norm(buffers, math.inf))
+        torch._foreach_mul_(list(largest.unbind()), [t.group["lr"] / bound for t in tensors])
+        torch._foreach_div_(buffers, _alike(largest.clamp_(min=1), buffers))
+
+
+def _trust_ratios(tensors: list[_Trained]) -> Tensor:
+    """q, `[len(tensors)]`, of a chunk; overwrites the gradients with g + w p.
+
+    Norms stay on the device, so zeros are found there.
+    """
+    shared = tensors[0].group
+    solo, eta = shared["variant"] == "solo", shared["eta"]
+    decays = [t.group["weight_decay"] for t in tensors]
+    params, gradients = [t.p for t in tensors], [t.gradient for t in tensors]
+    if not solo:
+        _add(zip(gradients, params, decays, strict=True))
+    norms = torch.stack(torch._foreach_norm(params + gradients)).view(2, -1)
+    (above, below), (no_p, no_g) = norms.unbind(), (norms == 0).unbind()
+    if solo:
+        _add(zip(gradients, params, decays, strict=True))
+        _add(zip(below.unbind(), above.unbind(), decays, strict=True))
+        below.add_(shared["eps"])
+    if solo and shared["clip"]:
+        # As lr -> 0 the quotient grows without bound, so its minimum with 1 is 1.
+        rates = [t.group["lr"] for t in tensors]
+        etas = [eta / lr if lr > 0 else math.inf for lr in rates]
+        torch._foreach_mul_(list(above.unbind()), etas)
+        q = above.div_(below).clamp_(max=1)
+    else:
+        q = above.mul_(eta).div_(below)
+    # Where p = 0, g + w p is g. Where g = 0, the factor 0 removes w p.
+    return q.masked_fill_(no_p, 1).masked_fill_(no_g, 0)
 
 
 def _add(terms: Iterable[tuple[Tensor, Tensor, float]]) -> None:
@@ -192,22 +206,25 @@ def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[
     return torch.tensor(index, dtype=torch.long).to(device, non_blocking=True), starts
 
 
-# Elements updated at once: on a CPU as many as its caches hold; on a GPU many more, for each of
-# which `_expanded` takes four bytes, once the activations are gone.
+# Elements updated at once: on a CPU as many as its caches hold; on a GPU many more. There the
+# factors that `_expanded` makes take 512 MiB at most, unless one tensor is larger.
 AT_ONCE = {"cpu": 2**18, "cuda": 2**27}
 
+_shared_options = operator.itemgetter("momentum", "eta", "clip", "variant", "eps", "bound_1d")
 
-def _chunks(tensors: list[_Trained]) -> list[list[_Trained]]:
-    """Groups of tensors that are updated at once."""
-    groups: list[list[_Trained]] = []
-    room = 0
+
+def _chunks(tensors: Iterable[_Trained]) -> list[list[_Trained]]:
+    """Tensors that are updated at once: of one device, and equal but in `lr` and `weight_decay`."""
+    chunks: list[list[_Trained]] = []
+    room, last = 0, None
     for t in tensors:
-        if not groups or t.p.numel() > room:
-            groups.append([])
+        alike = t.p.device, _shared_options(t.group)
+        if alike != last or t.p.numel() > room:
+            chunks.append([])
             room = AT_ONCE.get(t.p.device.type, 2**24)
-        groups[-1].append(t)
-        room -= t.p.numel()
-    return groups
+        chunks[-1].append(t)
+        room, last = room - t.p.numel(), alike
+    return chunks
 
 
 def _evaluated(closure: Callable[[], float] | None) -> float | None:

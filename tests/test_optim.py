@@ -40,6 +40,7 @@ def lars_by_hand(
     eta: float,
     clip: bool,
     variant: str,
+    bound: float | None,
 ) -> tuple[list[float], list[float]]:
     """One step on one flattened tensor: the formulas, number by number."""
 
@@ -58,6 +59,9 @@ def lars_by_hand(
         q = eta * norm(p) / norm(d) if norm(p) > 0 and norm(d) > 0 else 1
         d = [q * v for v in d]
     buf = d if buf is None else [momentum * b + v for b, v in zip(buf, d, strict=True)]
+    if one_dimensional and bound is not None:
+        excess = max(lr * max(abs(b) for b in buf) / bound, 1)
+        buf = [b / excess for b in buf]
     return [a - lr * b for a, b in zip(p, buf, strict=True)], buf
 
 
@@ -88,46 +92,108 @@ def set_gradients(params: list[tuple[str, nn.Parameter]], step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "clip", "wd"),
-    list(itertools.product(["solo", "vicreg"], [True, False], [0.0, 1e-2])),
+    ("variant", "clip", "bound"),
+    list(itertools.product(["solo", "vicreg"], [True, False], [None, 0.05])),
 )
-def test_lars_follows_its_formulas(variant: Variant, clip: bool, wd: float) -> None:
-    params = some_parameters()
+def test_lars_follows_its_formulas(variant: Variant, clip: bool, bound: float | None) -> None:
+    """Three groups, all updated at once, with rates and decays of their own."""
+    groups = [some_parameters() for _ in range(3)]
+    decays, shares = (1e-2, 0.0, 3e-2), (1.0, 0.3, 0.0)
     eta = 0.02 if variant == "solo" else 0.001
     optimizer = LARS(
-        [{"params": params}], lr=0.1, weight_decay=wd, eta=eta, clip=clip, variant=variant
-    )
-    expected: dict[str, tuple[list[float], list[float] | None]] = {
-        name: (p.detach().flatten().tolist(), None) for name, p in params
+        [{"params": g, "weight_decay": wd} for g, wd in zip(groups, decays, strict=True)],
+        lr=0.1, eta=eta, clip=clip, variant=variant, bound_1d=bound,
+    )  # fmt: skip
+    expected: dict[Tensor, tuple[list[float], list[float] | None]] = {
+        p: (p.detach().flatten().tolist(), None) for params in groups for _, p in params
     }
+    bounded = 0
     for step, lr in enumerate([0.1, 0.0, 1e-3, 0.4, 3.0]):
-        set_gradients(params, step)
-        optimizer.param_groups[0]["lr"] = lr
-        for name, p in params:
-            if p.grad is None:
-                continue
-            before, buf = expected[name]
-            expected[name] = lars_by_hand(
-                before,
-                p.grad.flatten().tolist(),
-                buf,
-                one_dimensional=p.ndim == 1,
-                lr=lr,
-                momentum=0.9,
-                wd=wd,
-                eta=eta,
-                clip=clip,
-                variant=variant,
-            )
+        for index, (params, wd, share) in enumerate(zip(groups, decays, shares, strict=True)):
+            set_gradients(params, 3 * step + index)
+            optimizer.param_groups[index]["lr"] = lr * share
+            for _, p in params:
+                if p.grad is None:
+                    continue
+                before, buf = expected[p]
+                expected[p] = lars_by_hand(
+                    before,
+                    p.grad.flatten().tolist(),
+                    buf,
+                    one_dimensional=p.ndim == 1,
+                    lr=lr * share,
+                    momentum=0.9,
+                    wd=wd,
+                    eta=eta,
+                    clip=clip,
+                    variant=variant,
+                    bound=bound,
+                )
+                moved = max(abs(a - b) for a, b in zip(before, expected[p][0], strict=True))
+                bounded += p.ndim == 1 and bound is not None and math.isclose(moved, bound)
         optimizer.step()
-        for name, p in params:
-            torch.testing.assert_close(
-                p.detach().flatten(),
-                torch.tensor(expected[name][0], dtype=torch.float64),
-                rtol=1e-13,
-                atol=1e-14,
-                msg=lambda text, name=name: f"{name}: {text}",
-            )
+        for index, params in enumerate(groups):
+            for name, p in params:
+                torch.testing.assert_close(
+                    p.detach().flatten(),
+                    torch.tensor(expected[p][0], dtype=torch.float64),
+                    rtol=1e-13,
+                    atol=1e-14,
+                    msg=lambda text, where=f"{name} of group {index}": f"{where}: {text}",
+                )
+    assert bounded == 0 if bound is None else 0 < bounded < 15
+
+
+OTHER = {
+    "momentum": 0.5,
+    "eta": 0.1,
+    "clip": False,
+    "variant": "vicreg",
+    "eps": 1.0,
+    "bound_1d": 0.01,
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_group_has_every_option_of_its_own(name: str) -> None:
+    """Given to the group, written by a scheduler, loaded: each time as with two optimisers."""
+
+    def ends(optimizers: list[LARS], groups: list[list[tuple[str, nn.Parameter]]]) -> list[Tensor]:
+        for step in range(3):
+            for params in groups:
+                set_gradients(params, step)
+            for optimizer in optimizers:
+                optimizer.step()
+        return [p.detach() for params in groups for _, p in params]
+
+    def pair() -> list[list[tuple[str, nn.Parameter]]]:
+        return [some_parameters(), some_parameters()]
+
+    own: dict[str, Any] = {name: OTHER[name]}
+    apart = pair()
+    expected = ends([LARS(apart[0], 0.1), LARS(apart[1], 0.1, **own)], apart)
+    assert any(not torch.equal(*both) for both in zip(expected[:7], expected[7:], strict=True))
+
+    given, written, loaded = pair(), pair(), pair()
+    one = LARS([{"params": given[0]}, {"params": given[1], **own}], 0.1)
+    state = one.state_dict()
+    two = LARS([{"params": params} for params in written], 0.1)
+    two.param_groups[1].update(own)
+    three = LARS([{"params": params} for params in loaded], 0.1)
+    three.load_state_dict(state)
+    for optimizer, groups in ((one, given), (two, written), (three, loaded)):
+        for a, b in zip(expected, ends([optimizer], groups), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_step_of_groups_on_two_devices() -> None:
+    here, there = [nn.Parameter(torch.ones(3, 3, device=device)) for device in ("cpu", "meta")]
+    optimizer = LARS([{"params": [there]}, {"params": [here]}], 0.1)
+    for p in (here, there):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert (here < 1).all()
+    assert optimizer.state[there]["momentum_buffer"].is_meta
 
 
 def test_lars_clip_binds_in_the_test_above_for_some_tensors_only() -> None:
@@ -163,9 +229,11 @@ def test_lars_leaves_what_has_no_gradient() -> None:
     assert unused not in optimizer.state
 
 
-def test_lars_refuses_another_variant() -> None:
+def test_lars_refuses_another_variant_and_no_bound() -> None:
     with pytest.raises(ValueError, match="solo or vicreg, got 'apex'"):
         LARS([nn.Parameter(torch.ones(1))], lr=0.1, variant="apex")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="bound_1d: expected None or a number above 0, got 0"):
+        LARS([{"params": [nn.Parameter(torch.ones(1))], "bound_1d": 0.0}], lr=0.1)
 
 
 def test_lars_runs_a_closure_with_gradients() -> None:
