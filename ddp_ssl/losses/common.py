@@ -57,7 +57,7 @@ def gather_unit_rows(x: Tensor, comm: Comm, unit: Tensor | None = None) -> UnitR
     everyone = comm.gather(x.detach())
     if unit is not None:
         return UnitRows(unit_rows(everyone.to(unit.dtype)))
-    return unit_rows_of(everyone, x)
+    return unit_rows_of(everyone, x.numel() * everyone.shape[:2].numel())
 
 
 def compared(
@@ -66,21 +66,42 @@ def compared(
     """The rows of `x` `[k, n, d]` scaled to length one, beside those of all processes.
 
     In `dtype`, or in `x`'s if that is wider. `gathered`: `gather_unit_rows(x, comm)`, if the caller
-    has it already.
+    has it already. Raises `ValueError` if it is of other rows or of another precision.
     """
+    if gathered is not None:
+        _check_gathered(gathered, x, comm)
     dtype = torch.promote_types(x.dtype, dtype)
     if x.dtype in HALF and dtype == torch.float32:
         everyone = gather_unit_rows(x, comm) if gathered is None else gathered
         assert everyone.inverse is not None
         inverse = everyone.inverse[comm.views, comm.rows(x.shape[1])]
-        unit = scaled_to_one(x, inverse)
-        given = x if everyone.scale is not None else unit
-        return Compared(unit, UnitRows(given.detach(), inverse), everyone)
+        if everyone.scale is not None:
+            own = UnitRows(x.detach(), inverse)
+            return Compared(scaled_to_one(x, inverse), own, everyone)
+        unit = scaled_to_one(x, inverse, everyone.values if comm.world_size == 1 else None)
+        return Compared(unit, UnitRows(unit.detach()), everyone)
     unit = unit_rows(x.to(dtype))
     everyone = gather_unit_rows(x, comm, unit) if gathered is None else gathered
     if everyone.values.dtype != dtype:
         everyone = UnitRows(unit_rows(everyone.values.to(dtype)))
     return Compared(unit, UnitRows(unit.detach()), everyone)
+
+
+def _check_gathered(gathered: UnitRows, x: Tensor, comm: Comm) -> None:
+    """Raise `ValueError` unless `gathered` is of `x` `[k, n, d]`, by its shape and precision."""
+
+    def told(shape: list[int], half: bool, dtype: torch.dtype) -> str:
+        return f"{shape} of {'half precision' if half else dtype}"
+
+    whole = [x.shape[0] * comm.view_shards, x.shape[1] * comm.data_shards, x.shape[2]]
+    expected = told(whole, x.dtype in HALF, x.dtype)
+    if isinstance(gathered, UnitRows):
+        values = gathered.values
+        got = told(list(values.shape), gathered.inverse is not None, values.dtype)
+    else:
+        got = f"a {type(gathered).__name__}"
+    if got != expected:
+        raise ValueError(f"gathered: expected gather_unit_rows of rows {expected}, got {got}")
 
 
 def _better_sent(made: Tensor, x: Tensor, comm: Comm) -> bool:

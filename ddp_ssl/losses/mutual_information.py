@@ -50,7 +50,9 @@ def mutual_information(
             size = a.shape[0]
             sums = torch.stack([a.sum(), b.sum(), (a * b).sum()])
         else:
-            pairs = compared(r, comm), compared(z, comm, gathered)
+            wider = torch.promote_types(r.dtype, z.dtype)
+            dtype = torch.promote_types(wider, torch.float32)
+            pairs = compared(r, comm, None, dtype), compared(z, comm, gathered, dtype)
             size = pairs[0].everyone.values.shape[:2].numel()
             sums = comm.sum(squared_products(*pairs))
         # The diagonal is 1, so each mean is at least 1/M. Zero rows alone have a smaller one.

@@ -12,7 +12,10 @@ from ddp_ssl.losses.kernels.vicreg import Formula, terms
 
 
 class VICReg(NamedTuple):
-    """The weighted loss and its unweighted terms."""
+    """The weighted loss and its unweighted terms. Only the loss has a gradient.
+
+    For another weighting call the loss with other weights: a sum of the terms trains nothing.
+    """
 
     loss: Tensor
     invariance: Tensor
@@ -41,8 +44,8 @@ def vicreg(
         c = 2/K sum_k 1/d sum_{j != l} Cov(Z_k)_jl^2
 
     `z`: embeddings `[k, n, d]` held here (`[K, N, d]` in one process). Returns scalars in float32
-    or float64, the full values on every process; only the loss has a gradient. `route`: see
-    `losses.common.gathers`. Raises `ValueError` for one view or one image.
+    or float64, the full values on every process. `route`: see `losses.common.gathers`. Raises
+    `ValueError` for one view or one image.
 
     Source: VICReg (Bardes et al. 2022), Eq. 1 to 6, with solo-learn's divisors.
     `average_variance`: 1/K in v, as the official code.
@@ -101,4 +104,5 @@ def vicreg_multiview(
         var = rows.total(centred.square().sum(1)) / (images - 1)
         v = (gamma - (var + eps).sqrt()).clamp(min=0).mean()
         c = 2 * ((squares - var.square().sum(1)) / width).mean()
-        return VICReg(invariance * s + variance * v + covariance * c, s, v, c)
+        loss = invariance * s + variance * v + covariance * c
+        return VICReg(loss, s.detach(), v.detach(), c.detach())

@@ -23,25 +23,40 @@ from tests.ranks import Ranks
 LABELS = torch.tensor([-1, 2, -1, -1, -1, -1, -1, -1, 0, 1, 1, -1])
 
 
-def probe_of(world: World, labels: list[int], views: int, view_shards: int) -> Any:
+def features_of(views: int, count: int, learner: Learner) -> torch.Tensor:
+    assert learner.probe is not None
+    features = images(views, count, 4)[:, :, :, 0].flatten(2)
+    return features.repeat(1, 1, 100)[..., : learner.probe.in_features]
+
+
+def probe_of(world: World, labels: list[int], views: int, view_shards: int, weighted: bool) -> Any:
     """This process's loss and top-1, and the probe's gradient."""
     comm = comm_of(world, view_shards)
     learner = Learner(method_of(config_of(), comm), 3).double()
     torch.nn.init.normal_(learner.probe.weight, generator=torch.Generator().manual_seed(0))
-    features = images(views, len(labels), 4)[:, :, :, 0].flatten(2)
-    features = features.repeat(1, 1, 100)[..., : learner.probe.in_features]
+    features = features_of(views, len(labels), learner)
     mine = features[comm.views, comm.rows(len(labels) // comm.data_shards)]
     known = torch.tensor(labels)[comm.rows(len(labels) // comm.data_shards)]
-    loss, top1 = learner._probe(mine, known, weighted=True)
+    loss, top1 = learner._probe(mine, known, weighted)
     loss.backward()
     return float(loss.detach()), float(top1), learner.probe.weight.grad.numpy()
 
 
-def test_the_mean_over_ranks_is_over_all_labelled_images(ranks: Ranks) -> None:
-    """At W = 4 one rank has three labelled images, one has one and two have none."""
-    ((loss, top1, gradient),) = ranks.run(probe_of, 1, LABELS.tolist(), 2, 1)
-    for size, view_shards in ((2, 1), (3, 1), (4, 1), (2, 2), (4, 2)):
-        results = ranks.run(probe_of, size, LABELS.tolist(), 2, view_shards)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_mean_over_ranks_is_over_all_labelled_images(ranks: Ranks, weighted: bool) -> None:
+    """Of unknown labels at W = 4 one rank has three labelled images, one has one, two none."""
+    labels = LABELS.tolist() if weighted else [i % 3 for i in range(12)]
+    learner = Learner(method_of(config_of()), 3).double()
+    torch.nn.init.normal_(learner.probe.weight, generator=torch.Generator().manual_seed(0))
+    known = torch.tensor(labels) >= 0
+    logits = learner.probe(features_of(2, len(labels), learner)[:, known]).flatten(0, 1)
+    target = torch.tensor(labels)[known].repeat(2)
+    whole = F.cross_entropy(logits, target)
+    whole.backward()
+    loss, gradient = float(whole.detach()), learner.probe.weight.grad.numpy()
+    top1 = float((logits.argmax(1) == target).double().mean())
+    for size, view_shards in ((1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (4, 2)):
+        results = ranks.run(probe_of, size, labels, 2, view_shards, weighted)
         assert np.mean([r[0] for r in results]) == pytest.approx(loss, rel=1e-12)
         assert np.mean([r[1] for r in results]) == pytest.approx(top1, rel=1e-12)
         assert np.allclose(np.mean([r[2] for r in results], 0), gradient, rtol=1e-12, atol=1e-14)

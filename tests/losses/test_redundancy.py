@@ -51,6 +51,12 @@ def test_multiview_barlow_twins_is_fastssls(views: int, n: int, d: int, route: A
     )
 
 
+@pytest.mark.parametrize("loss", [vicreg, vicreg_multiview])
+def test_of_vicregs_figures_the_loss_alone_has_a_gradient(loss: Any) -> None:
+    found = loss(some(3, 7, 4).requires_grad_())
+    assert [x.requires_grad for x in found] == [True, False, False, False]
+
+
 @SHAPES
 @ROUTES
 def test_multiview_vicreg_is_fastssls(views: int, n: int, d: int, route: Any) -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddp_ssl.comm import ONE_PROCESS, Comm
 from ddp_ssl.distributed import MeshComm, World, comm_of
 from ddp_ssl.losses import info_nce, mutual_information
-from ddp_ssl.losses.common import at_least_float32, compared, gather_unit_rows, unit_rows
+from ddp_ssl.losses.common import HALF, at_least_float32, compared, gather_unit_rows, unit_rows
 from ddp_ssl.losses.kernels import gram
 from ddp_ssl.losses.kernels import unit_rows as kernels
 from ddp_ssl.losses.kernels.info_nce import anchor_losses
@@ -185,6 +185,59 @@ def test_lengths_are_computed_once_for_all_terms() -> None:
         loss = info_nce(z, 0.2, gathered=gathered)
         (loss + mutual_information(r, z, gathered=gathered)).backward()
     assert seen.names["aten::linalg_vector_norm"] == 2  # of z and of r
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_process_scales_and_multiplies_rows_once(dtype: torch.dtype) -> None:
+    """Both sides of the product are one tensor, so that a CPU computes half of it."""
+    x = half(2, 6, 8).detach().to(dtype).requires_grad_()
+    for gathered in (None, gather_unit_rows(x, ONE_PROCESS)) if dtype in HALF else (None,):
+        with Operators() as seen:
+            rows = compared(x, ONE_PROCESS, gathered)
+        places = {t.data_ptr() for t in (rows.unit, rows.own.values, rows.everyone.values)}
+        assert len(places) == 1
+        assert seen.names["aten::mul"] == (dtype in HALF and gathered is None)
+        assert rows.unit.requires_grad
+        assert not rows.everyone.values.requires_grad
+
+
+def test_rows_of_another_kind_are_refused() -> None:
+    z = half(2, 6, 8).detach()
+    wide, double = z.float(), z.double()
+    whole = r"gathered: expected gather_unit_rows of rows \[2, 6, 8\] of "
+    for x, given, message in (
+        (z, unit_rows(z), "half precision, got a Tensor"),
+        (wide, unit_rows(z), "torch.float32, got a Tensor"),
+        (z, wide, r"half precision, got \[2, 6, 8\] of torch.float32"),
+        (wide, z, r"torch.float32, got \[2, 6, 8\] of half precision"),
+        (double, wide, r"torch.float64, got \[2, 6, 8\] of torch.float32"),
+        (z, z[:, :5], r"half precision, got \[2, 5, 8\] of half precision"),
+    ):
+        gathered: Any = given if "Tensor" in message else gather_unit_rows(given, ONE_PROCESS)
+        with pytest.raises(ValueError, match=f"^{whole}{message}$"):
+            info_nce(x, 0.2, gathered=gathered)
+        with pytest.raises(ValueError, match=f"^{whole}{message}$"):
+            mutual_information(x, x, gathered=gathered)
+
+
+@pytest.mark.parametrize("others", [torch.float32, torch.bfloat16])
+def test_float64_beside_narrower_rows(others: torch.dtype) -> None:
+    """Everything is computed in float64; each gradient has the precision of its rows."""
+    narrow = half(2, 9, 5).detach().to(others).requires_grad_()
+    double = half(2, 9, 4, seed=1).detach().double().requires_grad_()
+    wide = narrow.detach().double().requires_grad_()
+    exact = torch.autograd.grad(mutual_information(wide, double), (wide, double))
+    for flipped in (False, True):
+        r, z = (double, narrow) if flipped else (narrow, double)
+        gathered = gather_unit_rows(z, ONE_PROCESS)
+        for given in (None, gathered):
+            ours = mutual_information(r, z, gathered=given)
+            assert ours.dtype == torch.float64
+            grads = torch.autograd.grad(ours, (narrow, double))
+            for grad, whole, x in zip(grads, exact, (narrow, double), strict=True):
+                assert grad.dtype == x.dtype
+                rounding = 1e-6 if others == torch.float32 else 2**-8
+                assert relative(grad.double(), whole) < rounding
 
 
 class OneOf512(Comm):

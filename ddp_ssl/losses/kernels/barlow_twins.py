@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ddp_ssl.comm import Comm
 from ddp_ssl.losses.common import Route, all_views, at_least_float32, gather_rows, gathers
-from ddp_ssl.losses.kernels.gram import blocks, gram, in_cache, inner
+from ddp_ssl.losses.kernels.gram import add_up, blocks, gram, in_cache, inner
 
 
 def pair_terms(
@@ -48,9 +48,11 @@ class _Pairs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         views, pairs = len(z), list(combinations(range(len(z)), 2))
         mean = comm.sum(z.sum(1)) / images
-        cached = _or_none(in_cache(z))
-        squares = [(z[:, part] - mean[:, None]).square_().sum(1) for part in cached]
-        inverse = (comm.sum(reduce(torch.add, squares)) / images + eps).rsqrt()
+        cached = _or_empty(in_cache(z))
+        squares = list[Tensor]()
+        for part in cached:
+            add_up(squares, (z[:, part] - mean[:, None]).square_().sum(1))
+        inverse = (comm.sum(squares[0]) / images + eps).rsqrt()
         unit = _Unit(z, mean, inverse, None, comm)
         if everyone is not None and comm.world_size > 1:
             everyone.sub_(mean[:, None]).mul_(inverse[:, None])
@@ -58,7 +60,7 @@ class _Pairs(torch.autograd.Function):
         kept, sums = list[Tensor](), list[Tensor]()
         if everyone is None:
             rows = unit.own(slice(None))
-            diagonals = []
+            diagonals = list[Tensor]()
             for a, b in pairs:
                 own = rows[a].T @ rows[b]
                 kept.append(comm.sum(own))
@@ -66,7 +68,7 @@ class _Pairs(torch.autograd.Function):
                 diagonals.append(own.diagonal().clone())
             diagonal = torch.stack(diagonals)
         else:
-            parts = _or_none(blocks(z[0], images))
+            parts = _or_empty(blocks(z[0], images))
             for part in parts:
                 grams = unit.grams(part)
                 before = grams[0]
@@ -78,8 +80,8 @@ class _Pairs(torch.autograd.Function):
             diagonals = []
             for part in cached:
                 rows = unit.own(part)
-                diagonals.append(torch.stack([(rows[a] * rows[b]).sum(0) for a, b in pairs]))
-            diagonal = reduce(torch.add, diagonals)
+                add_up(diagonals, torch.stack([(rows[a] * rows[b]).sum(0) for a, b in pairs]))
+            (diagonal,) = diagonals
         found = comm.sum(torch.hstack([diagonal.flatten(), reduce(torch.add, sums)]))
         diagonal = found[:-1].view_as(diagonal) / images
         total = [(diagonal - 1).square().sum(), diagonal.square().sum(), found[-1] / images**2]
@@ -114,14 +116,14 @@ class _Pairs(torch.autograd.Function):
         # what is orthogonal to a constant and to the features. The features add up to zero, and so
         # does `grad`, but for a rounding error that counts where a mean is large beside its
         # deviation.
-        moments, cached = [], _or_none(in_cache(z))
+        moments, cached = list[Tensor](), _or_empty(in_cache(z))
         for part in cached:
             own, out = unit.own(part), grad[:, part].mul_(by_square)
             for (a, b), weight in zip(ctx.pairs, by_diagonal, strict=True):
                 out[a].addcmul_(own[b], weight)
                 out[b].addcmul_(own[a], weight)
-            moments.append(torch.stack([out.sum(1), own.sum(1), (out * own).sum(1)]))
-        constant, offset, along = ctx.comm.sum(reduce(torch.add, moments)) / images
+            add_up(moments, torch.stack([out.sum(1), own.sum(1), (out * own).sum(1)]))
+        constant, offset, along = ctx.comm.sum(moments[0]) / images
         shift = constant.addcmul(along, offset, value=-1)
         for part in cached:
             out = grad[:, part].addcmul_(unit.own(part), along[:, None], value=-1)
@@ -129,7 +131,7 @@ class _Pairs(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-def _or_none(parts: Iterator[slice]) -> list[slice]:
+def _or_empty(parts: Iterator[slice]) -> list[slice]:
     """All parts, or an empty one: of a view group a member may have no image to compute with."""
     return list(parts) or [slice(0, 0)]
 

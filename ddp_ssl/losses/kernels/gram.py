@@ -46,6 +46,15 @@ def in_cache(x: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
+def add_up(totals: list[Tensor], *terms: Tensor) -> None:
+    """Add each term to its total, in place. `totals` is empty at first and then holds the terms."""
+    if not totals:
+        totals.extend(terms)
+        return
+    for total, term in zip(totals, terms, strict=True):
+        total += term
+
+
 def gram(rows: Tensor, columns: Tensor) -> Tensor:
     """`rows` `[m, d]` times the transpose of `columns` `[N, d]`, without gradient.
 

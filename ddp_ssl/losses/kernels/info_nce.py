@@ -55,7 +55,8 @@ class _InfoNCE(torch.autograd.Function):
         agreement = (u * positives).sum()
         logs = denominators.log().scatter(1, own, 0.0).sum()
         all_weights = comm.gather(weight.view(k, n, views))  # [K, N, K]
-        ctx.save_for_backward(*rows, *columns, weight, all_weights, positives, held, place, *kept)
+        both = rows.values, rows.scale, columns.values, columns.scale
+        ctx.save_for_backward(*both, weight, all_weights, positives, held, place, *kept)
         ctx.sharpness = sharpness
         # A log of a sum of E is 1 / temperature less than that of the sum of exp s.
         return logs + sharpness * (k * n * (views - 1) - agreement)

@@ -34,7 +34,8 @@ class _SquaredProducts(torch.autograd.Function):
                 kept += [gram_r, gram_z]
             a, b = gram_r.square(), gram_z.square()
             sums += torch.stack([a.sum(), b.sum(), a.mul_(b).sum()])
-        ctx.save_for_backward(*own_r, *own_z, *all_r, *all_z, *kept)
+        rows = own_r, own_z, all_r, all_z
+        ctx.save_for_backward(*(t for x in rows for t in (x.values, x.scale)), *kept)
         return sums
 
     @staticmethod
@@ -45,8 +46,8 @@ class _SquaredProducts(torch.autograd.Function):
         kept = saved[8:]
         (grad,) = grads
         need_r, need_z = ctx.needs_input_grad[:2]
-        grad_r = grad.new_empty(own_r.values.shape, dtype=own_r.dtype) if need_r else None
-        grad_z = grad.new_empty(own_z.values.shape, dtype=own_z.dtype) if need_z else None
+        grad_r = grad.new_empty(own_r.values.shape, dtype=own_r.precision) if need_r else None
+        grad_z = grad.new_empty(own_z.values.shape, dtype=own_z.precision) if need_z else None
         for index, part in enumerate(blocks(own_r.values, len(all_r.values))):
             gram_r, gram_z = kept[2 * index : 2 * index + 2] or (
                 own_r.at(part).cosines(all_r),

@@ -13,39 +13,36 @@ from torch.autograd.function import once_differentiable
 
 from ddp_ssl.losses.kernels.gram import gram
 
-WORTH = 2**32  # multiplications; fewer are done in float32 before a host launches the split
+WORTH = 2**32  # multiplications: fewer take less time in float32 than launches take on tensor cores
 EPS = 1e-12
 
 
 class UnitRows(NamedTuple):
-    """Rows scaled to length one, without gradient.
+    """Rows scaled to length one, without gradient: `values` times `scale`.
 
-    `values` `[..., d]`: the unit rows in float32 or float64; or rows of any length in bf16, for
-    products on tensor cores. `inverse` `[..., 1]`: 1 / length of rows that were given in half
-    precision, in float32; 0 for a zero row.
+    `values` `[..., d]`: in float32 or float64; or in bf16, for products on tensor cores.
+    `scale` `[..., 1]`: in float32, beside values in bf16; None stands for 1.
+    `inverse` `[..., 1]`: 1 / length of gathered rows in half precision, in float32 and 0 for a zero
+    row. None for others.
     """
 
     values: Tensor
+    scale: Tensor | None = None
     inverse: Tensor | None = None
 
     @property
-    def scale(self) -> Tensor | None:
-        """What `values` must be multiplied by; None for 1."""
-        return self.inverse if self.values.dtype == torch.bfloat16 else None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of products."""
+    def precision(self) -> torch.dtype:
+        """That of products: float32 for bf16 too."""
         return torch.promote_types(self.values.dtype, torch.float32)
 
     def at(self, place: Any) -> "UnitRows":
         """Some of the rows."""
-        return UnitRows(self.values[place], None if self.inverse is None else self.inverse[place])
+        return UnitRows(self.values[place], None if self.scale is None else self.scale[place])
 
     def flat(self) -> "UnitRows":
         """`[K, N, d]` as `[K N, d]`."""
-        inverse = None if self.inverse is None else self.inverse.flatten(0, 1)
-        return UnitRows(self.values.flatten(0, 1), inverse)
+        scale = None if self.scale is None else self.scale.flatten(0, 1)
+        return UnitRows(self.values.flatten(0, 1), scale)
 
     def unit(self) -> Tensor:
         """The unit rows themselves, in float32 or float64."""
@@ -81,8 +78,8 @@ class UnitRows(NamedTuple):
 class Compared(NamedTuple):
     """Rows `[k, n, d]` held here that are compared with those of all processes.
 
-    `unit`: scaled to length one, with gradient. `own`: the same for products. `everyone`:
-    `[K, N, d]`.
+    `unit`: scaled to length one, with gradient. `own`: the same rows without gradient, on tensor
+    cores where `everyone`'s are. `everyone`: `[K, N, d]`.
     """
 
     unit: Tensor
@@ -90,26 +87,32 @@ class Compared(NamedTuple):
     everyone: UnitRows
 
 
-def unit_rows_of(everyone: Tensor, held: Tensor) -> UnitRows:
-    """Rows `[K, N, d]` in half precision, of which those `held` here are multiplied with all."""
+def unit_rows_of(everyone: Tensor, multiplications: int) -> UnitRows:
+    """Rows `[K, N, d]` in half precision, for products of so many multiplications.
+
+    A bf16 row longer than 1.8e19 counts as a zero row, since its square overflows float32.
+    """
     norm = torch.linalg.vector_norm(everyone, dim=-1, keepdim=True, dtype=torch.float32)
     inverse = torch.threshold(norm, EPS, math.inf).reciprocal_()
-    count = held.numel() * inverse.numel()
     # float16's range is too narrow for the parts of a weight.
-    if everyone.dtype == torch.bfloat16 and count >= WORTH and _has_tensor_cores(everyone):
-        return UnitRows(everyone, inverse)
-    return UnitRows(everyone * inverse, inverse)
+    half = everyone.dtype == torch.bfloat16
+    if half and multiplications >= WORTH and _has_tensor_cores(everyone):
+        return UnitRows(everyone, inverse, inverse)
+    return UnitRows(everyone * inverse, None, inverse)
 
 
-def scaled_to_one(x: Tensor, inverse: Tensor) -> Tensor:
-    """`x` `[..., d]` times `inverse` `[..., 1]`, 1 / length of its rows; in float32."""
-    return cast(Tensor, _ScaledToOne.apply(x, inverse))
+def scaled_to_one(x: Tensor, inverse: Tensor, made: Tensor | None = None) -> Tensor:
+    """`x` `[..., d]` times `inverse` `[..., 1]`, 1 / length of its rows; in float32.
+
+    `made`: that product, if the caller has it; then the result shares its memory.
+    """
+    return cast(Tensor, _ScaledToOne.apply(x, inverse, made))
 
 
 class _ScaledToOne(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, inverse: Tensor) -> Tensor:
-        unit = x * inverse
+    def forward(ctx: Any, x: Tensor, inverse: Tensor, made: Tensor | None) -> Tensor:
+        unit = x * inverse if made is None else made.view_as(made)
         ctx.save_for_backward(unit, inverse)
         ctx.dtype = x.dtype
         return unit
@@ -122,7 +125,7 @@ class _ScaledToOne(torch.autograd.Function):
         # Only what is perpendicular to a row turns it.
         along = (grad * unit).sum(-1, keepdim=True)
         out = torch.empty_like(unit, dtype=ctx.dtype)
-        return torch.mul(torch.addcmul(grad, unit, along, value=-1), inverse, out=out), None
+        return torch.mul(torch.addcmul(grad, unit, along, value=-1), inverse, out=out), None, None
 
 
 def _has_tensor_cores(x: Tensor) -> bool:

@@ -1,7 +1,6 @@
 """VICReg's three terms and their gradient, from sums over the images of each view."""
 
 import math
-from functools import reduce
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -10,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from ddp_ssl.comm import Comm
 from ddp_ssl.losses.common import Route, at_least_float32, gather_rows, gathers
-from ddp_ssl.losses.kernels.gram import blocks, gram, in_cache, inner
+from ddp_ssl.losses.kernels.gram import add_up, blocks, gram, in_cache, inner
 
 
 class Formula(NamedTuple):
@@ -32,7 +31,7 @@ class Formula(NamedTuple):
 
     @property
     def by_second(self) -> float:
-        """The gradient of the weighted c by X_k is this times X_k X_k^T X_k, and more."""
+        """The gradient of the weighted c by X_k is this times X_k (X_k^T X_k - diag q_k)."""
         return 4 * self.weights[2] * self.factors[2]
 
 
@@ -43,7 +42,7 @@ def terms(z: Tensor, formula: Formula, route: Route, comm: Comm) -> tuple[Tensor
 
 
 class _Terms(torch.autograd.Function):
-    """Forward already computes the gradient by q, which is the same on all processes.
+    """Forward already computes `_evaluated`, which is the same on all processes.
 
     The means are constants in backward. The sums are stationary in them, since centred rows add up
     to zero.
@@ -59,10 +58,11 @@ class _Terms(torch.autograd.Function):
         if comm.view_shards > 1:
             first = comm.view_sum(z.sum(0)) / views
             mean_view = torch.stack([first, comm.view_sum((z - first).sum(0)) / views])
-        squares, distances, seconds = list[Tensor](), list[Tensor](), list[Tensor]()
+        totals, seconds = list[Tensor](), list[Tensor]()
         for part in in_cache(z):
-            squares.append((z[:, part] - mean).square_().sum(1))
-            distances.append(_from_mean_view(z, mean_view, part).square_().sum())
+            squares = (z[:, part] - mean).square_().sum(1)
+            add_up(totals, squares, _from_mean_view(z, mean_view, part).square_().sum())
+        squares, distance = totals
         rows, whole, kept = None, None, list[Tensor]()
         if gathers(route, images, width):
             if comm.world_size > 1:  # centred rows of all images, and so those held here
@@ -81,13 +81,13 @@ class _Terms(torch.autograd.Function):
                 moment.copy_(gram(columns, columns))
             whole = comm.sum(comm.placed(moments))[comm.views]
             seconds.append(inner(moments.flatten(0, 1), whole.flatten(0, 1)))
-        q = comm.placed(reduce(torch.add, squares)).flatten()
-        sums = comm.sum(torch.hstack([q, *seconds, reduce(torch.add, distances)]))
+        q = comm.placed(squares).flatten()
+        sums = comm.sum(torch.hstack([q, *seconds, distance]))
         q, second = sums[: len(q)], sums[len(q) : -1].sum()
 
-        found, slopes = _evaluated(f, q, second, sums[-1])
-        slopes = slopes.view(views, 1, width)[comm.views]
-        ctx.save_for_backward(z, mean_view, mean, rows, slopes, whole, *kept)
+        found, factors = _evaluated(f, q, second, sums[-1])
+        factors = factors.view(views, 1, width)[comm.views]
+        ctx.save_for_backward(z, mean_view, mean, rows, factors, whole, *kept)
         ctx.formula, ctx.comm = f, comm
         ctx.mark_non_differentiable(*found[1:])
         ctx.set_materialize_grads(False)
@@ -98,11 +98,11 @@ class _Terms(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * 5
-        z, mean_view, mean, rows, slopes, whole, *kept = ctx.saved_tensors
+        z, mean_view, mean, rows, factors, whole, *kept = ctx.saved_tensors
         comm, f, grad = ctx.comm, ctx.formula, torch.empty_like(z)
         for v, out in enumerate(grad):
             own, every = _centred(v, z, mean, rows, comm)
-            torch.mul(own, slopes[v], out=out)
+            torch.mul(own, factors[v], out=out)
             if whole is not None:
                 out.addmm_(own, whole[v], alpha=f.by_second)
             for part in blocks(own, f.images) if whole is None else ():
@@ -111,8 +111,8 @@ class _Terms(torch.autograd.Function):
             del own, every
         # The gradients of variance and covariance add up to zero over images, but for a rounding
         # error that counts where a mean is large beside its deviation.
-        offset = comm.sum(comm.placed(grad.sum(1)))[comm.views, None]
-        scale = comm.sum(grads[0])
+        sums = comm.sum(torch.hstack([comm.placed(grad.sum(1)).flatten(), grads[0]]))
+        offset, scale = sums[:-1].view(f.views, 1, -1)[comm.views], sums[-1]
         for part in in_cache(z):
             apart = _from_mean_view(z, mean_view, part)
             out = grad[:, part].sub_(offset, alpha=1 / f.images)
@@ -123,18 +123,21 @@ class _Terms(torch.autograd.Function):
 def _evaluated(
     f: Formula, q: Tensor, second: Tensor, distance: Tensor
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The weighted sum of s, v and c, and the three; the gradient by X_k in multiples of X_k.
+    """The weighted sum of s, v and c, and the three; factors `[K d]` of the columns of all X_k.
 
-    `q` and that gradient: `[K d]`. `second`: the sum of all |X_k^T X_k|_F^2.
+    The gradient of the weighted v and c by X_k is X_k times (the diagonal matrix of its factors +
+    `by_second` X_k^T X_k). `q`: `[K d]`. `second`: the sum of all |X_k^T X_k|_F^2. `distance`: that
+    of all |Z_k - mean Z|^2.
     """
     root = math.sqrt(f.images - 1)  # times which deviations and hinge are
     deviations = (q + f.eps * (f.images - 1)).sqrt_()
     hinge = (f.gamma * root - deviations).clamp_(min=0)
-    factors = [f.factors[0], f.factors[1] / root, f.factors[2]]
-    s, v, c = torch._foreach_mul([distance, hinge.sum(), second - q.square().sum()], factors)
+    by_v = f.factors[1] / root
+    sums = [distance, hinge.sum(), second - q.square().sum()]
+    s, v, c = torch._foreach_mul(sums, [f.factors[0], by_v, f.factors[2]])
     loss = (f.weights[0] * s).add_(v, alpha=f.weights[1]).add_(c, alpha=f.weights[2])
-    by_hinge = -f.weights[1] * factors[1]
-    return (loss, s, v, c), (q * -f.by_second).addcdiv_(hinge.sign_(), deviations, value=by_hinge)
+    factors = (q * -f.by_second).addcdiv_(hinge.sign_(), deviations, value=-f.weights[1] * by_v)
+    return (loss, s, v, c), factors
 
 
 def _centred(
