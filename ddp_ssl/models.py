@@ -188,10 +188,13 @@ def any_size(config: Model) -> Model:
 
 
 def architecture(config: Model) -> Model:
-    """The same network for any size of image and without pretrained weights, which timm fetches."""
+    """The same network for any size of image, without what a run alone needs.
+
+    That is pretrained weights, which timm fetches, and compilation.
+    """
     every = any_size(config).backbone_args
     arguments = {k: v for k, v in every.items() if not k.startswith("pretrained")}
-    return config.model_copy(update={"backbone_args": arguments})
+    return config.model_copy(update={"backbone_args": arguments, "compile": False})
 
 
 def own_weights(config: Config) -> Config:

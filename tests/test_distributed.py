@@ -198,7 +198,8 @@ def compiled_global_norm(*how: Any) -> Any:
     """In one graph, whose operators are run one after the other (no compiler of C++ is needed)."""
 
     def in_one_graph(net: nn.Module) -> None:
-        net.compile(backend="aot_eager", fullgraph=True)
+        torch.compiler.reset()
+        net.compile(backend="aot_eager", fullgraph=True, dynamic=False)
 
     return global_norm(*how, prepare=in_one_graph)
 
@@ -343,7 +344,8 @@ def test_every_kind_of_norm_on_the_way_of_a_gpu(kind: str, compiled: bool) -> No
     ours = copy.deepcopy(distributed.global_batch_norm(NORMS[kind](5), layout)).double().train()
     ours.layout = layout
     if compiled:
-        ours.compile(backend="aot_eager", fullgraph=True)
+        torch.compiler.reset()
+        ours.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     a, b = (x.clone().requires_grad_() for _ in range(2))
     torch.cat([plain(view) for view in a.chunk(2)]).mul(weight).sum().backward()
     with with_kernels(), distributed.stacked_views(layout, 2, slice(None)):

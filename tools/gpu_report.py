@@ -509,7 +509,6 @@ def compiled(report: Report) -> None:
             for images in (2,) if report.rehearse else (128, 32):
 
                 def speed(network: str = network, images: int = images) -> Row:
-                    torch.compiler.reset()  # another size would be compiled for any size
                     return Step(report, ADADIM, network, "global", *settings).speed(images)
 
                 report.measure(100, speed, network=network, norm="global", images=images)

@@ -345,7 +345,7 @@ def _norm_hook(recorder: Recorder, gathering: int) -> Callable[..., None]:
         if not module.training:
             return
         rows, channels = module.layout.total, module.num_features
-        forward = 8 * channels * gathering if gathering else 8 * (2 * channels + 1)
+        forward = channels * (8 * gathering if gathering else 16)
         backward = channels * (8 if gathering else 16)
         recorder.event("norm", rows * forward)
         if out.requires_grad:

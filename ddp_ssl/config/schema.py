@@ -127,7 +127,7 @@ class Model(Section):
     """Memory format of weights and images."""
     compile: bool = False
     """`torch.compile` the networks in training: backbone, projector, predictor, momentum networks,
-    with their batch norms and the collectives of these."""
+    with their batch norms and the collectives of these. For a GPU; the first step takes minutes."""
     ema: float | None = Field(None, ge=0, lt=1)
     """Share that a moving average of the backbone's weights keeps of itself at a step; at first it
     is (1 + t) / (10 + t) at step t, where that is less. It is evaluated beside the weights

@@ -81,6 +81,11 @@ def measure_bandwidth(
         latency = sorted(timed(1) for _ in range(21))[10]
         link = min(around() for _ in range(3))
         return Exchange(backend, count * 4, seconds, latency, correct, link)
+    except Exception:
+        if device.type == "cuda":  # to destroy the group would wait for what never ends
+            with contextlib.suppress(Exception):
+                dist.distributed_c10d._abort_process_group(group)
+        raise
     finally:
         with contextlib.suppress(Exception):
             dist.destroy_process_group(group)
@@ -93,5 +98,6 @@ def wait_for_gpu(device: torch.device, timeout_s: float) -> None:
     """
     end, limit = device_timer.now(device), time.perf_counter() + timeout_s
     while not end.query():
+        time.sleep(0)  # lets other threads run
         if time.perf_counter() > limit:
             raise RuntimeError(f"the GPUs have not finished talking after {timeout_s:g} s")

@@ -129,7 +129,7 @@ class _Normalize(torch.autograd.Function):
         number = _number(x, layout, reduce)
         # Local mean and variance in the working precision, combined in float64. So a large mean
         # cancels nothing, and one all-reduce is enough.
-        if torch.compiler.is_compiling():  # in one pass
+        if torch.compiler.is_compiling():  # `x` is read once, where a CPU's cache serves twice
             variance, mean = torch.var_mean(work, dims, correction=0)
         else:
             mean = work.mean(dims)
@@ -348,8 +348,8 @@ class GlobalBatchNorm(_BatchNorm):
 
     The result equals that of `nn.SyncBatchNorm` called once per view, with one collective for all
     views. State dict and attributes are those of `nn.BatchNorm2d`, so weights move freely between
-    the two. With `reduce=False` the statistics are this process's own. On a GPU all processes must
-    hold the same number of images.
+    the two. With `reduce=False` the statistics are this process's own. All processes must hold the
+    same number of images.
     """
 
     def __init__(self, like: _BatchNorm, layout: ViewLayout, reduce: bool) -> None:

@@ -104,7 +104,8 @@ class Method(nn.Module, Generic[C]):
         how = model.projector_norm, model.projector_bias, self.projector_last_norm
         self.projector: nn.Module = projection_head(self.feature_width, model.projector, *how)
         self.layout = ViewLayout()
-        self._apply_network = torch.compile(_apply) if model.compile else _apply
+        # Each size of image gets a graph of its own (of up to 8), not one for any size.
+        self._apply_network = torch.compile(_apply, dynamic=False) if model.compile else _apply
         self._reduce_norm = model.batch_norm == "global"
 
     def finish(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -92,11 +93,27 @@ def step(world: World, view_shards: int, views: int, settings: tuple[str, ...]) 
     return float(out.loss), terms, gradients, dict(method.named_buffers())
 
 
-def compare(ranks: Ranks, sizes: Any, views: int, settings: tuple[str, ...]) -> None:
+def compiled_step(world: World, view_shards: int, views: int, settings: tuple[str, ...]) -> Any:
+    """Without breaks in the graphs, whose operators are run one after the other."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    one_by_one = partial(torch.compile, backend="aot_eager")
+    with patch.object(torch, "compile", one_by_one):
+        result = step(world, view_shards, views, (*settings, "model.compile=true"))
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    return result
+
+
+def compare(
+    ranks: Ranks, sizes: Any, views: int, settings: tuple[str, ...], how: Any = step
+) -> None:
     ((loss, terms, gradients, buffers),) = ranks.run(step, 1, 1, views, settings)
     assert max(float(gradient.norm()) for gradient in gradients.values()) > 1e-6
     for size, view_shards in sizes:
-        results = ranks.run(step, size, view_shards, views, settings)
+        results = ranks.run(how, size, view_shards, views, settings)
         assert sum(r[0] for r in results) / size == pytest.approx(loss, rel=1e-10)
         for name, value in terms.items():
             mean = sum(r[1][name] for r in results) / size
@@ -121,6 +138,14 @@ def test_views_may_be_spread_over_processes(ranks: Ranks, name: str, forward: st
     settings = (f"method.name={name}", f"model.views_forward={forward}")
     settings += FOR_TWELVE_IMAGES.get(name, ())
     compare(ranks, [(4, 1), (4, 2), (4, 4)], 4, settings)
+
+
+@pytest.mark.parametrize(("name", "views", "mesh"), [("byol", 2, (2, 1)), ("adadim", 4, (4, 2))])
+def test_compiled_networks_take_the_same_step(
+    ranks: Ranks, name: str, views: int, mesh: tuple[int, int]
+) -> None:
+    """With predictor and momentum network, and with view shards; under DDP."""
+    compare(ranks, [mesh], views, (f"method.name={name}",), compiled_step)
 
 
 def test_the_memory_of_every_view_starts_from_view_zero(ranks: Ranks) -> None:

@@ -182,7 +182,8 @@ def test_a_step_holds_what_backward_needs(name: str) -> None:
     few, many = step_of(name, 8), step_of(name, 512)
     queue = 2048 * 12 * 2 if name == "swav" else 0  # in bf16, for its scores
     assert few.peak - few.before <= needed() + queue
-    assert few.peaks["update"] <= 1.6 * few.collectives["gradients"][1]  # LARS' steps, rounded up
+    # LARS' factors are as large as the gradients. Here the tensors are small: whole blocks count.
+    assert few.peaks["update"] <= 2.8 * few.collectives["gradients"][1]
 
     gathered = many.collectives.get("gather", (0, 0))[1] - few.collectives.get("gather", (0, 0))[1]
     assert many.peaks["backward"] - few.peaks["backward"] <= 10_000 + 3.3 * gathered
