@@ -90,14 +90,14 @@ def compared(
 def _check_gathered(gathered: UnitRows, x: Tensor, comm: Comm) -> None:
     """Raise `ValueError` unless `gathered` is of `x` `[k, n, d]`, by its shape and precision."""
 
-    def told(shape: list[int], half: bool, dtype: torch.dtype) -> str:
+    def kind(shape: list[int], half: bool, dtype: torch.dtype) -> str:
         return f"{shape} of {'half precision' if half else dtype}"
 
     whole = [x.shape[0] * comm.view_shards, x.shape[1] * comm.data_shards, x.shape[2]]
-    expected = told(whole, x.dtype in HALF, x.dtype)
+    expected = kind(whole, x.dtype in HALF, x.dtype)
     if isinstance(gathered, UnitRows):
         values = gathered.values
-        got = told(list(values.shape), gathered.inverse is not None, values.dtype)
+        got = kind(list(values.shape), gathered.inverse is not None, values.dtype)
     else:
         got = f"a {type(gathered).__name__}"
     if got != expected:

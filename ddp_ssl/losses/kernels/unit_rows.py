@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ddp_ssl.losses.kernels.gram import gram
 
-WORTH = 2**32  # multiplications: fewer take less time in float32 than launches take on tensor cores
+WORTH = 2**32  # multiplications; for fewer the launches take longer than products in float32
 EPS = 1e-12
 
 

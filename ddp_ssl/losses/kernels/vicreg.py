@@ -42,7 +42,7 @@ def terms(z: Tensor, formula: Formula, route: Route, comm: Comm) -> tuple[Tensor
 
 
 class _Terms(torch.autograd.Function):
-    """Forward already computes `_evaluated`, which is the same on all processes.
+    """Forward already computes the columns' factors in the gradient, which all processes share.
 
     The means are constants in backward. The sums are stationary in them, since centred rows add up
     to zero.
