@@ -188,13 +188,10 @@ def any_size(config: Model) -> Model:
 
 
 def architecture(config: Model) -> Model:
-    """The same network for any size of image, without what a run alone needs.
-
-    That is pretrained weights, which timm fetches, and compilation.
-    """
+    """The same network for any size of image and without pretrained weights, which timm fetches."""
     every = any_size(config).backbone_args
     arguments = {k: v for k, v in every.items() if not k.startswith("pretrained")}
-    return config.model_copy(update={"backbone_args": arguments, "compile": False})
+    return config.model_copy(update={"backbone_args": arguments})
 
 
 def own_weights(config: Config) -> Config:

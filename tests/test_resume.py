@@ -7,8 +7,10 @@ import os
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -435,6 +437,23 @@ def test_other_optimisers_resume(
     assert ranks.launch(train, 1, [a.replace("/run", "/whole") for a in args]) == [0]
     assert ranks.launch(train, 1, args, 4) == ["killed"]
     assert ranks.launch(train, 1, [*args, "run.resume=auto"]) == [0]
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def compiled_train(args: list[str], die_at: int | None = None) -> int | str:
+    """`train` with graphs whose operators are run one after the other."""
+    one_by_one = partial(torch.compile, backend="aot_eager")
+    with patch.object(torch, "compile", one_by_one):
+        return train([*args, "model.compile=true"], die_at)
+
+
+def test_a_compiled_run_resumes_to_the_last_bit(ranks: Ranks, photos: Path, tmp_path: Path) -> None:
+    """A graph rounds otherwise than the network itself, so a resumed run must compile too."""
+    args = arguments(photos, tmp_path / "run", "optim.lr=0.5", "optim.epochs=2", *BARE)
+    whole = [a.replace("/run", "/whole") for a in args]
+    assert ranks.launch(compiled_train, 1, whole) == [0]
+    assert ranks.launch(compiled_train, 1, args, 4) == ["killed"]
+    assert ranks.launch(compiled_train, 1, [*args, "run.resume=auto"]) == [0]
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 

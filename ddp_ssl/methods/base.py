@@ -8,7 +8,7 @@ docs/add-a-method.md walks through one.
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
@@ -104,8 +104,7 @@ class Method(nn.Module, Generic[C]):
         how = model.projector_norm, model.projector_bias, self.projector_last_norm
         self.projector: nn.Module = projection_head(self.feature_width, model.projector, *how)
         self.layout = ViewLayout()
-        # Each size of image gets a graph of its own (of up to 8), not one for any size.
-        self._apply_network = torch.compile(_apply, dynamic=False) if model.compile else _apply
+        self._compiled = model.compile
         self._reduce_norm = model.batch_norm == "global"
 
     def finish(self) -> None:
@@ -177,6 +176,11 @@ class Method(nn.Module, Generic[C]):
         return tuple(
             torch.cat(part) if len(part) > 1 else part[0] for part in zip(*outputs, strict=True)
         )
+
+    @cached_property
+    def _apply_network(self) -> Callable[..., tuple[Tensor, ...]]:
+        # Each size of image gets a graph of its own (of up to 8), not one for any size.
+        return torch.compile(_apply, dynamic=False) if self._compiled else _apply
 
     def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
         r = self.in_parts(self.backbone, x)
