@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -45,6 +49,13 @@ def method_of(config: Config, comm: Comm = ONE_PROCESS, dtype: Any = torch.float
     method: Method = load_method(config.method.name)(config, comm)
     method.finish()
     return method.to(dtype).train()
+
+
+@contextlib.contextmanager
+def graphs_run_one_by_one() -> Iterator[None]:
+    """Here `torch.compile` makes graphs and compiles nothing: their operators are run in turn."""
+    with patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+        yield
 
 
 def images(views: int, count: int, size: int = 16, dtype: Any = torch.float64) -> Tensor:

@@ -7,10 +7,8 @@ import os
 import shutil
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from ddp_ssl.resume import arguments_of
 from ddp_ssl.run.configure import load
 from ddp_ssl.utils.launcher import resume_command
 from tests.faults.launched import torchrun, until
+from tests.helpers import graphs_run_one_by_one
 from tests.ranks import Ranks
 from tests.runs import (
     BARE,
@@ -441,9 +440,7 @@ def test_other_optimisers_resume(
 
 
 def compiled_train(args: list[str], die_at: int | None = None) -> int | str:
-    """`train` with graphs whose operators are run one after the other."""
-    one_by_one = partial(torch.compile, backend="aot_eager")
-    with patch.object(torch, "compile", one_by_one):
+    with graphs_run_one_by_one():
         return train([*args, "model.compile=true"], die_at)
 
 

@@ -87,11 +87,10 @@ def _total(own: Tensor, layout: ViewLayout, reduce: bool) -> Tensor:
     """Sums `[total, ...]` over all processes, from those of the views held here `[views, ...]`."""
     if not reduce:
         return own
-    if layout.total == layout.local:
-        torch.ops.ddp_ssl.sum_statistics(own)
-        return own
-    every = own.new_zeros(layout.total, *own.shape[1:])
-    every[layout.held] = own
+    every = own
+    if layout.total > layout.local:  # other processes hold other views
+        every = own.new_zeros(layout.total, *own.shape[1:])
+        every[layout.held] = own
     torch.ops.ddp_ssl.sum_statistics(every)
     return every
 

@@ -244,8 +244,8 @@ class Method(nn.Module, Generic[C]):
         """The same for a `loss` in which no image sees another one, called once for all pairs.
 
         It gets two tensors `[P n, d]`: rows of `views` `[k, n, d]`, those held here, and the rows
-        of `targets` `[l, n, d]`, all large views, that belong to them. A row is copied
-        once for each of its pairs.
+        of `targets` `[l, n, d]`, all large views, that belong to them. A row is copied once for
+        each of its pairs.
         """
         pairs, views_of, targets_of = self._held_pairs(), views.unbind(), targets.unbind()
         x = torch.cat([views_of[index] for index, _ in pairs])

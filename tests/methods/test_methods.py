@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -24,6 +23,7 @@ from tests.helpers import (
     assert_same_gradients,
     batch_of,
     config_of,
+    graphs_run_one_by_one,
     images,
     method_of,
     relative,
@@ -94,13 +94,12 @@ def step(world: World, view_shards: int, views: int, settings: tuple[str, ...]) 
 
 
 def compiled_step(world: World, view_shards: int, views: int, settings: tuple[str, ...]) -> Any:
-    """Without breaks in the graphs, whose operators are run one after the other."""
+    """Without breaks in the graphs."""
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()
     counters.clear()
-    one_by_one = partial(torch.compile, backend="aot_eager")
-    with patch.object(torch, "compile", one_by_one):
+    with graphs_run_one_by_one():
         result = step(world, view_shards, views, (*settings, "model.compile=true"))
     assert counters["stats"]["unique_graphs"] > 0
     assert not counters["graph_break"]
