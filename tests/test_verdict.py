@@ -124,6 +124,10 @@ TRAINED = {
         (0.457, 3.95, 7.11, -0.278, -0.411), (0.635, 10.0, 4.50, -1.62, -0.0813)),
     "DeepCluster v2, a tiny network": (
         (0.457, 3.95, 7.11, -0.278, -0.411), (0.527, 11.3, 4.45, -1.66, -0.0563)),
+    "DINO, a tiny network after 66 steps": (
+        (0.457, 3.95, 4.79, -0.278, -0.332), (0.465, 9.93, 3.24, -1.66, -0.0577)),
+    "ReSSL, a tiny network that spreads little": (
+        (0.345, 2.36, 3.17, -0.117, -0.157), (0.423, 8.63, 3.30, -1.29, -0.0321)),
     "SimCLR on pictures": ((0.378, 51.4, 53.4, -0.241, -0.231), (0.523, 85.4, 16.8, -1.76, -2.86)),
     "DINO on pictures": ((0.378, 51.4, 45.7, -0.241, -0.281), (0.473, 59.3, 7.84, -1.62, -0.915)),
     "LARS on pictures": ((0.439, 38.0, 34.1, -0.175, -0.138), (0.573, 61.4, 61.6, -1.78, -2.36)),
@@ -139,6 +143,10 @@ COLLAPSED = {
         (0.457, 3.95, 7.11, -0.278, -0.411), (0.641, 8.91, 2.61, -1.57, -0.0200)),
     "VICReg with invariance alone": (
         (0.457, 3.95, 7.11, -0.278, -0.411), (0.376, 10.5, 1.49, -1.55, -0.00311)),
+    "LeJEPA without SIGReg from a narrow start": (
+        (0.460, 3.36, 3.47, -0.176, -0.101), (0.460, 8.73, 2.30, -1.09, -0.0144)),
+    "All the same but for noise": (
+        (0.850, 13.6, 15.5, -0.113, -0.108), (0.850, 13.0, 30.0, -0.15, -0.001)),
     "AdaDim on 800 pictures, R alone": (
         (0.33, 32.8, 30.0, -0.2, -0.2), (0.23, 1.2, 30.0, -0.2, -0.2)),
 }  # fmt: skip
@@ -149,6 +157,14 @@ def test_measured_runs_that_train_are_fine(name: str) -> None:
     first, now = (figures(*values) for values in TRAINED[name])
     assert verdict(first, now, 359, ended=False) == FINE
     assert verdict(first, first, 359, ended=True) == FINE
+
+
+@pytest.mark.parametrize("name", sorted(TRAINED.keys() - {"MMCR, Z passes through two dimensions"}))
+def test_measured_runs_without_labels_are_fine(name: str) -> None:
+    """Without k-NN two dimensions on the way are an alarm."""
+    first, now = (figures(math.nan, *values[1:]) for values in TRAINED[name])
+    assert verdict(first, now, 359, ended=False) == FINE
+    assert verdict(first, now, 359, ended=True) == FINE
 
 
 @pytest.mark.parametrize("name", COLLAPSED)
