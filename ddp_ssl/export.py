@@ -251,7 +251,7 @@ def write_onnx(trained: Trained, file: Path) -> Features:
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            reason = one_line(error)[:160]
+            reason = one_line(error, 160)
             raise ValueError(
                 f"--format onnx: torch cannot export {trained.config.model.backbone}: {reason}"
             ) from None

@@ -62,7 +62,7 @@ def build_backbone(config: Model, sizes: Sequence[int]) -> tuple[nn.Module, int]
             except TypeError:  # not a ResNet
                 model = timm.create_model(name, **arguments)
     except Exception as error:  # any argument reaches any of timm's code, and its downloads
-        reason = one_line(f"{type(error).__name__}: {error}")[:200]
+        reason = one_line(f"{type(error).__name__}: {error}", 200)
         fetched = arguments.get("pretrained") and not isinstance(error, TypeError | AssertionError)
         what = "weights cannot be fetched" if fetched else f"refused by {name}"
         if isinstance(place, str):
@@ -132,7 +132,7 @@ def _width(model: nn.Module, config: Model, sizes: Sequence[int]) -> int:
                 )
             raise ValueError(
                 f"model.backbone: {config.backbone} cannot take images of {size} pixels: "
-                f"{one_line(error)[:300]}{hint}"
+                f"{one_line(error, 300)}{hint}"
             ) from None
         shape = list(made.shape[1:]) if isinstance(made, torch.Tensor) else [type(made).__name__]
         if len([n for n in shape if n != 1]) > 1 or not isinstance(made, torch.Tensor):

@@ -18,6 +18,7 @@ from ddp_ssl.evals.settings import EvaluateConfig, load_as
 from ddp_ssl.run.configure import load
 from ddp_ssl.submit import sweep
 from ddp_ssl.utils.files import path_of
+from ddp_ssl.utils.text import one_line
 
 # Each is something else for some reader of YAML.
 LOOKALIKES = (
@@ -276,3 +277,12 @@ def test_every_path_on_a_command_line_may_begin_at_home(monkeypatch: pytest.Monk
     assert path_of("a~/x") == Path("a~/x")
     package = Path(ddp_ssl.__file__).parent
     assert [p for p in package.rglob("*.py") if "type=Path" in p.read_text()] == []
+
+
+def test_a_long_line_keeps_its_end() -> None:
+    """Where libraries write the cause."""
+    assert one_line("NCCL failed:\n out of memory", 30) == "NCCL failed: out of memory"
+    cut = one_line(f"NCCL failed: {'x' * 500}\nLast error: no route", 60)
+    assert cut.startswith("NCCL failed: ")
+    assert cut.endswith(" Last error: no route")
+    assert len(cut) <= 60

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 import lars
 import losses
 from compare import in_turn, peak_mib
-from gpu_path import Moved
+from counting import Moved
 from shared import CLASSES, learner_of, trained, without_input
 
 from ddp_ssl import optim

@@ -50,7 +50,7 @@ from ddp_ssl.reproduction.figures import pyplot
 from ddp_ssl.run.configure import load
 from ddp_ssl.training.build import parameter_groups
 from ddp_ssl.training.measurement import AHEAD
-from tools.bench.gpu_path import as_on_a_gpu, without_values
+from tools.bench.counting import as_on_a_gpu, without_values
 
 # Crops of 224 px in a second of an H200's own time for a step in bf16 (docs/benchmarks.md).
 IMAGES_PER_SECOND = {"resnet50": 4650.0, "resnet18": 11300.0}

@@ -134,7 +134,7 @@ def _everyones(world: World, value: Any, timeout_s: float) -> list[Any]:
         values: list[Any] = world.broadcast_object(world.gather_objects(value))
     except RuntimeError as error:
         said = str(error).partition("]: ")[2] or str(error)
-        raise Silent(f"no answer: {one_line(said)[:LONGEST]}") from None
+        raise Silent(f"no answer: {one_line(said, LONGEST)}") from None
     return values
 
 

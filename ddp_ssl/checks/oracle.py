@@ -119,7 +119,7 @@ def measure(
 
 def _text(error: BaseException) -> str:
     kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-    return kind + one_line(error)[:300]
+    return kind + one_line(error, 300)
 
 
 def _local(subject: Subject, images: int) -> dict[int, Result]:

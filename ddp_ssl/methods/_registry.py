@@ -69,7 +69,7 @@ def make_method(config: Config, comm: Comm) -> Method[Any]:
             raise
         raise ValueError(
             f"method.name: {config.method.name} does not fit into this machine's memory with these "
-            f"settings: {one_line(error)[:200]}; smaller widths, queues or numbers of prototypes "
+            f"settings: {one_line(error, 200)}; smaller widths, queues or numbers of prototypes "
             "are accepted"
         ) from None
     method.finish()

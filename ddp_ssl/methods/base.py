@@ -159,7 +159,7 @@ class Method(nn.Module, Generic[C]):
             group = [v for v in views[start:] if v.shape[-1] == size]
             total = len(group) * self.comm.view_shards if self.separate else 1
             held = self.comm.views if self.separate else slice(None)
-            stacked = torch.cat(group) if len(group) > 1 else group[0]
+            stacked = joined(group, self.autocast)
             with (
                 stacked_views(self.layout, total, held),
                 # The cache would add up the parts' gradients of a weight in half precision.
@@ -266,6 +266,27 @@ class Method(nn.Module, Generic[C]):
 
 def _apply(network: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
     return network(x)
+
+
+def joined(views: list[Tensor], precision: torch.dtype | None) -> Tensor:
+    """Views `[n, C, S, S]` as one batch `[views * n, C, S, S]`, in the precision of autocast.
+
+    Each pixel is read and written once: the cast belongs to the copy.
+    """
+    first = views[0]
+    if len(views) == 1:
+        return first
+    if precision is None:
+        return torch.cat(views)
+    last = first.is_contiguous(memory_format=torch.channels_last)
+    batch = torch.empty(
+        (len(views) * len(first), *first.shape[1:]),
+        dtype=precision,
+        device=first.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+    torch._foreach_copy_(list(batch.chunk(len(views))), views)
+    return batch
 
 
 def trainable(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Parameter]]:

@@ -4,9 +4,13 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 
-def one_line(text: object) -> str:
-    """The text without line breaks."""
-    return " ".join(str(text).split())
+def one_line(text: object, limit: int | None = None) -> str:
+    """The text without line breaks; beyond `limit` characters its middle is left out."""
+    line = " ".join(str(text).split())
+    if limit is None or len(line) <= limit:
+        return line
+    half = (limit - len(" ... ")) // 2
+    return f"{line[:half]} ... {line[-half:]}"
 
 
 def summary(docstring: str | None) -> str:

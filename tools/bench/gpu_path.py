@@ -18,339 +18,39 @@ operator takes at least the longer of its two times.
 """
 
 import argparse
-import contextlib
 import sys
-import weakref
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import timm
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ddp_ssl import distributed, optim
-from ddp_ssl.config import Config
-from ddp_ssl.config.views import views_of
-from ddp_ssl.data.batch import Batch
-from ddp_ssl.distributed import ViewLayout, World, comm_stats
-from ddp_ssl.losses.kernels import gram, unit_rows
-from ddp_ssl.methods._learner import Learner
-from ddp_ssl.methods._registry import builtin_methods, make_method
-from ddp_ssl.methods.base import Method, Progress
-from ddp_ssl.methods.deepclusterv2 import DeepClusterV2, Memory
-from ddp_ssl.run.configure import load
-from ddp_ssl.training.build import parameter_groups
-from ddp_ssl.training.loop import gradient_norm
-from ddp_ssl.training.recorder import Recorder
+from counting import (
+    PARTS,
+    SIZE,
+    STAGES,
+    Counted,
+    Moved,
+    as_on_a_gpu,
+    as_one_of,
+    method_config,
+    synchronise,
+    whole_step,
+)
+from plain_loops import LOSSES, PlainStep
 
-ROOT = Path(__file__).resolve().parents[2]
+from ddp_ssl import distributed
+from ddp_ssl.distributed import ViewLayout
+from ddp_ssl.methods._registry import builtin_methods
+
 NORMS = ("global", "sync", "local")
-SIZE = 224
-UNIT = 512  # bytes: CUDA's allocator hands out multiples
-
-
-class Moved(TorchDispatchMode):
-    """Bytes that operators read and write, the number of operators, and the memory of tensors.
-
-    Views move nothing. An expanded dimension is read once. Overwritten tensors are not read.
-    A tensor from before takes memory from the start if an operator uses it. What an operator
-    allocates for itself is not seen.
-    """
-
-    FREE = (
-        "empty", "detach", "alias", "lift_fresh", "_unsafe_view", "record_stream", "set_",
-        "prim.", "profiler.", "promote_types", "c10d",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nbytes, self.operators = 0, 0
-        self.stage = "step"
-        self.peaks: Counter[str] = Counter()
-        """The most memory in each stage, without what was there before."""
-        self.before = 0
-        self._now = 0
-        self._storages: dict[int, tuple[Any, int]] = {}
-
-    @property
-    def peak(self) -> int:
-        """The most bytes that all tensors held at once."""
-        return self.before + max(self.peaks.values())
-
-    def _holds(self, tensors: Any, before: bool) -> None:
-        for storage in (x.untyped_storage() for x in tree_leaves(tensors) if isinstance(x, Tensor)):
-            key, nbytes = id(storage), -(-storage.nbytes() // UNIT) * UNIT
-            if key not in self._storages:
-                freed = weakref.ref(storage, lambda _, key=key: self._frees(key))
-                self._storages[key] = freed, nbytes
-                self.before += nbytes * before
-                self._now += nbytes * (not before)
-
-    def _frees(self, key: int) -> None:
-        self._now -= self._storages.pop(key)[1]
-
-    def is_from_before(self, x: Tensor) -> None:
-        """Count `x` as memory from before, such as a gradient, which DDP's buckets hold."""
-        key = id(x.untyped_storage())
-        freed, nbytes = self._storages[key]
-        self._storages[key] = freed, 0
-        self._now -= nbytes
-        self.before += nbytes
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self._holds((args, kwargs), before=True)
-        out = func(*args, **kwargs)
-        self._holds(out, before=False)
-        self.peaks[self.stage] = max(self.peaks[self.stage], self._now)
-        name = str(func.overloadpacket)
-        if not (func.is_view or any(n in name for n in self.FREE)):
-            self.operators += 1
-            nbytes = moved(name, args, kwargs, out)
-            self.nbytes += nbytes
-            self.saw(func, args, kwargs, out, nbytes)
-        return out
-
-    def saw(self, func: Any, args: Any, kwargs: Any, out: Any, nbytes: int) -> None:
-        """A hook for subclasses that count more."""
-
-
-def moved(name: str, args: Any, kwargs: dict[str, Any], out: Any) -> int:
-    """Bytes that an operator reads and writes."""
-    read = args[1:] if name == "aten.copy_" else args
-    named = {key: value for key, value in kwargs.items() if not key.startswith("out")}
-    return sum(stored(x) for x in tree_leaves((read, named, out)) if isinstance(x, Tensor))
-
-
-def stored(x: Tensor) -> int:
-    """Bytes of a tensor in memory."""
-    count = 1
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        count *= size if stride else 1
-    return count * x.element_size()
-
-
-def _channels(x: Tensor) -> Tensor:
-    return x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-SHAPES = {
-    "batch_norm_stats": lambda x, eps: (_channels(x), _channels(x)),
-    "batch_norm_elemt": lambda x, *rest: torch.zeros_like(x),
-    "batch_norm_elemt.out": lambda x, *rest, out: out.zero_(),
-    "batch_norm_gather_stats_with_counts": lambda x, mean, *rest: (
-        mean.new_zeros(mean.shape[1]), mean.new_zeros(mean.shape[1]),
-    ),
-    "batch_norm_backward_reduce": lambda grad, x, *rest: tuple(_channels(x) for _ in range(4)),
-    "batch_norm_backward_elemt": lambda grad, x, *rest: torch.zeros_like(x),
-}  # fmt: skip
-
-
-@contextlib.contextmanager
-def as_one_of(processes: int) -> Iterator[None]:
-    """In this context the process is rank 0 of `processes`, and collectives do nothing."""
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@contextlib.contextmanager
-def as_on_a_gpu(key: str = "Meta") -> Iterator[None]:
-    """In this context tensors without values (with `CPU`, the CPU's) take a GPU's code path."""
-    library = torch.library.Library("aten", "IMPL", key)
-    for name, shape in SHAPES.items():
-        library.impl(name, shape)
-    optim._blocks.cache_clear()
-    try:
-        with (
-            patch.object(distributed.batch_norm, "_has_kernels", lambda x: True),
-            patch.object(unit_rows, "_has_tensor_cores", lambda x: True),
-            patch.object(optim, "_alike", optim._expanded),
-            patch.object(optim, "_on_gpu", lambda parameters: True),
-            patch.dict(optim.AT_ONCE, cpu=optim.AT_ONCE["cuda"]),
-            patch.multiple(
-                gram,
-                BLOCK=gram.BLOCK * gram.ON_GPU,
-                KEPT=gram.KEPT_ON_GPU,
-                CACHED=gram.AT_ONCE,
-                MIRRORED=sys.maxsize,
-            ),
-            # `nn.SyncBatchNorm` picks the processes with images, for which a GPU's host waits.
-            patch.object(torch.fx.experimental._config, "meta_nonzero_assume_all_nonzero", True),
-        ):
-            yield
-    finally:
-        optim._blocks.cache_clear()  # they have no values
-        library._destroy()
-
-
-# --- a whole step --------------------------------------------------------------------------------
-
-
-PARTS = ("forward", "backward", "update", "record")
-STAGES = ("backbone", *PARTS[:3])  # of memory; `forward` is what follows the trained backbone
-
-
-class Counted(Moved):
-    """The same by part of the step (`PARTS`), with the operators for which a host would wait."""
-
-    WAITING = (
-        "_linalg_svd", "_linalg_eigh", "linalg_qr", "_linalg_check_errors", "_local_scalar_dense",
-        "nonzero", "masked_select", "bincount", "_unique2", "equal", "is_nonzero",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.part = self.stage = PARTS[0]
-        self.parts: Counter[str] = Counter()
-        self.names: dict[str, Counter[str]] = {part: Counter() for part in PARTS}
-        self.waits = 0
-        self.collectives: dict[str, tuple[int, int]] = {}
-
-    def saw(self, func: Any, args: Any, kwargs: Any, out: Any, nbytes: int) -> None:
-        name = str(func.overloadpacket).removeprefix("aten.")
-        self.parts[self.part] += 1
-        self.names[self.part][name] += 1
-        self.waits += name in self.WAITING
-
-    @property
-    def calls(self) -> int:
-        """Collectives, without DDP's."""
-        return sum(calls for calls, _ in self.collectives.values())
-
-    @property
-    def sent(self) -> int:
-        """Bytes of the tensors that collectives reduce or gather, gradients included."""
-        return sum(nbytes for _, nbytes in self.collectives.values())
-
-
-def without_values(module: nn.Module, mode: FakeTensorMode, device: str | None = None) -> None:
-    """Replace all parameters and buffers by their shapes, on another device if one is given."""
-    made: dict[int, Any] = {}
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, value in tensors.items():
-                if value is None:
-                    continue
-                if id(value) not in made:
-                    shape = mode.from_tensor(value.detach())
-                    if device is not None:
-                        with mode:
-                            shape = torch.empty_like(shape, device=device)
-                    trained = isinstance(value, nn.Parameter)
-                    made[id(value)] = nn.Parameter(shape, value.requires_grad) if trained else shape
-                tensors[name] = made[id(value)]
-
-
-def under_way(method: Method[Any], images: int) -> None:
-    """The state of a run that has measured alpha and filled its queues and its memory."""
-    if hasattr(method, "alpha"):
-        method.alpha.value = 0.5
-    if hasattr(method, "queued"):
-        method.queued, method.epoch = sys.maxsize, EPOCH
-    if isinstance(method, DeepClusterV2):
-        one = method.centroids(0).new_empty(1, 1, 1)
-        shape = method.remembered, images, method.centroids(0).shape[1]
-        method.memory = Memory(one.expand(shape), method.comm)
-        heads = len(method.settings.prototypes)
-        method.assignments = one.new_zeros(heads, images, dtype=torch.long)
-
-
-EPOCH, EPOCHS = 60, 100
-
-
-def whole_step(
-    config: Config,
-    processes: int,
-    classes: int = 1000,
-    values: bool = False,
-    seen: Counted | None = None,
-) -> Counted:
-    """A step of the loop, once the optimiser has its state, as rank 0 of so many processes.
-
-    With `values` a small network really runs on the CPU, which is faster than without. `seen`
-    counts.
-    """
-    seen = seen or Counted()
-    world = World(0, processes, 0, min(processes, 8), torch.device("cpu"))
-    with as_one_of(processes), as_on_a_gpu("CPU" if values else "Meta"):
-        comm = distributed.comm_of(world, config.data.view_shards)
-        learner = Learner(make_method(config, comm), classes, some_unlabelled=False).train()
-        if config.model.channels_last:
-            learner.to(memory_format=torch.channels_last)
-        shapes = contextlib.nullcontext() if values else FakeTensorMode(allow_non_fake_inputs=True)
-        with shapes as mode:
-            if mode is not None:
-                without_values(learner, mode)
-            under_way(learner.method, 10 * config.data.batch_size)
-            _Step(config, world, learner).run(seen)
-    return seen
-
-
-class _Step:
-    """The loop's step (`training/loop.py`) on tensors without values."""
-
-    def __init__(self, config: Config, world: World, learner: Learner) -> None:
-        self.config, self.learner = config, learner
-        self.optimizer = optim.build(config.optim, parameter_groups(learner, config))
-        self.recorder = Recorder(config, world, 100, None, None, None)  # type: ignore[arg-type]
-        self.trained = [p for p in learner.parameters() if p.requires_grad]
-        comm = learner.method.comm
-        n = config.data.batch_size // comm.data_shards
-        kind = torch.float16 if config.data.dtype == "float16" else torch.float32
-        views = [
-            torch.zeros(n, view.size, view.size, 3, dtype=kind).permute(0, 3, 1, 2)
-            for view in views_of(config.data.views)[comm.views]
-        ]
-        self.batch = Batch(views, torch.arange(n), torch.zeros(n, dtype=torch.long))
-
-        for p in self.trained:
-            p.grad = torch.zeros_like(p)
-        self.optimizer.step()  # makes its state
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def run(self, seen: Counted) -> None:
-        """Take a step, which `seen` counts."""
-        method = self.learner.method
-        method.backbone.register_forward_pre_hook(lambda *_: setattr(seen, "stage", "backbone"))
-        method.backbone.register_forward_hook(lambda *_: setattr(seen, "stage", "forward"))
-        for p in self.trained:
-            p.register_post_accumulate_grad_hook(lambda p: seen.is_from_before(p.grad))
-        before = dict(comm_stats.counts)
-        optim.set_learning_rates(self.optimizer, self.config.optim, 256, EPOCH * 10, 10)
-        progress = Progress(EPOCH * 10, EPOCHS * 10, EPOCH, EPOCHS)
-        with seen:
-            loss, metrics = self.learner(self.batch)
-            seen.part = seen.stage = "backward"
-            loss.backward()
-            seen.part = seen.stage = "update"
-            method.before_optimizer(progress)
-            norm = gradient_norm(
-                [p for p in method.parameters() if p.requires_grad], self.config.optim.grad_clip
-            )
-            self.optimizer.step()
-            sent = sum(p.grad.nbytes for p in self.trained if p.grad is not None)
-            self.optimizer.zero_grad(set_to_none=True)
-            method.after_step(progress)
-            seen.part = seen.stage = "record"
-            self.recorder.add(1, metrics | {"optim/lr": 0.1, "optim/grad_norm": norm})
-        for kind, (calls, nbytes) in comm_stats.counts.items():
-            old = before.get(kind, (0, 0))
-            if calls > old[0]:
-                seen.collectives[kind] = calls - old[0], nbytes - old[1]
-        seen.collectives["gradients"] = 0, sent
 
 
 # --- kinds of layers -----------------------------------------------------------------------------
@@ -424,19 +124,6 @@ def layers(options: argparse.Namespace) -> None:
 # --- the norm ------------------------------------------------------------------------------------
 
 
-class _Synchronised(nn.BatchNorm2d):
-    """`nn.SyncBatchNorm`, which takes tensors of a GPU only, on tensors without values."""
-
-    processes = 1
-
-    def forward(self, input: Tensor) -> Tensor:
-        function = torch.nn.modules._functions.SyncBatchNorm
-        return function.apply(  # type: ignore[no-any-return]
-            input, self.weight, self.bias, self.running_mean, self.running_var, self.eps,
-            self.momentum, torch.distributed.group.WORLD, self.processes,
-        )  # fmt: skip
-
-
 def network(name: str, norm: str, layout: ViewLayout, processes: int) -> nn.Module:
     """A timm network in bf16 with float32 norms, without values."""
     made = timm.create_model(name, num_classes=0)
@@ -444,51 +131,35 @@ def network(name: str, norm: str, layout: ViewLayout, processes: int) -> nn.Modu
         made = distributed.global_batch_norm(made, layout, norm == "global")
     made = made.to("meta", torch.bfloat16, memory_format=torch.channels_last)
     for module in made.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, _BatchNorm):
             module.float()
-            if norm == "sync":
-                module.__class__, module.processes = _Synchronised, processes
+    if norm == "sync":
+        synchronise(made, processes)
     return made.train()
 
 
-def count(name: str, norm: str, images: int, processes: int) -> tuple[Moved, int]:
-    """Bytes and operators of forward and backward, and the number of collectives."""
+def count(name: str, norm: str, images: int, processes: int) -> Moved:
+    """What forward and backward of the backbone cost."""
     layout = ViewLayout()
     made = network(name, norm, layout, processes)
     with as_one_of(processes), as_on_a_gpu(), Moved() as seen:
         x = torch.empty(2 * images, SIZE, SIZE, 3, device="meta", dtype=torch.bfloat16)
-        before = comm_stats.calls
         with distributed.stacked_views(layout, 2, slice(None)):
             out = made(x.permute(0, 3, 1, 2))
         out.float().square().sum().backward()
-        return seen, comm_stats.calls - before
-
-
-def method_config(name: str, *more: str) -> Config:
-    """The method's recipe with two views of 224 px in bf16, and more `key=value`."""
-    return load([
-        str(ROOT / f"configs/imagenet100/{name}.yaml"), "data.name=imagenet", "data.root=.",
-        f"data.views=[{{count: 2, size: {SIZE}, recipe: sym}}]", "optim.precision=bf16", *more,
-    ]).config  # fmt: skip
+        return seen
 
 
 def methods(options: argparse.Namespace) -> None:
-    """A line for each method."""
+    """Three tables with a line for each method."""
     print(f"{options.network}, two views of {options.images} images, bf16\n")
     columns = [f"calls, MB sent, peak GiB, {n} processes" for n in options.processes]
     print(f"| method | GB | operators | {' | '.join(PARTS)} | waits | {' | '.join(columns)} |")
     print(f"| --- |{' ---: |' * (len(PARTS) + 3 + len(columns))}")
     memory = []
-    for name in options.methods or builtin_methods():
-        made = []
-        for processes in options.processes:
-            images = options.images * processes
-            settings = [f"model.backbone={options.network}"]
-            queue = getattr(method_config(name, *settings).method, "queue_size", 0)
-            if 0 < queue < images:
-                settings.append(f"method.queue_size={images}")
-            settings.append(f"data.batch_size={images}")
-            made.append(whole_step(method_config(name, *settings), processes))
+    names = options.methods or builtin_methods()
+    for name in names:
+        made = [step_of(name, options, processes) for processes in options.processes]
         seen = made[0]
         parts = " | ".join(str(seen.parts[part]) for part in PARTS)
         sent = " | ".join(
@@ -505,6 +176,33 @@ def methods(options: argparse.Namespace) -> None:
     for name, processes, seen in memory:
         row = seen.before, *(seen.before + seen.peaks[stage] for stage in STAGES)
         print(f"| {name} | {processes} | {' | '.join(f'{x / 2**30:.2f}' for x in row)} |")
+    print(f"\n{options.processes[0]} processes: GB, operators, calls, peak GiB\n")
+    print("| method | global norm | local norm | `nn.SyncBatchNorm` | plain loop |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name in names:
+        ways: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+            ((), {}), (("model.batch_norm=local",), {}), ((), {"norm": "sync"}),
+        ]  # fmt: skip
+        if name in LOSSES:
+            ways.append(((), {"norm": "sync", "loop": PlainStep}))
+        row = [
+            f"{seen.nbytes / 1e9:.1f}, {seen.operators}, {seen.calls}, {seen.peak / 2**30:.2f}"
+            for more, how in ways
+            for seen in [step_of(name, options, options.processes[0], *more, **how)]
+        ]
+        print(f"| {name} | {' | '.join(row + ['–'] * (4 - len(row)))} |", flush=True)
+
+
+def step_of(
+    name: str, options: argparse.Namespace, processes: int, *more: str, **how: Any
+) -> Counted:
+    """A method's step, with a queue for at least the images of a step."""
+    images = options.images * processes
+    settings = [f"model.backbone={options.network}", f"data.batch_size={images}", *more]
+    queue = getattr(method_config(name, *settings[:1]).method, "queue_size", 0)
+    if 0 < queue < images:
+        settings.append(f"method.queue_size={images}")
+    return whole_step(method_config(name, *settings), processes, **how)
 
 
 def norms(options: argparse.Namespace) -> None:
@@ -515,11 +213,10 @@ def norms(options: argparse.Namespace) -> None:
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for name in options.networks:
         for norm in NORMS:
-            seen, calls = count(name, norm, options.images, processes)
-            calls = "2 a layer" if norm == "sync" else calls
+            seen = count(name, norm, options.images, processes)
             least = seen.nbytes / options.copy / 1e6
             print(
-                f"| {name} | {norm} | {seen.nbytes / 1e9:.1f} | {seen.operators} | {calls} "
+                f"| {name} | {norm} | {seen.nbytes / 1e9:.1f} | {seen.operators} | {seen.calls} "
                 f"| {least:.1f} | {seen.peak / 2**30:.2f} |"
             )
 

@@ -75,7 +75,7 @@ def cifar_file(data: Data, file: Path, md5: str, others: list[str]) -> dict[str,
             raise ValueError("no label for each image")
     except Exception as error:  # a damaged pickle raises anything
         raise ValueError(
-            f"data.root: {file} cannot be used ({one_line(error)[:100]}); "
+            f"data.root: {file} cannot be used ({one_line(error, 100)}); "
             f"{prepare(data)} --download fetches it"
         ) from None
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
