@@ -346,6 +346,8 @@ def test_a_local_norm_needs_two_images() -> None:
 def test_half_precision_images_need_autocast() -> None:
     with pytest.raises(ConfigError, match=r"^data.dtype: float16 images need autocast"):
         load(["data.dtype=float16", "optim.precision=fp32"])
+    with pytest.raises(ConfigError, match=r"data\.dtype"):
+        load(["data.dtype=float16", "optim.precision=tf32"])
     load(["data.dtype=float16", "optim.precision=bf16"])
 
 

@@ -49,7 +49,7 @@ def check(config: Config) -> None:
         values = getattr(config.data, key)
         if values is not None and config.data.name != "array" and len(values) != 3:
             raise ValueError(f"data.{key}: {len(values)} numbers; 3 are accepted, one a channel")
-    if config.data.dtype == "float16" and config.optim.precision == "fp32":
+    if config.data.dtype == "float16" and config.optim.precision in ("fp32", "tf32"):
         raise ValueError(
             "data.dtype: float16 images need autocast; float32 or optim.precision=bf16 is accepted"
         )

@@ -335,9 +335,11 @@ class Optim(Section):
     in memory, and the gradient is the whole batch's: projector and loss see all of it at once, and
     each part goes through the backbone again in the backward pass, a third more time. Not for
     backbones with batch norm."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Autocast of the networks. fp16 uses a gradient scaler, which waits for the device at every
-    step under LARS, SGD and Muon. Losses are always in float32."""
+    precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
+    """Autocast of the networks: bf16 or fp16. fp16 uses a gradient scaler, which waits for the
+    device at every step under LARS, SGD and Muon. Losses are always in float32. Without autocast:
+    `fp32`, and `tf32`, where a GPU rounds the factors of all products to 10 bits, those of the
+    losses too. With `fp32` it does so in convolutions, as torch."""
     gradient_compression: Literal["bf16"] | None = None
     """Send gradients in bf16. That halves the bytes, but rounds to 8 bits before and while
     gradients are added, so that results depend on the number of processes. Only with several

@@ -281,15 +281,13 @@ class _NormalizeOnGPU(torch.autograd.Function):
             sums = gathered[:, ctx.held] if total > local else sums
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x)
             rows = sums.flatten(0, 1).unbind()
-            each = zip(dx.chunk(local), held, rows[:local], rows[local:], strict=True)
-            for part, one, first, second in each:
-                own_dx = torch.batch_norm_backward_elemt(*one, weight, first, second, counts)
-                if local == 1:
-                    dx = own_dx
-                else:
-                    part.copy_(own_dx)
+            each = zip(held, rows[:local], rows[local:], strict=True)
+            apart = [
+                torch.batch_norm_backward_elemt(*one, weight, first, second, counts)
+                for one, first, second in each
+            ]
+            dx = torch.cat(apart) if local > 1 else apart[0]
         # DDP averages the ranks' parts to the affine parameters.
         own = packed[2:].sum(1).unbind() if affine else (None, None)
         return dx, *own, None, None, None

@@ -66,6 +66,7 @@ def build(
     threads = config.run.threads or cpu_share()
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True  # the image sizes never change
+    torch.backends.cuda.matmul.allow_tf32 = config.optim.precision == "tf32"
     if config.optim.precision == "bf16" and device.type == "cuda":
         on_all_ranks(world, require_bf16)
     watch.next("finding the data")

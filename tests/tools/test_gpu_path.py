@@ -14,6 +14,7 @@ from counting import UNIT, Counted, Step, as_one_of, method_config, whole_step
 from gpu_path import count
 from plain_loops import LOSSES, PlainStep
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ddp_ssl.config import Config
 from ddp_ssl.losses import barlow_twins, info_nce, vicreg
@@ -117,7 +118,7 @@ def test_a_layer_is_few_operators(name: str, networks: int) -> None:
     assert deep.parts["update"] == shallow.parts["update"]
     # Convolution, cast of its weight, norm of two views, activation; half a residual sum.
     assert deep.parts["forward"] - shallow.parts["forward"] <= 9.5 * ADDED * networks
-    assert deep.parts["backward"] - shallow.parts["backward"] <= 11.5 * ADDED
+    assert deep.parts["backward"] - shallow.parts["backward"] <= 10.5 * ADDED
     # Two collectives a norm, one in a network that is not trained.
     assert deep.calls - shallow.calls == (networks + 1) * ADDED
     activations = 2 * 4096  # `[4, 8, 8, 8]` in bf16
@@ -226,6 +227,20 @@ def test_a_step_stays_on_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     seen = whole_step(config, 8, 7, device="cuda", loop=WithGradients)
     assert seen.kept_on == {"cuda"}
     assert seen.waits == (1 if name == "mmcr" else 0)
+
+
+def test_copies_for_which_the_host_waits_are_counted() -> None:
+    with as_one_of(1), FakeTensorMode(), Counted() as seen:
+        there, here = torch.zeros(3, device="cuda"), torch.zeros(3)
+        there.to("cpu", non_blocking=True)
+        here.to("cuda", non_blocking=True)
+        there.copy_(here, non_blocking=True)
+        assert seen.waits == 0
+        there.to("cpu")
+        here.to("cuda")
+        there.copy_(here)
+        torch.tensor([1.0], device="cuda")
+        assert seen.waits == 4
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -119,11 +119,13 @@ def by_mask(func: Any, args: Any) -> bool:
     )
 
 
-def to_host(args: Any, out: Any) -> bool:
-    """Whether the operator copies from a GPU to the host."""
-    read = {x.device.type for x in tree_leaves(args) if isinstance(x, Tensor)}
+def waits(args: Any, kwargs: Any, out: Any) -> bool:
+    """Whether the operator copies between a GPU and the host, and the host waits for it."""
+    read = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
     made = {x.device.type for x in tree_leaves(out) if isinstance(x, Tensor)}
-    return "cuda" in read and "cpu" in made
+    # `copy_` has `non_blocking` as its third argument.
+    without = kwargs.get("non_blocking") or (len(args) == 3 and args[2] is True)
+    return "cuda" in read | made and "cpu" in read | made and not without
 
 
 FIRST_UNREAD = ("copy_", "_foreach_copy_", "batch_norm_gather_stats_with_counts")
@@ -237,7 +239,7 @@ class Counted(Moved):
         name = str(func.overloadpacket).removeprefix("aten.")
         self.parts[self.part] += 1
         self.names[self.part][name] += 1
-        self.waits += name in self.WAITING or by_mask(func, args) or to_host(args, out)
+        self.waits += name in self.WAITING or by_mask(func, args) or waits(args, kwargs, out)
 
     @property
     def sent(self) -> int:
@@ -396,10 +398,13 @@ class _Synchronised(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         function = torch.nn.modules._functions.SyncBatchNorm
-        return function.apply(  # type: ignore[no-any-return]
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        out = function.apply(
             input, self.weight, self.bias, self.running_mean, self.running_var, self.eps,
             self.momentum, torch.distributed.group.WORLD, self.processes,
         )  # fmt: skip
+        return getattr(self, "after", nn.Identity())(out)  # an activation of timm's
 
 
 def synchronise(network: nn.Module, processes: int) -> None:

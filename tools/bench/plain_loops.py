@@ -18,10 +18,9 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        processes = torch.distributed.get_world_size()
-        every = rows.new_empty(processes * len(rows), *rows.shape[1:])
-        torch.distributed.all_gather_into_tensor(every, rows.contiguous())
-        return every
+        every = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(every, rows)
+        return torch.cat(every)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -84,7 +83,7 @@ class PlainStep(Step):
         return nn.ModuleList([self.learner.method.backbone, self.learner.method.projector])
 
     def made_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.trained, 0.1, momentum=0.9, weight_decay=1e-4)
+        return torch.optim.SGD(self.trained, 0.1, 0.9, weight_decay=1e-4, foreach=True)
 
     def take(self, seen: Counted) -> None:
         method = self.learner.method
