@@ -20,7 +20,7 @@ from tests.helpers import SHALLOW
 from tests.ranks import Ranks
 from tests.runs import status, train
 
-# A rate at which a collapse is complete within 66 steps.
+# A rate at which a collapse is complete within 66 steps. With other seeds not every one is.
 FAST = ("optim.name=adamw", "optim.lr=0.05", "model.projector_norm=none")
 PLANTED = {
     "adadim": ("method.name=adadim", "method.alpha_every=1", "optim.lr=1000"),
@@ -105,10 +105,11 @@ def figures(knn: float, *others: float) -> dict[str, float]:
     return found if math.isnan(knn) else {"eval/knn_top1": knn, **found}
 
 
+THROUGH = "MMCR, Z passes through two dimensions"
 # Measured: the untrained network's figures, and those some epochs later.
 TRAINED = {
     "MMCR, k-NN dips": ((0.850, 13.6, 15.5, -0.113, -0.108), (0.772, 30.8, 26.5, -1.12, -1.84)),
-    "MMCR, Z passes through two dimensions": (
+    THROUGH: (
         (0.825, 16.6, 20.5, -0.187, -0.161), (0.894, 42.0, 2.43, -1.54, -1.72)),
     "MMCR from a poor start": (
         (0.273, 1.65, 1.67, -0.0101, -0.0102), (0.925, 163.0, 94.2, -1.41, -2.60)),
@@ -145,6 +146,10 @@ COLLAPSED = {
         (0.457, 3.95, 7.11, -0.278, -0.411), (0.376, 10.5, 1.49, -1.55, -0.00311)),
     "LeJEPA without SIGReg from a narrow start": (
         (0.460, 3.36, 3.47, -0.176, -0.101), (0.460, 8.73, 2.30, -1.09, -0.0144)),
+    "R alone loses dimensions": (
+        (0.450, 51.4, 45.7, -0.241, -0.281), (0.450, 10.0, 45.7, -0.241, -0.281)),
+    "Z loses nine tenths of its dimensions": (
+        (0.378, 51.4, 53.4, -0.241, -0.401), (0.378, 51.4, 4.0, -0.241, -0.0601)),
     "All the same but for noise": (
         (0.850, 13.6, 15.5, -0.113, -0.108), (0.850, 13.0, 30.0, -0.15, -0.001)),
     "AdaDim on 800 pictures, R alone": (
@@ -156,10 +161,11 @@ COLLAPSED = {
 def test_measured_runs_that_train_are_fine(name: str) -> None:
     first, now = (figures(*values) for values in TRAINED[name])
     assert verdict(first, now, 359, ended=False) == FINE
-    assert verdict(first, first, 359, ended=True) == FINE
+    if name != THROUGH:
+        assert not (verdict(first, now, 359, ended=True) or "").startswith("collapsed")
 
 
-@pytest.mark.parametrize("name", sorted(TRAINED.keys() - {"MMCR, Z passes through two dimensions"}))
+@pytest.mark.parametrize("name", sorted(TRAINED.keys() - {THROUGH}))
 def test_measured_runs_without_labels_are_fine(name: str) -> None:
     """Without k-NN two dimensions on the way are an alarm."""
     first, now = (figures(math.nan, *values[1:]) for values in TRAINED[name])
@@ -179,6 +185,15 @@ def test_measured_runs_that_collapsed_are_not(name: str) -> None:
 def test_methods_that_need_few_dimensions_may_end_there(name: str) -> None:
     first, now = (figures(*values) for values in TRAINED[name])
     assert verdict(first, now, 359, ended=True) == FINE
+
+
+def test_few_dimensions_and_a_low_spread_count_at_the_end() -> None:
+    """ReSSL with a key's temperature of 10, another seed: k-NN rises."""
+    first = figures(0.345, 2.36, 3.17, -0.117, -0.157)
+    now = figures(0.593, 9.64, 2.61, -1.35, -0.0174)
+    assert verdict(first, now, 359, ended=False) == FINE
+    said = "collapsed: spread of Z fell from 0.16 to 0.017"
+    assert verdict(first, now, 359, ended=True) == said
 
 
 def test_embeddings_may_pass_through_few_dimensions_but_not_end_there() -> None:

@@ -14,11 +14,11 @@ LOST = 1 / 3
 the spread manyfold, at times after a dip to two thirds of the rank; the rank of Z of one that needs
 few directions may fall below it, SimCLR's on pictures from 53 to 17, DINO's from 46 to 8."""
 FEW_DIMENSIONS = 3
-"""A low rank or spread of Z counts if the rank is below this too. Collapses of all methods on the
-digits reach at most 2.6; DINO and ReSSL train with a low spread and at least 3.2."""
-LOST_IN_ANY_CASE = 1 / 10
+"""Z has few dimensions below this rank. Collapses of all methods on the digits reach at most 2.6;
+DINO and ReSSL train with a low spread and at least 3.2."""
+GONE = 1 / 10
 """A spread of Z below this share counts whatever the rank, since the rank of noise is high. ReSSL,
-DINO and DeepCluster v2 on a tiny network keep a seventh of it and learn."""
+DINO and DeepCluster v2 on a tiny network keep at least a seventh of it and learn."""
 GAIN = 0.02
 """k-NN accuracy that is higher by this shows that the representation has learned."""
 FALL = 0.05
@@ -53,18 +53,23 @@ def verdict(first: Metrics, now: Metrics, images: int, ended: bool) -> str | Non
 def _lost(first: Metrics, now: Metrics, space: str, learned: bool, ended: bool) -> Iterator[str]:
     """What the representations (`r`) or the embeddings (`z`) have lost.
 
-    A representation that classifies better has learned, whatever its figures. The embeddings must
-    stay apart in any case. They may pass through few dimensions while the network learns, but not
-    end there.
+    A representation that classifies better has learned, whatever its figures. If it does not, a low
+    rank or spread of Z counts where both are low or Z has few dimensions. If it does, Z may pass
+    through few dimensions, but not end there.
     """
-    name, of_z = {"r": "R", "z": "Z"}[space], space == "z"
     rank, spread = f"rep/effective_rank_{space}", f"rep/uniformity_{space}"
-    few = not of_z or now[rank] < FEW_DIMENSIONS
-    if not math.isfinite(now[rank]):
-        yield f"effective rank of {name} is {now[rank]}"
-    elif now[rank] < LOST * first[rank] and few and (not learned or (of_z and ended)):
-        yield f"effective rank of {name} fell from {first[rank]:.1f} to {now[rank]:.1f}"
     # Uniformity is 0 if all vectors point the same way, and below 0 the more they are spread.
     wide, left = -first.get(spread, math.nan), -now.get(spread, math.nan)
-    if (of_z and left < LOST_IN_ANY_CASE * wide) or (not learned and few and left < LOST * wide):
+    low_rank, low_spread = now[rank] < LOST * first[rank], left < LOST * wide
+    counts, gone = not learned, False
+    if space == "z":
+        few = now[rank] < FEW_DIMENSIONS
+        counts = (few and (ended or not learned)) or (low_rank and low_spread and not learned)
+        gone = left < GONE * wide
+    name = space.upper()
+    if not math.isfinite(now[rank]):
+        yield f"effective rank of {name} is {now[rank]}"
+    elif low_rank and counts:
+        yield f"effective rank of {name} fell from {first[rank]:.1f} to {now[rank]:.1f}"
+    if gone or (low_spread and counts):
         yield f"spread of {name} fell from {wide:.2g} to {left:.2g}"
