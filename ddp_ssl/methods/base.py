@@ -269,16 +269,18 @@ def _apply(network: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[
 
 
 def joined(views: list[Tensor], precision: torch.dtype | None) -> Tensor:
-    """Views `[n, C, S, S]` as one batch `[views * n, C, S, S]`, in the precision of autocast.
+    """Views `[n, C, S, S]` as one batch `[views * n, C, S, S]`.
 
-    Each pixel is read and written once: the cast belongs to the copy.
+    Several views of images are also cast to the precision of autocast, in the same pass. Views in
+    float64, which autocast leaves alone, and with a gradient keep their precision.
     """
     first = views[0]
     if len(views) == 1:
         return first
-    if precision is None:
+    if precision is None or first.dtype == torch.float64 or any(v.requires_grad for v in views):
         return torch.cat(views)
-    last = first.is_contiguous(memory_format=torch.channels_last)
+    # With one channel a batch is both.
+    last = first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
     batch = torch.empty(
         (len(views) * len(first), *first.shape[1:]),
         dtype=precision,

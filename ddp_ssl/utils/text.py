@@ -10,7 +10,7 @@ def one_line(text: object, limit: int | None = None) -> str:
     if limit is None or len(line) <= limit:
         return line
     half = (limit - len(" ... ")) // 2
-    return f"{line[:half]} ... {line[-half:]}"
+    return f"{line[:half]} ... {line[len(line) - half :]}"
 
 
 def summary(docstring: str | None) -> str:

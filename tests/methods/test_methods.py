@@ -16,7 +16,7 @@ from ddp_ssl.config import ConfigError
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.distributed import MeshComm, World, comm_of
 from ddp_ssl.methods._registry import builtin_methods
-from ddp_ssl.methods.base import Context
+from ddp_ssl.methods.base import Context, joined
 from ddp_ssl.metrics.effective_rank import Matrix
 from tests.helpers import (
     SHALLOW,
@@ -213,6 +213,29 @@ def test_alpha_zero_is_vicreg_and_alpha_one_is_simclr() -> None:
     middle, grad = loss_and_gradient(*fixed, "method.alpha_value=0.25")
     assert middle == pytest.approx(0.75 * ends[0][0] + 0.25 * ends[1][0])
     assert relative(grad, 0.75 * ends[0][1] + 0.25 * ends[1][1]) < 1e-10
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16, None])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views_are_joined_in_their_order(
+    kind: torch.dtype, precision: torch.dtype | None, layout: torch.memory_format, channels: int
+) -> None:
+    """As torch joins them, in the precision that the first convolution would cast them to."""
+    views = [
+        torch.randn(2, channels, 5, 5).to(kind).contiguous(memory_format=layout) for _ in range(3)
+    ]
+    right = torch.cat(views)
+    if precision is not None and kind != torch.float64:
+        right = right.to(precision)
+    batch = joined(views, precision)
+    assert torch.equal(batch, right)
+    assert (batch.dtype, batch.stride()) == (right.dtype, right.stride())
+    assert joined(views[:1], precision) is views[0]
+    views[1].requires_grad_()
+    joined(views, precision).sum().backward()
+    assert views[1].grad is not None
 
 
 def test_a_small_view_group_goes_through_its_own_forward() -> None:

@@ -93,11 +93,11 @@ def test_a_step_is_few_operators_outside_the_network(name: str) -> None:
 
 
 MOST = {
-    "adadim": (560, 39, 6.1), "barlow_twins": (430, 34, 5.9), "byol": (580, 44, 27.5),
-    "deepclusterv2": (450, 39, 6.0), "dino": (560, 40, 7.9), "lejepa": (420, 30, 5.3),
-    "mmcr": (300, 30, 5.6), "mocov2plus": (570, 40, 8.8), "mocov3": (620, 48, 17.5),
-    "nnclr": (490, 35, 16.2), "ressl": (540, 40, 8.4), "simclr": (400, 30, 5.9),
-    "simsiam": (430, 32, 6.6), "swav": (460, 33, 7.4), "vicreg": (420, 32, 5.9),
+    "adadim": (545, 39, 6.4), "barlow_twins": (418, 34, 6.2), "byol": (564, 44, 8.3),
+    "deepclusterv2": (438, 39, 6.2), "dino": (550, 40, 8.2), "lejepa": (400, 30, 5.5),
+    "mmcr": (293, 30, 5.9), "mocov2plus": (553, 40, 9.0), "mocov3": (606, 48, 8.3),
+    "nnclr": (475, 35, 6.8), "ressl": (524, 40, 8.6), "simclr": (388, 30, 6.2),
+    "simsiam": (413, 32, 5.8), "swav": (443, 33, 7.6), "vicreg": (409, 32, 6.2),
 }  # fmt: skip
 """Operators, collectives and MB moved, at most, of a step with a network of 12 norms."""
 
@@ -187,25 +187,26 @@ def test_a_step_holds_what_backward_needs(name: str) -> None:
 @counted
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_against_a_plain_loop(name: str) -> None:
-    """Two views in one pass, fused updates: more than its work, with fewer launches and calls."""
+    """Ours does more work with fewer launches and half the collectives."""
     config = config_of(name, 8)
     ours = step_of(name)
     plain = whole_step(config, 8, 7, norm="sync", loop=PlainStep)
     assert ours.operators < 0.8 * plain.operators
-    assert ours.calls < 0.6 * plain.calls
+    # Each view has its own, and two embeddings are gathered, their gradients summed.
+    assert plain.calls == 2 * ours.collectives["norm"][0] + 4
     assert ours.waits == 0
     assert plain.waits >= 3 * 2 * 12  # masks, views, norms
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
-def test_the_plain_losses_are_the_methods(name: str) -> None:
+def test_the_plain_losses_are_the_methods_in_one_process(name: str) -> None:
     z = torch.randn(2, 9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     right = {
         "barlow_twins": lambda: barlow_twins(z),
         "simclr": lambda: info_nce(z, 0.2),
         "vicreg": lambda: vicreg(z).loss,
     }[name]()
-    with as_one_of(1), patch("plain_loops.gathered", lambda rows: rows):
+    with patch("plain_loops.gathered", lambda rows: rows):
         torch.testing.assert_close(LOSSES[name](*z), right)
 
 
@@ -219,7 +220,7 @@ class WithGradients(Step):
 
 @counted
 @pytest.mark.parametrize("name", builtin_methods())
-def test_a_step_stays_on_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_but_backward_stays_on_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensors of a GPU without values, where two devices in one operator are an error."""
     plain = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device: plain())  # a GPU's needs a driver
@@ -246,7 +247,7 @@ def test_copies_for_which_the_host_waits_are_counted() -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("images", ["float32", "float16"])
 def test_a_batch_is_copied_once_on_its_way_to_the_network(precision: str, images: str) -> None:
-    """The views are joined, channels-last, and cast in the same pass; that is all."""
+    """The views are joined and cast in the same pass; that is all."""
     seen = step_of("simclr", more=(f"data.dtype={images}", f"optim.precision={precision}"))
     names = list(seen.names["forward"])  # in the order of their first use
     # `_to_copy` is the cast of the first convolution's weight.

@@ -128,6 +128,8 @@ def waits(args: Any, kwargs: Any, out: Any) -> bool:
     return "cuda" in read | made and "cpu" in read | made and not without
 
 
+WRITTEN = {"_fused_adam_": (0, 2, 3), "_fused_adamw_": (0, 2, 3)}
+"""Arguments that an operator without a result writes, if not the first one."""
 FIRST_UNREAD = ("copy_", "_foreach_copy_", "batch_norm_gather_stats_with_counts")
 """Operators that do not read their first argument: they overwrite it or need its type alone."""
 
@@ -136,6 +138,8 @@ def moved(name: str, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     """Bytes that an operator reads and writes."""
     read = args[1:] if name.removeprefix("aten.") in FIRST_UNREAD else args
     named = {key: value for key, value in kwargs.items() if not key.startswith("out")}
+    if out is None:  # operators on lists write into their arguments
+        out = [args[index] for index in WRITTEN.get(name.removeprefix("aten."), (0,))]
     return sum(stored(x) for x in tree_leaves((read, named, out)) if isinstance(x, Tensor))
 
 

@@ -9,7 +9,8 @@ Tensors have no values, so nothing is computed. `methods` counts a whole step of
 loop takes it: network, loss, backward, gradient norm, optimiser, hooks, probe and the recorder's
 row, two views of 224 px in bf16. DDP's own work is not counted, but its buckets are in the memory.
 A second table has the most memory in each part of the step, with all that was there before it:
-parameters, state, gradients, views. `norms` counts forward and backward of the backbone alone:
+parameters, state, gradients, views. A third table has the same steps with other norms, and plain
+loops (`plain_loops.py`). `norms` counts forward and backward of the backbone alone:
 `global` and `local` are this package's norm, `sync` is `nn.SyncBatchNorm`, whose statistics are
 those of both views together. Bytes are what operators read and write; the least time is theirs at
 `--copy` GB/s. `layers` counts the whole step of AdaDim by kind of layer, with the products too: an
@@ -156,7 +157,7 @@ def methods(options: argparse.Namespace) -> None:
     columns = [f"calls, MB sent, peak GiB, {n} processes" for n in options.processes]
     print(f"| method | GB | operators | {' | '.join(PARTS)} | waits | {' | '.join(columns)} |")
     print(f"| --- |{' ---: |' * (len(PARTS) + 3 + len(columns))}")
-    memory = []
+    counted = []
     names = options.methods or builtin_methods()
     for name in names:
         made = [step_of(name, options, processes) for processes in options.processes]
@@ -165,7 +166,7 @@ def methods(options: argparse.Namespace) -> None:
         sent = " | ".join(
             f"{one.calls}, {one.sent / 1e6:.0f}, {one.peak / 2**30:.2f}" for one in made
         )
-        memory += [(name, *pair) for pair in zip(options.processes, made, strict=True)]
+        counted += [(name, *pair) for pair in zip(options.processes, made, strict=True)]
         print(
             f"| {name} | {seen.nbytes / 1e9:.1f} | {seen.operators} | {parts} | {seen.waits} "
             f"| {sent} |", flush=True,
@@ -173,24 +174,26 @@ def methods(options: argparse.Namespace) -> None:
     print("\nGiB at most\n")
     print(f"| method | processes | before | {' | '.join(STAGES)} |")
     print(f"| --- |{' ---: |' * (len(STAGES) + 2)}")
-    for name, processes, seen in memory:
+    for name, processes, seen in counted:
         row = seen.before, *(seen.before + seen.peaks[stage] for stage in STAGES)
         print(f"| {name} | {processes} | {' | '.join(f'{x / 2**30:.2f}' for x in row)} |")
     print(f"\n{options.processes[0]} processes: GB, operators, calls, peak GiB\n")
     print("| method | global norm | local norm | `nn.SyncBatchNorm` | plain loop |")
     print("| --- | ---: | ---: | ---: | ---: |")
+    first = options.processes[0]
+    own = {name: seen for name, _, seen in counted[::-1]}
     for name in names:
-        ways: list[tuple[tuple[str, ...], dict[str, Any]]] = [
-            ((), {}), (("model.batch_norm=local",), {}), ((), {"norm": "sync"}),
-        ]  # fmt: skip
-        if name in LOSSES:
-            ways.append(((), {"norm": "sync", "loop": PlainStep}))
-        row = [
-            f"{seen.nbytes / 1e9:.1f}, {seen.operators}, {seen.calls}, {seen.peak / 2**30:.2f}"
-            for more, how in ways
-            for seen in [step_of(name, options, options.processes[0], *more, **how)]
+        cells = [
+            own[name],
+            step_of(name, options, first, "model.batch_norm=local"),
+            step_of(name, options, first, norm="sync"),
         ]
-        print(f"| {name} | {' | '.join(row + ['–'] * (4 - len(row)))} |", flush=True)
+        if name in LOSSES:
+            cells.append(step_of(name, options, first, norm="sync", loop=PlainStep))
+        texts = [
+            f"{x.nbytes / 1e9:.1f}, {x.operators}, {x.calls}, {x.peak / 2**30:.2f}" for x in cells
+        ]
+        print(f"| {name} | {' | '.join(texts + ['–'] * (4 - len(texts)))} |", flush=True)
 
 
 def step_of(
