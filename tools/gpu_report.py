@@ -386,6 +386,13 @@ def vit(report: Report) -> None:
         report.measure(60, lambda: make().speed(images), **names, part="step")
         report.measure(40, lambda: network_alone(make()), **names, part="network alone")
         names = {"network": "vit_s16", "method": "lejepa", "images": images}
+        for precision in ("fp32", "tf32"):
+            given = f"optim.precision={precision}", *settings[1:]
+            with _tf32(precision == "tf32"):
+                report.measure(
+                    20, lambda g=given: Step(report, LEJEPA, "vit_s16", "global", *g).speed(images),
+                    **names, part=precision,
+                )  # fmt: skip
         for more in ("", "optim.accumulate=4", "model.checkpointing=true"):
             given = ("optim.precision=bf16", *([more] if more else []))
             report.measure(
@@ -481,7 +488,8 @@ def whole(report: Report) -> None:
 
         def resumed() -> Row:
             run("resumed", stop=StopAfter(STEPS // 2))
-            return apart(run("resumed", "run.resume=auto"), plain())
+            row = apart(run("resumed", "run.resume=auto"), plain())
+            return row | ({"error": "not the same losses"} if row["largest"] else {})
 
         def half(name: str, *more: str) -> Row:
             rows, single = run(f"{name}-16", "optim.precision=fp16", *more), plain()
@@ -500,18 +508,25 @@ def whole(report: Report) -> None:
 
 
 def compiled(report: Report) -> None:
-    """Steps with `model.compile`, and a run of thirty steps beside one that is not compiled."""
+    """A step of ResNet-50 with `model.compile`."""
     # A CPU's compiler needs minutes for a ResNet.
-    networks = ["vit_s16"] if report.rehearse else ["resnet50", "vit_s16"]
+    compiled_steps(report, {"vit_s16": [2]} if report.rehearse else {"resnet50": [128]})
+
+
+def compiled_steps(report: Report, sizes: dict[str, list[int]]) -> None:
+    """Rows for each network and number of images."""
     settings = "optim.precision=bf16", "model.compile=true"
     with group_of_one(report.device):
-        for network in networks:
-            for images in (2,) if report.rehearse else (128, 32):
+        for network, images in ((name, n) for name, each in sizes.items() for n in each):
 
-                def speed(network: str = network, images: int = images) -> Row:
-                    return Step(report, ADADIM, network, "global", *settings).speed(images)
+            def speed(network: str = network, images: int = images) -> Row:
+                return Step(report, ADADIM, network, "global", *settings).speed(images)
 
-                report.measure(100, speed, network=network, norm="global", images=images)
+            report.measure(100, speed, network=network, norm="global", images=images)
+
+
+def compiled_more(report: Report) -> None:
+    """A compiled run of thirty steps beside one that is not compiled, and more compiled steps."""
     small = [f"model.backbone={NETWORKS['vit_s16']}", f"model.backbone_args={TINY['vit_s16']}"]
     more = small if report.rehearse else []
     with tempfile.TemporaryDirectory() as name:
@@ -521,6 +536,8 @@ def compiled(report: Report) -> None:
             return apart(run_of(report, Path(name) / "run", "model.compile=true", *more), plain)
 
         report.measure(170, work, run="compiled, beside the same run without")
+    if not report.rehearse:
+        compiled_steps(report, {"resnet50": [32], "vit_s16": [128, 32]})
 
 
 @contextlib.contextmanager
@@ -546,14 +563,13 @@ def inexact(loss: Callable[[Tensor], Tensor], z: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _tf32() -> Iterator[None]:
-    """Within: float32 products in TF32, on a GPU."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+def _tf32(on: bool = True) -> Iterator[None]:
+    """Within: float32 products in TF32 on a GPU, or not."""
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, on
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def parts(report: Report) -> None:
@@ -734,8 +750,8 @@ def images(report: Report) -> None:
 
 
 GROUPS: dict[str, Callable[[Report], None]] = {
-    "machine": machine, "steps": steps, "tests": tests, "whole": whole, "vit": vit, "parts": parts,
-    "images": images, "compiled": compiled,
+    "machine": machine, "steps": steps, "compiled": compiled, "parts": parts, "tests": tests,
+    "whole": whole, "vit": vit, "images": images, "compiled_more": compiled_more,
 }  # fmt: skip
 
 

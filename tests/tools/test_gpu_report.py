@@ -47,7 +47,7 @@ def test_the_rehearsal_has_every_row_and_no_error(tmp_path: Path) -> None:
         "and a CPU's", "stopped at 15 and resumed", "fp16", "fp16, AdamW"
     ]  # fmt: skip
     parts = [r["part"] for r in rows if r["group"] == "vit" and r["method"] == "lejepa"]
-    assert parts == ["step", "optim.accumulate=4", "model.checkpointing=true"]
+    assert parts == ["fp32", "tf32", "step", "optim.accumulate=4", "model.checkpointing=true"]
     inputs = [r["source"] for r in rows if r["group"] == "images" and "source" in r]
     assert inputs == ["folder", "folder", "folder", "parquet", "folder"]
     loaders = [r["setting"] for r in rows if r["group"] == "images" and "setting" in r]
