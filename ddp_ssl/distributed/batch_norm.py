@@ -373,9 +373,11 @@ class GlobalBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         reduce = self.reduce and dist.is_initialized()
+        # Pooled views of a local norm are a plain batch: torch's norm has fewer operators.
+        kernels = _has_kernels(input) and (self.reduce or self.layout.local > 1)
         if not self.training:
             out = super().forward(input)
-        elif not (reduce or _has_kernels(input) or torch.compiler.is_compiling()):
+        elif not (reduce or kernels or torch.compiler.is_compiling()):
             out = self._local(input)
         else:
             out = self._global(input, reduce)
@@ -423,9 +425,10 @@ class GlobalBatchNorm(_BatchNorm):
 
     def _local(self, input: Tensor) -> Tensor:
         """Normalise each view held here by this process's own statistics, with torch's kernels."""
+        if self.layout.local == 1:
+            return super().forward(input)
         views = input.chunk(self.layout.local)
-        out = [super(GlobalBatchNorm, self).forward(view) for view in views]
-        return torch.cat(out) if len(out) > 1 else out[0]
+        return torch.cat([super(GlobalBatchNorm, self).forward(view) for view in views])
 
 
 def global_batch_norm(module: nn.Module, layout: ViewLayout, reduce: bool = True) -> nn.Module:

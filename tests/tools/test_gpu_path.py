@@ -36,14 +36,19 @@ def test_the_global_norm_moves_what_torchs_kernels_move(processes: int) -> None:
     """ResNet-50, two views of 128 images in bf16: it was 408 GB, 4,756 operators and 11.18 GiB."""
     seen = count("resnet50", "global", 128, processes)
     assert seen.nbytes < 131e9
-    assert seen.operators < 1200
+    assert seen.operators < 970
     assert seen.peak < 10.6 * 2**30
     assert seen.calls == 2 * NORMS
 
 
-def test_the_local_norm_moves_no_more_and_makes_no_call() -> None:
-    seen = count("resnet50", "local", 128, 8)
-    assert seen.nbytes < 131e9
+@pytest.mark.parametrize(("views", "gigabytes", "operators"), [(2, 131, 970), (1, 119, 470)])
+def test_the_local_norm_moves_no_more_and_makes_no_call(
+    views: int, gigabytes: int, operators: int
+) -> None:
+    """Pooled views take torch's own batch norm, one operator a layer."""
+    seen = count("resnet50", "local", 128, 8, views)
+    assert seen.nbytes < 1e9 * gigabytes
+    assert seen.operators < operators
     assert seen.peak < 10.6 * 2**30
     assert seen.calls == 0
 

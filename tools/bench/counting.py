@@ -128,6 +128,8 @@ def waits(args: Any, kwargs: Any, out: Any) -> bool:
     return "cuda" in read | made and "cpu" in read | made and not without
 
 
+READ_TWICE = {"native_batch_norm": 1, "native_batch_norm_backward": 2}
+"""How many of its first arguments an operator reads for its sums, and again for its result."""
 WRITTEN = {"_fused_adam_": (0, 2, 3), "_fused_adamw_": (0, 2, 3)}
 """Arguments that an operator without a result writes, if not the first one."""
 FIRST_UNREAD = ("copy_", "_foreach_copy_", "batch_norm_gather_stats_with_counts")
@@ -140,7 +142,9 @@ def moved(name: str, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     named = {key: value for key, value in kwargs.items() if not key.startswith("out")}
     if out is None:  # operators on lists write into their arguments
         out = [args[index] for index in WRITTEN.get(name.removeprefix("aten."), (0,))]
-    return sum(stored(x) for x in tree_leaves((read, named, out)) if isinstance(x, Tensor))
+    again = args[: READ_TWICE.get(name.removeprefix("aten."), 0)]
+    every = tree_leaves((read, again, named, out))
+    return sum(stored(x) for x in every if isinstance(x, Tensor))
 
 
 def stored(x: Tensor) -> int:

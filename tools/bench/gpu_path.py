@@ -51,7 +51,8 @@ from ddp_ssl import distributed
 from ddp_ssl.distributed import ViewLayout
 from ddp_ssl.methods._registry import builtin_methods
 
-NORMS = ("global", "sync", "local")
+NORMS = ("global", 2), ("global", 1), ("sync", 1), ("local", 2), ("local", 1)
+"""Each norm, and the statistics of its own for so many views; 1 pools them."""
 
 
 # --- kinds of layers -----------------------------------------------------------------------------
@@ -139,13 +140,13 @@ def network(name: str, norm: str, layout: ViewLayout, processes: int) -> nn.Modu
     return made.train()
 
 
-def count(name: str, norm: str, images: int, processes: int) -> Moved:
-    """What forward and backward of the backbone cost."""
+def count(name: str, norm: str, images: int, processes: int, views: int = 2) -> Moved:
+    """The cost of forward and backward of the backbone, with own statistics for so many views."""
     layout = ViewLayout()
     made = network(name, norm, layout, processes)
     with as_one_of(processes), as_on_a_gpu(), Moved() as seen:
         x = torch.empty(2 * images, SIZE, SIZE, 3, device="meta", dtype=torch.bfloat16)
-        with distributed.stacked_views(layout, 2, slice(None)):
+        with distributed.stacked_views(layout, views, slice(None)):
             out = made(x.permute(0, 3, 1, 2))
         out.float().square().sum().backward()
         return seen
@@ -212,15 +213,15 @@ def norms(options: argparse.Namespace) -> None:
     """A line for each network and norm."""
     (processes,) = options.processes
     print(f"two views of {options.images} images, {processes} processes\n")
-    print("| network | norm | GB | operators | collectives | least ms to move it | peak GiB |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    print("| network | norm | views | GB | operators | calls | least ms to move it | peak GiB |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name in options.networks:
-        for norm in NORMS:
-            seen = count(name, norm, options.images, processes)
+        for norm, views in NORMS:
+            seen = count(name, norm, options.images, processes, views)
             least = seen.nbytes / options.copy / 1e6
             print(
-                f"| {name} | {norm} | {seen.nbytes / 1e9:.1f} | {seen.operators} | {seen.calls} "
-                f"| {least:.1f} | {seen.peak / 2**30:.2f} |"
+                f"| {name} | {norm} | {views} | {seen.nbytes / 1e9:.1f} | {seen.operators} "
+                f"| {seen.calls} | {least:.1f} | {seen.peak / 2**30:.2f} |"
             )
 
 
