@@ -71,7 +71,15 @@ def refused(what: str, accepted: str = "") -> Iterator[None]:
             why = error.strerror
         end = f"; {accepted}" if accepted else ""
         kind = BuildError if isinstance(error, OSError) and may_pass(error) else ConfigError
-        raise kind(f"{what}: {why[:LONGEST]}{end}") from error
+        raise kind(f"{what}: {cut(why)}{end}") from error
+
+
+def cut(text: str, limit: int = LONGEST) -> str:
+    """The text; beyond `limit` characters its middle is left out."""
+    if len(text) <= limit:
+        return text
+    half = (limit - len(" ... ")) // 2
+    return f"{text[:half]} ... {text[len(text) - half :]}"
 
 
 def may_pass(error: OSError) -> bool:

@@ -543,14 +543,15 @@ def nccl() -> Iterator[None]:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("reduce", [True, False])
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", NORMS)
 def test_global_batch_norm_on_a_gpu_is_torchs_on_a_cpu(
-    nccl: None, kind: str, dtype: torch.dtype, last: bool, reduce: bool
+    nccl: None, kind: str, dtype: torch.dtype, last: bool, reduce: bool, views: int
 ) -> None:
-    """Two views, each by its own statistics; in float64 on the CPU, one call per view."""
+    """Views by their own statistics, or pooled; in float64 on the CPU, one call per view."""
     shape = SHAPES.get(kind, (24, 5, 6, 7))
     fmt = torch.channels_last if last and len(shape) == 4 else torch.contiguous_format
     x = (some(*shape) * 3 + 2).to(dtype).to(memory_format=fmt)
@@ -558,8 +559,8 @@ def test_global_batch_norm_on_a_gpu_is_torchs_on_a_cpu(
     plain, layout = NORMS[kind](5).double().train(), ViewLayout()
     ours = distributed.global_batch_norm(NORMS[kind](5), layout, reduce).cuda().train()
     a, b = x.double().requires_grad_(), x.cuda().requires_grad_()
-    torch.cat([plain(view) for view in a.chunk(2)]).mul(weight.double()).sum().backward()
-    with distributed.stacked_views(layout, 2, slice(None)):
+    torch.cat([plain(view) for view in a.chunk(views)]).mul(weight.double()).sum().backward()
+    with distributed.stacked_views(layout, views, slice(None)):
         out = ours(b)
     (out * weight.cuda()).sum().backward()
     assert b.grad is not None

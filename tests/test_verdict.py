@@ -82,7 +82,7 @@ def test_a_planted_collapse_is_said(ranks: Ranks, tmp_path: Path, name: str) -> 
     judged = status(tmp_path)["verdict"]
     assert judged.startswith("collapsed: "), judged
     log = (tmp_path / "train.log").read_text()
-    if name == "simclr":  # collapsed before the end already
+    if name == "simclr":  # before the end already; when AdaDim's huge rate shows is chance
         assert "WARNING step 44: collapsed: " in log
         assert running.startswith("collapsed: ")
     assert log.count(judged) >= 2  # in the result's table, and below it
@@ -162,7 +162,9 @@ def test_measured_runs_that_train_are_fine(name: str) -> None:
     first, now = (figures(*values) for values in TRAINED[name])
     assert verdict(first, now, 359, ended=False) == FINE
     if name != THROUGH:
-        assert not (verdict(first, now, 359, ended=True) or "").startswith("collapsed")
+        ended = verdict(first, now, 359, ended=True)
+        assert ended is not None
+        assert not ended.startswith("collapsed")
 
 
 @pytest.mark.parametrize("name", sorted(TRAINED.keys() - {THROUGH}))

@@ -358,6 +358,13 @@ def steps(report: Report) -> None:
                     report.measure(
                         40, lambda m=make, i=images: m().speed(i), **names, images=images
                     )
+        settings = "optim.precision=bf16", "model.views_forward=stacked"
+        names = {"network": "resnet50", "norm": "local, pooled"}
+        images = 4 if report.rehearse else 128
+        report.measure(
+            40, lambda: Step(report, ADADIM, "resnet50", "local", *settings).speed(images),
+            **names, images=images,
+        )  # fmt: skip
 
 
 def vit(report: Report) -> None:
@@ -522,7 +529,7 @@ def compiled_steps(report: Report, sizes: dict[str, list[int]]) -> None:
             def speed(network: str = network, images: int = images) -> Row:
                 return Step(report, ADADIM, network, "global", *settings).speed(images)
 
-            report.measure(100, speed, network=network, norm="global", images=images)
+            report.measure(130, speed, network=network, norm="global", images=images)
 
 
 def compiled_more(report: Report) -> None:
@@ -750,7 +757,7 @@ def images(report: Report) -> None:
 
 
 GROUPS: dict[str, Callable[[Report], None]] = {
-    "machine": machine, "steps": steps, "compiled": compiled, "parts": parts, "tests": tests,
+    "machine": machine, "steps": steps, "parts": parts, "compiled": compiled, "tests": tests,
     "whole": whole, "vit": vit, "images": images, "compiled_more": compiled_more,
 }  # fmt: skip
 

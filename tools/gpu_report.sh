@@ -44,7 +44,7 @@ note() {  # GROUP KEY TEXT: a row about a group as a whole
 }
 
 # In the order of their worth; seconds that each may take.
-for group in machine:40 steps:100 compiled:110 parts:60 tests:80 whole:120 vit:80 images:420 \
+for group in machine:40 steps:150 parts:60 compiled:150 tests:80 whole:120 vit:80 images:420 \
   compiled_more:300; do
   name=${group%:*} limit=${group#*:} left=$((end - SECONDS))
   if [ "$left" -lt 10 ]; then
@@ -58,7 +58,8 @@ for group in machine:40 steps:100 compiled:110 parts:60 tests:80 whole:120 vit:8
   status=$?
   case $status in
     0) ;;
-    124) note "$name" error "stopped after $limit s; what was measured until then is above" ;;
+    124) key=error; [ "$limit" = "$left" ] && key=left_out
+      note "$name" "$key" "stopped after $limit s; what was measured until then is above" ;;
     *) note "$name" error "ended with exit code $status: $(tail -n 1 "$out/$name.log")" ;;
   esac
 done

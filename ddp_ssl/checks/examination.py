@@ -13,7 +13,7 @@ from ddp_ssl.checks import images, machine, network, slurm, software, storage
 from ddp_ssl.checks.base import Check, Context, Finding, by_value, fail, ok
 from ddp_ssl.config import Config
 from ddp_ssl.distributed import World
-from ddp_ssl.errors import LONGEST, reason
+from ddp_ssl.errors import LONGEST, cut, reason
 from ddp_ssl.utils.launcher import local_rank_and_size, rank_and_size, wait_for_rank_0
 from ddp_ssl.utils.streams import say
 from ddp_ssl.utils.text import one_line
@@ -32,7 +32,7 @@ def run(config: Config, arguments: Sequence[str]) -> int:
         # On the CPU, whatever the run uses: a missing GPU is a finding and must not end the checks.
         world = distributed.with_timeout(distributed.start("cpu", timeout_s), LONGEST_S)
     except Exception as error:
-        problem = reason(error)[:LONGEST]
+        problem = cut(reason(error))
         if rank:
             # Rank 0 continues alone; with another exit code from here a launcher would end it.
             print(f"rank {rank} ({socket.gethostname()}): {problem}", file=sys.stderr, flush=True)
@@ -103,7 +103,7 @@ def examine(check: Check, ctx: Context) -> list[Finding]:
             try:
                 fact = stage(ctx, facts)
             except Exception as error:
-                problem = reason(error)[:LONGEST]
+                problem = cut(reason(error))
             answers = _everyones(ctx.world, (problem, fact), limit)
             facts = [fact for _, fact in answers]
             problems = [problem for problem, _ in answers]
@@ -122,9 +122,7 @@ def examine(check: Check, ctx: Context) -> list[Finding]:
         try:
             return list(check.judge(ctx, facts))
         except Exception as error:
-            return [
-                fail(f"cannot be judged: {reason(error)[:LONGEST]}", "report it, with this line")
-            ]
+            return [fail(f"cannot be judged: {cut(reason(error))}", "report it, with this line")]
 
 
 def _everyones(world: World, value: Any, timeout_s: float) -> list[Any]:

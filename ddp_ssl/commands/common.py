@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import ddp_ssl
 from ddp_ssl.config import ConfigError, Data
-from ddp_ssl.errors import printable, reason
+from ddp_ssl.errors import cut, printable, reason
 from ddp_ssl.utils.launcher import cpu_share, wait_for_rank_0
 from ddp_ssl.utils.streams import flush, open_streams, own_rank, stdout_is_broken, tell
 from ddp_ssl.utils.text import one_line, suggest
@@ -232,7 +232,7 @@ def end_alone(error: Exception, world: World) -> NoReturn:
     if isinstance(error, UnreadableError):
         logger.error("%s", text)
     elif world.size > 1 and others_failed(error):
-        logger.error("another process failed or left: %s", text[:200])
+        logger.error("another process failed or left: %s", cut(text))
     else:
         logger.error("%s: %s", type(error).__name__, text, exc_info=error)
     raise SystemExit(1) from None

@@ -337,9 +337,10 @@ class Optim(Section):
     backbones with batch norm."""
     precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
     """Autocast of the networks: bf16 or fp16. fp16 uses a gradient scaler, which waits for the
-    device at every step under LARS, SGD and Muon. Losses are always in float32. Without autocast:
-    `fp32`, and `tf32`, where a GPU rounds the factors of all products to 10 bits, those of the
-    losses too. With `fp32` it does so in convolutions, as torch."""
+    device at every step under LARS, SGD and Muon. Losses are in float32. Without autocast: `fp32`
+    and `tf32`, where a GPU rounds the factors of float32 products to 10 bits, in the networks,
+    losses and validations. With `fp32` it does so in convolutions alone, as torch. On a CPU the
+    two are the same."""
     gradient_compression: Literal["bf16"] | None = None
     """Send gradients in bf16. That halves the bytes, but rounds to 8 bits before and while
     gradients are added, so that results depend on the number of processes. Only with several

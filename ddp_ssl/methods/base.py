@@ -148,9 +148,10 @@ class Method(nn.Module, Generic[C]):
     ) -> tuple[Tensor, ...]:
         """All views held here to `r` `[k, n, d_R]` and `z` `[k, n, d]`.
 
-        Views of equal size go through the network stacked, each normalised by its own statistics
-        or pooled, as `model.views_forward` says. `network`: another one than backbone and
-        projector, such as `with_predictor`, with any number of outputs `[views * n, width]`.
+        Views of equal size go through the network stacked, in autocast's precision, each normalised
+        by its own statistics or pooled, as `model.views_forward` says. `network`: another one than
+        backbone and projector, such as `with_predictor`, with any number of outputs
+        `[views * n, width]`.
         """
         outputs: list[tuple[Tensor, ...]] = []
         start, images = 0, views[0].shape[0]
@@ -269,16 +270,16 @@ def _apply(network: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[
 
 
 def joined(views: list[Tensor], precision: torch.dtype | None) -> Tensor:
-    """Views `[n, C, S, S]` as one batch `[views * n, C, S, S]`.
+    """Views `[n, C, S, S]` as one batch `[views * n, C, S, S]` in the precision of autocast.
 
-    Several views of images are also cast to the precision of autocast, in the same pass. Views in
-    float64, which autocast leaves alone, and with a gradient keep their precision.
+    Images are cast in the same pass. Those in float64, which autocast leaves alone, and those with
+    a gradient keep their precision.
     """
     first = views[0]
-    if len(views) == 1:
-        return first
     if precision is None or first.dtype == torch.float64 or any(v.requires_grad for v in views):
-        return torch.cat(views)
+        return torch.cat(views) if len(views) > 1 else first
+    if len(views) == 1:
+        return first.to(precision)
     # With one channel a batch is both.
     last = first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
     batch = torch.empty(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddp_ssl.config import ConfigError
+from ddp_ssl.errors import cut
 from ddp_ssl.reproduction import figures
 from ddp_ssl.reproduction.results import ENDED, Row, bests, curve, entropies, law, searched
 from ddp_ssl.reproduction.runs import Run
@@ -45,7 +46,7 @@ def _plot(kind: str, ended: Sequence[Run], file: Path, *options: str) -> str:
     command = [sys.executable, "-m", "ddp_ssl.cli", "plot", kind, *folders, "--out", str(file)]
     done = subprocess.run([*command, *options], capture_output=True, text=True)
     if done.returncode:
-        return f"no picture: {(done.stderr or done.stdout).strip().splitlines()[-1][:300]}"
+        return f"no picture: {cut((done.stderr or done.stdout).strip().splitlines()[-1])}"
     return f"picture: {file}"
 
 

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from ddp_ssl.config import ConfigError
-from ddp_ssl.errors import reason
+from ddp_ssl.errors import cut, reason
 from ddp_ssl.reproduction import configs
 from ddp_ssl.reproduction.cells import Cell, Table
 from ddp_ssl.utils.files import if_readable, json_file
@@ -257,7 +257,7 @@ def _last_line(path: Path) -> str:
     """The last line that says what went wrong."""
     lines = [x.strip() for x in path.read_text(errors="replace").splitlines() if x.strip()]
     wrong = [line for line in lines if "error" in line.lower()]
-    return (wrong or lines or ["nothing was said"])[-1][:300]
+    return cut((wrong or lines or ["nothing was said"])[-1])
 
 
 def submit(

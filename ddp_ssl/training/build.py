@@ -66,7 +66,8 @@ def build(
     threads = config.run.threads or cpu_share()
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True  # the image sizes never change
-    torch.backends.cuda.matmul.allow_tf32 = config.optim.precision == "tf32"
+    if device.type == "cuda":
+        set_float32_products(config.optim.precision)
     if config.optim.precision == "bf16" and device.type == "cuda":
         on_all_ranks(world, require_bf16)
     watch.next("finding the data")
@@ -175,6 +176,12 @@ def agree(config: Config, world: World) -> None:
                 )
 
     on_all_ranks(world, compare)
+
+
+def set_float32_products(precision: str) -> None:
+    """TF32 on a GPU for `tf32`, none for `fp32`; other runs keep the process's own choice."""
+    if precision in ("tf32", "fp32"):
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def require_bf16() -> None:

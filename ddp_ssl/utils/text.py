@@ -3,14 +3,13 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
+from ddp_ssl.errors import cut
+
 
 def one_line(text: object, limit: int | None = None) -> str:
     """The text without line breaks; beyond `limit` characters its middle is left out."""
     line = " ".join(str(text).split())
-    if limit is None or len(line) <= limit:
-        return line
-    half = (limit - len(" ... ")) // 2
-    return f"{line[:half]} ... {line[len(line) - half :]}"
+    return line if limit is None else cut(line, limit)
 
 
 def summary(docstring: str | None) -> str:

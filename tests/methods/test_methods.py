@@ -232,7 +232,10 @@ def test_views_are_joined_in_their_order(
     batch = joined(views, precision)
     assert torch.equal(batch, right)
     assert (batch.dtype, batch.stride()) == (right.dtype, right.stride())
-    assert joined(views[:1], precision) is views[0]
+    single = joined(views[:1], precision)
+    assert torch.equal(single, right[:2])
+    assert single.dtype == right.dtype
+    assert (single is views[0]) == (right.dtype == kind)
     views[1].requires_grad_()
     joined(views, precision).sum().backward()
     assert views[1].grad is not None

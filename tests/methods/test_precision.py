@@ -13,6 +13,7 @@ from ddp_ssl.comm import ONE_PROCESS
 from ddp_ssl.data.batch import Batch
 from ddp_ssl.methods._registry import builtin_methods
 from ddp_ssl.methods.base import Context, Method, Progress
+from ddp_ssl.training.build import set_float32_products
 from tests.helpers import config_of, images, method_of
 from tests.methods.settings import SETTINGS
 
@@ -68,6 +69,21 @@ def dtypes(state: Any, path: str = "") -> dict[str, torch.dtype]:
         found = [dtypes(value, f"{path}/{key}") for key, value in state.items()]
         return {key: value for part in found for key, value in part.items()}
     return {}
+
+
+@pytest.mark.parametrize("before", ["highest", "high"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32", "fp32"])
+def test_products_on_a_gpu_are_those_of_the_setting(precision: str, before: str) -> None:
+    """Runs with autocast keep what the process has chosen."""
+    own = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(before)
+        set_float32_products(precision)
+        now = {"tf32": "high", "fp32": "highest"}.get(precision, before)
+        assert torch.get_float32_matmul_precision() == now
+        assert torch.backends.cuda.matmul.allow_tf32 == (now == "high")
+    finally:
+        torch.set_float32_matmul_precision(own)
 
 
 @pytest.mark.parametrize("name", builtin_methods())

@@ -128,7 +128,10 @@ def waits(args: Any, kwargs: Any, out: Any) -> bool:
     return "cuda" in read | made and "cpu" in read | made and not without
 
 
-READ_TWICE = {"native_batch_norm": 1, "native_batch_norm_backward": 2}
+READ_TWICE = {
+    "native_batch_norm": 1, "native_batch_norm_backward": 2,
+    "cudnn_batch_norm": 1, "cudnn_batch_norm_backward": 2,
+}  # fmt: skip
 """How many of its first arguments an operator reads for its sums, and again for its result."""
 WRITTEN = {"_fused_adam_": (0, 2, 3), "_fused_adamw_": (0, 2, 3)}
 """Arguments that an operator without a result writes, if not the first one."""
@@ -412,7 +415,9 @@ class _Synchronised(_BatchNorm):
             input, self.weight, self.bias, self.running_mean, self.running_var, self.eps,
             self.momentum, torch.distributed.group.WORLD, self.processes,
         )  # fmt: skip
-        return getattr(self, "after", nn.Identity())(out)  # an activation of timm's
+        for name in ("drop", "act", "after"):  # timm's activation, here and in `GlobalBatchNorm`
+            out = getattr(self, name, nn.Identity())(out)
+        return out
 
 
 def synchronise(network: nn.Module, processes: int) -> None:

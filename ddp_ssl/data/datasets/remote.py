@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddp_ssl.config.section import is_url
-from ddp_ssl.errors import LONGEST, BuildError, ConfigError, printable
+from ddp_ssl.errors import BuildError, ConfigError, cut, printable
 from ddp_ssl.utils.waits import is_wanted, leaving, limits
 
 logger = logging.getLogger("ddp_ssl")
@@ -350,7 +350,7 @@ def _words(error: Exception) -> str:
     if found := re.search(r"status code: (\d{3}[\w ]*)", text):
         return found[1].strip()
     text = re.sub(r"^(Generic )?\w+ error: ", "", text.rpartition(" - ")[2])
-    return printable(re.sub(r"\S*://\S*", "...", text))[:LONGEST]
+    return cut(printable(re.sub(r"\S*://\S*", "...", text)))
 
 
 def _error(place: str, why: str) -> StoreError:
