@@ -17,6 +17,7 @@ from ddp_ssl.errors import BuildError, ConfigError, reason, refused
 from ddp_ssl.methods._registry import load_method
 from ddp_ssl.training import build
 from ddp_ssl.utils.programs import output_of
+from ddp_ssl.utils.waits import limits
 from tests.runs import BIN, ROOT, arguments, call, complaint
 
 CAUSES = [
@@ -112,22 +113,25 @@ def test_the_log_keeps_the_traceback_of_a_line(
 
 
 @pytest.mark.parametrize(
-    ("rank", "together", "said"),
+    ("rank", "together", "asked", "said"),
     [
-        ("0", False, "ddp_ssl: error: too few\n"),
-        ("0", True, "ddp_ssl: error: too few\n"),
-        ("3", False, "ddp_ssl: error: rank 3: too few\n"),
-        ("3", True, ""),
+        ("0", False, False, "ddp_ssl: error: too few\n"),
+        ("0", True, False, "ddp_ssl: error: too few\n"),
+        ("0", False, True, "ddp_ssl: error: too few\n"),
+        ("3", False, False, "ddp_ssl: error: rank 3: too few\n"),
+        ("3", True, False, ""),
+        ("3", False, True, ""),  # the launcher has sent SIGTERM before: rank 0 is gone
     ],
 )
 def test_an_error_of_one_rank_alone_is_seen(
-    rank: str, together: bool, said: str,
+    rank: str, together: bool, asked: bool, said: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     waits: list[float] = []
     # So that the launcher, which rank 0's end stops, can end the wait too.
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(limits, "asked", asked)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "4")
 
@@ -139,19 +143,30 @@ def test_an_error_of_one_rank_alone_is_seen(
     try:
         assert exit_code(fails) == 2
         assert capsys.readouterr().err == said
-        assert len(waits) == (rank != "0")
+        assert len(waits) == (rank != "0" and not asked)
         assert signal.getsignal(signal.SIGTERM) == (signal.SIG_DFL if waits else signal.SIG_IGN)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("wrong", [{0, 1}, {1}], ids=["both ranks", "rank 1"])
-def test_under_torchrun_it_is_said_once(photos: Path, tmp_path: Path, wrong: set[int]) -> None:
-    """Images that are there on one node and not on the other, before the processes meet."""
+@pytest.mark.parametrize(
+    ("wrong", "late_s"), [({0, 1}, 0), ({0, 1}, 2), ({1}, 0)], ids=["both ranks", "late", "rank 1"]
+)
+def test_under_torchrun_it_is_said_once(
+    photos: Path, tmp_path: Path, wrong: set[int], late_s: int
+) -> None:
+    """Images that are there on one node and not on the other, before the processes meet.
+
+    A late rank 1 gets SIGTERM before it has found the error, when it catches signals already.
+    """
     script = tmp_path / "start.py"
     script.write_text(
-        "import os, sys\nfrom ddp_ssl.train import main\n"
+        "import os, sys, time\nfrom ddp_ssl.train import main\n"
+        "from ddp_ssl.run.signals import StopRequest\n"
+        "install = StopRequest.install\n"
+        f"late_s = {late_s} * int(os.environ['RANK'])\n"
+        "StopRequest.install = lambda self: (install(self), time.sleep(late_s))[0]\n"
         f"root = '/nowhere' if int(os.environ['RANK']) in {wrong} else {str(photos)!r}\n"
         f"sys.exit(main(['data.root=' + root, 'run.device=cpu', 'run.dir={tmp_path}/run']))\n"
     )

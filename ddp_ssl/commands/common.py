@@ -92,11 +92,11 @@ def refuse(error: object, code: int = UNUSABLE, together: bool = False) -> int:
     """Print `error` and return the exit code.
 
     Rank 0 prints at once. The launcher then ends the other ranks; one that is still there after
-    some seconds prints its own, unless all ranks have found it `together`.
+    some seconds prints its own, unless all ranks have found it `together` or it is being ended.
     """
     text = printable(str(error))
     tell(f"ddp_ssl: error: {text}")
-    if rank := own_rank():
+    if (rank := own_rank()) and not limits.asked:
         wait_for_rank_0()
         if not together:
             with contextlib.suppress(OSError):

@@ -35,7 +35,7 @@ def wait_for_rank_0() -> None:
     """Wait on all ranks but rank 0: the launcher ends all of them when the first one exits."""
     if rank_and_size()[0]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends this wait too
-        time.sleep(5)  # on a busy machine rank 0 starts some seconds later
+        time.sleep(3)
 
 
 def local_rank_and_size() -> tuple[int, int]:
